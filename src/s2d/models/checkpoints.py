@@ -1,0 +1,317 @@
+"""Checkpoints on disk: plain tensors in safetensors and a versioned JSON file that says how to build the model.
+
+A folder holds ``model.safetensors``, ``s2d_config.json`` and, when given, the tokenizer's files. A plain transformers
+model also gets its ``config.json``, so transformers reads the same folder. Nothing on disk names code to run: the
+configuration holds a registered architecture's name and plain data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model
+from safetensors.torch import save_model as save_safetensors
+from torch import Tensor, nn
+
+from s2d.errors import InputError, require
+from s2d.targets import clean_name
+
+CONFIG_NAME = "s2d_config.json"
+WEIGHTS_NAME = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_TYPE, _VERSION = "s2d_model", 1
+
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one kind of model is written down as plain data and built again from it (without its weights)."""
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    describe: Callable[[Any], JSON]
+    rebuild: Callable[[JSON], nn.Module]
+
+
+_ARCHITECTURES: dict[str, Architecture] = {}
+
+
+def register_architecture(
+    name: str,
+    *,
+    matches: Callable[[nn.Module], bool],
+    describe: Callable[[Any], JSON],
+    rebuild: Callable[[JSON], nn.Module],
+) -> None:
+    """Let `save_model` and `load_saved` handle a kind of model."""
+    assert name not in _ARCHITECTURES, f"architecture {name} is registered twice"
+    _ARCHITECTURES[name] = Architecture(name, matches, describe, rebuild)
+
+
+def describe(model: nn.Module) -> JSON:
+    """A model's architecture as JSON data.
+
+    Raises:
+        InputError: No registered architecture knows how to build such a model again.
+    """
+    for architecture in _ARCHITECTURES.values():
+        if architecture.matches(model):
+            return {"architecture": architecture.name, **architecture.describe(model)}
+    raise InputError(
+        f"cannot save a {type(model).__name__}: its architecture is not known ({', '.join(_ARCHITECTURES)}); "
+        "register it with s2d.models.register_architecture, or save its state_dict yourself"
+    )
+
+
+def rebuild(description: JSON) -> nn.Module:
+    """The inverse of `describe`; the weights are whatever the constructor leaves."""
+    name = description.get("architecture")
+    if name not in _ARCHITECTURES:
+        raise InputError(f"unknown architecture {name!r} in {CONFIG_NAME}; this s2d knows {', '.join(_ARCHITECTURES)}")
+    return _ARCHITECTURES[name].rebuild(description)
+
+
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model to a folder, whole or not at all.
+
+    Everything is written next to the destination first and moved into place at the end; an existing s2d checkpoint is
+    replaced, anything else in the way is left alone and refused.
+
+    Args:
+        model: A transformers, timm or open_clip model, or one of s2d's models on top of such an encoder.
+        path: The folder to make.
+        tokenizer: Saved along, if it can be.
+        processor: Saved along, if it can be.
+        notes: JSON data to keep with the checkpoint (settings, metrics); `read_notes` gives it back.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: The model cannot be built again from a description, the destination is in the way, or the disk
+            refuses (full, read-only).
+    """
+    model = getattr(model, "_orig_mod", model)
+    destination = Path(path)
+    if destination.is_file() or (
+        destination.is_dir() and any(destination.iterdir()) and not (destination / CONFIG_NAME).is_file()
+    ):
+        raise InputError(f"{destination} exists and is not an s2d checkpoint; choose another folder or remove it")
+    description = describe(model)
+    _refuse_foreign_state(model, description)
+    config = {"_type": _TYPE, "_version": _VERSION, "model": description, "notes": dict(notes or {})}
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+        try:
+            save_safetensors(model, str(temporary / WEIGHTS_NAME), metadata={"format": "pt"})
+            if description["architecture"] == "transformers":
+                model.config.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+            for part in (tokenizer, processor):
+                if hasattr(part, "save_pretrained"):
+                    part.save_pretrained(temporary)
+            (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _move_into_place(temporary, destination)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"could not write {destination}: {_first_line(error)}; nothing was changed there; "
+            "free some space or choose another folder"
+        ) from error
+    return destination
+
+
+def _move_into_place(temporary: Path, destination: Path) -> None:
+    temporary.chmod(0o755)  # mkdtemp makes folders private
+    if not destination.exists():
+        temporary.rename(destination)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}-old-", dir=destination.parent))
+    destination.rename(old / "checkpoint")
+    try:
+        temporary.rename(destination)
+    except OSError:
+        (old / "checkpoint").rename(destination)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_foreign_state(model: nn.Module, description: JSON) -> None:
+    """What the description builds must hold exactly the model's tensors, or the file could not be loaded again."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in rebuild(description).state_dict().items()}
+    actual = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    odd = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+    if odd:
+        raise InputError(
+            f"cannot save this {type(model).__name__} as a plain checkpoint: {len(odd)} tensors do not belong to its "
+            f"architecture, e.g. {odd[0]}; take out what was put in (quantizers, adapters) first"
+        )
+
+
+def load_saved(folder: Path) -> nn.Module:
+    """Build and fill the model of a folder that `save_model` wrote.
+
+    Raises:
+        InputError: The folder's files are damaged, of a newer version, or do not fit each other.
+    """
+    description = _read_config(folder)["model"]
+    weights = folder / WEIGHTS_NAME
+    check_safetensors(weights)
+    try:
+        model = rebuild(description)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG_NAME} does not describe a model: {_first_line(error)}") from error
+    try:
+        load_model(model, weights)
+    except RuntimeError as error:
+        raise InputError(f"{weights} does not fit {folder / CONFIG_NAME}: {_first_line(error)}") from error
+    return model.eval()
+
+
+def read_notes(folder: str | os.PathLike[str]) -> JSON:
+    """The notes that were saved with a checkpoint."""
+    return _read_config(Path(folder))["notes"]
+
+
+def _read_config(folder: Path) -> JSON:
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("_type") != _TYPE or not isinstance(config.get("model"), dict):
+        raise InputError(f"{folder / CONFIG_NAME} is not an s2d model's configuration")
+    if config.get("_version", 0) > _VERSION:
+        raise InputError(f"{folder} was written by a newer s2d (format {config['_version']}); upgrade s2d to read it")
+    return config
+
+
+def read_json(path: Path) -> JSON:
+    """A JSON object from a file, or one line about why not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read {path}: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a safetensors file that is damaged, by its header and length; the tensors are not read."""
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing") from error
+    except (OSError, SafetensorError) as error:
+        with open(path, "rb") as file:
+            start = file.read(40)
+        if start.startswith(b"version https://git-lfs"):
+            raise InputError(f"{path} is a git-lfs pointer, not the weights; run: git lfs pull") from error
+        size = path.stat().st_size
+        raise InputError(
+            f"{path} ({size} bytes) is truncated or damaged: {_first_line(error)}; download or copy it again"
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors or PyTorch file; a pickle may hold tensors only and never runs code.
+
+    Raises:
+        InputError: The file is damaged, would run code, or does not hold named tensors.
+    """
+    if path.suffix == ".safetensors":
+        check_safetensors(path)
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise InputError(unsafe_pickle(path)) from error
+        raise InputError(f"{path} is damaged or not a PyTorch file: {_first_line(error)}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged or not a PyTorch file: {_first_line(error)}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path} does not hold a dictionary of named tensors (a state_dict)")
+    return {clean_name(str(name)): value for name, value in content.items()}
+
+
+def unsafe_pickle(path: Path | str) -> str:
+    """The line about a pickle that holds more than tensors."""
+    return (
+        f"{path} is a pickle that would run code when read, and was not read; "
+        "get a .safetensors version, or convert it where you trust it"
+    )
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Refuse weights with NaN or Inf, naming the first one.
+
+    Raises:
+        InputError: Some floating-point parameter or buffer holds NaN or Inf.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InputError(f"{source}: weight {name} holds {bad} NaN or Inf values; the checkpoint is damaged")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits of a SHA-256 over names, types, shapes and bytes of the state, whatever the device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
+
+
+def _describe_transformers(model: Any) -> JSON:
+    kwargs = {}
+    if getattr(model, "pooler", True) is None:
+        kwargs["add_pooling_layer"] = False
+    return {"class": type(model).__name__, "config": model.config.to_dict(), "arguments": kwargs}
+
+
+def _rebuild_transformers(description: JSON) -> nn.Module:
+    transformers = require("transformers", "hf")
+    model_class = getattr(transformers, description["class"], None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise InputError(f"this transformers ({transformers.__version__}) has no model class {description['class']!r}")
+    config = model_class.config_class.from_dict(description["config"])
+    return model_class(config, **description["arguments"])
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("transformers.") and hasattr(model, "config")
+
+
+register_architecture(
+    "transformers", matches=_is_transformers, describe=_describe_transformers, rebuild=_rebuild_transformers
+)

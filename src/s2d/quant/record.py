@@ -1,0 +1,49 @@
+"""What a quantized model knows about itself: how it was quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from s2d.errors import InputError
+from s2d.quant import sites
+from s2d.quant.sites import Site
+from s2d.quant.spec import QuantSpec
+
+_ATTRIBUTE = "_s2d_quantization"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a model was quantized: the spec, the method, and the plan that was carried out."""
+
+    spec: QuantSpec
+    method: str
+    sites: tuple[Site, ...]
+
+
+def switch_on(model: nn.Module, record: Record) -> None:
+    """Turn on every quantizer in the model and note how it was quantized."""
+    for quantizer in sites.quantizers_of(model):
+        quantizer.enabled = True
+    model.__dict__[_ATTRIBUTE] = record
+
+
+def record(model: nn.Module) -> Record:
+    """How this model was quantized.
+
+    Raises:
+        InputError: It is not a quantized model.
+    """
+    found = model.__dict__.get(_ATTRIBUTE)
+    if found is None:
+        raise InputError(f"{type(model).__name__} is not a quantized model; call quantize first")
+    return found
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take every quantizer out of the model, in place; its weights are bit-identical to those before."""
+    sites.remove(model)
+    model.__dict__.pop(_ATTRIBUTE, None)
+    return model

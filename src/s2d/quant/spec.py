@@ -1,0 +1,229 @@
+"""What to quantize and how: ``"w4a4"``, or the full form, checked before any work starts.
+
+A spec names a format, a granularity and an observer for three groups of sites:
+
+    weight      the weight of every Linear in the encoder; signed (symmetric) integers, one scale an output channel
+    activation  the input of each of those Linears; unsigned integers with a zero point, one static range per tensor
+    attention   the operands of the attention products: q, k, the softmax probabilities, v; as the activations
+
+Whatever is not a site stays at full precision: norms, softmax, activation functions, residual additions, biases,
+embeddings. So do the first and the last layers (patch embedding, pooler, heads), unless an override names them.
+
+Full form, as a dict (YAML or JSON)::
+
+    base: w4a4                      # optional start; the other keys change it
+    weight: {bits: 4, granularity: channel, observer: mse}
+    activation: {bits: 8, granularity: token}
+    attention: false                # or true (as the activations), or {bits: 8}
+    overrides:                      # fnmatch, or re:..., on "module" or "module.site"; the last match wins
+      "*.output.dense": w4a8
+      "*.layer.0.*": keep
+      "*.probs": {attention: {bits: 8}}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from s2d.errors import InputError
+from s2d.quant.formats import MAX_BITS, MIN_BITS, IntFormat, get_format, integer_format
+from s2d.quant.observers import ObserverSpec
+from s2d.quant.quantizer import Granularity
+
+Group = Literal["weight", "activation", "attention"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+KEEP = "keep"
+FULL_BITS = 16
+
+_EXAMPLES = 'for example "w4a4", "w4a8", "w8a8", "w4a16", or {"base": "w4a4", "activation": {"granularity": "token"}}'
+_GRANULARITIES: dict[Group, tuple[Granularity, ...]] = {
+    "weight": ("channel", "tensor"),
+    "activation": ("tensor", "token"),
+    "attention": ("tensor", "token"),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How the tensors of one group are quantized."""
+
+    format: IntFormat
+    granularity: Granularity
+    observer: str = "minmax"
+
+    def to_dict(self) -> dict[str, str]:
+        """The full form."""
+        return {"format": self.format.name, "granularity": self.granularity, "observer": self.observer}
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A validated spec; ``None`` keeps a group at full precision. Made by `parse`."""
+
+    weight: TensorSpec | None = None
+    activation: TensorSpec | None = None
+    attention: TensorSpec | None = None
+    overrides: tuple[tuple[str, QuantSpec], ...] = ()
+
+    @staticmethod
+    def parse(source: str | Mapping[str, Any] | QuantSpec) -> QuantSpec:
+        """Read a spec from its short text or its full form.
+
+        Raises:
+            InputError: Unknown text, key, format, granularity or observer; an impossible width.
+        """
+        if isinstance(source, QuantSpec):
+            return source
+        if isinstance(source, str):
+            return _from_text(source)
+        if isinstance(source, Mapping):
+            return _from_mapping(source, None)
+        raise InputError(f"a quantization spec is a text or a mapping, not {type(source).__name__}; {_EXAMPLES}")
+
+    def group(self, group: Group) -> TensorSpec | None:
+        """The spec of one group of sites, ``None`` when it is kept."""
+        return getattr(self, group)
+
+    def override_for(self, module: str, what: str) -> tuple[str, QuantSpec] | None:
+        """The last override whose pattern matches the module's or the site's name, with its pattern."""
+        found = None
+        for pattern, spec in self.overrides:
+            if matches(pattern, module) or matches(pattern, f"{module}.{what}"):
+                found = (pattern, spec)
+        return found
+
+    def with_observer(self, observer: str) -> QuantSpec:
+        """The same spec with another calibrator.
+
+        It sets the observer of activations and attention operands, in overrides too, and leaves per-token ranges alone,
+        which are always each token's own. The weights follow with ``mse`` only and use ``minmax`` otherwise: a row is
+        too short for a percentile to mean anything (99.9 % of 768 numbers clips less than one a side).
+
+        Raises:
+            InputError: Unknown observer.
+        """
+        weights = "mse" if ObserverSpec.parse(observer).kind == "mse" else "minmax"
+        changed: dict[str, Any] = {}
+        for group in GROUPS:
+            tensor = self.group(group)
+            if tensor is not None and tensor.granularity != "token":
+                changed[group] = replace(tensor, observer=weights if group == "weight" else observer)
+        overrides = tuple((pattern, spec.with_observer(observer)) for pattern, spec in self.overrides)
+        return replace(self, **changed, overrides=overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The full form; `parse` reads it back to an equal spec."""
+        form: dict[str, Any] = {}
+        for group in GROUPS:
+            tensor = self.group(group)
+            form[group] = KEEP if tensor is None else tensor.to_dict()
+        if self.overrides:
+            form["overrides"] = {pattern: spec.to_dict() for pattern, spec in self.overrides}
+        return form
+
+    def __str__(self) -> str:
+        bits = [FULL_BITS if tensor is None else tensor.format.bits for tensor in (self.weight, self.activation)]
+        return f"w{bits[0]}a{bits[1]}"
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a dotted name matches ``re:...`` (searched) or an fnmatch pattern."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def _from_text(text: str) -> QuantSpec:
+    match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+    if match is None:
+        raise InputError(f"unknown quantization spec {text!r}; {_EXAMPLES}")
+    weight_bits, activation_bits = int(match[1]), int(match[2])
+    for bits in (weight_bits, activation_bits):
+        if bits != FULL_BITS and not MIN_BITS <= bits <= MAX_BITS:
+            possible = f"{MIN_BITS} to {MAX_BITS} bits, or {FULL_BITS} to keep full precision"
+            raise InputError(f"spec {text!r}: {bits} bits is not possible; use {possible}")
+    weight = None if weight_bits == FULL_BITS else TensorSpec(integer_format(weight_bits, signed=True), "channel")
+    activation = (
+        None if activation_bits == FULL_BITS else TensorSpec(integer_format(activation_bits, signed=False), "tensor")
+    )
+    return QuantSpec(weight, activation, activation)
+
+
+def _from_mapping(form: Mapping[str, Any], base: QuantSpec | None) -> QuantSpec:
+    _refuse_unknown("the quantization spec", form, ("base", *GROUPS, "overrides"))
+    if "base" in form:
+        base = QuantSpec.parse(form["base"])
+    # Attention follows the activations, unless it is given on its own or the base keeps it.
+    follows = base is None or base.attention is not None
+    base = base or QuantSpec()
+    weight = _tensor("weight", form["weight"], base.weight) if "weight" in form else base.weight
+    activation = _tensor("activation", form["activation"], base.activation) if "activation" in form else base.activation
+    attention = activation if follows and "activation" in form else base.attention
+    if form.get("attention") is True:
+        attention = activation
+        if activation is None:
+            raise InputError('attention: true means "as the activations", but those are kept; give {"bits": 8} instead')
+    elif "attention" in form:
+        attention = _tensor("attention", form["attention"] or KEEP, attention or activation)
+    spec = QuantSpec(weight, activation, attention)
+    overrides = form.get("overrides", {})
+    if not isinstance(overrides, Mapping):
+        raise InputError('overrides is a mapping from pattern to spec, for example {"*.fc2": "w4a8", "head": "keep"}')
+    added = tuple((str(pattern), _override(str(pattern), value, spec)) for pattern, value in overrides.items())
+    return replace(spec, overrides=base.overrides + added)
+
+
+def _override(pattern: str, value: Any, base: QuantSpec) -> QuantSpec:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise InputError(f"override {pattern!r} is not a regular expression: {error}") from None
+    if value == KEEP:
+        return QuantSpec()
+    if isinstance(value, Mapping) and "overrides" in value:
+        raise InputError(f"override {pattern!r} holds overrides of its own; list them side by side instead")
+    if isinstance(value, Mapping):
+        return _from_mapping(value, base)
+    return QuantSpec.parse(value)
+
+
+def _tensor(group: Group, form: Any, base: TensorSpec | None) -> TensorSpec | None:
+    if form == KEEP or form is None:
+        return None
+    if not isinstance(form, Mapping):
+        raise InputError(f'{group}: expected "keep" or a mapping such as {{"bits": 4}}, not {form!r}')
+    _refuse_unknown(group, form, ("bits", "format", "granularity", "observer"))
+    if "bits" in form and "format" in form:
+        raise InputError(f"{group}: give bits or format, not both")
+    if "format" in form:
+        format = get_format(str(form["format"]))
+    elif "bits" in form:
+        if form["bits"] == FULL_BITS:
+            return None
+        if not isinstance(form["bits"], int):
+            raise InputError(f"{group}: bits is a whole number, not {form['bits']!r}")
+        format = integer_format(form["bits"], signed=group == "weight")
+    elif base is not None:
+        format = base.format
+    else:
+        raise InputError(f'{group}: give bits or format, for example {{"bits": 8}}')
+    choices = _GRANULARITIES[group]
+    granularity = form.get("granularity", base.granularity if base else choices[0])
+    if granularity not in choices:
+        raise InputError(f"{group}: granularity {granularity!r} is not one of {', '.join(choices)}")
+    observer = str(form.get("observer", base.observer if base and granularity != "token" else "minmax"))
+    if granularity == "token" and observer != "minmax":
+        raise InputError(f"{group}: a per-token range is each token's own; observer must be minmax, not {observer!r}")
+    ObserverSpec.parse(observer)
+    return TensorSpec(format, granularity, observer)
+
+
+def _refuse_unknown(where: str, form: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    unknown = ", ".join(sorted(str(key) for key in form if key not in known))
+    if unknown:
+        raise InputError(f"unknown keys in {where}: {unknown}; known: {', '.join(known)}")

@@ -1,0 +1,247 @@
+"""A quantized model on disk: a folder with ``quantization.json`` and one safetensors file that it names.
+
+The safetensors file holds the integer codes of every quantized weight (two to a byte at 4 bits and below, under
+``NAME.codes``), the quantizers' scales and zero points, and everything else of the state dict as it is. The JSON,
+versioned, holds the spec, the plan, and what is needed to check that the two files and the model belong together.
+
+The tensors are written first, under a name made of their hash; replacing the JSON is the one moment at which the folder
+changes from the old model to the new one, so an interrupted save leaves the old model whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.quant.formats import IntFormat, get_format
+from s2d.quant.quantizer import WeightQuantizer, dequantize, quantize_codes
+from s2d.quant.record import Record, record, switch_on
+from s2d.quant.sites import Site, insert, refuse_quantized, weight_name
+from s2d.quant.spec import QuantSpec
+
+VERSION = 1
+CONFIG = "quantization.json"
+
+
+def pack(codes: Tensor, format: IntFormat) -> Tensor:
+    """Codes as bytes, flat; formats of up to 4 bits put two in a byte, the first in the low half.
+
+    Args:
+        codes: Integer codes, any shape.
+        format: Their format.
+
+    Returns:
+        uint8, ``[ceil(n / 2)]`` up to 4 bits, else ``[n]``.
+    """
+    unsigned = (codes.flatten().to(torch.int16) - format.qmin).to(torch.uint8)
+    if format.bits > 4:
+        return unsigned
+    if unsigned.numel() % 2:
+        unsigned = torch.cat([unsigned, unsigned.new_zeros(1)])
+    return unsigned[0::2] | (unsigned[1::2] << 4)
+
+
+def unpack(packed: Tensor, format: IntFormat, shape: tuple[int, ...]) -> Tensor:
+    """The codes of `pack`, in their shape and the format's storage type."""
+    unsigned = torch.stack([packed & 15, packed >> 4], dim=1).flatten() if format.bits <= 4 else packed
+    count = int(torch.Size(shape).numel())
+    return (unsigned[:count].to(torch.int16) + format.qmin).to(format.storage).reshape(shape)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a quantized model into the folder ``path`` (made if needed; a model saved there before is replaced).
+
+    Raises:
+        InputError: The model is not quantized, or the folder cannot be written.
+    """
+    kept = record(model)
+    folder = Path(path)
+    tensors, codes, aliases = _tensors(model, kept)
+    config = {
+        "format": "s2d.quantized",
+        "version": VERSION,
+        "model": type(model).__name__,
+        "method": kept.method,
+        "spec": kept.spec.to_dict(),
+        "sites": [{**asdict(site), "format": site.format.name if site.format else None} for site in kept.sites],
+        "codes": codes,
+        "aliases": aliases,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+            temporary = Path(scratch) / "weights.safetensors"
+            save_file(tensors, temporary)
+            name = _file_name(temporary)
+            _replace(temporary, folder / name)
+            temporary = Path(scratch) / CONFIG
+            temporary.write_text(json.dumps({**config, "tensors": name}, indent=1))
+            _replace(temporary, folder / CONFIG)
+        for stale in folder.glob("weights-*.safetensors"):
+            if stale.name != name:
+                stale.unlink()
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot save the quantized model to {folder}: {error}") from error
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Read a quantized model from ``path`` into a plain model of the same architecture; its outputs are bit-identical.
+
+    Weights of quantized sites come back as the values that their codes stand for (the file does not hold the original
+    ones), so `remove` then gives a plain model with rounded weights.
+
+    Args:
+        path: The folder that `save` wrote.
+        model: Built as the saved one was; its weights do not matter.
+        inplace: Load into this very model instead of a copy. A failed call leaves it as it was.
+
+    Raises:
+        InputError: No such folder, a broken or foreign file, another version, or another model's file.
+    """
+    folder = Path(path)
+    refuse_quantized(model)
+    config, state = _read(folder)
+    sites = [_site(entry) for entry in config["sites"]]
+    plain = _plain_tensors(config, state)
+    _check_model(model, plain, config["model"], folder)
+    if not inplace:
+        model = copy.deepcopy(model)
+    quantizers = insert(model, sites)
+    names = {id(module): name for name, module in model.named_modules()}
+    for quantizer in quantizers.values():
+        for buffer, _ in quantizer.named_buffers():
+            key = f"{names[id(quantizer)]}.{buffer}"
+            plain[key] = state[key]
+    model.load_state_dict(plain)
+    switch_on(model, Record(QuantSpec.parse(config["spec"]), config["method"], tuple(sites)))
+    return model
+
+
+def _tensors(model: nn.Module, kept: Record) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], dict[str, str]]:
+    """What goes into the file.
+
+    Returns:
+        The tensors by key; of every weight stored as codes its shape, types and the prefix of its scale; and the keys
+        that share another key's tensor.
+    """
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    first: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for key, value in state.items():
+        same = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and first.setdefault(same, key) != key:
+            aliases[key] = first[same]
+    shared = {*aliases, *aliases.values()}
+
+    modules = model.named_modules()
+    quantizers = {module.name: (name, module) for name, module in modules if isinstance(module, WeightQuantizer)}
+    codes: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for site in kept.sites:
+        if site.what != "weight" or site.format is None:
+            continue
+        key = weight_name(model, site)
+        # A weight that others use unquantized too (a tied head) is stored as it is.
+        if key not in shared:
+            prefix, quantizer = quantizers[site.name]
+            weight = state[key]
+            scale, zero_point = quantizer.parameters_for(weight)
+            tensors[f"{key}.codes"] = pack(quantize_codes(weight, scale, zero_point, site.format), site.format)
+            entry = {"format": site.format.name, "shape": list(weight.shape), "dtype": _dtype_name(weight)}
+            codes[key] = {**entry, "scale": prefix}
+    for key, value in state.items():
+        if key not in codes and key not in aliases:
+            # Views of one storage under several names are legal in a model, not in a safetensors file.
+            tensors[key] = value.clone(memory_format=torch.contiguous_format)
+    return tensors, codes, aliases
+
+
+def _plain_tensors(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the plain model: weights from their codes, shared tensors under every name."""
+    buffers = ("_quantizer.scale", "_quantizer.zero_point")
+    plain = {}
+    for key, value in state.items():
+        if not key.endswith((".codes", *buffers)) and ".attention_quantizer." not in f".{key}":
+            plain[key] = value
+    for key, entry in config["codes"].items():
+        codes = unpack(state[f"{key}.codes"], get_format(entry["format"]), tuple(entry["shape"]))
+        scale, zero_point = state[f"{entry['scale']}.scale"], state[f"{entry['scale']}.zero_point"]
+        shape = (-1,) + (1,) * (codes.ndim - 1) if scale.ndim else ()
+        plain[key] = dequantize(codes, scale.view(shape), zero_point.view(shape)).to(getattr(torch, entry["dtype"]))
+    for alias, key in config["aliases"].items():
+        plain[alias] = plain[key]
+    return plain
+
+
+def _check_model(model: nn.Module, plain: dict[str, Tensor], saved: str, folder: Path) -> None:
+    """Raise InputError unless the plain model has exactly these tensors, in these shapes and types."""
+    own = model.state_dict()
+    what = f"{folder} holds a quantized {saved}, which does not fit this {type(model).__name__}"
+    different = sorted(own.keys() ^ plain.keys())
+    if different:
+        side = "the file lacks" if different[0] in own else "the model lacks"
+        raise InputError(
+            f"{what}: {side} {different[0]} ({len(different)} tensors differ); build it as it was built then"
+        )
+    for key, value in own.items():
+        if value.shape != plain[key].shape:
+            raise InputError(f"{what}: {key} is {list(plain[key].shape)} there and {list(value.shape)} in the model")
+        if value.dtype != plain[key].dtype:
+            dtype = _dtype_name(plain[key])
+            raise InputError(f"{what}: {key} is {dtype} in the file; call model.to(torch.{dtype}) first")
+
+
+def _site(entry: dict[str, Any]) -> Site:
+    format = get_format(entry["format"]) if entry["format"] else None
+    return Site(**{**entry, "format": format, "shape": tuple(entry["shape"])})
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a saved model, checked to belong together."""
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} is not a saved quantized model: it has no {CONFIG}; save one there first")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        kind, version, name = config["format"], config["version"], config["tensors"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder / CONFIG} is damaged or was not written by s2d; save the model again") from None
+    if kind != "s2d.quantized" or version != VERSION:
+        raise InputError(f"{folder / CONFIG} is {kind} version {version}, but this s2d reads version {VERSION} only")
+    path = folder / Path(name).name
+    try:
+        if _file_name(path) != name:
+            raise InputError(f"{path} is damaged: its content does not match {CONFIG}; save the model again")
+        return config, load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def _file_name(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return f"weights-{digest.hexdigest()[:16]}.safetensors"
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Make a finished file visible under its name, safely on disk first."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)

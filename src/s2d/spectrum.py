@@ -1,0 +1,602 @@
+"""Leading singular triplets of weight matrices: exact, randomized, and warm-started from the last ones.
+
+The regulariser looks at the same weights again and again while they move a little between two looks. So the last
+block of right singular vectors is kept and moved one power step further, which reads the weight about once, instead
+of decomposing the weight again.
+
+Sources: randomized range finder with power iterations, Halko, Martinsson, Tropp (2011), arXiv 0909.4061, algorithms
+4.4 and 5.1; block subspace iteration with Rayleigh-Ritz, Saad, "Numerical Methods for Large Eigenvalue Problems",
+chapter 5; its Chebyshev filter, Zhou, Saad, Tiago, Chelikowsky (2006), J. Comput. Phys. 219, algorithm 4.3.
+Deviations: both skinny products of a power step are taken in one pass over the weight; the bases are orthonormalised
+from their Gram matrices, in float64 (Householder QR where a Gram matrix is too ill-conditioned for that); the filter
+leaves far-leading directions alone; the last column of a warm block is stirred with noise, so that a direction that
+grows outside of the block is found.
+
+Shapes: B matrices of a group, m rows, n columns, p columns of the block, k triplets asked for. Inside this module a
+block of p vectors is stored as *rows* ([p, n], contiguous): a matrix product with a skinny operand is up to ten times
+faster that way than with the vectors as columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2d.errors import InputError
+
+METHODS = ("auto", "exact", "randomized", "warm")
+
+# One pass handles this many bytes of the weight at a time, so that the second product finds them in the cache. On an
+# accelerator launches cost more than memory traffic, hence the larger pieces.
+_PIECE_BYTES_CPU = 3 << 19
+_PIECE_BYTES_ACCELERATOR = 64 << 20
+
+# Up to this min(m, n) an exact SVD is cheaper than iterating (measured: benchmarks/spectrum.py).
+_EXACT_UP_TO_COLD = 128
+_EXACT_UP_TO_WARM = 32
+
+# A group larger than this is split, which bounds the memory of the float64 work.
+_GROUP_SIZE = 32
+
+# Relative size of the noise stirred into the last column of a warm block.
+_STIR = 0.3
+
+# So many columns of a block are in float64 at a time.
+_GRAM_COLUMNS = 1024
+
+# Below this ratio of the block's smallest to its largest singular value, Gram matrices lose too many digits in fp32.
+_GRAM_CONDITION = 1e-3
+
+# The Chebyshev filter: singular values above this multiple of the block's smallest converge fast enough by themselves;
+# the others are amplified at most so much in one go (fp32 resolves 1e7), by a polynomial of at most this degree.
+_FILTER_LEAD = 4.0
+_FILTER_GAIN = 1e4
+_FILTER_DEGREE = 12
+
+# Products of this size or not: outside, sigma^2 might leave float32, and the weight is looked at (real ones never are).
+_SAFE_PRODUCT = (1e-15, 1e15)
+
+
+@dataclass
+class Triplets:
+    """The k leading singular triplets of a matrix, or of a batch of matrices: W ~ U diag(S) V^T.
+
+    Attributes:
+        U: Left singular vectors as columns, ``[..., m, k]``. float32, or float64 for float64 weights, like all others.
+        S: Singular values in descending order, ``[..., k]``.
+        V: Right singular vectors as columns, ``[..., n, k]``. The entry of largest magnitude of each is positive.
+        residual: ``max_i ||W^T u_i - s_i v_i|| / s_1`` over the k pairs *before* the last half step (for these,
+            ``W v_i = s_i u_i`` holds by construction), ``[...]``. What is returned is half a power step closer. By
+            Weyl's theorem every s_i is within ``residual * s_1`` of a singular value. 0 for an exact SVD.
+        iterations: Power steps taken (applications of W^T W to the block), each reading the weight about once; the
+            largest of a batch. 0 where an exact SVD was chosen from the start.
+        exact: An exact SVD was used, by request, because the matrix is small, or as the fall-back.
+        fallbacks: How many matrices did not converge and fell back to an exact SVD. Sum it to count them.
+        basis: The right block that the next warm start continues from, ``[..., n, p]`` with p >= k: V and the
+            oversampling columns. ``V`` is a view of it.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    residual: Tensor
+    iterations: int
+    exact: bool
+    fallbacks: int
+    basis: Tensor
+
+
+def as_matrix(W: Tensor) -> Tensor:
+    """View a weight as a matrix ``[out, in]``.
+
+    Args:
+        W: A linear weight ``[out, in]`` (returned unchanged) or a convolution weight ``[out, in, *kernel]``.
+
+    Returns:
+        A view ``[out, in * prod(kernel)]``; writing to it writes to ``W``.
+
+    Raises:
+        InputError: ``W`` has fewer than two dimensions, or its memory layout has no such view.
+    """
+    if W.ndim < 2:
+        raise InputError(f"a weight of shape {list(W.shape)} is not a matrix; pass one with at least two dimensions")
+    if W.ndim == 2:
+        return W
+    try:
+        return W.view(W.shape[0], -1)
+    except RuntimeError:
+        raise InputError(
+            f"a weight of shape {list(W.shape)} and strides {list(W.stride())} has no 2-D view (channels last?); "
+            "call model.to(memory_format=torch.contiguous_format) first"
+        ) from None
+
+
+def top_singular(
+    W: Tensor,
+    k: int = 3,
+    *,
+    warm: Triplets | None = None,
+    method: str = "auto",
+    tol: float = 2e-4,
+    max_iterations: int = 100,
+    oversample: int = 5,
+    seed: int = 0,
+    name: str = "W",
+) -> Triplets:
+    """Compute the k largest singular values of a matrix and their vectors.
+
+    Args:
+        W: ``[..., m, n]``, float64, float32, bfloat16 or float16; the last two are computed in float32. Never
+            modified, and no gradient is recorded.
+        k: Number of triplets, at least 1 and at most min(m, n).
+        warm: The triplets of an earlier state of ``W`` (same shape), to continue from.
+        method: ``"auto"``: warm where ``warm`` is given, otherwise randomized, and exact where that is cheaper (a
+            small matrix). ``"exact"``: ``torch.linalg.svd``. ``"randomized"``: from a random block, whatever ``warm``
+            holds. ``"warm"``: from ``warm``.
+        tol: Iterate until ``Triplets.residual`` is at most this. A singular vector is then within about
+            ``tol * s_1 / gap`` of the true one, gap being the distance to the next singular value; singular values
+            are far closer than ``tol``, as their error goes with the square of that angle.
+        max_iterations: Power steps before a matrix falls back to the exact SVD (``Triplets.fallbacks``).
+        oversample: Extra columns carried along, which buy faster convergence.
+        seed: Of the random start. The same call gives the same bits; the global generator is not touched.
+        name: What error messages call ``W``.
+
+    Returns:
+        The triplets, with the batch dimensions of ``W``.
+
+    Raises:
+        InputError: ``W`` holds NaN or Inf, is not a floating-point matrix, or an argument is out of range.
+    """
+    batch = W.shape[:-2]
+    if W.ndim < 2 or batch.numel() == 0:
+        raise InputError(f"{name} has shape {list(W.shape)}; pass a matrix [m, n] or a batch of them [..., m, n]")
+    if warm is not None and warm.S.shape[:-1] != batch:
+        raise InputError(
+            f"the warm triplets of {name} are a batch of {list(warm.S.shape[:-1])}, not {list(batch)}; "
+            "pass the triplets that came from this weight"
+        )
+    matrices = [W] if W.ndim == 2 else list(W.detach().reshape(-1, *W.shape[-2:]).unbind(0))
+    found = top_singular_many(
+        matrices,
+        k,
+        warm=None if warm is None else _unbatch(warm),
+        method=method,
+        tol=tol,
+        max_iterations=max_iterations,
+        oversample=oversample,
+        seed=seed,
+        names=[name] if W.ndim == 2 else [f"{name}[{i}]" for i in range(len(matrices))],
+    )
+    return found[0] if W.ndim == 2 else _rebatch(found, batch)
+
+
+@torch.no_grad()
+def top_singular_many(
+    Ws: Sequence[Tensor],
+    k: int = 3,
+    *,
+    warm: Sequence[Triplets | None] | None = None,
+    method: str = "auto",
+    tol: float = 2e-4,
+    max_iterations: int = 100,
+    oversample: int = 5,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+) -> list[Triplets]:
+    """Compute the k leading triplets of many matrices; those of equal shape share their small dense work.
+
+    The weights themselves are never stacked or copied: extra memory is about three times the skinny blocks
+    ``(m + n) * (k + oversample)`` of up to 32 matrices of one shape.
+
+    Args:
+        Ws: Matrices ``[m, n]``, of any mix of shapes, dtypes and devices.
+        k: As in :func:`top_singular`, for every matrix.
+        warm: One earlier result (or None) per matrix.
+        method: As in :func:`top_singular`, like ``tol``, ``max_iterations`` and ``oversample``.
+        tol: Relative residual to reach.
+        max_iterations: Power steps before the fall-back.
+        oversample: Extra columns.
+        seed: Of the random start, which is the one that every matrix would get alone.
+        names: What error messages call the matrices; ``weight 0``, ``weight 1``, ... by default.
+
+    Returns:
+        One result per matrix, in order.
+
+    Raises:
+        InputError: As in :func:`top_singular`; the message names the matrix.
+    """
+    matrices = [W.detach() for W in Ws]
+    labels = [f"weight {i}" for i in range(len(matrices))] if names is None else list(names)
+    starts: list[Triplets | None] = [None] * len(matrices) if warm is None else list(warm)
+    _check_arguments(matrices, labels, starts, k, method)
+    if not (0 < tol < 1 and max_iterations >= 1 and oversample >= 0):
+        raise InputError(
+            f"tol={tol}, max_iterations={max_iterations}, oversample={oversample}; "
+            "pass a tol between 0 and 1, at least one iteration, and no negative oversample"
+        )
+
+    results: dict[int, Triplets] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (W, start) in enumerate(zip(matrices, starts, strict=True)):
+        use_warm = start is not None and method != "randomized"
+        small = min(W.shape) <= (_EXACT_UP_TO_WARM if use_warm else _EXACT_UP_TO_COLD)
+        if method == "exact" or (method == "auto" and small):
+            results[i] = _exact(W, min(k + oversample, *W.shape), k, labels[i])
+        else:
+            groups.setdefault((tuple(W.shape), W.dtype, W.device, use_warm), []).append(i)
+    with _full_precision(matrices):
+        for (*_, use_warm), members in groups.items():
+            for first in range(0, len(members), _GROUP_SIZE):
+                chunk = members[first : first + _GROUP_SIZE]
+                Ws_chunk, names_chunk = [matrices[i] for i in chunk], [labels[i] for i in chunk]
+                group = _Group(Ws_chunk, names_chunk, k, oversample, tol, max_iterations, seed)
+                blocks = [start for i in chunk if (start := starts[i]) is not None] if use_warm else None
+                results.update(zip(chunk, group.solve(blocks), strict=True))
+    return [results[i] for i in range(len(matrices))]
+
+
+def stable_rank(W: Tensor) -> Tensor:
+    """``||W||_F^2 / sigma_1^2``, between 1 and the rank: how many directions share the energy.
+
+    Args:
+        W: ``[..., m, n]``, as in :func:`top_singular`, whose errors it raises.
+
+    Returns:
+        ``[...]``; 0 for a zero matrix.
+    """
+    largest = top_singular(W, 1).S[..., 0]
+    # Dividing before squaring keeps tiny and huge weights inside the floating-point range.
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.linalg.vector_norm(W.detach().to(largest.dtype) / scale[..., None, None], dim=(-2, -1)).square()
+
+
+def median_singular(W: Tensor) -> Tensor:
+    """The median singular value (the lower one of two), from an exact decomposition: for audits, not for training.
+
+    Args:
+        W: ``[..., m, n]``, as in :func:`top_singular`, whose errors it raises.
+
+    Returns:
+        ``[...]``.
+    """
+    matrix = W.detach()
+    _check_matrix(matrix, "W")
+    _require_finite(matrix, "W")
+    return torch.linalg.svdvals(matrix.to(_work_dtype(matrix.dtype))).median(dim=-1).values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The iteration
+
+
+def _power_step(W: Tensor, V: Tensor, Y: Tensor, Z: Tensor) -> None:
+    """Both skinny products of a power step, Y = V W^T and Z = Y W, in one pass over W.
+
+    This is the only place where the iteration reads a weight: a sharded weight needs another version of this
+    function (local rows give their part of Y and a partial sum of Z) and nothing else.
+
+    W ``[m, n]`` of any floating dtype is converted piece by piece to that of the blocks V ``[p, n]``, Y ``[p, m]`` and
+    Z ``[p, n]``, of which the last two are overwritten.
+    """
+    on_cpu = W.device.type == "cpu"
+    budget = _PIECE_BYTES_CPU if on_cpu else _PIECE_BYTES_ACCELERATOR
+    rows = -(-W.shape[0] // max(1, round(W.numel() * V.element_size() / budget)))
+    Z.zero_()
+    for first in range(0, W.shape[0], rows):
+        A = W[first : first + rows]
+        if A.dtype != V.dtype:
+            A = A.to(V.dtype)
+        elif on_cpu:
+            A.sum()  # a streaming read fetches the piece faster than the products would: 15 to 25 % of the whole step
+        part = Y[:, first : first + rows]
+        torch.mm(V, A.mT, out=part)
+        Z.addmm_(part, A)
+
+
+def _gram(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """X X^T of a block ``[B, p, n]`` in another precision, a piece at a time so that the copies stay small."""
+    pieces = [x @ x.mT for x in (part.to(dtype) for part in X.split(_GRAM_COLUMNS, dim=-1))]
+    return pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(dim=0)
+
+
+def _rayleigh_ritz(V: Tensor, Y: Tensor, Z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Singular triplets of W restricted to the left space span(Y), from the products alone.
+
+    With Q = T Y orthonormal, W^T Q = T Z; the singular values of that are the Ritz values. Everything p x p is done
+    in float64, because a Gram matrix squares the condition number.
+
+    Takes V ``[B, p, n]`` with orthonormal rows, Y ``[B, p, m]`` = V W^T and Z ``[B, p, n]`` = Y W. Returns U
+    ``[B, k, m]``, S ``[B, p]``, the new V ``[B, p, n]``, the residual ``[B]`` of the Ritz pairs of the old V (relative
+    to their largest), and whether the Gram matrices were well-conditioned enough, ``[B]``.
+    """
+    wide = torch.float32 if V.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    values, P = torch.linalg.eigh(_gram(Y, wide))
+    D, P = values.clamp_min(0).sqrt().flip(-1), P.flip(-1)
+    tiny = torch.finfo(wide).tiny ** 0.5  # only where there is nothing but zeros
+    well = D[:, -1] > _GRAM_CONDITION * D[:, 0]
+    T = P.mT / D.maximum(1e-9 * D[:, :1] + tiny)[..., None]
+
+    gram = T @ _gram(Z, wide) @ T.mT
+    values, R = torch.linalg.eigh((gram + gram.mT) / 2)
+    S, R = values.clamp_min(0).sqrt().flip(-1), R.flip(-1)
+    rotate = R.mT @ T
+
+    dtype = V.dtype
+    U = rotate[:, :k].to(dtype) @ Y
+    V_new = (rotate / S.clamp_min(tiny)[..., None]).to(dtype) @ Z
+    off = T[:, :k].to(dtype) @ Z
+    off.baddbmm_((P.mT[:, :k] * D[:, :k, None]).to(dtype), V, alpha=-1)
+    residual = torch.linalg.vector_norm(off, dim=-1).amax(dim=-1) / D[:, 0].clamp_min(tiny)
+    return U, S.to(dtype), V_new, residual.to(dtype), well
+
+
+def _rayleigh_ritz_qr(W: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for one matrix by Householder QR: orthonormal whatever the rank, at one more pass over W.
+
+    W is of moderate scale; returns U ``[k, m]``, S ``[p]``, the new V ``[p, n]`` and the residual, a scalar.
+    """
+    V = torch.linalg.qr(V.mT).Q.mT.contiguous()
+    Y, Z = V.new_empty(V.shape[0], W.shape[0]), torch.empty_like(V)
+    _power_step(W, V, Y, Z)
+    Q, R = torch.linalg.qr(Y.mT)
+    left, D, right = torch.linalg.svd(R)
+    Q = (Q @ left).mT.contiguous()
+    _power_step(W.mT, Q, Z, torch.empty_like(Y))
+    off = Z[:k] - D[:k, None] * (right[:k].contiguous() @ V)
+    residual = torch.linalg.vector_norm(off, dim=-1).amax() / D[0].clamp_min(torch.finfo(D.dtype).tiny)
+    X, S, V_new = torch.linalg.svd(Z, full_matrices=False)
+    return X.mT[:k] @ Q, S, V_new, residual
+
+
+def _filter_degree(S: Sequence[float], k: int, residual: float, tol: float) -> int:
+    """Degree of the Chebyshev filter that should bring the k-th triplet to ``tol``; below 2, none is worth it."""
+    bound = S[-1]
+    if bound <= _GRAM_CONDITION * S[0]:
+        return 0  # the block ends so far below its first value that plain steps converge at once
+
+    def rate(s: float) -> float:  # a Chebyshev polynomial of degree d amplifies s by cosh(d * rate)
+        return math.acosh(max(2 * (s / bound) ** 2 - 1, 1 + 1e-6))
+
+    lead = sum(s > _FILTER_LEAD * bound for s in S)
+    if lead >= len(S) - 1:
+        return 0
+    enough = math.ceil(math.acosh(max(2 * residual / tol, 1.0)) / rate(S[max(k - 1, lead)]))
+    return min(enough, int(math.acosh(_FILTER_GAIN) / rate(S[lead])), _FILTER_DEGREE)
+
+
+def _filtered(W: Tensor, V: Tensor, S: Tensor, degree: int) -> Tensor:
+    """Apply the Chebyshev polynomial in W^T W of a degree, small on [0, s_p^2] and growing fastest above.
+
+    The far-leading rows would drown the others; they are kept out, and projected out of the others. V ``[p, n]`` and
+    S ``[p]`` are the Ritz vectors and values; returns ``[p, n]`` with orthonormal rows.
+    """
+    lead = int((S / S[-1] > _FILTER_LEAD).sum())
+    leading, before = V[:lead], V[lead:]
+    Y = V.new_empty(before.shape[0], W.shape[0])
+
+    def apply(X: Tensor, factor: Tensor) -> Tensor:
+        Z = torch.empty_like(X)
+        _power_step(W, X, Y, Z)
+        Z *= factor
+        return Z
+
+    factor = 2 / S[-1].square()
+    current = apply(before, factor) - before
+    current -= (current @ leading.mT) @ leading
+    for _ in range(degree - 1):
+        after = apply(current, 2 * factor)
+        after -= 2 * current
+        after -= before
+        after -= (after @ leading.mT) @ leading
+        before, current = current, after
+    return torch.linalg.qr(torch.cat([leading, current]).mT).Q.mT
+
+
+class _Group:
+    """Matrices of one shape, dtype and device, iterated together: each leaves when it has converged."""
+
+    def __init__(
+        self, Ws: list[Tensor], names: list[str], k: int, oversample: int, tol: float, max_iterations: int, seed: int
+    ) -> None:
+        self.Ws, self.names, self.k, self.tol, self.max_iterations, self.seed = Ws, names, k, tol, max_iterations, seed
+        self.m, self.n = Ws[0].shape
+        self.dtype, self.device = _work_dtype(Ws[0].dtype), Ws[0].device
+        self.width = min(k + oversample, self.m, self.n)
+        self.warm = False
+        self.steps = [0] * len(Ws)
+        self.done: dict[int, Triplets] = {}
+
+    def solve(self, starts: list[Triplets] | None) -> list[Triplets]:
+        """Iterate from the last triplets, or from a random block (None); what does not converge is solved exactly."""
+        self.warm = starts is not None
+        active = list(range(len(self.Ws)))
+        V = self._random_block(self.width).repeat(len(active), 1, 1) if starts is None else self._warm_block(starts)
+        while active:
+            Y = V.new_empty(len(active), self.width, self.m)
+            Z = torch.empty_like(V)
+            for row, i in enumerate(active):
+                _power_step(self.Ws[i], V[row], Y[row], Z[row])
+                self.steps[i] += 1
+            if refused := self._out_of_range(active, Y):
+                kept = [row for row in range(len(active)) if row not in refused]
+                for row in refused:
+                    self.done[active[row]] = self._exactly(active[row])
+                active, V, Y, Z = [active[row] for row in kept], V[kept], Y[kept], Z[kept]
+                if not active:
+                    break
+            U, S, V_new, residual, well = _rayleigh_ritz(V, Y, Z, self.k)
+            for row, sound in enumerate(well.tolist()):
+                if not sound:
+                    found = _rayleigh_ritz_qr(self.Ws[active[row]], V[row], self.k)
+                    U[row], S[row], V_new[row], residual[row] = found
+            V = V_new
+            del Y, Z, V_new
+            left = self._continue(active, U, S, V, residual)
+            active, V = [active[row] for row in left], V[left] if left else V
+        return [self.done[i] for i in range(len(self.Ws))]
+
+    def _out_of_range(self, active: list[int], Y: Tensor) -> list[int]:
+        """Rows whose weight only LAPACK, which scales first, can do; refuses NaN and Inf.
+
+        NaN or Inf anywhere in a weight reaches its products, so looking at these spares a pass over the weight.
+        """
+        sizes = torch.linalg.vector_norm(Y, dim=(1, 2)).tolist()
+        suspect = [row for row, size in enumerate(sizes) if not _SAFE_PRODUCT[0] < size < _SAFE_PRODUCT[1]]
+        return [row for row in suspect if _require_finite(self.Ws[active[row]], self.names[active[row]]) > 0]
+
+    def _continue(self, active: list[int], U: Tensor, S: Tensor, V: Tensor, residual: Tensor) -> list[int]:
+        """Record what has converged or has had its steps, filter the others (in V); returns their rows."""
+        rest = residual.tolist()
+        _fix_signs(U, V[:, : self.k])
+        left: list[int] = []
+        for row, i in enumerate(active):
+            u, s, v = U[row], S[row, : self.k], V[row]
+            if rest[row] <= self.tol:
+                self.done[i] = Triplets(u.mT, s, v[: self.k].mT, residual[row], self.steps[i], False, 0, v.mT)
+            elif self.steps[i] >= self.max_iterations:
+                self.done[i] = self._exactly(i)
+            else:
+                left.append(row)
+                if self.warm and self.steps[i] == 1:
+                    continue  # a move of the weight errs in all directions, most of which one plain step cleans up
+                most = self.max_iterations - self.steps[i] - 1
+                degree = min(_filter_degree(S[row].tolist(), self.k, rest[row], self.tol), most)
+                if degree > 1:
+                    V[row] = _filtered(self.Ws[i], V[row], S[row], degree)
+                    self.steps[i] += degree
+        return left
+
+    def _exactly(self, i: int) -> Triplets:
+        found = _exact(self.Ws[i], self.width, self.k, self.names[i])
+        found.iterations, found.fallbacks = self.steps[i], 1
+        return found
+
+    def _random_block(self, width: int) -> Tensor:
+        """``[width, n]`` orthonormal rows; the same for every matrix of the shape, whatever group it is in."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.randn(width, self.n, generator=generator)
+        return torch.linalg.qr(rows.mT).Q.mT.to(self.device, self.dtype).contiguous()
+
+    def _warm_block(self, starts: list[Triplets]) -> Tensor:
+        """The blocks the last results ended with, ``[B, width, n]``; their last row is stirred."""
+        blocks = [start.basis.mT.to(self.device, self.dtype)[: self.width] for start in starts]
+        V = torch.stack([b if b.shape[0] == self.width else self._widened(b) for b in blocks])
+        if self.width in (self.k, self.n):
+            return V  # no spare row, or the block is the whole space
+        noise = self._random_block(1).expand(len(blocks), 1, -1)
+        kept = V[:, :-1]
+        noise = noise - (noise @ kept.mT) @ kept  # off the others, so that converged rows stay converged
+        last = V[:, -1:] + _STIR * noise
+        V[:, -1:] = last / torch.linalg.vector_norm(last, dim=-1, keepdim=True)
+        return V
+
+    def _widened(self, V: Tensor) -> Tensor:
+        """``[p, n]`` to ``[width, n]`` by random rows, orthonormal."""
+        return torch.linalg.qr(torch.cat([V, self._random_block(self.width)[V.shape[0] :]]).mT).Q.mT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact, checks, small helpers
+
+
+def _exact(W: Tensor, width: int, k: int, name: str) -> Triplets:
+    """The oracle: LAPACK's SVD, in the tall orientation, which it decomposes about twice as fast."""
+    _require_finite(W, name)
+    A = W.to(_work_dtype(W.dtype))
+    tall = A.shape[0] >= A.shape[1]
+    left, S, right = torch.linalg.svd(A if tall else A.mT, full_matrices=False)
+    U, V = (left.mT, right) if tall else (right, left.mT)
+    U, V = U[:k].contiguous(), V[:width].contiguous()
+    _fix_signs(U, V[:k])
+    zero = torch.zeros((), dtype=S.dtype, device=S.device)
+    return Triplets(U.mT, S[:k].clone(), V[:k].mT, zero, 0, exact=True, fallbacks=0, basis=V.mT)
+
+
+def _fix_signs(U: Tensor, V: Tensor) -> None:
+    """In place: the entry of largest magnitude of every row of V becomes positive; U follows."""
+    signs = V.gather(-1, V.abs().argmax(dim=-1, keepdim=True)).sign()
+    U *= signs
+    V *= signs
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def _full_precision(matrices: Sequence[Tensor]) -> Iterator[None]:
+    """Switch off autocast and reduced-precision products, under which the residual could never reach ``tol``."""
+    with contextlib.ExitStack() as stack:
+        for kind in {W.device.type for W in matrices}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        precision = torch.get_float32_matmul_precision()
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
+        yield
+
+
+def _unbatch(batch: Triplets) -> list[Triplets]:
+    U, V, basis = (x.reshape(-1, *x.shape[-2:]) for x in (batch.U, batch.V, batch.basis))
+    S, residual = batch.S.reshape(-1, batch.S.shape[-1]), batch.residual.reshape(-1)
+    tensors = zip(U, S, V, residual, basis, strict=True)
+    return [Triplets(u, s, v, r, batch.iterations, batch.exact, 0, b) for u, s, v, r, b in tensors]
+
+
+def _rebatch(found: Sequence[Triplets], batch: torch.Size) -> Triplets:
+    U, S, residual, basis = (
+        torch.stack(parts).reshape(*batch, *parts[0].shape)
+        for parts in zip(*((t.U, t.S, t.residual, t.basis) for t in found), strict=True)
+    )
+    steps, exact = max(t.iterations for t in found), any(t.exact for t in found)
+    return Triplets(U, S, basis[..., : S.shape[-1]], residual, steps, exact, sum(t.fallbacks for t in found), basis)
+
+
+def _require_finite(W: Tensor, name: str) -> float:
+    """The largest magnitude in W, after refusing NaN and Inf."""
+    low, high = (float(x) for x in torch.aminmax(W))
+    if math.isfinite(low) and math.isfinite(high):
+        return max(-low, high)
+    bad = (~torch.isfinite(W)).nonzero()
+    raise InputError(
+        f"{name} holds {len(bad)} NaN or Inf of {W.numel()} values, the first at {bad[0].tolist()}; "
+        "reload the checkpoint, or lower the learning rate if training diverged"
+    )
+
+
+def _check_matrix(W: Tensor, name: str) -> None:
+    if W.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"{name} is {W.dtype}; pass float64, float32, bfloat16 or float16 (W.float() converts)")
+    if W.layout != torch.strided or W.device.type == "meta":
+        raise InputError(f"{name} is a {W.layout} tensor on {W.device}; pass a dense one that holds its values")
+
+
+def _check_arguments(
+    Ws: Sequence[Tensor], names: Sequence[str], starts: Sequence[Triplets | None], k: int, method: str
+) -> None:
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if not len(names) == len(starts) == len(Ws):
+        raise InputError(f"{len(Ws)} matrices, {len(starts)} warm starts and {len(names)} names; pass one per matrix")
+    for W, name, start in zip(Ws, names, starts, strict=True):
+        if W.ndim != 2:
+            raise InputError(f"{name} has shape {list(W.shape)}; pass a matrix [m, n] (as_matrix flattens others)")
+        _check_matrix(W, name)
+        if not 1 <= k <= min(W.shape):
+            raise InputError(
+                f"k is {k}, and {name} of shape {list(W.shape)} has {min(W.shape)} singular values; "
+                f"pass k between 1 and {min(W.shape)}"
+            )
+        if start is None and method == "warm":
+            raise InputError(f'{name} has no earlier triplets, which method="warm" needs; pass warm, or method="auto"')
+        if start is not None and (start.U.shape[-2], *start.basis.shape[:-1]) != (W.shape[0], W.shape[1]):
+            raise InputError(
+                f"the warm triplets of {name} belong to a matrix of shape "
+                f"{[start.U.shape[-2], start.basis.shape[-2]]}, not {list(W.shape)}; pass those of this weight"
+            )

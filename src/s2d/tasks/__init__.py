@@ -1,0 +1,5 @@
+"""Tasks: data as batches, a loss, a metric. One file each."""
+
+from s2d.tasks.base import SPLITS, Batch, Split, Task, create, register, tasks
+
+__all__ = ["SPLITS", "Batch", "Split", "Task", "create", "register", "tasks"]

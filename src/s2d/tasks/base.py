@@ -1,0 +1,171 @@
+"""What a task is: data as batches, a loss, a metric; and the register of tasks.
+
+A task is one file in this folder whose class is decorated with `register`; every module of the folder is imported when
+tasks are first asked for, so adding the file is all there is to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.models import Loaded
+
+Batch: TypeAlias = dict[str, Tensor]
+Split: TypeAlias = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class Task(ABC):
+    """Data, loss and metric of one job. Everything a task yields is determined by its data, its options and the seeds.
+
+    A task is made with its data options, then meets a model: `build` (or `prepare`, when the model is already whole)
+    tokenizes the data once with that model's tokenizer; afterwards batches cost indexing only.
+
+    Attributes:
+        name: The name it is registered under.
+        primary: The metric that matters, a key of what `evaluate` returns.
+        higher_is_better: Of the primary metric.
+    """
+
+    name: ClassVar[str]
+    primary: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Short SHA-256 of the data, independent of any model."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Number of examples of each split."""
+
+    @abstractmethod
+    def prepare(self, loaded: Loaded) -> None:
+        """Make the data ready for a model (tokenize); nothing is done when that has happened already."""
+
+    @abstractmethod
+    def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
+        """A fresh model for this task on a copy of the loaded one, and the data made ready for it.
+
+        Args:
+            loaded: From `s2d.models.load`; left as it is.
+            seed: For new parts, such as a classification head.
+
+        Returns:
+            The model in training mode; an encoder's weights are under ``encoder.``.
+        """
+
+    @abstractmethod
+    def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
+        """One pass over a split, in the data's order or shuffled by `seed`.
+
+        Tensors are on the CPU and padded to the longest of the batch only.
+        """
+
+    def num_batches(self, split: Split, batch_size: int) -> int:
+        """How many batches one pass has; the last may be smaller."""
+        return -(-self.sizes()[check_split(split)] // check_batch_size(batch_size))
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """What a model is called with for a batch, one dictionary of keywords per call: for calibration and audit."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The training loss, a scalar; the batch is moved to the model's device."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
+        """All metrics of a split, in points from 0 to 100 unless the task says otherwise; the model's mode is kept."""
+
+
+TaskClass = TypeVar("TaskClass", bound=type[Task])
+_TASKS: dict[str, type[Task]] = {}
+
+
+def register(name: str) -> Callable[[TaskClass], TaskClass]:
+    """Make a task class known by name; its docstring's first line describes it."""
+
+    def decorate(task: TaskClass) -> TaskClass:
+        assert name not in _TASKS, f"task {name} is registered twice"
+        task.name = name
+        _TASKS[name] = task
+        return task
+
+    return decorate
+
+
+@lru_cache(maxsize=1)
+def _import_all() -> None:
+    package = importlib.import_module("s2d.tasks")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"s2d.tasks.{module.name}")
+
+
+def tasks() -> dict[str, str]:
+    """The known tasks: name and one line."""
+    _import_all()
+    return {name: (inspect.getdoc(task) or "").partition("\n")[0] for name, task in sorted(_TASKS.items())}
+
+
+def create(name: str, **options: Any) -> Task:
+    """A task by its name.
+
+    Args:
+        name: One of `tasks()`.
+        options: The task's own: see its class.
+
+    Raises:
+        InputError: Unknown name or option; close names are listed. The task's data cannot be read.
+    """
+    known = tasks()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=2)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
+        raise InputError(f"unknown task {name!r}; {hint}")
+    accepted = inspect.signature(_TASKS[name]).parameters
+    for option in options:
+        if option not in accepted:
+            raise InputError(f"task {name} has no option {option!r}; it has {', '.join(accepted)}")
+    missing = [
+        option for option, p in accepted.items() if p.default is inspect.Parameter.empty and option not in options
+    ]
+    if missing:
+        raise InputError(f"task {name} needs the option {missing[0]!r}")
+    return _TASKS[name](**options)
+
+
+def check_split(split: str) -> Split:
+    """The split, or InputError."""
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+    return split
+
+
+def check_batch_size(batch_size: int) -> int:
+    """The batch size, or InputError."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"the batch size must be a positive whole number, not {batch_size!r}")
+    return batch_size
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are; the CPU for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch with its tensors on `device`."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

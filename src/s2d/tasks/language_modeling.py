@@ -1,0 +1,223 @@
+"""Language modelling on plain text: perplexity by the strided protocol."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s2d.errors import InputError
+from s2d.models import Loaded
+from s2d.tasks.base import (
+    SPLITS,
+    Batch,
+    Split,
+    Task,
+    check_batch_size,
+    check_split,
+    device_of,
+    register,
+    to_device,
+)
+from s2d.tasks.files import split_files
+from s2d.tasks.tokens import check_max_length, digest, require_tokenizer, row_batches, tokenizer_key
+
+_SUFFIXES = (".txt",)
+_IGNORED = -100  # torch's cross-entropy skips these labels
+
+
+@register("language-modeling")
+class LanguageModeling(Task):
+    """Predict the next token of plain text, from .txt files.
+
+    Protocol: a split's text is tokenized as one sequence, without special tokens, and read through windows of `window`
+    tokens that start every `stride` tokens. Each token is scored once, in the first window that holds it; only tokens
+    with no token before them in their window are not scored. With ``stride == window`` the windows do not overlap (what
+    most quantization papers report); a smaller stride gives each token at least ``window - stride`` tokens of context.
+    Metrics: ``perplexity`` (lower is better; infinite when the model's output is not finite) and its logarithm ``nll``.
+
+    A folder has one file per split, named ``train``, ``test`` and ``validation`` (or ``valid``, ``val``, ``dev``).
+    Where train is missing it is the first 90 % of validation's lines; where test or validation is missing it is the
+    last 20 % or 10 % of train's.
+
+    Args:
+        data: The folder or file.
+        window: Tokens the model sees at once.
+        stride: Tokens between the starts of windows, at most `window`, which is the default. Train never overlaps.
+        windows: Read at most so many windows of each split; None for all.
+    """
+
+    primary = "perplexity"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str],
+        window: int = 512,
+        stride: int | None = None,
+        windows: int | None = None,
+    ) -> None:
+        if window < 2:
+            raise InputError(f"the window must hold at least 2 tokens, not {window}")
+        if stride is not None and not 1 <= stride <= window:
+            raise InputError(f"the stride must be from 1 to the window's {window} tokens, not {stride}")
+        if windows is not None and windows < 1:
+            raise InputError(f"the number of windows must be positive, not {windows}")
+        self.window, self.stride, self.windows = window, stride or window, windows
+        self._texts = _texts(Path(data))
+        self._windows: dict[Split, tuple[Tensor, Tensor, Tensor]] = {}
+        self._tokenized_by = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Short SHA-256 of the texts of all splits."""
+        return digest(self._texts[split] for split in SPLITS)
+
+    def sizes(self) -> dict[str, int]:
+        """Number of windows of each split."""
+        return {split: len(self._table(split)[0]) for split in SPLITS}
+
+    def prepare(self, loaded: Loaded) -> None:
+        """Tokenize all texts with the model's tokenizer and cut the windows."""
+        tokenizer = require_tokenizer(loaded, self.name)
+        if self._tokenized_by == (key := tokenizer_key(tokenizer)):
+            return
+        window = check_max_length(loaded, self.window, "window")
+        for split, text in self._texts.items():
+            tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if len(tokens) < 2:
+                raise InputError(f"the {split} text makes {len(tokens)} tokens; at least 2 are needed")
+            stride = window if split == "train" else self.stride
+            self._windows[split] = cut_windows(tokens, window, stride, self.windows)
+        self._tokenized_by = key
+
+    def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
+        """A copy of the causal language model as it is; nothing is random, so `seed` plays no part."""
+        output = getattr(loaded.model, "get_output_embeddings", lambda: None)()
+        if output is None:
+            raise InputError(f"task {self.name} needs a causal language model; {loaded.source} predicts no tokens")
+        self.prepare(loaded)
+        model = copy.deepcopy(loaded.model)
+        model.config.use_cache = False  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
+        return model.train()
+
+    def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
+        """Batches of ``input_ids``, ``attention_mask``, ``labels`` `[batch, window]`; -100 where nothing is scored."""
+        ids, mask, labels = self._table(split)
+        for rows in row_batches(len(ids), check_batch_size(batch_size), seed=seed, shuffle=shuffle):
+            width = int(mask[rows].sum(1).max())
+            yield {
+                "input_ids": ids[rows, :width],
+                "attention_mask": mask[rows, :width],
+                "labels": labels[rows, :width],
+            }
+
+    def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """The one call of the model."""
+        return [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean negative log-likelihood of the scored tokens."""
+        total, count = self._negative_log_likelihood(model, batch)
+        return total / max(count, 1)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 4) -> dict[str, float]:
+        """``perplexity`` and ``nll`` over every scored token of the split."""
+        was_training = model.training
+        model.eval()
+        total, count = 0.0, 0
+        try:
+            for batch in self.batches(split, batch_size=batch_size):
+                part, tokens = self._negative_log_likelihood(model, batch)
+                total, count = total + part.item(), count + tokens
+        finally:
+            model.train(was_training)
+        nll = total / count if math.isfinite(total) else math.inf
+        return {"perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll}
+
+    def _negative_log_likelihood(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """Sum over the scored tokens, and their number."""
+        batch = to_device(batch, device_of(model))
+        logits = model(**self.inputs(batch)[0]).logits[:, :-1]  # what position t says about token t + 1
+        labels = batch["labels"][:, 1:]
+        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="sum")
+        return total, int((labels != _IGNORED).sum())
+
+    def _table(self, split: Split) -> tuple[Tensor, Tensor, Tensor]:
+        if check_split(split) not in self._windows:
+            raise RuntimeError("the data is not tokenized yet: call build(loaded) or prepare(loaded) first")
+        return self._windows[split]
+
+
+def cut_windows(tokens: Tensor, window: int, stride: int, most: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows over a token sequence.
+
+    Args:
+        tokens: `[tokens]` ids.
+        window: Tokens in a window.
+        stride: Tokens between starts, at most `window`.
+        most: At most so many windows; None for all.
+
+    Returns:
+        Ids (padded with 0), mask and labels, each `[windows, window]`. A window's first token is never a label, nor is
+        one that was a label before.
+    """
+    starts: list[int] = []
+    for start in range(0, len(tokens) - 1, stride):
+        starts.append(start)
+        if start + window >= len(tokens) or len(starts) == most:
+            break
+    ids = torch.zeros(len(starts), window, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, _IGNORED)
+    scored = 0  # tokens before this index have had their turn
+    for row, start in enumerate(starts):
+        part = tokens[start : start + window]
+        ids[row, : len(part)] = part
+        mask[row, : len(part)] = 1
+        first = max(start + 1, scored)
+        labels[row, first - start : len(part)] = part[first - start :]
+        scored = start + len(part)
+    return ids, mask, labels
+
+
+def _texts(data: Path) -> dict[Split, str]:
+    files = split_files(data, _SUFFIXES)
+    lines = {split: _read_lines(file) for split, file in files.items()}
+    if "train" not in lines:
+        if "validation" not in lines:
+            raise InputError(f"{data} has neither a train nor a validation text; add train.txt")
+        whole = lines["validation"]
+        cut = _cut(whole, 0.1, files["validation"])
+        lines["train"], lines["validation"] = whole[:cut], whole[cut:]
+    carved: tuple[tuple[Split, float], ...] = (("test", 0.2), ("validation", 0.1))
+    for split, share in carved:
+        if split not in lines:
+            cut = _cut(lines["train"], share, files["train"])
+            lines["train"], lines[split] = lines["train"][:cut], lines["train"][cut:]
+    return {split: "".join(lines[split]) for split in SPLITS}
+
+
+def _cut(lines: list[str], share: float, file: Path) -> int:
+    cut = len(lines) - max(1, round(share * len(lines)))
+    if cut < 1:
+        raise InputError(f"{file} has too few lines to be divided into splits; give a file for each split")
+    return cut
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text (byte {error.start}); convert it or check the file") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    if not text.strip():
+        raise InputError(f"{file} is empty")
+    return text.splitlines(keepends=True)

@@ -1,0 +1,217 @@
+"""Classification of texts: any table with a text and a label column."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s2d.errors import InputError
+from s2d.models import Loaded, TextClassifier
+from s2d.models.heads import encoder_of
+from s2d.tasks.base import (
+    SPLITS,
+    Batch,
+    Split,
+    Task,
+    check_batch_size,
+    check_split,
+    device_of,
+    register,
+    to_device,
+)
+from s2d.tasks.files import split_files
+from s2d.tasks.tables import TABLE_SUFFIXES, Table, find_columns, read_table
+from s2d.tasks.tokens import (
+    TokenTable,
+    by_length,
+    check_max_length,
+    digest,
+    require_tokenizer,
+    row_batches,
+    tokenize,
+    tokenizer_key,
+)
+
+# Shares taken from train for splits that have no file of their own.
+_CARVED: tuple[tuple[Split, float], ...] = (("test", 0.2), ("validation", 0.1))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text, and where it stands."""
+
+    text: str
+    label: str
+    place: str
+
+
+@register("text-classification")
+class TextClassification(Task):
+    """Assign texts to classes, from CSV, TSV, JSON lines or Parquet with a text and a label column.
+
+    The encoder's mean-pooled tokens go through one linear layer; cross-entropy; the metric is ``accuracy`` in points.
+
+    A folder has one file per split, named ``train``, ``test`` and ``validation`` (or ``valid``, ``val``, ``dev``). A
+    split without a file (or both, when `data` is a single file) is taken out of train: 20 % for test, 10 % for
+    validation, the same share of every class, chosen by a hash of the text and so independent of order. The classes
+    are those of train.
+
+    Args:
+        data: The folder or file.
+        text: Name of the text column; found by usual names when None. Without a header, columns are ``0``, ``1``, ...
+        label: Name of the label column; likewise.
+        max_length: Texts are cut to so many tokens.
+    """
+
+    primary = "accuracy"
+
+    def __init__(
+        self, data: str | os.PathLike[str], text: str | None = None, label: str | None = None, max_length: int = 64
+    ) -> None:
+        self.max_length = max_length
+        self._examples = _splits(Path(data), text, label)
+        self.labels = _class_names(self._examples["train"])
+        self._classes = {split: self._class_numbers(split) for split in SPLITS}
+        self._tables: dict[Split, TokenTable] = {}
+        self._tokenized_by = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Short SHA-256 of all texts and labels of all splits."""
+        return digest(part for split in SPLITS for ex in self._examples[split] for part in (split, ex.text, ex.label))
+
+    def sizes(self) -> dict[str, int]:
+        """Number of texts of each split."""
+        return {split: len(examples) for split, examples in self._examples.items()}
+
+    def prepare(self, loaded: Loaded) -> None:
+        """Tokenize all texts with the model's tokenizer."""
+        tokenizer = require_tokenizer(loaded, self.name)
+        if self._tokenized_by == (key := tokenizer_key(tokenizer)):
+            return
+        length = check_max_length(loaded, self.max_length, "max_length")
+        for split, examples in self._examples.items():
+            self._tables[split] = tokenize(tokenizer, [example.text for example in examples], length)
+        self._tokenized_by = key
+
+    def build(self, loaded: Loaded, seed: int = 0) -> TextClassifier:
+        """A classifier on a copy of the encoder. One that was loaded with this task's classes keeps its head."""
+        self.prepare(loaded)
+        model = loaded.model
+        if isinstance(model, TextClassifier) and model.labels == self.labels:
+            return copy.deepcopy(model).train()
+        return TextClassifier(copy.deepcopy(encoder_of(model)), self.labels, seed=seed).train()
+
+    def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
+        """Batches of ``input_ids`` and ``attention_mask`` `[batch, tokens]` and ``labels`` `[batch]`."""
+        table = self._table(split)
+        for rows in row_batches(len(table), check_batch_size(batch_size), seed=seed, shuffle=shuffle):
+            ids, mask = table.take(rows)
+            yield {"input_ids": ids, "attention_mask": mask, "labels": self._classes[split][rows]}
+
+    def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """The one call of the classifier."""
+        return [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy."""
+        batch = to_device(batch, device_of(model))
+        return F.cross_entropy(model(**self.inputs(batch)[0]), batch["labels"])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
+        """``accuracy`` on the whole split."""
+        table, classes, device = self._table(split), self._classes[check_split(split)], device_of(model)
+        was_training = model.training
+        model.eval()
+        hits = 0
+        try:
+            for rows in by_length(table.lengths, check_batch_size(batch_size)):
+                ids, mask = table.take(rows)
+                scores = model(input_ids=ids.to(device), attention_mask=mask.to(device)).float().cpu()
+                # NaN scores are no answer; argmax would take them for the largest.
+                right = (scores.argmax(1) == classes[rows]) & scores.isfinite().all(1)
+                hits += int(right.sum())
+        finally:
+            model.train(was_training)
+        return {"accuracy": 100 * hits / len(table)}
+
+    def _table(self, split: Split) -> TokenTable:
+        if check_split(split) not in self._tables:
+            raise RuntimeError("the data is not tokenized yet: call build(loaded) or prepare(loaded) first")
+        return self._tables[split]
+
+    def _class_numbers(self, split: Split) -> Tensor:
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        for example in self._examples[split]:
+            if example.label not in numbers:
+                close = difflib.get_close_matches(example.label, self.labels, n=2)
+                hint = f"close: {', '.join(close)}" if close else f"train has {', '.join(self.labels[:6])}"
+                raise InputError(f"{example.place}: label {example.label!r} does not occur in train ({hint})")
+        return torch.tensor([numbers[example.label] for example in self._examples[split]])
+
+
+def _splits(data: Path, text: str | None, label: str | None) -> dict[Split, list[Example]]:
+    """The examples of every split, those without a file carved out of train."""
+    files = split_files(data, TABLE_SUFFIXES)
+    if "train" not in files:
+        raise InputError(f"{data} has no train file ({' or '.join('train' + suffix for suffix in TABLE_SUFFIXES)})")
+    examples = {split: _examples(read_table(file, (text, label)), text, label) for split, file in files.items()}
+    for split, share in _CARVED:
+        if split not in examples:
+            examples["train"], examples[split] = _carve(examples["train"], share, split, files["train"])
+    return {split: examples[split] for split in SPLITS}
+
+
+def _examples(table: Table, text: str | None, label: str | None) -> list[Example]:
+    text_name, label_name = find_columns(table, text, label)
+    examples = []
+    for number, (words, name) in enumerate(zip(table.column(text_name), table.column(label_name), strict=True)):
+        place = f"{table.path}, row {table.first_line + number}"
+        if not isinstance(words, str) or not words.strip():
+            raise InputError(f"{place}: the text (column {text_name!r}) is empty or not text; remove or repair the row")
+        if name is None or not str(name).strip():
+            raise InputError(f"{place}: the label (column {label_name!r}) is empty; remove or repair the row")
+        examples.append(Example(words, _label_text(name), place))
+    return examples
+
+
+def _label_text(label: Any) -> str:
+    """One spelling for a label, whether a file stores it as text, integer, or integer turned float."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label).strip()
+
+
+def _class_names(examples: Sequence[Example]) -> tuple[str, ...]:
+    names = {example.label for example in examples}
+    if len(names) < 2:
+        raise InputError(
+            f"{examples[0].place}: all rows of train have label {examples[0].label!r}; two classes are needed"
+        )
+    return tuple(sorted(names, key=int if all(name.lstrip("-").isdecimal() for name in names) else None))
+
+
+def _carve(examples: list[Example], share: float, split: Split, path: Path) -> tuple[list[Example], list[Example]]:
+    """What stays and what is taken, both in the old order; equal texts stay together wherever the cut allows."""
+    by_class: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        by_class.setdefault(example.label, []).append(index)
+    taken: set[int] = set()
+    for indices in by_class.values():
+        indices.sort(key=lambda index: (hashlib.sha256(examples[index].text.encode()).digest(), index))
+        taken.update(indices[: max(1, round(share * len(indices))) if len(indices) > 1 else 0])
+    if not taken:
+        raise InputError(f"{path} has too few rows to take a {split} split out of it; add a {split} file")
+    stay = [example for index, example in enumerate(examples) if index not in taken]
+    return stay, [example for index, example in enumerate(examples) if index in taken]

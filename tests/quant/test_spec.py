@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from s2d.errors import InputError
+from s2d.quant.spec import QuantSpec
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "activation"),
+    [
+        ("w4a4", 4, 4),
+        ("w4a8", 4, 8),
+        ("W8A8", 8, 8),
+        (" w6a6 ", 6, 6),
+        ("w3a4", 3, 4),
+        ("w4a16", 4, None),
+        ("w16a4", None, 4),
+    ],
+)
+def test_short_texts(text: str, weight: int | None, activation: int | None) -> None:
+    spec = QuantSpec.parse(text)
+    assert (spec.weight.format.bits if spec.weight else None) == weight
+    for group in (spec.activation, spec.attention):
+        assert (group.format.bits if group else None) == activation
+    if spec.weight:
+        assert spec.weight.format.symmetric and spec.weight.granularity == "channel"
+    if spec.activation:
+        assert not spec.activation.format.symmetric and spec.activation.granularity == "tensor"
+    assert str(spec) == text.strip().lower()
+
+
+@pytest.mark.parametrize("text", ["", "w4", "a4w4", "w4a4g128", "int4", "4/4", "w4 a4"])
+def test_unknown_texts_come_with_examples(text: str) -> None:
+    with pytest.raises(InputError, match="unknown quantization spec.*w4a4.*w8a8"):
+        QuantSpec.parse(text)
+
+
+@pytest.mark.parametrize("text", ["w1a4", "w9a8", "w4a32", "w4a0"])
+def test_impossible_widths(text: str) -> None:
+    with pytest.raises(InputError, match="bits is not possible; use 2 to 8"):
+        QuantSpec.parse(text)
+
+
+def test_full_form() -> None:
+    spec = QuantSpec.parse(
+        {
+            "weight": {"bits": 3, "observer": "mse"},
+            "activation": {"bits": 8, "granularity": "token"},
+            "attention": {"bits": 6, "granularity": "tensor", "observer": "percentile:99.99"},
+            "overrides": {"*.fc2": "w8a8", "head": {"weight": {"bits": 8}}, "re:layer\\.0\\.": "keep"},
+        }
+    )
+    assert spec.weight and spec.activation and spec.attention
+    assert (spec.weight.format.name, spec.weight.observer, spec.weight.granularity) == ("int3", "mse", "channel")
+    assert (spec.activation.format.name, spec.activation.granularity) == ("uint8", "token")
+    assert (spec.attention.format.name, spec.attention.observer) == ("uint6", "percentile:99.99")
+    fc2, head, first = (override for _, override in spec.overrides)
+    assert fc2 == QuantSpec.parse("w8a8")
+    assert head.weight and head.weight.format.name == "int8" and head.weight.observer == "mse"
+    assert head.activation == spec.activation
+    assert first == QuantSpec()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "w4a8",
+        {"base": "w4a4", "attention": False},
+        {"base": "w4a4", "overrides": {"*.fc2": "w8a8", "*.q": "keep"}},
+        {
+            "base": "w4a8",
+            "activation": {"granularity": "token"},
+            "weight": {"format": "uint4", "granularity": "tensor"},
+        },
+    ],
+)
+def test_round_trip_through_json(form: Any) -> None:
+    spec = QuantSpec.parse(form)
+    assert QuantSpec.parse(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert QuantSpec.parse(spec) is spec
+
+
+def test_attention_follows_the_activations_unless_told_otherwise() -> None:
+    for form in (
+        {"base": "w4a4", "activation": {"granularity": "token"}},
+        {"activation": {"bits": 4, "granularity": "token"}},
+    ):
+        spec = QuantSpec.parse(form)
+        assert spec.attention == spec.activation and spec.attention
+    assert QuantSpec.parse({"base": {"base": "w4a4", "attention": False}, "activation": {"bits": 8}}).attention is None
+    assert QuantSpec.parse({"base": "w4a4", "attention": "keep"}).attention is None
+    spec = QuantSpec.parse({"base": {"base": "w4a4", "attention": False}, "attention": True})
+    assert spec.attention == spec.activation
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"wieght": {"bits": 4}}, "unknown keys in the quantization spec: wieght; known: base, weight"),
+        ({"weight": {"bit": 4}}, "unknown keys in weight: bit; known: bits"),
+        ({"weight": {"bits": 9}}, "no 9-bit integer format"),
+        ({"weight": {"bits": "4"}}, "bits is a whole number"),
+        ({"weight": {"bits": 4, "format": "int4"}}, "bits or format, not both"),
+        ({"weight": {"format": "int12"}}, "unknown number format 'int12'"),
+        ({"weight": {}}, "weight: give bits or format"),
+        ({"weight": 4}, "weight: expected"),
+        ({"weight": {"bits": 4, "granularity": "token"}}, "granularity 'token' is not one of channel, tensor"),
+        ({"activation": {"bits": 4, "granularity": "channel"}}, "is not one of tensor, token"),
+        ({"activation": {"bits": 4, "granularity": "token", "observer": "mse"}}, "per-token range"),
+        ({"activation": {"bits": 4, "observer": "median"}}, "unknown observer 'median'"),
+        ({"base": "w4a16", "attention": True}, "as the activations"),
+        ({"base": "w4a4", "overrides": ["*.fc2"]}, "mapping from pattern"),
+        ({"base": "w4a4", "overrides": {"re:(": "keep"}}, "not a regular expression"),
+        ({"base": "w4a4", "overrides": {"*": {"overrides": {}}}}, "side by side"),
+        (4, "text or a mapping, not int"),
+    ],
+)
+def test_mistakes_in_the_full_form(form: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        QuantSpec.parse(form)
+
+
+def test_the_last_matching_override_wins() -> None:
+    spec = QuantSpec.parse({"base": "w4a4", "overrides": {"*.fc2": "w8a8", "*.fc2.input": "keep"}})
+    assert spec.override_for("blocks.0.fc1", "weight") is None
+    assert spec.override_for("blocks.0.fc2", "weight") == ("*.fc2", QuantSpec.parse("w8a8"))
+    assert spec.override_for("blocks.0.fc2", "input") == ("*.fc2.input", QuantSpec())
+
+
+def test_with_observer() -> None:
+    spec = QuantSpec.parse({"base": "w4a4", "overrides": {"*.fc2": "w8a8"}})
+    percentile, mse = spec.with_observer("percentile"), spec.with_observer("mse")
+    for changed, weights, activations in ((percentile, "minmax", "percentile"), (mse, "mse", "mse")):
+        for part in (changed, changed.overrides[0][1]):
+            assert part.weight and part.activation and part.attention
+            assert part.weight.observer == weights
+            assert part.activation.observer == part.attention.observer == activations
+    token = QuantSpec.parse({"base": "w4a4", "activation": {"granularity": "token"}}).with_observer("mse")
+    assert token.activation and token.activation.observer == "minmax"
+    assert token.weight and token.weight.observer == "mse"
+    with pytest.raises(InputError, match="unknown observer"):
+        spec.with_observer("best")

@@ -1,0 +1,62 @@
+"""The scripts that run a page's commands and check configuration files."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_only_marked_blocks_count() -> None:
+    page = "```bash\nno\n```\n<!-- ci -->\n\n```bash\nmake a\nmake b   # why\n```\ntext\n"
+    page += "<!-- ci -->\n```python\nx = 1\n```\n<!-- ci -->\n```text\nno\n```\n"
+    assert script("readme_commands").marked_blocks(page) == [
+        ("bash", "make a\nmake b   # why\n"),
+        ("python", "x = 1\n"),
+    ]
+
+
+def test_skipped_lines_are_whole_commands() -> None:
+    without = script("readme_commands").without
+    assert without("make demo\nmake test  # the tests\nmake test-all\n", ["make test"]) == "make demo\nmake test-all\n"
+
+
+@pytest.mark.parametrize(("block", "code"), [("true", 0), ("false\ntrue", 1), ("false | true", 1)])
+def test_a_failing_command_fails_the_run(tmp_path: Path, block: str, code: int) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- ci -->\n```bash\n{block}\n```\n")
+    command = [sys.executable, str(ROOT / ".ci" / "readme_commands.py"), str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert "+ " in done.stderr  # the shell shows what it runs
+
+
+def test_a_page_without_commands_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing here\n")
+    command = [sys.executable, str(ROOT / ".ci" / "readme_commands.py"), str(page)]
+    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 1
+
+
+def test_files_that_do_not_parse_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.toml"
+    good.write_text("a: 1\n")
+    bad.write_text("a = = 1\n")
+    check = script("check_config").main
+    assert check([str(good)]) == 0
+    assert check([str(good), str(bad)]) == 1
+    assert "bad.toml" in capsys.readouterr().err
