@@ -1,3 +1,87 @@
-"""Selective Spectral Decay: make transformers survive 4 bits."""
+"""Selective Spectral Decay: make transformers survive 4 bits.
 
-from s2d.decay import SelectiveSpectralDecay as SelectiveSpectralDecay
+The public names load on first use, so that ``import s2d`` costs nothing, and the command line's help and the report
+need no torch. ``audit`` and ``tasks`` are functions here and also modules of the package: ``s2d.audit(model, batches)``
+calls the function, ``from s2d.audit import Audit`` reads the module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from s2d.audit import audit as audit
+    from s2d.checkpoint import load as load
+    from s2d.checkpoint import save as save
+    from s2d.decay import SelectiveSpectralDecay as SelectiveSpectralDecay
+    from s2d.dominance import pcdr as pcdr
+    from s2d.errors import InputError as InputError
+    from s2d.evaluation import evaluate as evaluate
+    from s2d.quant import methods as methods
+    from s2d.quant import quantize as quantize
+    from s2d.spectrum import top_singular as top_singular
+    from s2d.tasks import create as task
+    from s2d.tasks import tasks as tasks
+    from s2d.training import TrainSettings as TrainSettings
+    from s2d.training import train as train
+
+__version__ = "0.1.0"
+
+# public name -> (the module that holds it, its name there)
+_HOMES = {
+    "InputError": ("s2d.errors", "InputError"),
+    "SelectiveSpectralDecay": ("s2d.decay", "SelectiveSpectralDecay"),
+    "TrainSettings": ("s2d.training", "TrainSettings"),
+    "audit": ("s2d.audit", "audit"),
+    "evaluate": ("s2d.evaluation", "evaluate"),
+    "load": ("s2d.checkpoint", "load"),
+    "methods": ("s2d.quant", "methods"),
+    "pcdr": ("s2d.dominance", "pcdr"),
+    "quantize": ("s2d.quant", "quantize"),
+    "save": ("s2d.checkpoint", "save"),
+    "task": ("s2d.tasks", "create"),
+    "tasks": ("s2d.tasks", "tasks"),
+    "top_singular": ("s2d.spectrum", "top_singular"),
+    "train": ("s2d.training", "train"),
+}
+__all__ = [  # written out for type checkers; the same names as _HOMES
+    "InputError",
+    "SelectiveSpectralDecay",
+    "TrainSettings",
+    "audit",
+    "evaluate",
+    "load",
+    "methods",
+    "pcdr",
+    "quantize",
+    "save",
+    "task",
+    "tasks",
+    "top_singular",
+    "train",
+]
+
+
+def _public(name: str) -> property:
+    """Reads a public name from its home. Importing a submodule of that name tries to set it, which must not win."""
+    module, attribute = _HOMES[name]
+
+    def read(_: ModuleType) -> Any:
+        return getattr(importlib.import_module(module), attribute)
+
+    return property(read, lambda _, __: None)
+
+
+class _Face(ModuleType):
+    """The package as people see it; its properties come before the submodules that the import system binds."""
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+for _name in _HOMES:
+    setattr(_Face, _name, _public(_name))
+sys.modules[__name__].__class__ = _Face

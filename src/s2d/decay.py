@@ -21,11 +21,12 @@ What differs, and why (docs/results/minilm.md has the measurements):
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -34,8 +35,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.errors import InputError
-from s2d.selection import Components, DataMetric, Finding, Metric, SiteMetric, WeightMetric, bias_of, call_views
-from s2d.targets import Kind, Selector, Target, find_targets
+from s2d.selection import (
+    Components,
+    DataMetric,
+    Finding,
+    Metric,
+    SiteMetric,
+    WeightMetric,
+    bias_of,
+    bias_parameter,
+    call_views,
+)
+from s2d.shrink import penalty_gradient, shrink_directions, shrink_rows, shrink_singular
+from s2d.targets import KINDS, Kind, Selector, Target, find_targets
 
 MetricName = Literal["site", "data", "weight"]
 Mode = Literal["decoupled", "coupled"]
@@ -85,6 +97,10 @@ class DecaySettings:
         ):
             if value not in allowed:
                 raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(allowed)}")
+        if not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise InputError(f"kinds={self.kinds!r} must be one or several of {', '.join(KINDS)}")
+        if not isinstance(self.track, bool):
+            raise InputError(f"track={self.track!r} must be True or False")
         ranges = (
             ("strength", self.strength, 0.0, math.inf, "at least 0"),
             ("power", self.power, 1.0, 16.0, "between 1 (plain decay) and 16"),
@@ -92,7 +108,8 @@ class DecaySettings:
             ("outlier_ratio", self.outlier_ratio, 0.0, math.inf, "at least 0"),
         )
         for name, value, low, high, text in ranges:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high or value == math.inf:
                 raise InputError(f"{name}={value!r} is out of range; it must be {text}")
         for name, value in (("max_rank", self.max_rank), ("refresh_every", self.refresh_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -119,27 +136,6 @@ PRESETS: dict[str, DecaySettings] = {
         kinds=("linear", "conv"),
     ),
 }
-
-
-def decayed(sigma: Tensor, amount: float, power: float) -> Tensor:
-    """Follow d sigma / dt = -sigma^power for a time ``amount``: the closed form, which never overshoots.
-
-    Args:
-        sigma: Non-negative singular values, any shape.
-        amount: lambda times the schedule's factor, at least 0.
-        power: n >= 1. n = 1: ``sigma e^-amount``; n = 2: ``sigma / (1 + amount sigma)``.
-
-    Returns:
-        Between 0 and ``sigma``.
-    """
-    if power == 1.0:
-        return sigma * math.exp(-amount)
-    return sigma * (1 + amount * (power - 1) * sigma.pow(power - 1)).pow(-1 / (power - 1))
-
-
-def spectral_penalty(sigma: Tensor, strength: float, power: float) -> Tensor:
-    """The paper's loss, ``lambda / (n + 1) * sum sigma^(n+1)``, a scalar (arXiv 2602.14432)."""
-    return strength / (power + 1) * sigma.pow(power + 1).sum()
 
 
 class SelectiveSpectralDecay:
@@ -183,16 +179,7 @@ class SelectiveSpectralDecay:
             model: Any module, compiled, or wrapped by DDP or not.
             optimizer: The optimizer (or several) that trains it. Weights that none of them holds are not touched.
             preset: ``"paper"`` for the paper's recipe, ``"default"`` (also None) for ours.
-            metric: Overrides the preset, like all settings below; see :class:`DecaySettings`.
-            mode: See :class:`DecaySettings`.
-            power: See :class:`DecaySettings`.
-            strength: See :class:`DecaySettings`.
-            threshold: See :class:`DecaySettings`.
-            max_rank: See :class:`DecaySettings`.
-            refresh_every: See :class:`DecaySettings`.
-            outlier_ratio: See :class:`DecaySettings`.
-            track: See :class:`DecaySettings`.
-            kinds: See :class:`DecaySettings`.
+            metric, mode, ..., kinds: Override the preset one by one; see :class:`DecaySettings`.
             include: Which weights; see :func:`s2d.targets.find_targets`.
             exclude: Which not.
             seed: Of the random starts of the spectral iterations.
@@ -202,29 +189,38 @@ class SelectiveSpectralDecay:
         """
         if preset is not None and preset not in PRESETS:
             raise InputError(f"preset={preset!r} is unknown; choose from {', '.join(PRESETS)}")
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model is {type(model).__name__}; pass the torch.nn.Module that is trained")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"seed={seed!r} must be a whole number")
         given = {
             name: value
             for name, value in (
                 ("metric", metric), ("mode", mode), ("power", power), ("strength", strength), ("threshold", threshold),
                 ("max_rank", max_rank), ("refresh_every", refresh_every), ("outlier_ratio", outlier_ratio),
-                ("track", track), ("kinds", None if kinds is None else tuple(kinds)),
+                ("track", track), ("kinds", (kinds,) if isinstance(kinds, str) else kinds and tuple(kinds)),
             )
             if value is not None
         }  # fmt: skip
         self.settings = replace(PRESETS[preset or "default"], **given)
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+        self.optimizers = [_innermost(each) for each in several]
         if not self.optimizers or not all(isinstance(o, Optimizer) for o in self.optimizers):
             raise InputError("pass a torch.optim.Optimizer (or several); its steps are what the decay rides on")
         self.skipped: dict[str, str] = {}
         self._group: dict[int, tuple[Optimizer, int]] = {}
         self.targets = self._usable(model, find_targets(model, include, exclude, self.settings.kinds))
-        for target in self.targets:
-            if target.kind in ("linear", "conv", "embedding") and self.settings.max_rank > min(target.matrix().shape):
-                if max_rank is not None:
-                    raise InputError(f"max_rank={max_rank} exceeds the rank of {target.name} {list(target.matrix().shape)}")
+        ranks = [min(target.matrix().shape) for target in self.targets if target.kind != "norm"]
+        if max_rank is not None and ranks and max_rank > max(ranks):
+            raise InputError(f"max_rank={max_rank} exceeds the rank of every weight here, at most {max(ranks)}")
         s = self.settings
         self._metric = _METRICS[s.metric](
-            self.targets, threshold=s.threshold, max_rank=s.max_rank, outlier_ratio=s.outlier_ratio, track=s.track, seed=seed
+            self.targets,
+            threshold=s.threshold,
+            max_rank=s.max_rank,
+            outlier_ratio=s.outlier_ratio,
+            track=s.track,
+            seed=seed,
         )
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
         self.step_count = 0
@@ -233,7 +229,9 @@ class SelectiveSpectralDecay:
         self._mask: Tensor | None = None
         self._handles: list[Any] = []
         self._stance: Any = None
-        self._compiled = any(type(m).__name__ == "OptimizedModule" for m in model.modules())
+        self._eager = _compiled(model)
+        self._saw_any = False
+        self._model = model
         self._mask_sources = _modules_with_mask(model)
         self._step_hooks: list[Any] = []
         for index, each in enumerate(self.optimizers):
@@ -246,27 +244,33 @@ class SelectiveSpectralDecay:
 
     def _usable(self, model: nn.Module, found: list[Target]) -> list[Target]:
         """Keep the weights that an optimizer trains; say why the others are left out."""
-        for index, optimizer in enumerate(self.optimizers):
+        for optimizer in self.optimizers:
             for g, group in enumerate(optimizer.param_groups):
                 for parameter in group["params"]:
-                    self._group[_key(parameter)] = (self.optimizers[index], g)
+                    self._group[id(parameter)] = (optimizer, g)
         owners: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), set()).add(name)
         kept = []
         for target in found:
             parameter = target.parameter
-            if type(parameter.data).__name__ == "DTensor":
+            if type(parameter.data).__name__ == "DTensor" or (target.kind != "norm" and parameter.ndim < 2):
                 raise InputError(
-                    f"{target.name} is sharded (DTensor); conditioning sharded weights is not supported yet: "
-                    "condition before fully_shard, or train with DDP"
+                    f"{target.name} is sharded (FSDP or DTensor); conditioning sharded weights is not supported yet: "
+                    "condition before sharding, or train with DDP"
                 )
-            if ".lora_" in target.name or "lora_embedding" in target.name:
+            if ".lora_" in f".{target.name}" or "lora_embedding" in target.name:
                 self.skipped[target.name] = "a LoRA factor, not the weight that runs; merge the adapter to condition"
             elif not parameter.requires_grad:
                 self.skipped[target.name] = "frozen (requires_grad is False)"
-            elif _key(parameter) not in self._group:
+            elif id(parameter) not in self._group:
                 self.skipped[target.name] = "no optimizer passed here holds it"
+            elif getattr(target.module, "groups", 1) != 1:
+                self.skipped[target.name] = "a grouped convolution, which is not one matrix"
+            elif target.kind == "conv" and not parameter.is_contiguous():
+                self.skipped[target.name] = "stored channels last; use model.to(memory_format=torch.contiguous_format)"
+            elif self.settings.mode == "coupled" and getattr(target.module, "sparse", False):
+                self.skipped[target.name] = "its gradient is sparse; use mode='decoupled'"
             elif len(owners.get(id(parameter), ())) > 1:
                 self.skipped[target.name] = "tied to " + ", ".join(sorted(owners[id(parameter)]))
             else:
@@ -280,22 +284,39 @@ class SelectiveSpectralDecay:
 
     # -- the optimizer's hooks -----------------------------------------------------------------------------------------
 
-    def _before_step(self, first: bool) -> Callable[..., None]:
-        @torch.no_grad()
-        def hook(optimizer: Optimizer, *_: Any) -> None:
-            if first and self._handles:
-                self._refresh()
-            if self.settings.mode == "coupled":
-                self._add_gradients(optimizer)
+    def _before_step(self, first: bool) -> Callable[..., Any]:
+        def prepare(optimizer: Optimizer) -> None:
+            with self._exact_arithmetic():
+                if first and self._handles:
+                    self._refresh()
+                if self.settings.mode == "coupled":
+                    self._add_gradients(optimizer)
+
+        def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if _skips_step(optimizer):
+                return None
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if closure is None:
+                prepare(optimizer)
+                return None
+
+            def run() -> Any:  # forward and backward happen inside the step (L-BFGS, Lightning)
+                loss = closure()
+                prepare(optimizer)
+                return loss
+
+            return (args[0], run, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
         return hook
 
     def _after_step(self, last: bool) -> Callable[..., None]:
-        @torch.no_grad()
         def hook(optimizer: Optimizer, *_: Any) -> None:
-            skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips by itself
-            if self.settings.mode == "decoupled" and not (skipped is not None and float(skipped) > 0):
-                self._shrink(optimizer)
+            if _skips_step(optimizer):
+                return
+            self._note_peaks(optimizer)
+            if self.settings.mode == "decoupled":
+                with self._exact_arithmetic():
+                    self._shrink(optimizer)
             if last:
                 self.step_count += 1
                 if self.step_count % self.settings.refresh_every == 0:
@@ -303,21 +324,35 @@ class SelectiveSpectralDecay:
 
         return hook
 
+    @contextlib.contextmanager
+    def _exact_arithmetic(self) -> Iterator[None]:
+        """No graph is recorded, and autocast, which would compute directions in half precision, is off."""
+        with torch.no_grad(), torch.autocast(self.targets[0].parameter.device.type, enabled=False):
+            yield
+
     def _selected_of(self, optimizer: Optimizer) -> Iterable[tuple[Target, Components]]:
         for target in self.targets:
             components = self._metric.selected.get(target.name)
-            if components is not None and len(components) and self._group[_key(target.parameter)][0] is optimizer:
+            if components is not None and len(components) and self._place(target)[0] is optimizer:
                 yield target, components
+
+    def _place(self, parameter_of: Target) -> tuple[Optimizer | None, int]:
+        """The optimizer and the group that train a weight; none for one put in the place of the weight trained."""
+        return self._group.get(id(parameter_of.parameter), (None, 0))
+
+    def _note_peaks(self, optimizer: Optimizer) -> None:
+        """The largest learning rate of each group: seen, or announced by its scheduler."""
+        for index, group in enumerate(optimizer.param_groups):
+            key = (self.optimizers.index(optimizer), index)
+            announced = float(group.get("max_lr", group.get("initial_lr", 0.0)))
+            self._peak_lr[key] = max(self._peak_lr.get(key, 0.0), float(group["lr"]), announced)
 
     def _schedule(self, target: Target) -> float:
         """The learning rate as a share of its peak, like the factor on AdamW's weight decay."""
-        optimizer, index = self._group[_key(target.parameter)]
-        group = optimizer.param_groups[index]
-        lr = float(group["lr"])
-        key = (self.optimizers.index(optimizer), index)
-        peak = max(self._peak_lr.get(key, 0.0), lr, float(group.get("max_lr", group.get("initial_lr", 0.0))))
-        self._peak_lr[key] = peak
-        return lr / peak if peak > 0 else 0.0
+        optimizer, index = self._place(target)
+        assert optimizer is not None
+        peak = self._peak_lr[self.optimizers.index(optimizer), index]
+        return float(optimizer.param_groups[index]["lr"]) / peak if peak > 0 else 0.0
 
     def _shrink(self, optimizer: Optimizer) -> None:
         """Decoupled: the closed form on the selected components, nothing else."""
@@ -325,17 +360,21 @@ class SelectiveSpectralDecay:
         if strength == 0:
             return
         for target, components in self._selected_of(optimizer):
-            amount = strength * self._schedule(target)
-            if target.kind == "norm":
-                shrink_rows(target.parameter.detach(), components, amount, power, bias_of(target))
-                continue
-            W = target.matrix().mT if target.kind == "embedding" else target.matrix()
+            amount, bias = strength * self._schedule(target), self._trained_bias(target)
+            W = target.parameter.detach() if target.kind == "norm" else target.matrix()
+            W = W.mT if target.kind == "embedding" else W
             if components.channels is not None:
-                shrink_rows(W, components, amount, power, bias_of(target))
+                shrink_rows(W, components, amount, power, bias)
             elif self.settings.metric == "weight":
                 shrink_singular(W, components, amount, power)
             else:
-                shrink_directions(W, components, amount, power, bias_of(target))
+                shrink_directions(W, components, amount, power, bias)
+
+    def _trained_bias(self, target: Target) -> Tensor | None:
+        """The bias of a target's rows, unless it is frozen."""
+        bias = bias_parameter(target)
+        trained = bias is not None and bias.requires_grad and id(bias) in self._group
+        return bias_of(target) if trained else None
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
         """Coupled: the gradient of the penalty joins the gradient of the loss."""
@@ -361,7 +400,9 @@ class SelectiveSpectralDecay:
 
     def _arm(self) -> None:
         """Put the forward hooks in; they see every forward pass until the next step."""
+        self._disarm()
         self._metric.begin()
+        self._saw_any = False
         by_module: dict[nn.Module, list[Target]] = {}
         for target in self.targets:
             by_module.setdefault(target.module, []).append(target)
@@ -369,7 +410,7 @@ class SelectiveSpectralDecay:
             self._handles.append(module.register_forward_pre_hook(self._remember_mask, with_kwargs=True))
         for module, targets in by_module.items():
             self._handles.append(module.register_forward_hook(self._look(targets)))
-        if self._compiled:
+        if self._eager:
             self._stance = torch.compiler.set_stance("force_eager")  # compiled code does not run hooks added later
 
     def _disarm(self) -> None:
@@ -377,7 +418,7 @@ class SelectiveSpectralDecay:
             handle.remove()
         self._handles, self._mask = [], None
         if self._stance is not None:
-            torch.compiler.set_stance("default")
+            self._stance.__exit__(None, None, None)  # back to the stance that was set before
             self._stance = None
 
     def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -386,46 +427,52 @@ class SelectiveSpectralDecay:
             names = list(inspect.signature(module.forward).parameters)
             position = names.index("attention_mask")
             mask = args[position] if position < len(args) else None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            self._mask = mask.detach()
+        if mask is None:
+            self._mask = None  # of an earlier call
+        elif isinstance(mask, Tensor) and mask.ndim == 2:
+            # Floats must be 0 and 1: some models hand a 2-D mask of what is *added* to the scores to their layers.
+            if not mask.is_floating_point() or bool(((mask == 0) | (mask == 1)).all() & mask.any()):
+                self._mask = mask.detach()
 
     def _look(self, targets: list[Target]) -> Callable[..., None]:
-        @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not module.training and self._any_training:
-                return
+            if torch.compiler.is_compiling() or module is not targets[0].module:
+                return  # being traced; or a copy of the model, which has the hooks as well
             if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
                 return
-            for target in targets:
-                self._ran.add(target.name)
-                x, y = call_views(target, module, args[0], output)
-                mask = self._mask if self._mask is not None and self._mask.numel() == y[..., 0].numel() else None
-                self._metric.observe(target, x, y, mask)
+            if not (module.training or output.requires_grad):
+                return  # an evaluation between two steps
+            self._saw_any = True
+            with self._exact_arithmetic():
+                for target in targets:
+                    self._ran.add(target.name)
+                    x, y = call_views(target, module, args[0], output)
+                    mask = self._mask if self._mask is not None and self._mask.numel() == y[..., 0].numel() else None
+                    self._metric.observe(target, x, y, mask)
 
         return hook
 
-    @property
-    def _any_training(self) -> bool:
-        """Evaluation passes between two steps are not looked at, unless the whole model trains in eval mode."""
-        return any(target.module.training for target in self.targets)
-
     def _refresh(self) -> None:
         """Turn what the hooks saw into the new selection."""
+        if not self._eager and (not self._saw_any or _compiled(self._model)):
+            self._eager = True  # perhaps the model was compiled after this decay was made: look again, eagerly
+            return self._arm()
         self._disarm()
         findings = self._metric.finish()
         self._share_across_ranks()
         for name, finding in findings.items():
             self.history.append(self._record(name, finding))
-        if self.step_count == 0:
-            for target in self.targets:
-                if target.name not in self._ran:
-                    self.skipped[target.name] = "its module's forward was not called in the first step"
-            if not self._ran:
-                warnings.warn(
-                    "no forward pass of the conditioned model was seen before the optimizer's step, so nothing is "
-                    "selected; pass the model whose modules really run",
-                    stacklevel=4,
-                )
+        for target in self.targets:
+            if target.name not in self._ran:
+                self.skipped[target.name] = "its module's forward was not called, or not with one tensor in and one out"
+            else:
+                self.skipped.pop(target.name, None)
+        if not self._ran:
+            warnings.warn(
+                "no forward pass of the conditioned model was seen before the optimizer's step, so nothing is "
+                "selected; pass the model whose modules really run",
+                stacklevel=4,
+            )
 
     def _record(self, name: str, finding: Finding) -> dict[str, Any]:
         components = self._metric.selected.get(name)
@@ -445,10 +492,10 @@ class SelectiveSpectralDecay:
             return
         if torch.distributed.get_world_size() == 1:
             return
-        device = self.targets[0].parameter.device
-        box = [{n: _moved(c, torch.device("cpu")) for n, c in self._metric.selected.items()}]
+        box = [{name: c.to(torch.device("cpu")) for name, c in self._metric.selected.items()}]
         torch.distributed.broadcast_object_list(box, src=0)
-        self._metric.selected = {n: _moved(c, device) for n, c in box[0].items()}
+        device = {target.name: target.parameter.device for target in self.targets}
+        self._metric.selected = {name: c.to(device[name]) for name, c in box[0].items()}
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -467,9 +514,10 @@ class SelectiveSpectralDecay:
         return {
             "version": _STATE_VERSION,
             "settings": {f.name: getattr(self.settings, f.name) for f in fields(self.settings)},
+            "targets": [[target.name, list(target.parameter.shape)] for target in self.targets],
             "step_count": self.step_count,
             "peak_lr": [[*key, value] for key, value in self._peak_lr.items()],
-            "selected": {name: vars(_moved(c, torch.device("cpu"))) for name, c in self._metric.selected.items()},
+            "selected": {name: vars(c.to(torch.device("cpu"))) for name, c in self._metric.selected.items()},
             "metric": self._metric.state(),
             "history": list(self.history),
             "ran": sorted(self._ran),
@@ -481,8 +529,12 @@ class SelectiveSpectralDecay:
         Raises:
             InputError: The state is of another version, of other settings, or of another model.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise InputError(f"a decay state of version {state.get('version')!r} cannot be read by version {_STATE_VERSION}")
+        if not isinstance(state, dict) or "version" not in state:
+            raise InputError("this is not a decay state; pass what state_dict() of a decay returned")
+        if state["version"] != _STATE_VERSION:
+            raise InputError(
+                f"a decay state of version {state['version']!r} cannot be read by version {_STATE_VERSION}"
+            )
         mine = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         other = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
         changed = [name for name in mine if mine[name] != other.get(name)]
@@ -490,13 +542,16 @@ class SelectiveSpectralDecay:
             text = ", ".join(f"{name}: {other.get(name)!r} saved, {mine[name]!r} here" for name in changed)
             raise InputError(f"the decay state has other settings ({text}); construct the decay with the saved ones")
         known = {target.name: target for target in self.targets}
-        foreign = [name for name in state["selected"] if name not in known]
+        here = {name: list(target.parameter.shape) for name, target in known.items()}
+        saved = dict(state["targets"])
+        foreign = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
         if foreign:
-            raise InputError(f"the decay state is of another model: it selects {foreign[0]}, which is not a target here")
+            first, there = here.get(foreign[0], "missing"), saved.get(foreign[0], "missing")
+            raise InputError(f"the decay state is of another model: {foreign[0]} is {there} there and {first} here")
         self.step_count = state["step_count"]
         self._peak_lr = {(a, b): value for a, b, value in state["peak_lr"]}
         self._metric.selected = {
-            name: _moved(Components(**parts), known[name].parameter.device) for name, parts in state["selected"].items()
+            name: Components(**parts).to(known[name].parameter.device) for name, parts in state["selected"].items()
         }
         self._metric.load_state(state["metric"])
         self.history = deque(state["history"], maxlen=_HISTORY_LENGTH)
@@ -520,70 +575,6 @@ class SelectiveSpectralDecay:
         )
 
 
-# -- pure pieces -------------------------------------------------------------------------------------------------------
-
-
-def shrink_singular(W: Tensor, components: Components, amount: float, power: float) -> None:
-    """W <- W - U (s - s') V^T, with s the present values u^T W v, not those of the last refresh. In place.
-
-    Args:
-        W: ``[O, I]``.
-        components: With U and V.
-        amount: See :func:`decayed`.
-        power: See :func:`decayed`.
-    """
-    assert components.U is not None and components.V is not None
-    U, V = components.U, components.V
-    s = ((W.to(U.dtype) @ V) * U).sum(0).clamp_min(0)  # a component that training turned around is left alone
-    W.sub_(((U * (s - decayed(s, amount, power))) @ V.mT).to(W.dtype))
-
-
-def shrink_directions(W: Tensor, components: Components, amount: float, power: float, bias: Tensor | None) -> None:
-    """W <- (I - U diag(rho) U^T) W and the same for the bias, rho = 1 - s'/s in the metric of the data. In place."""
-    assert components.U is not None
-    U = components.U
-    after = decayed(components.S, amount, power)
-    rho = 1 - after / components.S.clamp_min(torch.finfo(after.dtype).tiny)
-    W.sub_(((U * rho) @ (U.mT @ W.to(U.dtype))).to(W.dtype))
-    if bias is not None:
-        bias.sub_(((U * rho) @ (U.mT @ bias.to(U.dtype))).to(bias.dtype))
-    components.S = after
-
-
-def shrink_rows(W: Tensor, components: Components, amount: float, power: float, bias: Tensor | None) -> None:
-    """Scale the selected rows (or gains) and their biases by s'/s. In place.
-
-    Args:
-        W: ``[O, I]``, or a gain ``[O]``.
-        components: With channels.
-        amount: See :func:`decayed`.
-        power: See :func:`decayed`.
-        bias: ``[O]`` or None.
-    """
-    assert components.channels is not None
-    after = decayed(components.S, amount, power)
-    kept = after / components.S.clamp_min(torch.finfo(after.dtype).tiny)
-    shape = (-1, *[1] * (W.ndim - 1))
-    W[components.channels] *= kept.to(W.dtype).view(shape)
-    if bias is not None:
-        bias[components.channels] *= kept.to(bias.dtype)
-    components.S = after
-
-
-def penalty_gradient(W: Tensor, components: Components, power: float, metric: MetricName) -> Tensor:
-    """The gradient of ``sum sigma^(n+1) / (n + 1)`` at the selected components, ``[O, I]``.
-
-    Weight metric: ``sum s^n u v^T`` with the present ``s = u^T W v`` (a stale one would overshoot). Data metric: with
-    sigma^2 = u^T W C W^T u, ``sum s^(n-1) u (C W^T u)^T``.
-    """
-    assert components.U is not None and components.V is not None
-    U, V = components.U, components.V
-    if metric == "weight":
-        s = ((W.to(U.dtype) @ V) * U).sum(0).clamp_min(0)
-        return (U * s.pow(power)) @ V.mT
-    return (U * components.S.pow(power - 1)) @ V.mT
-
-
 def _modules_with_mask(model: nn.Module) -> list[nn.Module]:
     return [
         m
@@ -592,9 +583,18 @@ def _modules_with_mask(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _moved(components: Components, device: torch.device) -> Components:
-    return Components(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(components).items()})
+def _compiled(model: nn.Module) -> bool:
+    """Some of its modules are compiled, as far as can be seen from inside."""
+    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
 
 
-def _key(parameter: Tensor) -> int:
-    return id(parameter)
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer that really steps; accelerate and Lightning put theirs around it."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _skips_step(optimizer: Optimizer) -> bool:
+    """A fused optimizer under a gradient scaler is stepped even when it will skip."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and float(found) > 0

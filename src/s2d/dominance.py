@@ -1,7 +1,7 @@
 """Dominance: how much of a weight's outlier activations its leading components make.
 
-The principal component dominance ratio of a weight ``W`` with singular triplets ``(sigma_r, u_r, v_r)`` over its outputs
-``A_ij = sum_r sigma_r u_ri (v_r . x_j)`` is, from "Selective Spectral Decay" (arXiv 2602.14432),
+The principal component dominance ratio of a weight ``W`` with singular triplets ``(sigma_r, u_r, v_r)`` over its
+outputs ``A_ij = sum_r sigma_r u_ri (v_r . x_j)`` is, from "Selective Spectral Decay" (arXiv 2602.14432),
 
     PCDR_k = sum over outliers of |sum_{r<=k} sigma_r u_ri (v_r . x_j)|  /  sum over outliers of |A_ij|.
 
@@ -26,6 +26,10 @@ from s2d.spectrum import Triplets, top_singular
 OUTLIER_FRACTION = 1e-5
 FEWEST_OUTLIERS = 16
 
+# One pass reduces this many bytes of an activation at a time, so that they stay in the cache; an accelerator gets the
+# activation in one piece, as launches cost more there.
+_PIECE_BYTES_CPU = 1 << 20
+
 
 def token_rows(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Flatten all leading dimensions and drop padding.
@@ -41,12 +45,52 @@ def token_rows(x: Tensor, mask: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if mask is None or mask.numel() != len(rows):
         return rows
-    keep = mask.reshape(-1).bool()
-    return rows if bool(keep.all()) else rows[keep]
+    kept = kept_rows(mask)
+    return rows if kept is None else rows.index_select(0, kept)
+
+
+def kept_rows(mask: Tensor) -> Tensor | None:
+    """Which rows of a flattened activation are real tokens: indices ``[M]``, or None where all are."""
+    kept = mask.reshape(-1).nonzero().flatten()
+    return None if len(kept) == mask.numel() else kept
+
+
+def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Largest magnitude and sum of squares of every channel, in one pass over the activation.
+
+    torch's norms along the first dimension are ten times slower than that, and would read it twice. No reading of a
+    part of the rows is offered: outliers sit on few tokens, which a sample would miss.
+
+    Args:
+        x_ND: Activations of any floating dtype, not modified.
+        kept: Indices ``[M]`` of the rows to look at, see :func:`kept_rows`; all by default.
+
+    Returns:
+        ``max_n |x_nd|`` and ``sum_n x_nd^2``, ``[D]`` each, float32; zeros without rows.
+    """
+    count, width = len(x_ND) if kept is None else len(kept), x_ND.shape[1]
+    if count == 0:
+        return x_ND.new_zeros(width, dtype=torch.float32), x_ND.new_zeros(width, dtype=torch.float32)
+    rows = max(1, _PIECE_BYTES_CPU // (4 * width)) if x_ND.device.type == "cpu" else count
+    firsts = range(0, count, rows)
+    squares = x_ND.new_empty(min(rows, count), width, dtype=torch.float32)
+    largest = x_ND.new_empty(len(firsts), width, dtype=torch.float32)
+    sums = torch.empty_like(largest)
+    for i, first in enumerate(firsts):
+        piece = x_ND[first : first + rows] if kept is None else x_ND.index_select(0, kept[first : first + rows])
+        part = squares[: len(piece)]
+        part.copy_(piece).mul_(part) if piece.dtype != torch.float32 else torch.mul(piece, piece, out=part)
+        torch.amax(part, 0, out=largest[i])
+        torch.sum(part, 0, out=sums[i])
+    # The root of a rounded square is the number itself again (binary floating point, no overflow).
+    return largest.amax(0).sqrt_(), sums.sum(0)
 
 
 def outlier_entries(
-    Y_NO: Tensor, fraction: float = OUTLIER_FRACTION, channel_max: Tensor | None = None
+    Y_NO: Tensor,
+    fraction: float = OUTLIER_FRACTION,
+    channel_max: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Where the largest activations are.
 
@@ -62,9 +106,8 @@ def outlier_entries(
         Row and column indices, ``[E]`` each, largest first.
     """
     count = min(max(math.ceil(fraction * Y_NO.numel()), FEWEST_OUTLIERS), Y_NO.numel())
-    if channel_max is None:
-        channel_max = torch.linalg.vector_norm(Y_NO, math.inf, dim=0)
-    channels = channel_max.topk(min(count, len(channel_max))).indices
+    maxima: Tensor = torch.linalg.vector_norm(Y_NO, math.inf, dim=0) if channel_max is None else channel_max
+    channels = maxima.topk(min(count, len(maxima))).indices
     flat = Y_NO[:, channels].abs().flatten().topk(count).indices
     return flat // len(channels), channels[flat % len(channels)]
 
@@ -162,11 +205,11 @@ def pcdr(
     if mask is not None and mask.shape != X.shape[:-1]:
         raise InputError(f"a mask of shape {list(mask.shape)} does not fit inputs of shape {list(X.shape)}")
     found = top_singular(W, k) if triplets is None else triplets
-    inputs = X.detach().to(found.S.dtype)
+    inputs = token_rows(X.detach(), mask).to(found.S.dtype)
     if not bool(torch.isfinite(inputs).all()):
         raise InputError("the inputs hold NaN or Inf; look for the first module whose output is not finite")
     dominance = Dominance(found, fraction)
-    dominance.update(inputs, inputs @ W.detach().to(found.S.dtype).mT, mask)
+    dominance.update(inputs, inputs @ W.detach().to(found.S.dtype).mT)
     return dominance.ratios()[:k]
 
 
@@ -187,15 +230,15 @@ def principal_directions(Y_NO: Tensor, k: int, warm: Tensor | None = None, steps
         Orthonormal ``[O, k]``, in order of falling energy, float32.
     """
     Y = Y_NO.float()
-    if warm is None:
+    if warm is None or warm.shape[1] != k:
         generator = torch.Generator().manual_seed(seed)
         U = torch.randn(Y.shape[1], k, generator=generator).to(Y.device)
     else:
         U, steps = warm.to(Y), 1
     for _ in range(steps):
         U = torch.linalg.qr(Y.mT @ (Y @ U)).Q
-    _, _, rotation = torch.linalg.svd(Y @ U, full_matrices=False)
-    return U @ rotation.mT
+    small = torch.linalg.qr(Y @ U, mode="r").R  # with fewer rows than k, its full SVD still rotates all of U
+    return U @ torch.linalg.svd(small).Vh.mT
 
 
 def outlier_shares(U_OK: Tensor, Y_NO: Tensor, row_E: Tensor, column_E: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ answer, :class:`Components`, which :mod:`s2d.decay` then shrinks.
 
 - ``"weight"``: singular components of W, selected by PCDR (the paper, arXiv 2602.14432, its selection rule).
 - ``"data"``: components of W C^(1/2), C the second moment of the inputs: principal directions u of the outputs.
-- ``"site"``: where a quantizer will sit (inputs of linear layers, attention's operands), the channels whose maximum exceeds a multiple of
-  the site's RMS. A per-tensor grid is stretched by channels, so the directions are the coordinate axes e_j; what is
-  shrunk is whatever *writes* channel j: a row of the linear layer before, or a norm's gain (diag(gamma) has the
-  singular values |gamma_j| and the singular vectors e_j).
+- ``"site"``: where a quantizer will sit (inputs of linear layers, attention's operands), the channels whose maximum
+  exceeds a multiple of the site's RMS. A per-tensor grid is stretched by channels, so the directions are the coordinate
+  axes e_j; what is shrunk is whatever *writes* channel j: a row of the linear layer before, or a norm's gain
+  (diag(gamma) has the singular values |gamma_j| and the singular vectors e_j).
 
 Norm gains have coordinate components in every metric.
 
@@ -27,15 +27,18 @@ from torch import Tensor, nn
 from s2d.dominance import Dominance, outlier_entries, outlier_shares, principal_directions, token_rows
 from s2d.spectrum import Triplets, top_singular_many
 from s2d.targets import Target
-from s2d.writers import Call, find_writer
+from s2d.writers import Call, find_writer, same_tensor
 
 # How far a component's share of the outliers, or a site's outlier ratio, must fall below the value that selects it
 # before it is released. Without the gap a component at the limit flickers from batch to batch.
 RELEASE = 0.7
 # Overlap |u.u'| from which a refreshed component counts as the tracked one.
 SAME_COMPONENT = 0.7
-# A batch's maximum is a noisy statistic: between refreshes the largest value seen leaks by this factor.
-LEAK = 0.9
+# The same for a channel. Its limit moves with the RMS of the site, which falls as channels are shrunk: a wide gap would
+# hold channels that were never outliers, until nearly all are shrunk together and the ratio never falls.
+RELEASE_CHANNEL = 0.9
+# For the same reason at most this share of a site's channels is shrunk at a time, the largest ones.
+MOST_CHANNELS = 0.25
 # Extra components looked at beyond max_rank, so that one that lost its rank is still found.
 SPARE = 3
 
@@ -59,6 +62,10 @@ class Components:
     def __len__(self) -> int:
         return len(self.S)
 
+    def to(self, device: torch.device) -> Components:
+        """The same on another device."""
+        return Components(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
 
 @dataclass
 class Finding:
@@ -79,10 +86,16 @@ class _Sums:
     channel_squares: Tensor | None = None
     rows: int = 0
 
-    def add(self, x_ND: Tensor) -> Tensor:
-        """Take in rows; returns the channel maxima ``[D]`` of these rows alone."""
+    def add(self, x_ND: Tensor) -> Tensor | None:
+        """Take in rows; returns the channel maxima ``[D]`` of these rows alone.
+
+        Nothing is taken in (None) where there are no rows, or one holds NaN or Inf: half precision overflowed, and the
+        gradient scaler will skip the step.
+        """
         x = x_ND.detach()
-        peak = torch.linalg.vector_norm(x, math.inf, dim=0).float()
+        peak = torch.linalg.vector_norm(x, math.inf, dim=0).float() if len(x) else None
+        if peak is None or not bool(torch.isfinite(peak).all()):
+            return None
         squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
         if self.channel_max is None or self.channel_squares is None:
             self.channel_max, self.channel_squares = peak, squares
@@ -139,27 +152,9 @@ class Metric:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
 
-    def _tracked(self, name: str, fresh: Components | None, share: dict[str, Tensor]) -> Components | None:
-        """Merge fresh components with the tracked ones that still make outliers."""
-        old = self.selected.get(name)
-        if not self.track or old is None or old.U is None:
-            return fresh
-        keep = share["old"] >= RELEASE * self.threshold
-        if fresh is not None and fresh.U is not None:
-            overlap = (old.U.mT @ fresh.U).abs()
-            keep &= overlap.amax(1) < SAME_COMPONENT  # the refreshed vectors replace the old ones
-        if not bool(keep.any()):
-            return fresh
-        rest = Components(old.S[keep], old.U[:, keep], None if old.V is None else old.V[:, keep])
-        if fresh is None or fresh.U is None:
-            return rest
-        assert rest.U is not None
-        joined = torch.cat([fresh.U, rest.U], 1)
-        return Components(
-            torch.cat([fresh.S, rest.S]),
-            joined,
-            None if fresh.V is None or rest.V is None else torch.cat([fresh.V, rest.V], 1),
-        )
+    def _gate(self, name: str) -> float:
+        """The outlier ratio from which a weight is judged; lower while it is tracked."""
+        return self.outlier_ratio * (RELEASE if self.track and name in self.selected else 1.0)
 
 
 @dataclass
@@ -182,14 +177,17 @@ class WeightMetric(Metric):
         self._seen: dict[str, _Seen] = {}
 
     def begin(self) -> None:
+        """Forget the sums of the last refresh."""
         self._seen = {}
 
     def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        seen = self._seen.setdefault(target.name, _Seen())
+        """Keep the inputs and values of the largest outputs."""
         y_NO = token_rows(y, mask)
-        if len(y_NO) == 0:
-            return
+        seen = self._seen.get(target.name, _Seen())
         channel_max = seen.sums.add(y_NO)
+        if channel_max is None:
+            return
+        self._seen[target.name] = seen
         if target.kind == "norm":
             return
         row_E, column_E = outlier_entries(y_NO, channel_max=channel_max)
@@ -203,29 +201,30 @@ class WeightMetric(Metric):
         seen.columns.append(column_E)
 
     def finish(self) -> dict[str, Finding]:
+        """Refresh the triplets, and select by PCDR."""
         matrices = [t for t in self.targets if t.kind != "norm" and t.name in self._seen]
-        limit = {t.name: min(self.max_rank, *_as_linear(t).shape) for t in matrices}
-        found = top_singular_many(
-            [_as_linear(t) for t in matrices],
-            min([self.max_rank + SPARE, *(min(_as_linear(t).shape) for t in matrices)]) if matrices else 1,
-            warm=[self.triplets.get(t.name) for t in matrices],
-            seed=self.seed,
-            names=[t.name for t in matrices],
-        )
-        findings: dict[str, Finding] = {}
-        for target, triplets in zip(matrices, found, strict=True):
-            self.triplets[target.name] = triplets
-            self.fallbacks += triplets.fallbacks
-            findings[target.name] = self._judge(target, triplets, limit[target.name])
+        width = {t.name: min(self.max_rank + SPARE, *t.matrix().shape) for t in matrices}
+        for k in sorted(set(width.values())):
+            members = [t for t in matrices if width[t.name] == k]
+            found = top_singular_many(
+                [_as_linear(t) for t in members],
+                k,
+                warm=[self.triplets.get(t.name) for t in members],
+                seed=self.seed,
+                names=[t.name for t in members],
+            )
+            self.triplets.update(zip((t.name for t in members), found, strict=True))
+            self.fallbacks += sum(triplets.fallbacks for triplets in found)
+        findings = {t.name: self._judge(t, self.triplets[t.name]) for t in matrices}
         for target in self.targets:
             if target.kind == "norm" and target.name in self._seen:
                 findings[target.name] = coordinate_finding(
-                    self._seen[target.name].sums, None, target, self.outlier_ratio, self.selected.get(target.name)
+                    self._seen[target.name].sums, target, self.outlier_ratio, self.selected.get(target.name)
                 )
         self.selected = {n: f.components for n, f in findings.items() if f.components is not None}
         return findings
 
-    def _judge(self, target: Target, triplets: Triplets, max_rank: int) -> Finding:
+    def _judge(self, target: Target, triplets: Triplets) -> Finding:
         seen = self._seen[target.name]
         x_E, value_E, column_E = torch.cat(seen.inputs), torch.cat(seen.values), torch.cat(seen.columns)
 
@@ -239,28 +238,30 @@ class WeightMetric(Metric):
         ratios = dominance.ratios()
         peak, rms = value_E.abs().max().item(), seen.sums.rms().item()
         ratio = peak / rms if rms > 0 else 0.0
-        tracked = target.name in self.selected
-        gate = self.outlier_ratio * (RELEASE if tracked and self.track else 1.0)
-        fresh = None
-        reached = (ratios[:max_rank] >= self.threshold).nonzero()
-        if len(reached) and ratio >= gate:
-            k = int(reached[0]) + 1
-            fresh = Components(triplets.S[:k].clone(), triplets.U[:, :k].clone(), triplets.V[:, :k].clone())
-        components = fresh
         old = self.selected.get(target.name)
-        if self.track and ratio >= gate and old is not None and old.U is not None and old.V is not None:
-            W = _as_linear(target).to(old.U.dtype)
-            sigma = ((W @ old.V) * old.U).sum(0)
-            part = projected(old.V) * sigma * old.U[column_E]
-            share = (part * value_E.sign()[:, None]).sum(0) / value_E.abs().sum().clamp_min(1e-30)
-            components = self._tracked(target.name, fresh, {"old": share})
+        chosen: list[Components] = []
+        if ratio >= self._gate(target.name):
+            reached = (ratios[: self.max_rank] >= self.threshold).nonzero()
+            k = int(reached[0]) + 1 if len(reached) else 0
+            if k:
+                chosen.append(Components(triplets.S[:k].clone(), triplets.U[:, :k].clone(), triplets.V[:, :k].clone()))
+            if self.track and old is not None:
+                S, U, V = _followed(_as_linear(target), old, triplets, k)
+                part = projected(V) * S * U[column_E]
+                share = (part * value_E.sign()[:, None]).sum(0) / value_E.abs().sum().clamp_min(1e-30)
+                keep = share >= RELEASE * self.threshold
+                chosen.append(Components(S[keep], U[:, keep], V[:, keep]))
+        S, U, V = (torch.cat([getattr(c, part) for c in chosen], -1) if chosen else None for part in "SUV")
+        components = Components(S, U, V) if S is not None and len(S) else None
         k = min(self.max_rank, len(triplets.S))
         return Finding(triplets.S[:k].tolist(), ratios[:k].tolist(), peak, ratio, components)
 
     def state(self) -> dict[str, Any]:
+        """What a bit-exact continuation needs, beside `selected`."""
         return {"triplets": {name: vars(t).copy() for name, t in self.triplets.items()}, "fallbacks": self.fallbacks}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
         self.triplets = {name: Triplets(**fields) for name, fields in state["triplets"].items()}
         self.fallbacks = state["fallbacks"]
 
@@ -275,25 +276,26 @@ class DataMetric(Metric):
         self._norms: dict[str, _Sums] = {}
 
     def begin(self) -> None:
+        """Forget the sums of the last refresh."""
         self._findings, self._norms = {}, {}
 
     def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        """Judge one pass: its principal directions and their shares of the outliers."""
         y_NO = token_rows(y.detach(), mask)
-        if len(y_NO) == 0:
+        sums = self._norms.get(target.name, _Sums())  # of matrices, one pass is judged at a time
+        channel_max = sums.add(y_NO)
+        if channel_max is None:
             return
         if target.kind == "norm":
-            self._norms.setdefault(target.name, _Sums()).add(y_NO)
+            self._norms[target.name] = sums
             return
-        sums = _Sums()
-        channel_max = sums.add(y_NO)
         peak, rms = channel_max.max().item(), sums.rms().item()
         ratio = peak / rms if rms > 0 else 0.0
         known = self._findings.get(target.name)
         if known is not None and known.outlier_ratio >= ratio:
             return  # of several forward passes the one with the largest outlier is judged
-        finding = Finding([], [], peak, ratio)
-        self._findings[target.name] = finding
-        if ratio < self.outlier_ratio * (RELEASE if target.name in self.selected else 1.0):
+        finding = self._findings[target.name] = Finding([], [], peak, ratio)
+        if ratio < self._gate(target.name):
             return  # healthy: no directions are computed
         row_E, column_E = outlier_entries(y_NO, channel_max=channel_max)
         k = min(self.max_rank + SPARE, y_NO.shape[1])
@@ -302,39 +304,51 @@ class DataMetric(Metric):
         U = principal_directions(Y, k, self.directions.get(target.name), seed=self.seed)
         self.directions[target.name] = U
         share = outlier_shares(U, Y, row_E, column_E)
-        part = Y @ U
-        sigma = torch.linalg.vector_norm(part, dim=0) / math.sqrt(len(Y))
+        sigma = torch.linalg.vector_norm(Y @ U, dim=0) / math.sqrt(len(Y))
         finding.sigma, finding.pcdr = sigma[: self.max_rank].tolist(), share.cumsum(0)[: self.max_rank].tolist()
-        chosen = (share >= self.threshold).nonzero().flatten()[: self.max_rank]
-        fresh = None
-        if len(chosen):
-            V = None
-            if target.kind != "embedding":
-                V = token_rows(x.detach(), mask).float().mT @ part[:, chosen] / len(Y)
-            fresh = Components(sigma[chosen], U[:, chosen].clone(), V)
-        finding.components = fresh
+
+        chosen = U[:, (share >= self.threshold).nonzero().flatten()[: self.max_rank]]
         old = self.selected.get(target.name)
-        if old is not None and old.U is not None:
-            share_old = outlier_shares(old.U, Y, row_E, column_E)
-            merged = self._tracked(target.name, fresh, {"old": share_old})
-            if merged is not None and merged.U is not None:
-                merged.U = torch.linalg.qr(merged.U).Q  # tracked and fresh directions need not be orthogonal
-            finding.components = merged
+        if self.track and old is not None and old.U is not None:
+            continued = (old.U.mT @ U).abs().amax(0) >= SAME_COMPONENT
+            still = (share < self.threshold) & (share >= RELEASE * self.threshold) & continued
+            chosen = torch.cat([chosen, U[:, still]], 1)
+            lost = old.U[:, torch.linalg.vector_norm(U.mT @ old.U, dim=0) < SAME_COMPONENT]
+            lost = lost[:, outlier_shares(lost, Y, row_E, column_E) >= RELEASE * self.threshold]
+            if lost.shape[1]:  # not orthogonal to the fresh ones; keep the signs, which QR does not
+                Q, R = torch.linalg.qr(torch.cat([chosen, lost], 1))
+                chosen = Q * R.diagonal().sign()
+        if chosen.shape[1]:
+            part = Y @ chosen
+            S = torch.linalg.vector_norm(part, dim=0) / math.sqrt(len(Y))
+            finding.components = Components(S, chosen.clone(), self._inputs_times(target, x, mask, part))
+
+    def _inputs_times(self, target: Target, x: Tensor, mask: Tensor | None, part_NK: Tensor) -> Tensor:
+        """``X^T part / N``, which is ``C W^T U`` for the weight's inputs, ``[I, K]``."""
+        if target.kind == "embedding":  # its inputs are one-hot
+            token_N = token_rows(x.unsqueeze(-1), mask)[:, 0]
+            summed = part_NK.new_zeros(len(target.parameter), part_NK.shape[1]).index_add_(0, token_N, part_NK)
+        else:
+            summed = token_rows(x.detach(), mask).float().mT @ part_NK
+        return summed / len(part_NK)
 
     def finish(self) -> dict[str, Finding]:
+        """Select what the judged passes found."""
         findings = dict(self._findings)
         for target in self.targets:
             if target.name in self._norms:
                 findings[target.name] = coordinate_finding(
-                    self._norms[target.name], None, target, self.outlier_ratio, self.selected.get(target.name)
+                    self._norms[target.name], target, self.outlier_ratio, self.selected.get(target.name)
                 )
         self.selected = {n: f.components for n, f in findings.items() if f.components is not None}
         return findings
 
     def state(self) -> dict[str, Any]:
+        """What a bit-exact continuation needs, beside `selected`."""
         return {"directions": dict(self.directions)}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
         self.directions = dict(state["directions"])
 
 
@@ -352,81 +366,88 @@ class SiteMetric(Metric):
         super().__init__(targets, **settings)
         self.writers: dict[str, str] = {}
         self.operands: set[str] = set()
-        self.peaks: dict[str, Tensor] = {}
         self._by_name = {target.name: target for target in targets}
         self._sums: dict[str, _Sums] = {}
         self._calls: list[Call] = []
-        self._seen_input: tuple[int, ...] | None = None
+        self._seen_input: Tensor | None = None
         self._searching = True
 
     def begin(self) -> None:
+        """Forget the sums of the last refresh."""
         self._sums, self._calls, self._seen_input = {}, [], None
         self._searching = not self.writers
 
     def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        key = (x.data_ptr(), *x.shape)
-        if target.kind == "linear" and key != self._seen_input and (self._searching or target.name in self.writers):
+        """Sum up the site that this module reads, and find its writer in the first refresh."""
+        if target.kind == "linear" and (self._searching or target.name in self.writers) and not self._read_before(x):
             rows = token_rows(x.detach(), mask)
             if self._searching and target.name not in self.writers:
                 writer = find_writer(self._sample(rows), self._calls)
                 if writer is not None:
                     self.writers[target.name] = writer.target.name
                     self.operands.update(operand.name for operand in writer.operands)
-            if target.name in self.writers and len(rows):
-                self._sums.setdefault(self.writers[target.name], _Sums()).add(rows)
-                self._seen_input = key  # q, k and v read the same tensor
+            if target.name in self.writers:
+                self._add(self.writers[target.name], rows)
+                self._seen_input = x.detach()
         if target.name in self.operands:
-            rows = token_rows(y.detach(), mask)
-            if len(rows):
-                self._sums.setdefault(target.name, _Sums()).add(rows)
+            self._add(target.name, token_rows(y.detach(), mask))
         if self._searching:
-            self._calls.append(Call(target, self._sample(token_rows(y.detach(), mask)), key))
+            self._calls.append(Call(target, self._sample(token_rows(y.detach(), mask)), x.detach()))
             self._calls = self._calls[-self._LOOK_BACK :]
 
+    def _read_before(self, x: Tensor) -> bool:
+        """q, k and v read the same tensor: one look is enough."""
+        return self._seen_input is not None and same_tensor(x, self._seen_input)
+
+    def _add(self, name: str, rows_ND: Tensor) -> None:
+        sums = self._sums.get(name, _Sums())
+        if sums.add(rows_ND) is not None:
+            self._sums[name] = sums
+
     def _sample(self, rows_ND: Tensor) -> Tensor:
-        return rows_ND[:: max(1, len(rows_ND) // self._SAMPLE_ROWS)].float()
+        """The same rows of every activation with so many; spread by a prime, as a stride may hit one position only."""
+        n = len(rows_ND)
+        if n <= self._SAMPLE_ROWS:
+            return rows_ND.float()
+        return rows_ND[torch.arange(self._SAMPLE_ROWS, device=rows_ND.device) * 7919 % n].float()
 
     def finish(self) -> dict[str, Finding]:
+        """Select the channels of every site."""
         findings: dict[str, Finding] = {}
         for name, sums in self._sums.items():
-            assert sums.channel_max is not None
-            peaks = self.peaks.get(name)
-            findings[name] = coordinate_finding(
-                sums, peaks, self._by_name[name], self.outlier_ratio, self.selected.get(name)
-            )
-            leaked = sums.channel_max if peaks is None else LEAK * peaks.to(sums.channel_max)
-            self.peaks[name] = torch.maximum(sums.channel_max, leaked)
-        self._calls = []
+            findings[name] = coordinate_finding(sums, self._by_name[name], self.outlier_ratio, self.selected.get(name))
+        self._calls, self._seen_input = [], None
         self.selected = {n: f.components for n, f in findings.items() if f.components is not None}
         return findings
 
     def state(self) -> dict[str, Any]:
-        return {"writers": dict(self.writers), "operands": sorted(self.operands), "peaks": dict(self.peaks)}
+        """What a bit-exact continuation needs, beside `selected`."""
+        return {"writers": dict(self.writers), "operands": sorted(self.operands)}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
         self.writers, self.operands = dict(state["writers"]), set(state["operands"])
-        self.peaks = dict(state["peaks"])
 
 
-def coordinate_finding(
-    sums: _Sums, peaks: Tensor | None, target: Target, outlier_ratio: float, selected: Components | None
-) -> Finding:
+def coordinate_finding(sums: _Sums, target: Target, outlier_ratio: float, selected: Components | None) -> Finding:
     """Select the channels whose maximum exceeds ``outlier_ratio`` times the RMS of the whole activation.
 
     Args:
         sums: Of this refresh.
-        peaks: Leaky channel maxima of earlier refreshes, ``[O]``.
         target: Which weight; a gain's singular values are its magnitudes.
         outlier_ratio: See :class:`Metric`.
-        selected: The last selection, held until its maximum falls below ``RELEASE`` of the limit.
+        selected: The last selection, held until its maximum falls below ``RELEASE_CHANNEL`` of the limit.
     """
     assert sums.channel_max is not None and sums.channel_squares is not None
-    channel_max = sums.channel_max if peaks is None else torch.maximum(sums.channel_max, LEAK * peaks.to(sums.channel_max))
+    channel_max = sums.channel_max
     rms = sums.rms()
     limit = torch.full_like(channel_max, max(outlier_ratio, 1e-12)) * rms
     if selected is not None and selected.channels is not None:
-        limit[selected.channels] *= RELEASE
+        limit[selected.channels] *= RELEASE_CHANNEL
     channels = (channel_max > limit).nonzero().flatten() if rms > 0 else channel_max.new_zeros(0, dtype=torch.long)
+    most = max(1, int(MOST_CHANNELS * len(channel_max)))
+    if len(channels) > most:
+        channels = channels[channel_max[channels].topk(most).indices].sort().values
     if target.kind == "norm":
         sigma = target.parameter.detach().abs().float()
     else:
@@ -447,11 +468,31 @@ def _as_linear(target: Target) -> Tensor:
     return target.matrix().mT if target.kind == "embedding" else target.matrix()
 
 
+def _followed(W: Tensor, old: Components, found: Triplets, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the components selected last have become, but for those among the first k: sigma, U and V.
+
+    One that is still among the triplets found takes over their vectors; one that left them keeps its own.
+    """
+    assert old.U is not None and old.V is not None
+    overlap = (old.U.mT @ found.U).abs() * (old.V.mT @ found.V).abs()
+    best, index = overlap.max(1)
+    spare = index[(best >= SAME_COMPONENT) & (index >= k)].unique()
+    covered = torch.linalg.vector_norm(old.U.mT @ found.U[:, :k], dim=1) >= SAME_COMPONENT
+    lost = (best < SAME_COMPONENT) & ~covered
+    U, V = (torch.cat([new[:, spare], kept[:, lost]], 1) for new, kept in ((found.U, old.U), (found.V, old.V)))
+    return ((W.to(U.dtype) @ V) * U).sum(0), U, V
+
+
+def bias_parameter(target: Target) -> nn.Parameter | None:
+    """The bias that belongs to a target, whole; None where there is none."""
+    name = "in_proj_bias" if target.parameter_name == "in_proj_weight" else "bias"
+    return None if target.kind == "embedding" else target.module._parameters.get(name)
+
+
 def bias_of(target: Target) -> Tensor | None:
     """The bias that belongs to a target's rows, detached; a view, so writing to it writes to the model."""
-    name = "in_proj_bias" if target.parameter_name == "in_proj_weight" else "bias"
-    bias = target.module._parameters.get(name)
-    if bias is None or target.kind == "embedding":
+    bias = bias_parameter(target)
+    if bias is None:
         return None
     return bias.detach()[target.rows] if target.rows is not None else bias.detach()
 
@@ -459,18 +500,23 @@ def bias_of(target: Target) -> Tensor | None:
 def call_views(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Bring a module's input and output to ``[..., I]`` and ``[..., O]`` of the target.
 
-    Convolutions have their channels last; the input of a convolution is unfolded to the patches its matrix multiplies.
+    Channels come last; the input of a convolution is unfolded to the patches that its matrix multiplies.
     """
-    if target.kind == "conv" and isinstance(module, nn.Conv2d):
-        patches = nn.functional.unfold(
-            x.detach().float(), module.kernel_size, module.dilation, _padding(module), module.stride
-        )
-        x, y = patches.mT, y.flatten(2).mT
-    elif target.kind == "conv":
-        y = y.movedim(1, -1)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _patches(module, x.detach()), y.movedim(-1 - len(module.kernel_size), -1)
+    if target.kind == "norm" and y.ndim > 2:
+        channels_first = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
+        if channels_first or y.shape[-1] != target.parameter.numel():
+            y = y.movedim(1, -1)
     return x, (y[..., target.rows] if target.rows is not None else y)
 
 
-def _padding(module: nn.Conv2d) -> tuple[int, int] | int:
-    padding = module.padding
-    return 0 if isinstance(padding, str) else (padding[0], padding[1])
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """``[..., I, *S]`` to ``[..., *S', I * prod(kernel)]``, in the order of the flattened weight."""
+    dims = len(module.kernel_size)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    first = x.ndim - dims  # of the spatial dimensions; each unfolded one leaves its window at the end
+    for d, (size, stride, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        x = x.unfold(first + d, gap * (size - 1) + 1, stride)[..., ::gap]
+    return x.movedim(first - 1, -1 - dims).flatten(-1 - dims)

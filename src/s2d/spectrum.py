@@ -1,16 +1,15 @@
 """Leading singular triplets of weight matrices: exact, randomized, and warm-started from the last ones.
 
-The regulariser looks at the same weights again and again while they move a little between two looks. So the last
-block of right singular vectors is kept and moved one power step further, which reads the weight about once, instead
-of decomposing the weight again.
+The regulariser looks at the same weights again and again, and they move little between two looks. So the last block of
+right singular vectors is kept and taken one power step further, which reads the weight about once.
 
 Sources: randomized range finder with power iterations, Halko, Martinsson, Tropp (2011), arXiv 0909.4061, algorithms
 4.4 and 5.1; block subspace iteration with Rayleigh-Ritz, Saad, "Numerical Methods for Large Eigenvalue Problems",
 chapter 5; its Chebyshev filter, Zhou, Saad, Tiago, Chelikowsky (2006), J. Comput. Phys. 219, algorithm 4.3.
-Deviations: both skinny products of a power step are taken in one pass over the weight; the bases are orthonormalised
-from their Gram matrices, in float64 (Householder QR where a Gram matrix is too ill-conditioned for that); the filter
-leaves far-leading directions alone; the last column of a warm block is stirred with noise, so that a direction that
-grows outside of the block is found.
+Deviations: both skinny products of a power step are taken in one pass over the weight; bases are orthonormalised from
+their Gram matrices, in float64 (Householder QR where those are too ill-conditioned); the filter leaves far-leading
+directions alone; the last column of a warm block is stirred with noise, so that a direction growing outside is found;
+the search restarts where the last one can no longer vouch for the order.
 
 Shapes: B matrices of a group, m rows, n columns, p columns of the block, k triplets asked for. Inside this module a
 block of p vectors is stored as *rows* ([p, n], contiguous): a matrix product with a skinny operand is up to ten times
@@ -31,25 +30,23 @@ from s2d.errors import InputError
 
 METHODS = ("auto", "exact", "randomized", "warm")
 
-# One pass handles this many bytes of the weight at a time, so that the second product finds them in the cache. On an
-# accelerator launches cost more than memory traffic, hence the larger pieces.
+# A power step takes this many bytes of the weight at a time, so that its second product finds them in the cache. On an
+# accelerator launches cost more than memory traffic.
 _PIECE_BYTES_CPU = 3 << 19
 _PIECE_BYTES_ACCELERATOR = 64 << 20
 
-# Up to this min(m, n) an exact SVD is cheaper than iterating (measured: benchmarks/spectrum.py).
+# Up to this min(m, n) an exact SVD is cheaper than iterating.
 _EXACT_UP_TO_COLD = 128
 _EXACT_UP_TO_WARM = 32
 
-# A group larger than this is split, which bounds the memory of the float64 work.
-_GROUP_SIZE = 32
+_GROUP_SIZE = 32  # larger groups are split, which bounds their memory
 
 # Relative size of the noise stirred into the last column of a warm block.
 _STIR = 0.3
 
-# So many columns of a block are in float64 at a time.
+# Gram matrices: so many columns of a block are in float64 at a time, and below this ratio of the block's smallest to
+# its largest singular value they lose too many digits.
 _GRAM_COLUMNS = 1024
-
-# Below this ratio of the block's smallest to its largest singular value, Gram matrices lose too many digits in fp32.
 _GRAM_CONDITION = 1e-3
 
 # The Chebyshev filter: singular values above this multiple of the block's smallest converge fast enough by themselves;
@@ -77,8 +74,10 @@ class Triplets:
             largest of a batch. 0 where an exact SVD was chosen from the start.
         exact: An exact SVD was used, by request, because the matrix is small, or as the fall-back.
         fallbacks: How many matrices did not converge and fell back to an exact SVD. Sum it to count them.
-        basis: The right block that the next warm start continues from, ``[..., n, p]`` with p >= k: V and the
-            oversampling columns. ``V`` is a view of it.
+        basis: The right block that the next warm start continues from, ``[..., n, p]`` with p >= k: V (a view of it)
+            and the oversampling columns.
+        edge: The last singular value of the block when it was last found from scratch, ``[...]``; about the largest
+            that may hide outside. A warm start whose s_k has sunk below it searches from scratch again.
     """
 
     U: Tensor
@@ -89,6 +88,7 @@ class Triplets:
     exact: bool
     fallbacks: int
     basis: Tensor
+    edge: Tensor
 
 
 def as_matrix(W: Tensor) -> Tensor:
@@ -134,7 +134,8 @@ def top_singular(
         W: ``[..., m, n]``, float64, float32, bfloat16 or float16; the last two are computed in float32. Never
             modified, and no gradient is recorded.
         k: Number of triplets, at least 1 and at most min(m, n).
-        warm: The triplets of an earlier state of ``W`` (same shape), to continue from.
+        warm: The triplets of an earlier state of ``W`` (same shape), to continue from. Made with a smaller
+            ``k + oversample``, they are not used.
         method: ``"auto"``: warm where ``warm`` is given, otherwise randomized, and exact where that is cheaper (a
             small matrix). ``"exact"``: ``torch.linalg.svd``. ``"randomized"``: from a random block, whatever ``warm``
             holds. ``"warm"``: from ``warm``.
@@ -152,13 +153,11 @@ def top_singular(
     Raises:
         InputError: ``W`` holds NaN or Inf, is not a floating-point matrix, or an argument is out of range.
     """
+    _check_matrix(W, name)
     batch = W.shape[:-2]
-    if W.ndim < 2 or batch.numel() == 0:
-        raise InputError(f"{name} has shape {list(W.shape)}; pass a matrix [m, n] or a batch of them [..., m, n]")
     if warm is not None and warm.S.shape[:-1] != batch:
         raise InputError(
-            f"the warm triplets of {name} are a batch of {list(warm.S.shape[:-1])}, not {list(batch)}; "
-            "pass the triplets that came from this weight"
+            f"{name} is a batch of {list(batch)}, its warm triplets of {list(warm.S.shape[:-1])}; pass its own"
         )
     matrices = [W] if W.ndim == 2 else list(W.detach().reshape(-1, *W.shape[-2:]).unbind(0))
     found = top_singular_many(
@@ -190,17 +189,14 @@ def top_singular_many(
 ) -> list[Triplets]:
     """Compute the k leading triplets of many matrices; those of equal shape share their small dense work.
 
-    The weights themselves are never stacked or copied: extra memory is about three times the skinny blocks
-    ``(m + n) * (k + oversample)`` of up to 32 matrices of one shape.
+    The weights themselves are never stacked or copied (save for an exact SVD): a warm refresh needs at most three times
+    the skinny blocks, ``(m + n) * (k + oversample)`` numbers, of up to 32 matrices of one shape at a time.
 
     Args:
         Ws: Matrices ``[m, n]``, of any mix of shapes, dtypes and devices.
         k: As in :func:`top_singular`, for every matrix.
         warm: One earlier result (or None) per matrix.
         method: As in :func:`top_singular`, like ``tol``, ``max_iterations`` and ``oversample``.
-        tol: Relative residual to reach.
-        max_iterations: Power steps before the fall-back.
-        oversample: Extra columns.
         seed: Of the random start, which is the one that every matrix would get alone.
         names: What error messages call the matrices; ``weight 0``, ``weight 1``, ... by default.
 
@@ -223,18 +219,19 @@ def top_singular_many(
     results: dict[int, Triplets] = {}
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (W, start) in enumerate(zip(matrices, starts, strict=True)):
-        use_warm = start is not None and method != "randomized"
+        width = min(k + oversample, *W.shape)
+        use_warm = start is not None and method != "randomized" and start.basis.shape[-1] >= width
         small = min(W.shape) <= (_EXACT_UP_TO_WARM if use_warm else _EXACT_UP_TO_COLD)
         if method == "exact" or (method == "auto" and small):
-            results[i] = _exact(W, min(k + oversample, *W.shape), k, labels[i])
+            results[i] = _exact(W, width, k, labels[i])
         else:
             groups.setdefault((tuple(W.shape), W.dtype, W.device, use_warm), []).append(i)
     with _full_precision(matrices):
         for (*_, use_warm), members in groups.items():
             for first in range(0, len(members), _GROUP_SIZE):
                 chunk = members[first : first + _GROUP_SIZE]
-                Ws_chunk, names_chunk = [matrices[i] for i in chunk], [labels[i] for i in chunk]
-                group = _Group(Ws_chunk, names_chunk, k, oversample, tol, max_iterations, seed)
+                Ws_names = [matrices[i] for i in chunk], [labels[i] for i in chunk]
+                group = _Group(*Ws_names, k, oversample, tol, max_iterations, seed)
                 blocks = [start for i in chunk if (start := starts[i]) is not None] if use_warm else None
                 results.update(zip(chunk, group.solve(blocks), strict=True))
     return [results[i] for i in range(len(matrices))]
@@ -256,13 +253,12 @@ def stable_rank(W: Tensor) -> Tensor:
 
 
 def median_singular(W: Tensor) -> Tensor:
-    """The median singular value (the lower one of two), from an exact decomposition: for audits, not for training.
+    """The median singular value (the lower one of two), from an exact decomposition: not for a training loop.
 
     Args:
         W: ``[..., m, n]``, as in :func:`top_singular`, whose errors it raises.
 
-    Returns:
-        ``[...]``.
+    Returns: ``[...]``.
     """
     matrix = W.detach()
     _check_matrix(matrix, "W")
@@ -270,7 +266,6 @@ def median_singular(W: Tensor) -> Tensor:
     return torch.linalg.svdvals(matrix.to(_work_dtype(matrix.dtype))).median(dim=-1).values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The iteration
 
 
@@ -407,13 +402,13 @@ class _Group:
         self.m, self.n = Ws[0].shape
         self.dtype, self.device = _work_dtype(Ws[0].dtype), Ws[0].device
         self.width = min(k + oversample, self.m, self.n)
-        self.warm = False
         self.steps = [0] * len(Ws)
+        self.edges: dict[int, Tensor] = {}  # of those that continue from a warm start
         self.done: dict[int, Triplets] = {}
 
     def solve(self, starts: list[Triplets] | None) -> list[Triplets]:
         """Iterate from the last triplets, or from a random block (None); what does not converge is solved exactly."""
-        self.warm = starts is not None
+        self.edges = {} if starts is None else {i: start.edge.to(self.device) for i, start in enumerate(starts)}
         active = list(range(len(self.Ws)))
         V = self._random_block(self.width).repeat(len(active), 1, 1) if starts is None else self._warm_block(starts)
         while active:
@@ -423,9 +418,8 @@ class _Group:
                 _power_step(self.Ws[i], V[row], Y[row], Z[row])
                 self.steps[i] += 1
             if refused := self._out_of_range(active, Y):
+                self.done.update({active[row]: self._exactly(active[row]) for row in refused})
                 kept = [row for row in range(len(active)) if row not in refused]
-                for row in refused:
-                    self.done[active[row]] = self._exactly(active[row])
                 active, V, Y, Z = [active[row] for row in kept], V[kept], Y[kept], Z[kept]
                 if not active:
                     break
@@ -441,34 +435,41 @@ class _Group:
         return [self.done[i] for i in range(len(self.Ws))]
 
     def _out_of_range(self, active: list[int], Y: Tensor) -> list[int]:
-        """Rows whose weight only LAPACK, which scales first, can do; refuses NaN and Inf.
-
-        NaN or Inf anywhere in a weight reaches its products, so looking at these spares a pass over the weight.
-        """
-        sizes = torch.linalg.vector_norm(Y, dim=(1, 2)).tolist()
-        suspect = [row for row, size in enumerate(sizes) if not _SAFE_PRODUCT[0] < size < _SAFE_PRODUCT[1]]
-        return [row for row in suspect if _require_finite(self.Ws[active[row]], self.names[active[row]]) > 0]
+        """Rows whose weight only LAPACK, which scales first, can do; refuses NaN and Inf, which reach the products."""
+        refused = []
+        for row, size in enumerate(torch.linalg.vector_norm(Y, dim=(1, 2)).tolist()):
+            if not _SAFE_PRODUCT[0] < size < _SAFE_PRODUCT[1]:
+                largest = _require_finite(self.Ws[active[row]], self.names[active[row]])
+                if largest > 0 or not math.isfinite(size):  # a zero weight is no trouble, a damaged warm start is
+                    refused.append(row)
+        return refused
 
     def _continue(self, active: list[int], U: Tensor, S: Tensor, V: Tensor, residual: Tensor) -> list[int]:
         """Record what has converged or has had its steps, filter the others (in V); returns their rows."""
-        rest = residual.tolist()
         _fix_signs(U, V[:, : self.k])
         left: list[int] = []
-        for row, i in enumerate(active):
-            u, s, v = U[row], S[row, : self.k], V[row]
-            if rest[row] <= self.tol:
-                self.done[i] = Triplets(u.mT, s, v[: self.k].mT, residual[row], self.steps[i], False, 0, v.mT)
-            elif self.steps[i] >= self.max_iterations:
+        for row, (i, rest) in enumerate(zip(active, residual.tolist(), strict=True)):
+            u, s, v, edge = U[row], S[row, : self.k], V[row], self.edges.get(i)
+            converged = rest <= self.tol
+            if converged and (edge is None or bool(s[-1] >= edge)):
+                if edge is None:
+                    edge = S[row, -1] * (self.k < self.width < min(self.m, self.n))
+                self.done[i] = Triplets(u.mT, s, v[: self.k].mT, residual[row], self.steps[i], False, 0, v.mT, edge)
+                continue
+            if self.steps[i] >= self.max_iterations:
                 self.done[i] = self._exactly(i)
-            else:
-                left.append(row)
-                if self.warm and self.steps[i] == 1:
-                    continue  # a move of the weight errs in all directions, most of which one plain step cleans up
+                continue
+            left.append(row)
+            if converged:  # on singular triplets, but larger ones may have been outside all along
+                V[row] = self._random_block(self.width)
+                del self.edges[i]
+            elif edge is None or self.steps[i] > 1:
                 most = self.max_iterations - self.steps[i] - 1
-                degree = min(_filter_degree(S[row].tolist(), self.k, rest[row], self.tol), most)
+                degree = min(_filter_degree(S[row].tolist(), self.k, rest, self.tol), most)
                 if degree > 1:
                     V[row] = _filtered(self.Ws[i], V[row], S[row], degree)
                     self.steps[i] += degree
+            # else: a move of the weight errs in all directions, and one more plain step clears most of that
         return left
 
     def _exactly(self, i: int) -> Triplets:
@@ -484,28 +485,23 @@ class _Group:
 
     def _warm_block(self, starts: list[Triplets]) -> Tensor:
         """The blocks the last results ended with, ``[B, width, n]``; their last row is stirred."""
-        blocks = [start.basis.mT.to(self.device, self.dtype)[: self.width] for start in starts]
-        V = torch.stack([b if b.shape[0] == self.width else self._widened(b) for b in blocks])
+        V = torch.stack([start.basis.mT[: self.width].to(self.device, self.dtype) for start in starts])
         if self.width in (self.k, self.n):
             return V  # no spare row, or the block is the whole space
-        noise = self._random_block(1).expand(len(blocks), 1, -1)
+        # Signs from the state make every refresh stir differently, and the same call the same.
+        noise = torch.copysign(self._random_block(1), V[:, -1:].roll(1, dims=-1))
         kept = V[:, :-1]
         noise = noise - (noise @ kept.mT) @ kept  # off the others, so that converged rows stay converged
         last = V[:, -1:] + _STIR * noise
         V[:, -1:] = last / torch.linalg.vector_norm(last, dim=-1, keepdim=True)
         return V
 
-    def _widened(self, V: Tensor) -> Tensor:
-        """``[p, n]`` to ``[width, n]`` by random rows, orthonormal."""
-        return torch.linalg.qr(torch.cat([V, self._random_block(self.width)[V.shape[0] :]]).mT).Q.mT
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Exact, checks, small helpers
 
 
 def _exact(W: Tensor, width: int, k: int, name: str) -> Triplets:
-    """The oracle: LAPACK's SVD, in the tall orientation, which it decomposes about twice as fast."""
+    """LAPACK's SVD, in the tall orientation, which it decomposes about twice as fast."""
     _require_finite(W, name)
     A = W.to(_work_dtype(W.dtype))
     tall = A.shape[0] >= A.shape[1]
@@ -514,7 +510,8 @@ def _exact(W: Tensor, width: int, k: int, name: str) -> Triplets:
     U, V = U[:k].contiguous(), V[:width].contiguous()
     _fix_signs(U, V[:k])
     zero = torch.zeros((), dtype=S.dtype, device=S.device)
-    return Triplets(U.mT, S[:k].clone(), V[:k].mT, zero, 0, exact=True, fallbacks=0, basis=V.mT)
+    edge = S[width].clone() if k < width < len(S) else zero
+    return Triplets(U.mT, S[:k].clone(), V[:k].mT, zero, 0, True, 0, V.mT, edge)
 
 
 def _fix_signs(U: Tensor, V: Tensor) -> None:
@@ -545,17 +542,18 @@ def _full_precision(matrices: Sequence[Tensor]) -> Iterator[None]:
 def _unbatch(batch: Triplets) -> list[Triplets]:
     U, V, basis = (x.reshape(-1, *x.shape[-2:]) for x in (batch.U, batch.V, batch.basis))
     S, residual = batch.S.reshape(-1, batch.S.shape[-1]), batch.residual.reshape(-1)
-    tensors = zip(U, S, V, residual, basis, strict=True)
-    return [Triplets(u, s, v, r, batch.iterations, batch.exact, 0, b) for u, s, v, r, b in tensors]
+    tensors = zip(U, S, V, residual, basis, batch.edge.reshape(-1), strict=True)
+    return [Triplets(u, s, v, r, batch.iterations, batch.exact, 0, b, e) for u, s, v, r, b, e in tensors]
 
 
 def _rebatch(found: Sequence[Triplets], batch: torch.Size) -> Triplets:
-    U, S, residual, basis = (
+    U, S, residual, basis, edge = (
         torch.stack(parts).reshape(*batch, *parts[0].shape)
-        for parts in zip(*((t.U, t.S, t.residual, t.basis) for t in found), strict=True)
+        for parts in zip(*((t.U, t.S, t.residual, t.basis, t.edge) for t in found), strict=True)
     )
     steps, exact = max(t.iterations for t in found), any(t.exact for t in found)
-    return Triplets(U, S, basis[..., : S.shape[-1]], residual, steps, exact, sum(t.fallbacks for t in found), basis)
+    fallbacks = sum(t.fallbacks for t in found)
+    return Triplets(U, S, basis[..., : S.shape[-1]], residual, steps, exact, fallbacks, basis, edge)
 
 
 def _require_finite(W: Tensor, name: str) -> float:
@@ -571,6 +569,8 @@ def _require_finite(W: Tensor, name: str) -> float:
 
 
 def _check_matrix(W: Tensor, name: str) -> None:
+    if W.ndim < 2 or W.numel() == 0:
+        raise InputError(f"{name} has shape {list(W.shape)}; pass a matrix [m, n] with at least one row and column")
     if W.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{name} is {W.dtype}; pass float64, float32, bfloat16 or float16 (W.float() converts)")
     if W.layout != torch.strided or W.device.type == "meta":
@@ -596,7 +596,5 @@ def _check_arguments(
         if start is None and method == "warm":
             raise InputError(f'{name} has no earlier triplets, which method="warm" needs; pass warm, or method="auto"')
         if start is not None and (start.U.shape[-2], *start.basis.shape[:-1]) != (W.shape[0], W.shape[1]):
-            raise InputError(
-                f"the warm triplets of {name} belong to a matrix of shape "
-                f"{[start.U.shape[-2], start.basis.shape[-2]]}, not {list(W.shape)}; pass those of this weight"
-            )
+            theirs = [start.U.shape[-2], start.basis.shape[-2]]
+            raise InputError(f"{name} has shape {list(W.shape)}, its warm triplets are of {theirs}; pass its own")

@@ -26,7 +26,7 @@ Selector: TypeAlias = str | Sequence[str] | Callable[[nn.Module, str], bool]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_FUSED_QKV = frozenset({"qkv", "Wqkv", "query_key_value", "in_proj_weight", "c_attn"})
+_FUSED_QKV = frozenset({"qkv", "Wqkv", "qkv_proj", "query_key_value", "in_proj_weight", "c_attn"})
 # In these the rows of q, k and v alternate head by head, so no row slice holds one of them; the weight stays whole.
 _INTERLEAVED_QKV = ("GPTNeoX", "Bloom", "Falcon")
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})

@@ -5,7 +5,8 @@ module names are needed to find it, as the operations between the two leave trac
 
 - identity (a norm before a linear layer): the input equals the norm's output;
 - an activation function (fc1 -> fc2): the input agrees with the positive part of the writer's output;
-- a gated product (gate, up -> down): it agrees with the positive part of gate times up, and scales with up;
+- a gated product (gate, up -> down): it agrees with the positive part of gate times up, and scales with up, which may
+  run before or after gate;
 - attention averaging (v -> output projection): every channel keeps its mean over the tokens, nearly.
 
 Shapes: N sampled tokens, D channels.
@@ -28,11 +29,11 @@ SAME_MEANS = 0.75
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a target's module in a forward pass: sampled rows of its output, and which tensor it read."""
+    """One call of a target's module in a forward pass: sampled rows of its output, and the tensor it read."""
 
     target: Target
     y_ND: Tensor
-    input_key: tuple[int, ...]
+    x: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,28 @@ def find_writer(x_ND: Tensor, calls: list[Call]) -> Writer | None:
         y = calls[i].y_ND
         if max(_correlation(x_ND, y), _correlation(x_ND, y.relu())) >= SAME_ENTRIES:
             return Writer(calls[i].target)
-        if i - 1 in fitting and _correlation(x_ND, calls[i - 1].y_ND.relu() * y) >= SAME_ENTRIES:
-            return Writer(calls[i].target)
-    means = [(_correlation(x_ND.mean(0), calls[i].y_ND.mean(0)), i) for i in fitting if calls[i].target.kind == "linear"]
+        if i - 1 in fitting:
+            before = calls[i - 1].y_ND
+            products = [(_correlation(x_ND, before.relu() * y), i), (_correlation(x_ND, before * y.relu()), i - 1)]
+            fit, linear_factor = max(products)  # the gate may run first or last
+            if fit >= SAME_ENTRIES:
+                return Writer(calls[linear_factor].target)
+    means = [
+        (_correlation(x_ND.mean(0), calls[i].y_ND.mean(0)), i) for i in fitting if calls[i].target.kind == "linear"
+    ]
     if not means or max(means)[0] < SAME_MEANS:
         return None
     value = calls[max(means)[1]]
     # What reads the tensor that the values are made from, with the same width, is multiplied with or by them.
     operands = tuple(
-        c.target for i in fitting if (c := calls[i]).input_key == value.input_key and c.target is not value.target
+        c.target for i in fitting if same_tensor((c := calls[i]).x, value.x) and c.target is not value.target
     )
     return Writer(value.target, operands)
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Both are one activation. Both must still be held: memory that is free is given to the next tensor."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s2d.errors import InputError
-from s2d.quant.formats import FORMATS, IntFormat
+from s2d.quant.formats import FORMATS, FP8_E4M3, Format
 from s2d.quant.observers import (
     ACTIVATION_SHRINK,
     CANDIDATES,
@@ -31,7 +31,7 @@ def heavy_tailed(count: int = 20_000) -> Tensor:
     return x
 
 
-def error(x: Tensor, lo: Tensor, hi: Tensor, format: IntFormat) -> float:
+def error(x: Tensor, lo: Tensor, hi: Tensor, format: Format) -> float:
     rounded = fake_quantize(x, *affine_parameters(lo, hi, format, format.symmetric), format)
     return (rounded - x).double().square().sum().item()
 
@@ -74,8 +74,10 @@ def test_percentile_of_few_values(numbers: list[float], percent: float) -> None:
     torch.testing.assert_close(torch.stack([lo, hi]).double(), wanted, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("format", [FORMATS["uint3"], UINT4, FORMATS["uint6"], UINT8, INT4], ids=lambda f: f.name)
-def test_mse_equals_a_brute_force_loop(format: IntFormat) -> None:
+@pytest.mark.parametrize(
+    "format", [FORMATS["uint3"], UINT4, FORMATS["uint6"], UINT8, INT4, FP8_E4M3], ids=lambda f: f.name
+)
+def test_mse_equals_a_brute_force_loop(format: Format) -> None:
     x = heavy_tailed()
     observer = MeanSquaredError("x")
     for part in x.chunk(3):
@@ -131,7 +133,7 @@ def test_unknown_observers(text: str) -> None:
 
 
 @pytest.mark.parametrize("format", [FORMATS["int3"], INT4, FORMATS["int8"], UINT4], ids=lambda f: f.name)
-def test_weight_mse_equals_a_loop_over_rows_and_candidates(format: IntFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_mse_equals_a_loop_over_rows_and_candidates(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     # A small budget, so that the candidates are searched in several rounds.
     monkeypatch.setattr("s2d.quant.observers.WEIGHT_SEARCH_NUMBERS", 7 * 6 * 64)
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) ** 3

@@ -12,9 +12,10 @@ from tiny_models import Case, PlainTransformer
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.quant import methods, quantize, record
+from s2d.quant import methods, quantize, record, remove
+from s2d.quant.formats import FORMATS
 from s2d.quant.observers import weight_range
-from s2d.quant.quantizer import Quantizer
+from s2d.quant.quantizer import fake_quantize
 from s2d.quant.sites import quantizers_of
 
 
@@ -69,6 +70,25 @@ def test_tokens_on_their_own_need_no_calibration_ranges(case: Case) -> None:
     assert (case.output(quantized) - case.output()).norm() < 0.05 * case.output().norm()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("spec", "tolerance"), [("fp8", 0.1), ("mxfp8", 0.1), ("nvfp4", 0.4), ("mxfp4", 0.6)])
+def test_floating_point_formats_on_every_attention(case: Case, spec: str, tolerance: float) -> None:
+    quantized = quantize(case.model, spec, calibration=case.batches)
+    plain = case.output()
+    assert 0 < (case.output(quantized) - plain).norm() < tolerance * plain.norm()
+    remove(quantized)
+    assert torch.equal(case.output(quantized), plain)
+
+
+def test_blocks_of_v_run_along_the_keys(make: Callable[[str], Case]) -> None:
+    case = make("plain-sdpa")
+    attn = quantize(case.model, "mxfp4", calibration=case.batches).blocks[0].attn.attention_quantizer
+    v = torch.randn(2, 4, 7, 4)
+    one, zero = torch.tensor(1.0), torch.tensor(0)
+    assert torch.equal(attn.v(v), fake_quantize(v.mT, one, zero, FORMATS["mxfp4"]).mT)
+    assert torch.equal(attn.k(v), fake_quantize(v, one, zero, FORMATS["mxfp4"]))
+
+
 def test_training_a_quantized_model_moves_its_weights(make: Callable[[str], Case]) -> None:
     case = make("plain-sdpa")
     quantized = quantize(case.model, "w4a8", calibration=case.batches).train()
@@ -99,7 +119,8 @@ def test_a_plain_state_dict_of_the_quantized_model_restores_it(make: Callable[[s
         assert torch.equal(case.output(other), case.output(quantized))
 
 
-def test_the_same_call_gives_the_same_model(case: Case) -> None:
+def test_the_same_call_gives_the_same_model(make: Callable[[str], Case]) -> None:
+    case = make("bert-sdpa")
     for observer in ("minmax", "percentile", "mse"):
         first, second = (quantize(case.model, "w4a4", calibration=case.batches, observer=observer) for _ in range(2))
         for key, value in first.state_dict().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2d.quant.formats import FORMATS, IntFormat
+from s2d.quant.formats import FORMATS, FP4_E2M1, FP8_E4M3, FP8_E5M2, BlockFormat, FloatFormat, Format, IntFormat
 from s2d.quant.quantizer import (
     SMALLEST_SCALE,
     Quantizer,
@@ -22,16 +23,21 @@ from s2d.quant.quantizer import (
     quantize_codes,
 )
 
-formats = st.sampled_from(list(FORMATS.values()))
+INTEGERS = {name: format for name, format in FORMATS.items() if isinstance(format, IntFormat)}
+BLOCKS = {name: format for name, format in FORMATS.items() if isinstance(format, BlockFormat)}
+TORCHAO = "torchao.prototype.mx_formats"
+
+formats = st.sampled_from(list(INTEGERS.values()))
+any_format = st.sampled_from(list(FORMATS.values()))
 numbers = st.floats(-1e4, 1e4, width=32)
 values = st.lists(numbers, min_size=1, max_size=40).map(lambda xs: torch.tensor(xs, dtype=torch.float32))
 
 
-def fitted(x: Tensor, format: IntFormat) -> tuple[Tensor, Tensor]:
+def fitted(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return affine_parameters(x.min(), x.max(), format, format.symmetric)
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("format", INTEGERS.values(), ids=INTEGERS)
 def test_per_tensor_equals_torch(format: IntFormat) -> None:
     x = torch.randn(64, 33) * 3 + 0.7
     scale, zero_point = affine_parameters(torch.tensor(-2.3), torch.tensor(4.1), format, format.symmetric)
@@ -39,7 +45,7 @@ def test_per_tensor_equals_torch(format: IntFormat) -> None:
     assert torch.equal(ours, torch.fake_quantize_per_tensor_affine(x, scale, zero_point, format.qmin, format.qmax))
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("format", INTEGERS.values(), ids=INTEGERS)
 def test_per_channel_equals_torch(format: IntFormat) -> None:
     x = torch.randn(16, 33) * torch.logspace(-3, 3, 16)[:, None]
     scale, zero_point = affine_parameters(x.amin(1) * 0.7, x.amax(1) * 0.7, format, format.symmetric)
@@ -82,8 +88,8 @@ def test_against_exact_arithmetic(x: Tensor, format: IntFormat) -> None:
         assert code == wanted or (tie and abs(code - wanted) <= 1)
 
 
-@given(values, formats)
-def test_idempotent(x: Tensor, format: IntFormat) -> None:
+@given(values, any_format)
+def test_idempotent(x: Tensor, format: Format) -> None:
     parameters = fitted(x, format)
     once = fake_quantize(x, *parameters, format)
     assert torch.equal(fake_quantize(once, *parameters, format), once)
@@ -95,11 +101,11 @@ def test_monotone(x: Tensor, format: IntFormat) -> None:
     assert bool((rounded.diff() >= 0).all())
 
 
-@given(values, formats)
-def test_zero_is_exact_and_the_zero_point_is_a_code(x: Tensor, format: IntFormat) -> None:
+@given(values, any_format)
+def test_zero_is_exact_and_the_zero_point_is_a_code(x: Tensor, format: Format) -> None:
     scale, zero_point = fitted(x, format)
     assert fake_quantize(torch.zeros(3), scale, zero_point, format).abs().max() == 0
-    assert format.qmin <= int(zero_point) <= format.qmax
+    assert (format.qmin if isinstance(format, IntFormat) else 0) <= int(zero_point) <= format.qmax
     assert zero_point.dtype == torch.int32 and scale > 0
 
 
@@ -143,6 +149,86 @@ def test_nan_is_not_turned_into_a_code() -> None:
 def test_symmetric_needs_a_signed_format() -> None:
     with pytest.raises(ValueError, match="uint4"):
         affine_parameters(torch.tensor(-1.0), torch.tensor(1.0), FORMATS["uint4"], True)
+
+
+def test_floats_have_no_zero_point() -> None:
+    with pytest.raises(ValueError, match="fp8_e4m3 has no zero point"):
+        affine_parameters(torch.tensor(-1.0), torch.tensor(1.0), FP8_E4M3, False)
+
+
+@pytest.mark.parametrize(("format", "dtype"), [(FP8_E4M3, torch.float8_e4m3fn), (FP8_E5M2, torch.float8_e5m2)])
+def test_scaled_fp8_equals_torchs_cast(format: FloatFormat, dtype: torch.dtype) -> None:
+    x = torch.randn(16, 64) * torch.logspace(-3, 3, 16)[:, None]
+    scale, zero_point = affine_parameters(x.amin(1, True), x.amax(1, True), format, True)
+    wanted = (x / scale).clamp(-format.qmax, format.qmax).to(dtype).float() * scale
+    assert torch.equal(fake_quantize(x, scale, zero_point, format), wanted)
+    assert fake_quantize(x.bfloat16(), scale, zero_point, format).dtype == torch.bfloat16
+
+
+def spread_blocks() -> Tensor:
+    """Rows whose blocks span many magnitudes, with a block of zeros and a row that does not fill its last block."""
+    x = torch.randn(6, 80, generator=torch.Generator().manual_seed(1))
+    x *= torch.logspace(-4, 3, 5).repeat_interleave(16)
+    x[2, 16:64] = 0.0
+    return x
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_equal_a_loop_over_blocks(name: str) -> None:
+    format, x = BLOCKS[name], spread_blocks()
+    scale, zero_point = fitted(x, format)
+    ours = fake_quantize(x, scale, zero_point, format)
+    for row, mine in zip(x, ours, strict=True):
+        for block, got in zip(row.split(format.block), mine.split(format.block), strict=True):
+            top = block.abs().max().item()
+            if format.scale is None:
+                shared = 2.0 ** (math.floor(math.log2(top)) - format.element.largest_exponent) if top else 1.0
+            else:
+                wanted = torch.tensor(top / 6 / scale.item()).clamp(2.0**-6, 448.0)
+                shared = wanted.to(torch.float8_e4m3fn).item() * scale.item()
+            if format.element is FP4_E2M1:
+                grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]) * shared
+                best = (block.abs()[:, None] - grid).abs().min(dim=1).values
+                torch.testing.assert_close((got - block).abs(), best, rtol=1e-5, atol=1e-6 * shared)
+            else:
+                cast = (block / shared).clamp(-448, 448).to(torch.float8_e4m3fn).float() * shared
+                torch.testing.assert_close(got, cast, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_equal_torchao(name: str) -> None:
+    """Bit-exact against the reference implementation, where it is installed."""
+    x = spread_blocks()[:, :64].contiguous()
+    format = BLOCKS[name]
+    scale, zero_point = fitted(x, format)
+    if format.scale is None:
+        module = pytest.importorskip(f"{TORCHAO}.mx_tensor", reason="needs torchao")
+        element = torch.float4_e2m1fn_x2 if format.element is FP4_E2M1 else torch.float8_e4m3fn
+        wanted = module.MXTensor.to_mx(x, element, block_size=32).dequantize(torch.float32)
+    else:
+        module = pytest.importorskip(f"{TORCHAO}.nvfp4_tensor", reason="needs torchao")
+        wanted = module.NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale).dequantize(torch.float32)
+    assert torch.equal(fake_quantize(x, scale, zero_point, format), wanted)
+
+
+@given(st.sampled_from(list(BLOCKS.values())), st.integers(0, 10_000))
+def test_blocks_are_idempotent_at_any_spread(format: BlockFormat, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 48, generator=generator) * 2.0 ** torch.randint(
+        -20, 12, (4, 3), generator=generator
+    ).repeat_interleave(16, 1)
+    parameters = fitted(x, format)
+    once = fake_quantize(x, *parameters, format)
+    assert torch.equal(fake_quantize(once, *parameters, format), once)
+
+
+def test_gradient_of_floats_and_blocks_is_straight_through() -> None:
+    for format in (FP8_E4M3, *BLOCKS.values()):
+        x = spread_blocks().requires_grad_()
+        scale = torch.tensor(1.0) if format is FP8_E4M3 else fitted(x.detach(), format)[0]
+        fake_quantize(x, scale, torch.tensor(0), format).sum().backward()
+        assert x.grad is not None and set(x.grad.unique().tolist()) <= {0.0, 1.0}
+        assert x.grad.mean() > 0.5
 
 
 def test_token_ranges_are_each_tokens_own() -> None:

@@ -166,6 +166,11 @@ def test_a_replaced_forward_is_refused_and_nothing_is_left_behind() -> None:
     with pytest.raises(InputError, match="1: another library has replaced"):
         insert(model, plan(model, QuantSpec.parse("w4a4")))
     assert not is_quantized(model) and type(model[0]) is nn.Linear
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1)
+    encoder.layers[0].linear2.forward = lambda x: x
+    with pytest.raises(InputError, match="linear2: another library has replaced"):
+        insert(encoder, plan(encoder, QuantSpec.parse("w4a4")))
+    assert encoder.layers[0].activation_relu_or_gelu and encoder.use_nested_tensor
 
 
 def test_weight_names_are_state_dict_keys(case: Case) -> None:

@@ -33,6 +33,34 @@ def test_short_texts(text: str, weight: int | None, activation: int | None) -> N
     assert str(spec) == text.strip().lower()
 
 
+@pytest.mark.parametrize(
+    ("text", "format", "weight", "activation"),
+    [
+        ("fp8", "fp8_e4m3", "channel", "tensor"),
+        ("mxfp8", "mxfp8", "block", "block"),
+        ("MXFP4", "mxfp4", "block", "block"),
+        ("nvfp4", "nvfp4", "block", "block"),
+    ],
+)
+def test_named_formats(text: str, format: str, weight: str, activation: str) -> None:
+    spec = QuantSpec.parse(text)
+    assert spec.weight and spec.activation and spec.attention == spec.activation
+    assert spec.weight.format.name == spec.activation.format.name == format
+    assert (spec.weight.granularity, spec.activation.granularity) == (weight, activation)
+    assert str(spec) == text.lower()
+    if weight == "block":
+        assert spec.with_observer("mse") == spec
+
+
+def test_formats_can_be_mixed() -> None:
+    spec = QuantSpec.parse(
+        {"base": "w4a8", "weight": {"format": "nvfp4"}, "overrides": {"*.fc2": {"weight": {"bits": 8}}}}
+    )
+    assert spec.weight and spec.weight.granularity == "block" and spec.activation
+    (_, fc2), *_ = spec.overrides
+    assert fc2.weight and (fc2.weight.format.name, fc2.weight.granularity) == ("int8", "channel")
+
+
 @pytest.mark.parametrize("text", ["", "w4", "a4w4", "w4a4g128", "int4", "4/4", "w4 a4"])
 def test_unknown_texts_come_with_examples(text: str) -> None:
     with pytest.raises(InputError, match="unknown quantization spec.*w4a4.*w8a8"):
@@ -108,9 +136,12 @@ def test_attention_follows_the_activations_unless_told_otherwise() -> None:
         ({"weight": {"format": "int12"}}, "unknown number format 'int12'"),
         ({"weight": {}}, "weight: give bits or format"),
         ({"weight": 4}, "weight: expected"),
-        ({"weight": {"bits": 4, "granularity": "token"}}, "granularity 'token' is not one of channel, tensor"),
-        ({"activation": {"bits": 4, "granularity": "channel"}}, "is not one of tensor, token"),
-        ({"activation": {"bits": 4, "granularity": "token", "observer": "mse"}}, "per-token range"),
+        ({"weight": {"bits": 4, "granularity": "token"}}, "granularity 'token' is not one of channel, tensor, block"),
+        ({"activation": {"bits": 4, "granularity": "channel"}}, "is not one of tensor, token, block"),
+        ({"activation": {"bits": 4, "granularity": "block"}}, "blocks belong to mxfp8, mxfp4 and nvfp4; uint4"),
+        ({"weight": {"format": "mxfp4", "granularity": "channel"}}, "mxfp4 cannot be per channel"),
+        ({"weight": {"format": "mxfp4", "observer": "mse"}}, "a range per block is its own"),
+        ({"activation": {"bits": 4, "granularity": "token", "observer": "mse"}}, "a range per token is its own"),
         ({"activation": {"bits": 4, "observer": "median"}}, "unknown observer 'median'"),
         ({"base": "w4a16", "attention": True}, "as the activations"),
         ({"base": "w4a4", "overrides": ["*.fc2"]}, "mapping from pattern"),

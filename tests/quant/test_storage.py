@@ -15,10 +15,12 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.quant import load, quantize, record, remove, save
-from s2d.quant.formats import FORMATS
+from s2d.quant.formats import FORMATS, Format
+from s2d.quant.quantizer import affine_parameters, fake_quantize
 from s2d.quant.sites import is_quantized
-from s2d.quant.storage import pack, unpack
+from s2d.quant.storage import decode, encode, pack, unpack
 
+TOKEN = {"base": "w8a8", "activation": {"granularity": "token"}}
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(5))
 
 
@@ -33,20 +35,30 @@ def fresh(model: nn.Module) -> nn.Module:
     return other
 
 
-@given(st.sampled_from(list(FORMATS.values())), st.integers(1, 5), st.integers(1, 7), st.integers(0, 99))
-def test_packing_is_exact(format: Any, rows: int, columns: int, seed: int) -> None:
+@given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 7), st.integers(0, 99))
+def test_packing_is_exact(bits: int, rows: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(format.qmin, format.qmax + 1, (rows, columns), generator=generator).to(format.storage)
-    packed = pack(codes, format)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator).to(torch.uint8)
+    packed = pack(codes, bits)
     assert packed.dtype == torch.uint8
-    assert packed.numel() == (-(-codes.numel() // 2) if format.bits <= 4 else codes.numel())
-    assert torch.equal(unpack(packed, format, (rows, columns)), codes)
+    assert packed.numel() == (-(-codes.numel() // 2) if bits <= 4 else codes.numel())
+    assert torch.equal(unpack(packed, bits, (rows, columns)), codes)
+
+
+@given(st.sampled_from(list(FORMATS.values())), st.integers(1, 4), st.integers(1, 70), st.integers(0, 99))
+def test_a_stored_weight_is_the_fake_quantized_one(format: Format, rows: int, columns: int, seed: int) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) ** 3
+    scale, zero_point = affine_parameters(weight.min(), weight.max(), format, format.symmetric)
+    stored = encode(weight, scale, zero_point, format)
+    assert all(part.dtype == torch.uint8 and part.ndim == 1 for part in stored.values())
+    assert stored["codes"].numel() == (-(-weight.numel() // 2) if format.bits <= 4 else weight.numel())
+    decoded = decode(stored, (rows, columns), scale, zero_point, format)
+    assert torch.equal(decoded, fake_quantize(weight, scale, zero_point, format))
+    assert torch.equal(fake_quantize(decoded, scale, zero_point, format), decoded)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "spec", ["w4a4", {"base": "w8a8", "activation": {"granularity": "token"}}], ids=["w4a4", "w8a8-token"]
-)
+@pytest.mark.parametrize("spec", ["w4a4", TOKEN, "fp8", "nvfp4"], ids=["w4a4", "w8a8-token", "fp8", "nvfp4"])
 def test_saving_and_loading_is_bit_identical(case: Case, spec: Any, tmp_path: Path) -> None:
     quantized = quantize(case.model, spec, calibration=case.batches)
     save(quantized, tmp_path / "model")
@@ -62,7 +74,9 @@ def test_saving_and_loading_is_bit_identical(case: Case, spec: Any, tmp_path: Pa
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", ["w8a8", "w3a6", {"base": "w8a8", "weight": {"format": "uint8"}}])
+@pytest.mark.parametrize(
+    "bits", ["w8a8", "w3a6", "fp8", "mxfp4", "nvfp4", {"base": "w8a8", "weight": {"format": "uint8"}}]
+)
 def test_half_types_are_bit_identical_too(dtype: torch.dtype, bits: Any, tmp_path: Path) -> None:
     model = PlainTransformer().to(dtype).eval()
     quantized = quantize(model, bits, calibration=[X.to(dtype)])
@@ -180,6 +194,13 @@ class TestForeignFiles:
     def test_damaged_config(self, saved: Path, text: str) -> None:
         (saved / "quantization.json").write_text(text)
         self.refused(saved, "quantization.json is damaged or was not written by s2d")
+
+    @pytest.mark.parametrize(
+        "changes", [{"sites": [{}]}, {"codes": {"x": {}}}, {"aliases": {"a": "b"}}, {"sites": None}]
+    )
+    def test_config_that_does_not_describe_the_tensors(self, saved: Path, changes: dict[str, Any]) -> None:
+        self.edit(saved, **changes)
+        self.refused(saved, "quantization.json does not describe its tensors")
 
     def test_missing_or_truncated_tensors(self, saved: Path) -> None:
         path = next(saved.glob("*.safetensors"))

@@ -36,7 +36,7 @@ def histogram(rng: np.random.Generator, outlier: float) -> dict[str, Any]:
     )
     low, high = values.min(), values.max()
     centre = np.quantile(values, [0.0005, 0.9995])
-    inner = np.linspace(*centre, 97)
+    inner = np.linspace(centre[0], centre[1], 97)
     edges = np.unique(np.concatenate([np.linspace(low, centre[0], 25), inner, np.linspace(centre[1], high, 65)]))
     counts, _ = np.histogram(values, edges)
     step = (high - low) / 15

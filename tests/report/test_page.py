@@ -17,7 +17,7 @@ import pytest
 from tests.report import sample
 
 from s2d.errors import InputError, MissingExtra
-from s2d.report import page, render_report, write_report
+from s2d.report import render_report, write_report
 
 VOID = {"meta", "link", "input", "wbr", "br"}
 
@@ -133,7 +133,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_litter(tmp_path: Path, monkey
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left on device"):
         write_report(sample.audit(), target)
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]

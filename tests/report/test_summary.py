@@ -57,7 +57,7 @@ def test_gain_pairs_seeds_and_observers_and_averages_seeds_last() -> None:
     assert found.mean == pytest.approx((7 + 9) / 2)  # seed 0: (10 + 4) / 2, seed 1: 9, seed 2 has no partner
     assert found.spread == pytest.approx(2**0.5)
     assert (found.seeds, found.pairs) == (2, 3)
-    assert found.clear
+    assert not found.clear  # t = 8 with one degree of freedom; 12.7 would be clear
 
 
 def test_a_lower_loss_is_a_gain() -> None:
@@ -122,7 +122,9 @@ def test_sentences_say_gain_noise_and_full_precision() -> None:
 
 def test_one_seed_is_called_one_seed() -> None:
     verdict = run_verdict(groups(read_results(sample.run(seeds=1)).records))
+    assert verdict.headline == "S2D helps at W4A4, on one seed"
     assert "single seed cannot tell this from chance" in verdict.sentences[0]
+    assert "noise" not in verdict.sentences[1]
 
 
 def test_without_a_comparison_the_drop_is_told() -> None:
@@ -146,5 +148,5 @@ def test_audit_of_a_healthy_model_says_so() -> None:
 
 def test_what_conditioning_did_to_the_outliers_is_told() -> None:
     sentences = audit_change(read_results(sample.run()).audits)
-    assert "214×" in sentences[0] and "23.8×" in sentences[0]
-    assert "5 of 37" in sentences[1] and "0 of 37" in sentences[1]
+    assert "214× (adamw), 23.8× (s2d)" in sentences[0]
+    assert "5 of 37 (adamw), 0 of 37 (s2d)" in sentences[1]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
 
 from s2d.errors import InputError, require
+from s2d.models.family import import_families
 from s2d.targets import clean_name
 
 CONFIG_NAME = "s2d_config.json"
@@ -66,6 +68,7 @@ def describe(model: nn.Module) -> JSON:
     Raises:
         InputError: No registered architecture knows how to build such a model again.
     """
+    import_families()
     for architecture in _ARCHITECTURES.values():
         if architecture.matches(model):
             return {"architecture": architecture.name, **architecture.describe(model)}
@@ -77,6 +80,7 @@ def describe(model: nn.Module) -> JSON:
 
 def rebuild(description: JSON) -> nn.Module:
     """The inverse of `describe`; the weights are whatever the constructor leaves."""
+    import_families()
     name = description.get("architecture")
     if name not in _ARCHITECTURES:
         raise InputError(f"unknown architecture {name!r} in {CONFIG_NAME}; this s2d knows {', '.join(_ARCHITECTURES)}")
@@ -245,9 +249,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise InputError(unsafe_pickle(path)) from error
-        raise InputError(f"{path} is damaged or not a PyTorch file: {_first_line(error)}") from error
+        raise InputError(explain_unpickling(path, error)) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged or not a PyTorch file: {_first_line(error)}") from error
     for key in ("state_dict", "model"):
@@ -258,12 +260,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {clean_name(str(name)): value for name, value in content.items()}
 
 
-def unsafe_pickle(path: Path | str) -> str:
-    """The line about a pickle that holds more than tensors."""
-    return (
-        f"{path} is a pickle that would run code when read, and was not read; "
-        "get a .safetensors version, or convert it where you trust it"
-    )
+def explain_unpickling(path: Path | str, error: pickle.UnpicklingError) -> str:
+    """The line about a pickle that torch would not read: it holds more than tensors, or it is no pickle."""
+    if re.search(r"unsupported (global|class)", str(error), flags=re.IGNORECASE):
+        return (
+            f"{path} is a pickle that would run code when read, and was not read; "
+            "get a .safetensors version, or convert it where you trust it"
+        )
+    return f"{path} is damaged or not a PyTorch file; download or copy it again"
 
 
 def check_finite(model: nn.Module, source: str) -> None:

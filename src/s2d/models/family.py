@@ -130,7 +130,8 @@ def register_loader(prefix: str) -> Callable[[Loader], Loader]:
 
 
 @lru_cache(maxsize=1)
-def _import_all() -> None:
+def import_families() -> None:
+    """Import every module of this folder, which registers families, loaders and architectures."""
     package = importlib.import_module("s2d.models")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"s2d.models.{module.name}")
@@ -138,13 +139,13 @@ def _import_all() -> None:
 
 def families() -> dict[str, Family]:
     """Every known family by name."""
-    _import_all()
+    import_families()
     return dict(_FAMILIES)
 
 
 def loaders() -> dict[str, Loader]:
     """Every loader by its prefix."""
-    _import_all()
+    import_families()
     return dict(_LOADERS)
 
 

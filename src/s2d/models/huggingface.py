@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import socket
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from s2d.errors import InputError, require
-from s2d.models.checkpoints import check_safetensors, read_json, read_weights, unsafe_pickle
+from s2d.models.checkpoints import check_safetensors, explain_unpickling, read_json, read_weights
+from s2d.models.hub import offline
 from s2d.models.packages import WEIGHT_SUFFIXES, suggestions
 from s2d.models.quiet import no_garbage_collection, quiet
 
@@ -71,7 +69,7 @@ def load_transformers(
     folder = Path(source) if Path(source).is_dir() else None
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if folder is None:
-        options["local_files_only"] = _offline()
+        options["local_files_only"] = offline()
         if revision is not None:
             options["revision"] = revision
     elif gguf_file is None:
@@ -83,16 +81,19 @@ def load_transformers(
         try:
             config = transformers.AutoConfig.from_pretrained(source, **options)
             auto_class, arguments = _model_class(transformers, config, of_gguf=gguf_file is not None)
-            state = _named_like_the_model(read_weights(weights)) if weights is not None else None
-            model, report = auto_class.from_pretrained(
-                source if state is None else None,
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, with both shapes, instead of raised without
-                **({"state_dict": state} if state is not None else options),
-                **arguments,
-            )
+            arguments |= {
+                "config": config,
+                "dtype": dtype,
+                "output_loading_info": True,
+                "ignore_mismatched_sizes": True,  # reported below, with both shapes, instead of raised without
+            }
+            if weights is None:
+                model, report = auto_class.from_pretrained(source, **options, **arguments)
+            else:  # only the concrete class takes weights without a folder
+                state = _named_like_the_model(read_weights(weights))
+                with torch.device("meta"):
+                    concrete = type(auto_class.from_config(config, trust_remote_code=trust_remote_code))
+                model, report = concrete.from_pretrained(None, state_dict=state, **arguments)
         except InputError:
             raise
         except ImportError as error:
@@ -185,7 +186,7 @@ def _explain(error: BaseException, shown: str, folder: Path | None, offline: boo
     if "trust_remote_code" in text:
         return f"{shown} comes with model code of its own; read it, and pass trust_remote_code=True if you trust it"
     if isinstance(error, pickle.UnpicklingError):
-        return unsafe_pickle(shown)
+        return explain_unpickling(shown, error)
     if "model type" in text and "does not recognize" in text or "Unrecognized model" in text:
         found = re.search(r"model type `([^`]*)`", text)
         kind = f"model type {found.group(1)!r}" if found else "kind of model"
@@ -239,24 +240,6 @@ def _processor(transformers: Any, source: str, options: dict[str, Any]) -> Any:
         if Path(source).is_dir():
             raise InputError(f"cannot read the image processor of {source}: {_one_line(error)}") from error
     return None
-
-
-def _offline() -> bool:
-    """Whether the hub need not be asked: switched off, or its name does not even resolve.
-
-    The hub's client would retry for half a minute before it says so. Behind a proxy names may not resolve and the hub
-    be reachable all the same, so there it is asked.
-    """
-    hub = require("huggingface_hub", "hf")
-    if hub.constants.HF_HUB_OFFLINE:
-        return True
-    if urllib.request.getproxies():
-        return False
-    try:
-        socket.getaddrinfo(urllib.parse.urlparse(hub.constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return True
-    return False
 
 
 def _version() -> str:

@@ -6,6 +6,7 @@ names are understood too.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from s2d.errors import InputError, require
 from s2d.models.checkpoints import register_architecture
 from s2d.models.family import Family, register_family, register_loader
+from s2d.models.hub import no_waiting
 from s2d.models.timm_vit import TIMM_ROLES
 
 OPEN_CLIP = register_family(
@@ -49,16 +51,33 @@ _NAME = "_s2d_open_clip_name"  # open_clip models do not remember what they are
 def load_open_clip(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Any]:
     """A pretrained open_clip model, its tokenizer, and its evaluation transform."""
     open_clip = require("open_clip", "openclip")
-    architecture, tag = (name, None) if name.startswith(("hf-hub:", "local-dir:")) else name.partition("/")[::2]
-    if tag == "":
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)[:6]) or "none for this architecture"
-        raise InputError(f"open_clip:{name} needs the weights' tag, as in open_clip:ViT-B-32/openai; its tags: {tags}")
+    if name.startswith(("hf-hub:", "local-dir:")):
+        architecture, tag = name, None
+    else:
+        architecture, _, tag = name.partition("/")
+        _check_name(open_clip, architecture, tag)
     try:
-        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag)
-    except (RuntimeError, ValueError) as error:
+        with no_waiting():
+            model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag)
+            tokenizer = open_clip.get_tokenizer(architecture)
+    except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"open_clip cannot load {name!r}: {str(error).splitlines()[0]}") from error
     setattr(model, _NAME, architecture)
-    return model, open_clip.get_tokenizer(architecture), transform
+    return model, tokenizer, transform
+
+
+def _check_name(open_clip: Any, architecture: str, tag: str) -> None:
+    known = open_clip.list_models()
+    if architecture not in known:
+        close = difflib.get_close_matches(architecture, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() lists what there is"
+        raise InputError(f"open_clip has no architecture {architecture!r}; {hint}")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags:
+        listed = ", ".join(tags[:6]) or "none"
+        raise InputError(
+            f"open_clip:{architecture} needs one of its weights' tags, as in open_clip:ViT-B-32/openai; it has {listed}"
+        )
 
 
 register_architecture(

@@ -7,6 +7,7 @@ crop), as a dictionary.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from s2d.errors import InputError, require
 from s2d.models.checkpoints import register_architecture
 from s2d.models.family import Family, register_family, register_loader
+from s2d.models.hub import no_waiting
 
 TIMM_ROLES: tuple[tuple[str, str], ...] = (
     (r"patch_embed\.(proj|backbone\.stem\.conv)$", "patch_embed"),
@@ -55,12 +57,15 @@ TIMM_VIT = register_family(
 def load_timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, None, dict[str, Any]]:
     """A pretrained timm model with its head, and its data configuration."""
     timm = require("timm", "timm")
+    if not timm.is_model(name.partition(".")[0]):
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists what there is"
+        raise InputError(f"timm has no model {name!r}; {hint}")
     try:
-        model = timm.create_model(name, pretrained=True)
-    except RuntimeError as error:
-        close = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:6]) or "see timm.list_models()"
-        reason = str(error).splitlines()[0]
-        raise InputError(f"timm has no pretrained model {name!r} ({reason}); close: {close}") from error
+        with no_waiting():
+            model = timm.create_model(name, pretrained=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(f"timm cannot load {name!r} with its weights: {str(error).splitlines()[0]}") from error
     return model, None, timm.data.resolve_model_data_config(model)
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from s2d.errors import InputError
 from s2d.quant.calibration import Batches, Job, find_attention
 from s2d.quant.ptq import get_method, methods
-from s2d.quant.record import Record, record, remove, switch_on
 from s2d.quant.sites import Site, describe, insert, is_quantized, plan, refuse_quantized
 from s2d.quant.spec import QuantSpec
+from s2d.quant.state import Record, record, remove, switch_on
 from s2d.quant.storage import load, save
 
 __all__ = [

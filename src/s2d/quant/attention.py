@@ -258,14 +258,14 @@ def attention(
     if is_causal:
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~causal, -torch.inf)
-    if attn_mask is not None:
+    if attn_mask is None:
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    else:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         # A query that may look nowhere gets zeros, as from the fused operator, instead of NaN.
-        nowhere = scores.amax(-1, keepdim=True) == -torch.inf
-        probs = torch.softmax(scores.masked_fill(nowhere, 0.0), dim=-1, dtype=torch.float32).masked_fill(nowhere, 0.0)
-    else:
-        probs = torch.softmax(scores, dim=-1, dtype=torch.float32)
-    probs = probs.to(q.dtype)
+        somewhere = scores.amax(-1, keepdim=True) > -torch.inf
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).mul(somewhere).to(q.dtype)
     weights = operand("probs", probs)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)

@@ -232,8 +232,8 @@ def find_attention(model: nn.Module, batches: Batches) -> list[nn.Module]:
         is_attention = re.search(r"(Attention|Attn)\d*$", type(module).__name__) and module in watch.entered
         if is_attention and module not in within and not any(part in watch.found for part in module.modules()):
             raise InputError(
-                f"{name or 'the model'} ({type(module).__name__}) computes attention in a way that is not known; use its "
-                '"sdpa" or "eager" implementation, or set attention: false in the spec'
+                f"{name or 'the model'} ({type(module).__name__}) computes attention in a way that is not known; use "
+                'its "sdpa" or "eager" implementation, or set attention: false in the spec'
             )
     return list(watch.found)
 

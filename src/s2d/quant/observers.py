@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from s2d.errors import InputError
-from s2d.quant.formats import IntFormat
+from s2d.quant.formats import Format
 from s2d.quant.quantizer import affine_parameters, fake_quantize
 
 DEFAULT_PERCENT = 99.9
@@ -88,7 +88,7 @@ class Observer(ABC):
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
         self._count(x.detach())
 
-    def range(self, format: IntFormat) -> tuple[Tensor, Tensor]:
+    def range(self, format: Format) -> tuple[Tensor, Tensor]:
         """The range ``(lo, hi)`` to quantize with, two scalars."""
         if self.lo is None or self.hi is None:
             raise InputError(f"the calibration data never reached {self.name}")
@@ -98,7 +98,7 @@ class Observer(ABC):
     def _count(self, x: Tensor) -> None: ...
 
     @abstractmethod
-    def _range(self, lo: Tensor, hi: Tensor, format: IntFormat) -> tuple[Tensor, Tensor]: ...
+    def _range(self, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]: ...
 
 
 class MinMax(Observer):
@@ -107,7 +107,7 @@ class MinMax(Observer):
     def _count(self, x: Tensor) -> None:
         pass
 
-    def _range(self, lo: Tensor, hi: Tensor, format: IntFormat) -> tuple[Tensor, Tensor]:
+    def _range(self, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]:
         return lo, hi
 
 
@@ -140,7 +140,7 @@ class Percentile(_Counting):
         super().__init__(name)
         self.percent = percent
 
-    def _range(self, lo: Tensor, hi: Tensor, format: IntFormat) -> tuple[Tensor, Tensor]:
+    def _range(self, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]:
         values, counts = self.distribution()
         cumulative = counts.cumsum(0)
         last = int(cumulative[-1]) - 1
@@ -163,7 +163,7 @@ class MeanSquaredError(_Counting):
     short side of the range (the negative tail of GELU) is so left whole until t reaches it.
     """
 
-    def _range(self, lo: Tensor, hi: Tensor, format: IntFormat) -> tuple[Tensor, Tensor]:
+    def _range(self, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]:
         values, counts = self.distribution()
         threshold = torch.maximum(-lo, hi) * ACTIVATION_SHRINK.to(lo.device)
         los, his = torch.maximum(lo, -threshold), torch.minimum(hi, threshold)
@@ -185,13 +185,13 @@ def make_observer(text: str, name: str) -> Observer:
     return MeanSquaredError(name) if spec.kind == "mse" else Percentile(name, spec.percent)
 
 
-def weight_range(weight: Tensor, observer: str, format: IntFormat, *, name: str) -> tuple[Tensor, Tensor]:
+def weight_range(weight: Tensor, observer: str, format: Format, *, name: str) -> tuple[Tensor, Tensor]:
     """The range of every row of a weight.
 
     Args:
         weight: ``[rows, columns]``; pass one row for one range per tensor.
         observer: ``"minmax"``, ``"percentile[:p]"`` or ``"mse"`` (100 candidates, each shrinks the min-max range).
-        format: The integer grid; a signed one gets a symmetric range.
+        format: The number format; a symmetric one gets a symmetric range.
         name: The site, for messages.
 
     Returns:
@@ -206,14 +206,22 @@ def weight_range(weight: Tensor, observer: str, format: IntFormat, *, name: str)
     if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
         raise InputError(f"{name} holds NaN or infinite weights; repair the checkpoint first")
     if spec.kind == "percentile":
+        ordered = weight.sort(dim=1).values  # torch.quantile refuses rows of more than 2**24 numbers
         fraction = spec.percent / 100.0
-        return torch.quantile(weight, 1.0 - fraction, dim=1), torch.quantile(weight, fraction, dim=1)
+        return _at(ordered, 1.0 - fraction), _at(ordered, fraction)
     if spec.kind == "mse":
         return _mse_rows(weight, lo, hi, format)
     return lo, hi
 
 
-def _mse_rows(weight: Tensor, lo: Tensor, hi: Tensor, format: IntFormat) -> tuple[Tensor, Tensor]:
+def _at(ordered: Tensor, fraction: float) -> Tensor:
+    """The quantile of every sorted row ``[rows, columns]``, linearly interpolated."""
+    last = ordered.shape[1] - 1
+    below = int(fraction * last)
+    return torch.lerp(ordered[:, below], ordered[:, min(below + 1, last)], fraction * last - below)
+
+
+def _mse_rows(weight: Tensor, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     if format.symmetric:
         hi = torch.maximum(-lo, hi)
         lo = -hi

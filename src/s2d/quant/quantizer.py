@@ -1,12 +1,14 @@
-"""Uniform affine quantization: scale and zero point, fake quantization with a straight-through gradient.
+"""Scale and zero point, and fake quantization with a straight-through gradient.
 
-`code = clamp(round(x / scale) + zero_point, qmin, qmax)`, `x_hat = scale * (code - zero_point)`, round half to even.
+Integers: `code = clamp(round(x / scale) + zero_point, qmin, qmax)`, `x_hat = scale * (code - zero_point)`, round half
+to even. Floating point: `x_hat = scale * round_float(x / scale)`. Blocks: the same, with a scale found for every block.
 Pure functions on tensors first, then the modules that sit in a model.
 
 Scale and zero point broadcast against x:
     per tensor   []            one pair
     per channel  [C, 1, ...]   one pair a row of a weight
     per token    [..., 1]      one pair a vector, found anew in every forward
+    per block    []            the tensor's scale, above those of the blocks (1 for formats that have none)
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.quant.formats import IntFormat
+from s2d.quant.formats import BlockFormat, FloatFormat, Format, IntFormat, round_float
 
-Granularity = Literal["tensor", "channel", "token"]
+Granularity = Literal["tensor", "channel", "token", "block"]
 
 # Dead channels have an empty range; their scale stops here, so that 1/scale stays finite and zeros stay zeros.
 SMALLEST_SCALE = 2.0**-40
 
 
-def affine_parameters(lo: Tensor, hi: Tensor, format: IntFormat, symmetric: bool) -> tuple[Tensor, Tensor]:
+def affine_parameters(lo: Tensor, hi: Tensor, format: Format, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point that cover ``[lo, hi]``.
 
     The range is widened to contain 0, so that 0 is always represented exactly (padding, masked probabilities, dead
@@ -34,18 +37,20 @@ def affine_parameters(lo: Tensor, hi: Tensor, format: IntFormat, symmetric: bool
     Args:
         lo: Smallest value of each range, any shape.
         hi: Largest value of each range, the shape of ``lo``.
-        format: The integer grid.
-        symmetric: Centre the range on 0 (zero point 0); needs a signed format.
+        format: The number format.
+        symmetric: Centre the range on 0 (zero point 0); needs a symmetric format. Only integers can do without.
 
     Returns:
         ``scale`` (float32, > 0) and ``zero_point`` (int32), both of the shape of ``lo``.
     """
     lo, hi = lo.float().clamp(max=0.0), hi.float().clamp(min=0.0)
     if symmetric:
-        if not format.signed:
+        if not format.symmetric:
             raise ValueError(f"a symmetric range needs a signed format, not {format.name}")
         scale = (torch.maximum(-lo, hi) / format.qmax).clamp(min=SMALLEST_SCALE)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
+    if not isinstance(format, IntFormat):
+        raise ValueError(f"{format.name} has no zero point; its ranges are symmetric")
     # Dividing before subtracting keeps the width finite for any finite float32 ends.
     steps = format.qmax - format.qmin
     scale = (hi / steps - lo / steps).clamp(min=SMALLEST_SCALE)
@@ -64,19 +69,44 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes.float() - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, format: IntFormat) -> Tensor:
+def to_blocks(x: Tensor, format: BlockFormat) -> Tensor:
+    """``[..., D]`` as float32 blocks ``[..., ceil(D / block), block]``, filled up with zeros."""
+    return F.pad(x.float(), (0, -x.shape[-1] % format.block)).unflatten(-1, (-1, format.block))
+
+
+def block_scales(blocks: Tensor, scale: Tensor, format: BlockFormat) -> Tensor:
+    """The scale of every block, before the tensor's own scale is applied.
+
+    Args:
+        blocks: ``[..., blocks, block]``.
+        scale: The tensor's scale; read only by formats that have one.
+        format: The block format.
+
+    Returns:
+        ``[..., blocks, 1]`` float32, values of the scale's format, or powers of two.
+    """
+    largest = blocks.abs().amax(-1, keepdim=True)
+    if format.scale is None:
+        # OCP Microscaling v1.0, section 6.3: the power of two below the largest value, over the element's own.
+        exponent = torch.frexp(largest).exponent - 1 - format.element.largest_exponent
+        return torch.ldexp(torch.ones_like(largest), exponent.clamp(-127, 127))
+    wanted = largest / format.element.qmax / scale
+    return round_float(wanted.clamp(2.0**format.scale.smallest_exponent, format.scale.qmax), format.scale)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, format: Format) -> Tensor:
     """Quantize and dequantize ``x``; same shape and dtype.
 
-    The gradient is straight-through: 1 where the code is inside the range, 0 where ``x`` was clipped. Values equal
-    those of ``torch.fake_quantize_per_tensor_affine`` and ``_per_channel_affine``; written out here because on CPU the
-    elementwise form is several times faster (torch's operator can cost as much as the matrix product that follows),
-    takes any broadcastable scale, and lets NaN through instead of turning it into a code.
+    The gradient is straight-through: 1 where the value is inside the range, 0 where ``x`` was clipped. Integer values
+    equal those of ``torch.fake_quantize_per_tensor_affine`` and ``_per_channel_affine``; written out here because on
+    CPU the elementwise form is several times faster (torch's operator can cost as much as the matrix product that
+    follows), takes any broadcastable scale, and lets NaN through instead of turning it into a code.
 
     Args:
         x: Any shape, any floating dtype (half types are computed in float32).
-        scale: Broadcastable to x, float32.
-        zero_point: The shape of ``scale``, integer.
-        format: The integer grid.
+        scale: Broadcastable to x, float32; one number for block formats.
+        zero_point: The shape of ``scale``, integer; 0 for all but unsigned integers.
+        format: The number format.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _StraightThrough.apply(x, scale, zero_point, format)  # pyright: ignore[reportReturnType]
@@ -88,7 +118,24 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _quantize_dequantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, format: IntFormat, *, want_mask: bool = False
+    x: Tensor, scale: Tensor, zero_point: Tensor, format: Format, *, want_mask: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    if isinstance(format, IntFormat):
+        return _integers(x, scale, zero_point, format, want_mask)
+    if isinstance(format, BlockFormat):
+        blocks = to_blocks(x, format)
+        block_scale = block_scales(blocks, scale, format) * scale
+        rounded, inside = _floats(blocks, block_scale, format.element, want_mask)
+        size = x.shape[-1]
+        inside = None if inside is None else inside.flatten(-2)[..., :size]
+        return rounded.flatten(-2)[..., :size].to(x.dtype), inside
+    assert isinstance(format, FloatFormat)
+    rounded, inside = _floats(x.float(), scale, format, want_mask)
+    return rounded.to(x.dtype), inside
+
+
+def _integers(
+    x: Tensor, scale: Tensor, zero_point: Tensor, format: IntFormat, want_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
     # In place and with scalar limits: torch's clamp with tensor limits alone would cost more than all of this.
     codes = (_widen(x) * (1.0 / scale)).round_()
@@ -101,9 +148,15 @@ def _quantize_dequantize(
     return codes.mul_(scale).to(x.dtype), inside
 
 
+def _floats(x: Tensor, scale: Tensor, format: FloatFormat, want_mask: bool) -> tuple[Tensor, Tensor | None]:
+    scaled = x / scale
+    inside = scaled.abs() <= format.qmax if want_mask else None
+    return round_float(scaled, format).mul_(scale), inside
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, format: IntFormat) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, format: Format) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         output, inside = _quantize_dequantize(x, scale, zero_point, format, want_mask=True)
         ctx.save_for_backward(inside)
         return output
@@ -115,21 +168,22 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class Quantizer(nn.Module):
-    """Fake-quantizes one site: per tensor (static), or per token (dynamic, over the last dimension).
+    """Fake-quantizes one site.
 
     A fresh quantizer passes everything through; `set_range` gives it its parameters and `enabled` switches it on.
-    While ``watch`` is set, every tensor that passes is shown to it first (that is how calibration looks in).
+    ``dynamic`` says that no range has to be found beforehand: each token, or each block, brings its own. While
+    ``watch`` is set, every tensor that passes is shown to it first (that is how calibration looks in).
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, format: IntFormat, granularity: Granularity, *, name: str, channels: int = 0) -> None:
+    def __init__(self, format: Format, granularity: Granularity, *, name: str, channels: int = 0) -> None:
         """Make a quantizer that is still off.
 
         Args:
-            format: The integer grid.
-            granularity: How many pairs of scale and zero point: one, one a channel, or one a token (dynamic).
+            format: The number format; block formats go with blocks.
+            granularity: How many pairs of scale and zero point: one, one a channel, one a token, one a block.
             name: The site's name, for messages.
             channels: The number of channels, when ``granularity`` is ``"channel"``.
         """
@@ -137,10 +191,12 @@ class Quantizer(nn.Module):
         self.name = name
         self.format = format
         self.granularity = granularity
-        self.dynamic = granularity == "token"
+        self.dynamic = granularity == "token" or (isinstance(format, BlockFormat) and format.scale is None)
         self.enabled = False
+        # Blocks run along the dimension that a product sums over; for an attention's v that is the one before the last.
+        self.transposed = False
         self.watch: Callable[[Tensor], None] | None = None
-        if not self.dynamic:
+        if granularity != "token":
             shape = (channels,) if granularity == "channel" else ()
             self.register_buffer("scale", torch.ones(shape))
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
@@ -153,7 +209,7 @@ class Quantizer(nn.Module):
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, shaped to broadcast against ``x``."""
-        if self.dynamic:
+        if self.granularity == "token":
             # On CPU two reductions are several times faster than one aminmax over a dimension.
             lo, hi = x.detach().amin(-1, keepdim=True), x.detach().amax(-1, keepdim=True)
             return affine_parameters(lo, hi, self.format, self.format.symmetric)
@@ -163,16 +219,19 @@ class Quantizer(nn.Module):
         return self.scale.view(shape), self.zero_point.view(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize ``x`` (any shape; its last dimension is the token's vector when dynamic)."""
+        """Fake-quantize ``x`` (any shape; tokens and blocks lie along its last dimension)."""
         if self.watch is not None:
             self.watch(x)
         if not self.enabled:
             return x
-        return fake_quantize(x, *self.parameters_for(x), self.format)
+        if self.transposed:
+            x = x.transpose(-2, -1)
+        x = fake_quantize(x, *self.parameters_for(x), self.format)
+        return x.transpose(-2, -1) if self.transposed else x
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Quantizer:
         # model.half() must not round the scales: they follow the device, never the dtype.
-        scale = None if self.dynamic else self.scale
+        scale = self._buffers.get("scale")
         super()._apply(fn, recurse)
         if scale is not None:
             self.scale = scale.to(self.scale.device)
@@ -191,7 +250,7 @@ class WeightQuantizer(Quantizer):
     noticed at the next ``train()`` or ``eval()``.
     """
 
-    def __init__(self, format: IntFormat, granularity: Granularity, *, name: str, channels: int = 0) -> None:
+    def __init__(self, format: Format, granularity: Granularity, *, name: str, channels: int = 0) -> None:
         """Make a weight quantizer that is still off; arguments as for `Quantizer`."""
         super().__init__(format, granularity, name=name, channels=channels)
         self._cache: tuple[tuple[object, ...], Tensor] | None = None

@@ -21,7 +21,7 @@ from torch import nn
 from s2d.errors import InputError
 from s2d.models.family import family_of
 from s2d.quant.attention import AttentionQuantizer, QuantizedAttention
-from s2d.quant.formats import IntFormat
+from s2d.quant.formats import Format
 from s2d.quant.modules import QuantizedLinear, swap_in, swap_out
 from s2d.quant.quantizer import Granularity, Quantizer, WeightQuantizer
 from s2d.quant.spec import FULL_BITS, Group, QuantSpec, TensorSpec, matches
@@ -49,7 +49,7 @@ class Site:
         module: Dotted name of the module.
         what: Which of its tensors.
         format: The number format, None when kept at full precision.
-        granularity: One range a tensor, a channel, or a token; empty when kept.
+        granularity: One range a tensor, a channel, a token or a block; empty when kept.
         observer: How the range is found; empty when kept.
         reason: Why it is kept; empty when quantized.
         shape: The weight's shape; empty for activations.
@@ -57,7 +57,7 @@ class Site:
 
     module: str
     what: What
-    format: IntFormat | None
+    format: Format | None
     granularity: Granularity | Literal[""]
     observer: str
     reason: str
@@ -188,7 +188,9 @@ def _quantizer(site: Site) -> Quantizer:
     assert site.format is not None and site.granularity
     if site.what == "weight":
         return WeightQuantizer(site.format, site.granularity, name=site.name, channels=site.shape[0])
-    return Quantizer(site.format, site.granularity, name=site.name)
+    quantizer = Quantizer(site.format, site.granularity, name=site.name)
+    quantizer.transposed = site.what == "v" and site.granularity == "block"
+    return quantizer
 
 
 def _attentions(model: nn.Module, seen: Iterable[nn.Module]) -> set[str]:
@@ -280,8 +282,8 @@ def _fast_paths(model: nn.Module, *, on: bool) -> None:
             if not isinstance(module, kind) or not is_quantized(module):
                 continue
             saved = f"_plain_{attribute}"
-            if on:
+            if on and saved in module.__dict__:
                 setattr(module, attribute, module.__dict__.pop(saved))
-            else:
+            elif not on:
                 module.__dict__[saved] = getattr(module, attribute)
                 setattr(module, attribute, off)

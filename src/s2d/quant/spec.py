@@ -1,10 +1,16 @@
-"""What to quantize and how: ``"w4a4"``, or the full form, checked before any work starts.
+"""What to quantize and how: ``"w4a4"``, ``"nvfp4"``, or the full form, checked before any work starts.
 
 A spec names a format, a granularity and an observer for three groups of sites:
 
     weight      the weight of every Linear in the encoder; signed (symmetric) integers, one scale an output channel
     activation  the input of each of those Linears; unsigned integers with a zero point, one static range per tensor
     attention   the operands of the attention products: q, k, the softmax probabilities, v; as the activations
+
+Short texts are ``wXaY`` with 2 to 8 bits, or 16 to keep; ``fp8`` (e4m3, ranges as for integers); and ``mxfp8``,
+``mxfp4`` and ``nvfp4``, whose blocks bring their own scales.
+
+A ``token`` range is each vector's own, found anew in every forward (the last dimension: a token's features; q, k or v
+of one head; a row of probabilities). For v, that is how caches are quantized and not what an integer product folds.
 
 Whatever is not a site stays at full precision: norms, softmax, activation functions, residual additions, biases,
 embeddings. So do the first and the last layers (patch embedding, pooler, heads), unless an override names them.
@@ -30,7 +36,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from s2d.errors import InputError
-from s2d.quant.formats import MAX_BITS, MIN_BITS, IntFormat, get_format, integer_format
+from s2d.quant.formats import FORMATS, MAX_BITS, MIN_BITS, BlockFormat, Format, get_format, integer_format
 from s2d.quant.observers import ObserverSpec
 from s2d.quant.quantizer import Granularity
 
@@ -39,19 +45,23 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 KEEP = "keep"
 FULL_BITS = 16
 
-_EXAMPLES = 'for example "w4a4", "w4a8", "w8a8", "w4a16", or {"base": "w4a4", "activation": {"granularity": "token"}}'
+_EXAMPLES = 'for example "w4a4", "w8a8", "w4a16", "fp8", or {"base": "w4a4", "activation": {"granularity": "token"}}'
 _GRANULARITIES: dict[Group, tuple[Granularity, ...]] = {
-    "weight": ("channel", "tensor"),
-    "activation": ("tensor", "token"),
-    "attention": ("tensor", "token"),
+    "weight": ("channel", "tensor", "block"),
+    "activation": ("tensor", "token", "block"),
+    "attention": ("tensor", "token", "block"),
 }
+# Short texts that name a format instead of widths.
+_NAMED = {"fp8": "fp8_e4m3", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
+# Ranges that are found anew in every forward, so no observer can choose them.
+_OWN_RANGE = ("token", "block")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """How the tensors of one group are quantized."""
 
-    format: IntFormat
+    format: Format
     granularity: Granularity
     observer: str = "minmax"
 
@@ -99,9 +109,9 @@ class QuantSpec:
     def with_observer(self, observer: str) -> QuantSpec:
         """The same spec with another calibrator.
 
-        It sets the observer of activations and attention operands, in overrides too, and leaves per-token ranges alone,
-        which are always each token's own. The weights follow with ``mse`` only and use ``minmax`` otherwise: a row is
-        too short for a percentile to mean anything (99.9 % of 768 numbers clips less than one a side).
+        It sets the observer of activations and attention operands, in overrides too, and leaves the ranges of tokens
+        and blocks alone, which are always their own. The weights follow with ``mse`` only and use ``minmax`` otherwise:
+        a row is too short for a percentile to mean anything (99.9 % of 768 numbers clips less than one a side).
 
         Raises:
             InputError: Unknown observer.
@@ -110,7 +120,7 @@ class QuantSpec:
         changed: dict[str, Any] = {}
         for group in GROUPS:
             tensor = self.group(group)
-            if tensor is not None and tensor.granularity != "token":
+            if tensor is not None and tensor.granularity not in _OWN_RANGE:
                 changed[group] = replace(tensor, observer=weights if group == "weight" else observer)
         overrides = tuple((pattern, spec.with_observer(observer)) for pattern, spec in self.overrides)
         return replace(self, **changed, overrides=overrides)
@@ -126,6 +136,9 @@ class QuantSpec:
         return form
 
     def __str__(self) -> str:
+        for text, name in _NAMED.items():
+            if all(tensor is not None and tensor.format.name == name for tensor in (self.weight, self.activation)):
+                return text
         bits = [FULL_BITS if tensor is None else tensor.format.bits for tensor in (self.weight, self.activation)]
         return f"w{bits[0]}a{bits[1]}"
 
@@ -138,6 +151,12 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _from_text(text: str) -> QuantSpec:
+    named = _NAMED.get(text.strip().lower())
+    if named is not None:
+        format = FORMATS[named]
+        blocks = isinstance(format, BlockFormat)
+        activation = TensorSpec(format, "block" if blocks else "tensor")
+        return QuantSpec(TensorSpec(format, "block" if blocks else "channel"), activation, activation)
     match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
     if match is None:
         raise InputError(f"unknown quantization spec {text!r}; {_EXAMPLES}")
@@ -212,13 +231,16 @@ def _tensor(group: Group, form: Any, base: TensorSpec | None) -> TensorSpec | No
         format = base.format
     else:
         raise InputError(f'{group}: give bits or format, for example {{"bits": 8}}')
-    choices = _GRANULARITIES[group]
-    granularity = form.get("granularity", base.granularity if base else choices[0])
-    if granularity not in choices:
-        raise InputError(f"{group}: granularity {granularity!r} is not one of {', '.join(choices)}")
-    observer = str(form.get("observer", base.observer if base and granularity != "token" else "minmax"))
-    if granularity == "token" and observer != "minmax":
-        raise InputError(f"{group}: a per-token range is each token's own; observer must be minmax, not {observer!r}")
+    blocks = isinstance(format, BlockFormat)
+    inherited = base.granularity if base and (base.granularity == "block") == blocks else None
+    granularity = form.get("granularity", inherited or ("block" if blocks else _GRANULARITIES[group][0]))
+    if granularity not in _GRANULARITIES[group]:
+        raise InputError(f"{group}: granularity {granularity!r} is not one of {', '.join(_GRANULARITIES[group])}")
+    if (granularity == "block") != blocks:
+        raise InputError(f"{group}: blocks belong to mxfp8, mxfp4 and nvfp4; {format.name} cannot be per {granularity}")
+    observer = str(form.get("observer", base.observer if base and granularity not in _OWN_RANGE else "minmax"))
+    if granularity in _OWN_RANGE and observer != "minmax":
+        raise InputError(f"{group}: a range per {granularity} is its own; observer must be minmax, not {observer!r}")
     ObserverSpec.parse(observer)
     return TensorSpec(format, granularity, observer)
 

@@ -1,8 +1,9 @@
 """A quantized model on disk: a folder with ``quantization.json`` and one safetensors file that it names.
 
-The safetensors file holds the integer codes of every quantized weight (two to a byte at 4 bits and below, under
-``NAME.codes``), the quantizers' scales and zero points, and everything else of the state dict as it is. The JSON,
-versioned, holds the spec, the plan, and what is needed to check that the two files and the model belong together.
+The safetensors file holds the codes of every quantized weight (``NAME.codes``, two to a byte at 4 bits and below; and
+``NAME.blocks``, the scales of the blocks, where the format has them), the quantizers' scales and zero points, and
+everything else of the state dict as it is. The JSON, versioned, holds the spec, the plan, and what is needed to check
+that the two files and the model belong together.
 
 The tensors are written first, under a name made of their hash; replacing the JSON is the one moment at which the folder
 changes from the old model to the new one, so an interrupted save leaves the old model whole.
@@ -25,39 +26,85 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.quant.formats import IntFormat, get_format
-from s2d.quant.quantizer import WeightQuantizer, dequantize, quantize_codes
-from s2d.quant.record import Record, record, switch_on
+from s2d.quant.formats import (
+    BlockFormat,
+    FloatFormat,
+    Format,
+    IntFormat,
+    float_codes,
+    float_values,
+    get_format,
+    round_float,
+)
+from s2d.quant.quantizer import WeightQuantizer, block_scales, dequantize, quantize_codes, to_blocks
 from s2d.quant.sites import Site, insert, refuse_quantized, weight_name
 from s2d.quant.spec import QuantSpec
+from s2d.quant.state import Record, record, switch_on
 
 VERSION = 1
 CONFIG = "quantization.json"
 
 
-def pack(codes: Tensor, format: IntFormat) -> Tensor:
-    """Codes as bytes, flat; formats of up to 4 bits put two in a byte, the first in the low half.
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes as bytes, flat; codes of up to 4 bits go two to a byte, the first in the low half.
 
     Args:
-        codes: Integer codes, any shape.
-        format: Their format.
+        codes: uint8, any shape.
+        bits: How wide they are.
 
     Returns:
         uint8, ``[ceil(n / 2)]`` up to 4 bits, else ``[n]``.
     """
-    unsigned = (codes.flatten().to(torch.int16) - format.qmin).to(torch.uint8)
-    if format.bits > 4:
-        return unsigned
-    if unsigned.numel() % 2:
-        unsigned = torch.cat([unsigned, unsigned.new_zeros(1)])
-    return unsigned[0::2] | (unsigned[1::2] << 4)
+    codes = codes.flatten()
+    if bits > 4:
+        return codes
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_zeros(1)])
+    return codes[0::2] | (codes[1::2] << 4)
 
 
-def unpack(packed: Tensor, format: IntFormat, shape: tuple[int, ...]) -> Tensor:
-    """The codes of `pack`, in their shape and the format's storage type."""
-    unsigned = torch.stack([packed & 15, packed >> 4], dim=1).flatten() if format.bits <= 4 else packed
-    count = int(torch.Size(shape).numel())
-    return (unsigned[:count].to(torch.int16) + format.qmin).to(format.storage).reshape(shape)
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """The codes of `pack`, uint8, in their shape."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=1).flatten() if bits <= 4 else packed
+    return codes[: int(torch.Size(shape).numel())].reshape(shape)
+
+
+def encode(weight: Tensor, scale: Tensor, zero_point: Tensor, format: Format) -> dict[str, Tensor]:
+    """The stored form of a quantized weight: packed ``codes``, and for block formats the scales of the ``blocks``.
+
+    Integer codes are stored with the smallest as 0, floating-point ones as their bits (sign, exponent, mantissa); block
+    scales as the bits of their format, or the exponent plus 127.
+    """
+    if isinstance(format, IntFormat):
+        codes = quantize_codes(weight, scale, zero_point, format).to(torch.int16) - format.qmin
+        return {"codes": pack(codes.to(torch.uint8), format.bits)}
+    if isinstance(format, BlockFormat):
+        blocks = to_blocks(weight, format)
+        scales = block_scales(blocks, scale, format)
+        codes = float_codes(round_float(blocks / (scales * scale), format.element), format.element)
+        powers = torch.frexp(scales).exponent + 126
+        stored = powers.to(torch.uint8) if format.scale is None else float_codes(scales, format.scale)
+        return {"codes": pack(codes.flatten(-2)[..., : weight.shape[-1]], format.bits), "blocks": stored.flatten()}
+    assert isinstance(format, FloatFormat)
+    return {"codes": pack(float_codes(round_float(weight.float() / scale, format), format), format.bits)}
+
+
+def decode(
+    stored: dict[str, Tensor], shape: tuple[int, ...], scale: Tensor, zero_point: Tensor, format: Format
+) -> Tensor:
+    """The float32 values of a stored weight; bit-identical to `fake_quantize` of what was encoded."""
+    codes = unpack(stored["codes"], format.bits, shape)
+    if isinstance(format, IntFormat):
+        return dequantize(codes.to(torch.int16) + format.qmin, scale, zero_point)
+    if isinstance(format, BlockFormat):
+        blocks = to_blocks(float_values(codes, format.element), format)
+        if format.scale is None:
+            scales = torch.ldexp(torch.ones(()), stored["blocks"].int() - 127)
+        else:
+            scales = float_values(stored["blocks"], format.scale)
+        return (blocks * (scales.reshape(blocks.shape[:-1]).unsqueeze(-1) * scale)).flatten(-2)[..., : shape[-1]]
+    assert isinstance(format, FloatFormat)
+    return float_values(codes, format) * scale
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -113,9 +160,14 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = Fals
     folder = Path(path)
     refuse_quantized(model)
     config, state = _read(folder)
-    sites = [_site(entry) for entry in config["sites"]]
-    plain = _plain_tensors(config, state)
-    _check_model(model, plain, config["model"], folder)
+    try:
+        sites = [_site(entry) for entry in config["sites"]]
+        plain = _plain_tensors(config, state)
+        kept = Record(QuantSpec.parse(config["spec"]), config["method"], tuple(sites))
+        saved = config["model"]
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        raise InputError(f"{folder / CONFIG} does not describe its tensors; save the model again") from None
+    _check_model(model, plain, saved, folder)
     if not inplace:
         model = copy.deepcopy(model)
     quantizers = insert(model, sites)
@@ -125,7 +177,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = Fals
             key = f"{names[id(quantizer)]}.{buffer}"
             plain[key] = state[key]
     model.load_state_dict(plain)
-    switch_on(model, Record(QuantSpec.parse(config["spec"]), config["method"], tuple(sites)))
+    switch_on(model, kept)
     return model
 
 
@@ -158,7 +210,8 @@ def _tensors(model: nn.Module, kept: Record) -> tuple[dict[str, Tensor], dict[st
             prefix, quantizer = quantizers[site.name]
             weight = state[key]
             scale, zero_point = quantizer.parameters_for(weight)
-            tensors[f"{key}.codes"] = pack(quantize_codes(weight, scale, zero_point, site.format), site.format)
+            for part, value in encode(weight, scale, zero_point, site.format).items():
+                tensors[f"{key}.{part}"] = value
             entry = {"format": site.format.name, "shape": list(weight.shape), "dtype": _dtype_name(weight)}
             codes[key] = {**entry, "scale": prefix}
     for key, value in state.items():
@@ -173,13 +226,16 @@ def _plain_tensors(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str
     buffers = ("_quantizer.scale", "_quantizer.zero_point")
     plain = {}
     for key, value in state.items():
-        if not key.endswith((".codes", *buffers)) and ".attention_quantizer." not in f".{key}":
+        if not key.endswith((".codes", ".blocks", *buffers)) and ".attention_quantizer." not in f".{key}":
             plain[key] = value
     for key, entry in config["codes"].items():
-        codes = unpack(state[f"{key}.codes"], get_format(entry["format"]), tuple(entry["shape"]))
+        stored = {part: state[f"{key}.{part}"] for part in ("codes", "blocks") if f"{key}.{part}" in state}
+        rank = len(entry["shape"])
         scale, zero_point = state[f"{entry['scale']}.scale"], state[f"{entry['scale']}.zero_point"]
-        shape = (-1,) + (1,) * (codes.ndim - 1) if scale.ndim else ()
-        plain[key] = dequantize(codes, scale.view(shape), zero_point.view(shape)).to(getattr(torch, entry["dtype"]))
+        view = (-1,) + (1,) * (rank - 1) if scale.ndim else ()
+        format, shape = get_format(entry["format"]), tuple(entry["shape"])
+        weight = decode(stored, shape, scale.view(view), zero_point.view(view), format)
+        plain[key] = weight.to(getattr(torch, entry["dtype"]))
     for alias, key in config["aliases"].items():
         plain[alias] = plain[key]
     return plain

@@ -13,7 +13,7 @@ from s2d.report import svg
 from s2d.report.formatting import percent, show
 from s2d.report.results import Histogram
 
-WIDTH, HEIGHT = 460.0, 220.0
+WIDTH, HEIGHT = 420.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 10.0, 10.0, 10.0, 46.0
 BULK = 0.999  # the share of the values that the close-up shows
 

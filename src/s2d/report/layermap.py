@@ -57,11 +57,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Map:
-    """One measure over one checkpoint: rows from the first block to the last, then what is outside the blocks."""
+    """One measure over one checkpoint: rows from first to last block, then (role, cell) of what is in no block."""
 
     label: str
     roles: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    outside: tuple[tuple[str, Cell], ...]
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,18 @@ def _share(measure: Measure, value: float, low: float, high: float) -> float:
 
 
 def _map(audit: Audit, measure: Measure, low: float, high: float) -> Map:
-    roles = tuple(dict.fromkeys(weight.role for weight in audit.weights))
-    depths = sorted({weight.depth for weight in audit.weights if weight.depth is not None})
-    outside = any(weight.depth is None for weight in audit.weights)
+    inside = [weight for weight in audit.weights if weight.depth is not None]
+    roles = tuple(dict.fromkeys(weight.role for weight in inside))
     rows = []
-    for depth in [*depths, *([None] if outside else [])]:
+    for depth in sorted({weight.depth for weight in inside if weight.depth is not None}):
         cells = []
         for role in roles:
-            members = [weight for weight in audit.weights if weight.depth == depth and weight.role == role]
+            members = [weight for weight in inside if weight.depth == depth and weight.role == role]
             cells.append(_cell(members, measure, low, high) if members else None)
-        rows.append(("–" if depth is None else str(depth), tuple(cells)))
-    return Map(audit.label, roles, tuple(rows))
+        rows.append((str(depth), tuple(cells)))
+    outside = [weight for weight in audit.weights if weight.depth is None]
+    beside = tuple((weight.role, _cell([weight], measure, low, high)) for weight in outside)
+    return Map(audit.label, roles, tuple(rows), beside)
 
 
 def _cell(members: Sequence[Weight], measure: Measure, low: float, high: float) -> Cell:

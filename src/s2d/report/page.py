@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import hashlib
 import importlib.resources
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from s2d.errors import InputError, require
+from s2d.errors import require
 from s2d.report import histogram_chart, layermap, svg
 from s2d.report.charts import bits_panels, series_class, series_mark
 from s2d.report.formatting import MISSING, percent, points, ratio, show, signed
@@ -34,6 +32,7 @@ from s2d.report.summary import (
     run_verdict,
     worst_weight,
 )
+from s2d.results import write_atomic
 
 PICTURED = 24  # histograms are the heaviest part of the page: this many of the worst weights have theirs
 
@@ -93,30 +92,12 @@ def write_report(results: object, path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: As for `render_report`, or ``path`` cannot be written.
     """
-    target = Path(path)
-    page = render_report(results)
-    temporary = None
-    try:
-        if target.is_dir():
-            raise InputError(f"{target}: this is a folder; name a file, such as {target / 'report.html'}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-        temporary = None
-    except OSError as error:
-        raise InputError(
-            f"{target}: the report cannot be written ({error.strerror or error}); choose another place"
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-    return target
+    page = render_report(results).encode("utf-8")
+
+    def write(file: BinaryIO) -> None:
+        file.write(page)
+
+    return write_atomic(path, write)
 
 
 def _asset(name: str) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from s2d.report.formatting import MISSING, percent, points, ratio, signed
 from s2d.report.results import Audit, Record, Weight
 
+# Student's t, two-sided 95 %, for 1, 2, … degrees of freedom: with three seeds a mean is far less certain than 2 SE.
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 LABELS = {"none": "as published", "adamw": "AdamW", "s2d": "AdamW + S2D"}
 
 
@@ -80,10 +82,11 @@ class Gain:
 
     @property
     def clear(self) -> bool:
-        """Larger than twice the standard error over seeds; with a single seed, larger than what rounding shows."""
+        """Outside the 95 % interval of the mean over seeds; with a single seed, larger than what rounding shows."""
         if self.spread is None:
             return abs(self.mean) >= 0.05
-        return abs(self.mean) > 2 * self.spread / math.sqrt(self.seeds)
+        bound = _STUDENT[min(self.seeds - 1, len(_STUDENT)) - 1]
+        return abs(self.mean) > bound * self.spread / math.sqrt(self.seeds)
 
 
 def _width(spec: str) -> tuple[float, str]:
@@ -178,6 +181,7 @@ def run_verdict(found: Sequence[Group]) -> Verdict:
     tiles: list[tuple[str, str]] = []
     sentences: list[str] = []
     outcomes: list[float] = []
+    seeds = 0
     for group in judged:
         where = f"{group.task}, {group.metric}" if len(judged) > 1 else group.metric
         spec = target_spec(group)
@@ -186,6 +190,7 @@ def run_verdict(found: Sequence[Group]) -> Verdict:
             sentences += _drop_sentences(group, where)
             continue
         outcomes.append(at_target.mean if at_target.clear else 0.0)
+        seeds = max(seeds, at_target.seeds)
         unit = group.unit.strip() or "better (positive) or worse"
         tiles.append((signed(at_target.mean), f"{unit} at {spec.upper()} · {where}"))
         sentences.append(_gain_sentence(group, at_target, where))
@@ -195,7 +200,7 @@ def run_verdict(found: Sequence[Group]) -> Verdict:
         sentences += _other_widths(group, spec)
     if not outcomes:
         return Verdict("What each bit width costs", "plain", tuple(tiles), tuple(sentences))
-    width = target_spec(judged[0]).upper()
+    width = target_spec(judged[0]).upper() + (", on one seed" if seeds == 1 else "")
     if all(outcome > 0 for outcome in outcomes):
         return Verdict(f"S2D helps at {width}", "good", tuple(tiles), tuple(sentences))
     if all(outcome < 0 for outcome in outcomes):
@@ -231,7 +236,7 @@ def _other_widths(group: Group, target: str) -> list[str]:
     if not others:
         return []
     listed = ", ".join(f"{found.spec.upper()} {signed(found.mean)}" for found in others)
-    worse = [found.spec.upper() for found in others if found.mean < 0 and found.clear]
+    worse = [found.spec.upper() for found in others if found.spread is not None and found.mean < 0 and found.clear]
     return [f"Elsewhere: {listed}" + (f"; worse by more than noise at {' and '.join(worse)}." if worse else ".")]
 
 
@@ -276,28 +281,29 @@ def audit_verdict(audits: Sequence[Audit]) -> Verdict:
 
 
 def audit_change(audits: Sequence[Audit]) -> tuple[str, ...]:
-    """Sentences on what changed from the first checkpoint to the last."""
+    """Sentences on how the outliers differ between the checkpoints of a run, the first one being where it started."""
     if len(audits) < 2:
         return audit_verdict(audits).sentences if audits else ()
-    first, last = audits[0], audits[-1]
-    worst = worst_weight(first)
-    after = last.weight(worst.name) if worst else None
-    if worst is None or after is None or "output_ratio" not in after.values:
+    worst, remaining = worst_weight(audits[0]), worst_weight(audits[-1])
+    if worst is None or remaining is None:
         return ()
-    sentences = [
-        f"The worst outliers, the outputs of {worst.name}, are {ratio(worst.values['output_ratio'])} the RMS with "
-        f"{first.label} and {ratio(after.values['output_ratio'])} with {last.label}."
-    ]
-    counts = [sum(weight.selected for weight in audit.weights) for audit in (first, last)]
-    sentences.append(
-        f"Weights whose outliers come from a few singular components: {counts[0]} of {len(first.weights)} with "
-        f"{first.label}, {counts[1]} of {len(last.weights)} with {last.label}."
+    rows = [(audit.label, audit.weight(worst.name)) for audit in audits]
+    ratios = ", ".join(
+        f"{ratio(weight.values['output_ratio'])} ({name})"
+        for name, weight in rows
+        if weight and "output_ratio" in weight.values
     )
-    remaining = worst_weight(last)
-    if remaining is not None and remaining.name != worst.name:
-        sentences.append(
-            f"What stands out most there is {remaining.name}, at {ratio(remaining.values['output_ratio'])} the RMS."
-        )
+    counts = ", ".join(
+        f"{sum(weight.selected for weight in audit.weights)} of {len(audit.weights)} ({audit.label})"
+        for audit in audits
+    )
+    sentences = [
+        f"The worst outliers, the outputs of {worst.name}, relative to their RMS: {ratios}.",
+        f"Weights whose outliers come from a few singular components: {counts}.",
+    ]
+    if remaining.name != worst.name:
+        size = ratio(remaining.values["output_ratio"])
+        sentences.append(f"What stands out most with {audits[-1].label} is {remaining.name}: {size}.")
     return tuple(sentences)
 
 

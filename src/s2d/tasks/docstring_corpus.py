@@ -11,6 +11,7 @@ import ast
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -58,6 +59,7 @@ _SKIPPED_FOLDERS = frozenset(
 _SHARES: tuple[tuple[Split, float], ...] = (("test", 0.17), ("validation", 0.09), ("train", 1.0))
 _SUMMARY_WORDS = (4, 40)
 _REST_WORDS = (15, 200)
+_MOST_PER_MODULE = 12  # so that no single module makes up much of a split
 _SHINGLE, _SHINGLE_WORDS, _MOST_SEEN = 5, 80, 0.5
 
 
@@ -98,7 +100,8 @@ def collect(sizes: Mapping[Split, int], packages: Sequence[str] | None = None) -
             for _, module, path in sorted(modules[split]):
                 if len(pairs[split]) >= sizes[split]:
                     break
-                pairs[split] += [pair for pair in pairs_of(path, module) if not seen.before(pair)]
+                fresh = (pair for pair in pairs_of(path, module) if not seen.before(pair))
+                pairs[split] += itertools.islice(fresh, _MOST_PER_MODULE)
             del pairs[split][sizes[split] :]
     for split in SPLITS:
         if sizes[split] and not pairs[split]:

@@ -18,7 +18,7 @@ def rtn(job: Job) -> None:
 def set_weight_ranges(job: Job) -> None:
     """Give every weight quantizer the range that its site's observer finds in the weight."""
     for site, quantizer in job.quantizers.items():
-        if site.what != "weight":
+        if site.what != "weight" or quantizer.dynamic:
             continue
         weight = job.model.get_parameter(weight_name(job.model, site)).detach()
         rows = weight if site.granularity == "channel" else weight.reshape(1, -1)

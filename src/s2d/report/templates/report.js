@@ -80,6 +80,8 @@
   };
   if (choose) choose.addEventListener("change", () => show(choose.value, false));
 
+  for (const button of all(".outside [data-weight]")) button.addEventListener("click", () => show(button.dataset.weight, true));
+
   // The map by keyboard: one stop for Tab, arrows within, Enter chooses.
   for (const map of all("table.map")) {
     const first = map.querySelector("td[data-weight]");

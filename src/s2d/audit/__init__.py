@@ -1,0 +1,13 @@
+"""The audit: where a model's outliers come from, weight by weight, and what low bits cost there.
+
+    audit = s2d.audit(model, batches)
+    audit.worst(10); audit.table(); audit.save("audit.html")
+
+`measure` looks at a model, `results` holds what was found, `batches` makes inputs where none are given.
+"""
+
+from s2d.audit.batches import audit_batches
+from s2d.audit.measure import audit, audit_many
+from s2d.audit.results import Audit, AuditRow, Trend
+
+__all__ = ["Audit", "AuditRow", "Trend", "audit", "audit_batches", "audit_many"]

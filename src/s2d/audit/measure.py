@@ -1,0 +1,259 @@
+"""The audit itself: spectra of the weights, then two passes over the data through forward hooks.
+
+The first pass finds ranges, energies and second moments; the second, with the principal directions and quantizers that
+follow from them, finds dominance and quantization error. Memory does not depend on the number of batches: beside the
+model and one batch's activations it takes at most the size of the weights once more.
+
+Activations are ``A = x W^T``, without the bias, as in the definition of PCDR ("Selective Spectral Decay",
+arXiv 2602.14432). Which of them are outliers is the choice of :mod:`s2d.dominance`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from s2d.audit.results import Audit, AuditRow, Trend
+from s2d.audit.streams import Judgement, Survey
+from s2d.audit.watching import MaskOf, batches_twice, projection_of, unreadable, watching, with_progress
+from s2d.dominance import OUTLIER_FRACTION
+from s2d.errors import InputError
+from s2d.models import Family, family_of, fingerprint
+from s2d.quant.sites import refuse_quantized
+from s2d.quant.spec import QuantSpec, TensorSpec
+from s2d.spectrum import Triplets, median_singular, top_singular
+from s2d.targets import Kind, Selector, Target, find_targets
+
+# The paper's selection: the smallest k <= 3 whose PCDR_k reaches tau = 0.95 (arXiv 2602.14432).
+THRESHOLD = 0.95
+MAX_RANK = 3
+# From this ratio on, half a step of a symmetric 4-bit grid (largest / 7) exceeds the RMS: a typical value becomes 0.
+OUTLIER_RATIO = 14.0
+# Histograms: of so many of the worst inputs, and of the inputs behind so many of the worst outputs.
+PICTURED = 12
+
+Rule = Literal["weight", "data"]
+
+
+def audit(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    include: Selector = "all-linear",
+    exclude: Selector = (),
+    kinds: Sequence[Kind] = ("linear", "conv"),
+    mask: MaskOf | None = None,
+    k: int = 3,
+    spec: str | Mapping[str, Any] | QuantSpec = "w4a4",
+    max_batches: int | None = None,
+    progress: bool = False,
+    name: str | None = None,
+) -> Audit:
+    """Say of every weight how its spectrum looks, what outliers it makes, of which components, and what bits cost.
+
+    The model is only looked at: it runs in evaluation mode without gradients, and afterwards every module is as it was.
+
+    Args:
+        model: Any module: plain, compiled, or wrapped by DDP.
+        batches: Dicts of keyword arguments for ``model(**batch)``, tensors, or tuples of positional arguments; read
+            twice. A generator cannot be read twice, so what it gives is held in memory. Tokens that a batch's
+            ``attention_mask`` hides do not count.
+        include: Which weights; see :func:`s2d.targets.find_targets`.
+        exclude: Which not.
+        kinds: ``"linear"``, ``"conv"`` or both.
+        mask: Gives a batch's mask ``[batch, tokens]``, true for real tokens, where that is not ``attention_mask``.
+        k: How many leading components.
+        spec: Bits of the quantization error; ranges as in :func:`s2d.quant.quantize`. Overrides play no part.
+        max_batches: Look at so many batches at most.
+        progress: Show progress bars.
+        name: The model's name in tables and files; its class by default.
+
+    Returns:
+        One row per weight, in the model's order.
+
+    Raises:
+        InputError: No module, no weights, no batches, a batch that does not fit the model, NaN or Inf in a weight or
+            an activation (named), an impossible setting.
+    """
+    start = time.perf_counter()
+    parsed = _spec(spec)
+    targets = _targets(model, include, exclude, kinds, k)
+    source = batches_twice(batches, max_batches)
+    spectra = dict(_spectra(with_progress(targets, None, "spectra of the weights", progress), k))
+
+    missed = {target.name: reason for target in targets if (reason := unreadable(target))}
+    readable = [target for target in targets if target.name not in missed]
+    surveys = {target.name: Survey(target, parsed) for target in readable}
+    with watching(model, readable, lambda target, x, A: surveys[target.name].add(x, A), mask) as feed:
+        count = feed(with_progress(source, max_batches, "looking at activations, 1 of 2", progress))
+    if count == 0:
+        raise InputError("the audit was given no batches; give at least one")
+    missed |= {name: "no batch reached its module" for name, survey in surveys.items() if survey.rows == 0}
+    reached = [target for target in readable if target.name not in missed]
+    if not reached:
+        reason = f"e.g. {targets[0].name}: {missed[targets[0].name]}"
+        raise InputError(f"nothing was seen of the {len(targets)} weights of {type(model).__name__}; {reason}")
+
+    pictured = _pictured([surveys[target.name] for target in reached])
+    judgements = {
+        target.name: Judgement(surveys[target.name], spectra[target.name][0], k, target.name in pictured)
+        for target in with_progress(reached, None, "principal directions", progress)
+    }
+    with watching(model, reached, lambda target, x, A: judgements[target.name].add(x, A), mask) as feed:
+        again = feed(with_progress(source, max_batches, "looking at activations, 2 of 2", progress))
+    if again != count:
+        raise InputError(f"the batches were {count} and then {again} when read again; give a list or a DataLoader")
+
+    family = family_of(model)
+    rows = []
+    for target in targets:
+        row = _row(target, family, *spectra[target.name])
+        if target.name in judgements:
+            _fill(row, surveys[target.name], judgements[target.name])
+        rows.append(row)
+    details = {
+        "s2d": importlib.metadata.version("s2d"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fingerprint": fingerprint(model),
+        "family": family.name,
+        "spec": str(parsed),
+        "ranges": {"weight": _ranges(parsed.weight), "activation": _ranges(parsed.activation)},
+        "k": k,
+        "threshold": THRESHOLD,
+        "outlier_ratio": OUTLIER_RATIO,
+        "outlier_fraction": OUTLIER_FRACTION,
+        "batches": count,
+        "tokens": max(survey.rows for survey in surveys.values()),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    return Audit(rows, name or type(getattr(model, "_orig_mod", model)).__name__, details, missed)
+
+
+def audit_many(
+    models: Mapping[str, nn.Module] | Iterable[tuple[str, nn.Module]], batches: Iterable[Any], **settings: Any
+) -> Trend:
+    """Audit several checkpoints on the same batches.
+
+    Args:
+        models: By label, in the order of training. An iterable of ``(label, model)`` may load each model when it is
+            asked for, so that only one is in memory.
+        batches: See :func:`audit`.
+        settings: Of :func:`audit`, the same for all.
+
+    Raises:
+        InputError: As :func:`audit`; no checkpoint; two with one label.
+    """
+    source = batches_twice(batches, settings.get("max_batches"))
+    audits: dict[str, Audit] = {}
+    for label, model in models.items() if isinstance(models, Mapping) else models:
+        if label in audits:
+            raise InputError(f"two checkpoints are called {label!r}; give them different labels")
+        options: dict[str, Any] = {"name": label, **settings}
+        audits[label] = audit(model, source, **options)
+    if not audits:
+        raise InputError("there is no checkpoint to audit; give at least one")
+    return Trend(audits)
+
+
+def select(
+    pcdr: Sequence[float], pcdr_data: Sequence[float], output_ratio: float
+) -> tuple[Rule, int] | tuple[None, None]:
+    """Whether few components make a weight's outliers, by which rule, and how many components.
+
+    - ``"weight"``: the paper's rule, the smallest k <= 3 with PCDR_k >= 0.95, over the singular components of W.
+    - ``"data"``: the same rule over the principal directions of the outputs, where the outputs hold outliers that a
+      4-bit grid cannot (largest over RMS at least 14, see `OUTLIER_RATIO`). The singular vectors of W need not point
+      where the inputs excite them: in a language model, a weight whose PCDR_3 is 0.04 makes outputs of 500 times the
+      RMS along a single direction. The condition is needed because healthy outputs are often of low rank too.
+
+    Args:
+        pcdr: PCDR_1..k of the singular components.
+        pcdr_data: PCDR_1..k of the principal directions.
+        output_ratio: Largest output over the RMS of all.
+
+    Returns:
+        The first rule that holds, and k; ``(None, None)`` where neither does.
+    """
+    rules: list[tuple[Rule, Sequence[float]]] = [("weight", pcdr)]
+    if output_ratio >= OUTLIER_RATIO:
+        rules.append(("data", pcdr_data))
+    for rule, shares in rules:
+        for components, share in enumerate(shares[:MAX_RANK], 1):
+            if share >= THRESHOLD:
+                return rule, components
+    return None, None
+
+
+def _spec(spec: str | Mapping[str, Any] | QuantSpec) -> QuantSpec:
+    parsed = QuantSpec.parse(spec)
+    if parsed.weight is None and parsed.activation is None:
+        raise InputError(f"{parsed} keeps everything at full precision: there is no error to measure; use e.g. w4a4")
+    return parsed
+
+
+def _targets(model: nn.Module, include: Selector, exclude: Selector, kinds: Sequence[Kind], k: int) -> list[Target]:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"audit needs a torch module, not {type(model).__name__}; load the model first")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise InputError(f"k={k!r} is out of range; it must be a whole number, at least 1")
+    for kind in kinds:
+        if kind in ("embedding", "norm"):
+            raise InputError(f"kinds={kind!r}: such a weight multiplies no activations; use linear, conv or both")
+    refuse_quantized(model)
+    return find_targets(model, include, exclude, kinds)
+
+
+def _spectra(targets: Iterable[Target], k: int) -> Iterator[tuple[str, tuple[Triplets, float]]]:
+    """Leading triplets and the median singular value of every weight, by name."""
+    for target in targets:
+        W = target.matrix()
+        yield target.name, (top_singular(W, min(k, *W.shape), name=target.name), median_singular(W).item())
+
+
+def _pictured(surveys: Sequence[Survey]) -> set[str]:
+    outputs = sorted(surveys, key=lambda survey: survey.output_ratio, reverse=True)[:PICTURED]
+    inputs = sorted(surveys, key=lambda survey: survey.input_ratio, reverse=True)[:PICTURED]
+    return {survey.target.name for survey in (*outputs, *inputs)}
+
+
+def _row(target: Target, family: Family, triplets: Triplets, median: float) -> AuditRow:
+    """What the weight alone says."""
+    W, largest = target.matrix(), triplets.S[0].item()
+    return AuditRow(
+        weight=target.name,
+        kind=target.kind,
+        shape=list(W.shape),
+        depth=target.depth,
+        role=_role(family, target),
+        sigma=triplets.S.tolist(),
+        sigma_over_median=largest / median if median > 0 else None,
+        stable_rank=(torch.linalg.vector_norm(W.to(triplets.S.dtype)).item() / largest) ** 2 if largest > 0 else 0.0,
+    )
+
+
+def _fill(row: AuditRow, survey: Survey, judgement: Judgement) -> None:
+    """What the data say."""
+    row.input_max, row.input_ratio = survey.input_max, survey.input_ratio
+    row.output_max, row.output_ratio = survey.output_max, survey.output_ratio
+    row.pcdr, row.pcdr_data = judgement.pcdr, judgement.pcdr_data
+    row.selected_by, row.components = select(judgement.pcdr, judgement.pcdr_data, survey.output_ratio)
+    row.selected = row.selected_by is not None
+    row.error, row.histogram = judgement.error, judgement.histogram
+
+
+def _role(family: Family, target: Target) -> str | None:
+    role = family.role(target.module_name)
+    if role == "qkv" and (target.rows is not None or target.parameter_name != "weight"):
+        return "qkv"[projection_of(target)]
+    return role
+
+
+def _ranges(group: TensorSpec | None) -> str:
+    return "kept" if group is None else f"{group.format.name} per {group.granularity}, {group.observer}"

@@ -1,0 +1,226 @@
+"""What is kept of one weight while batches stream by; nothing here grows with their number.
+
+`Survey` is filled by the first pass, `Judgement` by the second, with directions and quantizers that follow from the
+first.
+
+Shapes: N tokens (rows), O outputs, I inputs, K components, E outlier entries, S sampled rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from s2d.audit.results import JSON
+from s2d.dominance import Dominance, outlier_entries
+from s2d.errors import InputError
+from s2d.quant.observers import Percentile, make_observer, weight_range
+from s2d.quant.quantizer import Quantizer, affine_parameters, fake_quantize
+from s2d.quant.spec import QuantSpec
+from s2d.spectrum import Triplets, top_singular
+from s2d.targets import Target
+
+# Rows on which the quantization error is measured, spread over all of the data.
+SAMPLE_ROWS = 4096
+# Share of the values over which the bins of a histogram are narrow.
+_BULK = 0.999
+
+
+class Survey:
+    """Extremes, energies and the second moment of one weight's inputs and outputs.
+
+    Attributes:
+        rows: Rows seen.
+        input_max: Largest magnitude of an input.
+        output_max: Largest magnitude of an output.
+        observer: Of the inputs, where they get a static range.
+    """
+
+    def __init__(self, target: Target, spec: QuantSpec) -> None:
+        self.target, self.spec = target, spec
+        self.outputs, self.inputs = target.matrix().shape
+        self.rows = 0
+        self.input_max = self.output_max = 0.0
+        self._input_squares = self._output_squares = 0.0
+        self._moment: Tensor | None = None
+        activation = spec.activation
+        static = activation is not None and activation.granularity == "tensor"
+        self.observer = make_observer(activation.observer, target.name) if activation is not None and static else None
+
+    def add(self, x_NI: Tensor, A_NO: Tensor) -> None:
+        """Take in rows.
+
+        Raises:
+            InputError: NaN or Inf; the module is named.
+        """
+        self.rows += len(x_NI)
+        self.input_max = max(self.input_max, self._peak(x_NI, "input"))
+        self.output_max = max(self.output_max, self._peak(A_NO, "output"))
+        self._input_squares += torch.linalg.vector_norm(x_NI).item() ** 2
+        self._output_squares += torch.linalg.vector_norm(A_NO).item() ** 2
+        # The narrower side: together these are never larger than the weights.
+        side = A_NO if self.outputs <= self.inputs else x_NI
+        if self._moment is None:
+            self._moment = side.new_zeros(side.shape[1], side.shape[1])
+        self._moment.addmm_(side.mT, side)
+        if self.observer is not None:
+            self.observer.update(x_NI)
+
+    def _peak(self, values: Tensor, side: str) -> float:
+        peak = torch.linalg.vector_norm(values, math.inf).item()
+        if not math.isfinite(peak):
+            raise InputError(
+                f"the {side} of {self.target.module_name or 'the model'} holds NaN or Inf; look at what comes before "
+                "it: a damaged weight, inputs out of range, or half precision that overflows"
+            )
+        return peak
+
+    @property
+    def input_ratio(self) -> float:
+        """Largest input over the RMS of all inputs."""
+        return _over_rms(self.input_max, self._input_squares, self.rows * self.inputs)
+
+    @property
+    def output_ratio(self) -> float:
+        """Largest output over the RMS of all outputs."""
+        return _over_rms(self.output_max, self._output_squares, self.rows * self.outputs)
+
+    def directions(self, k: int) -> Triplets:
+        """Principal directions of the outputs, in ``U [O, K]``: left singular vectors of ``W C^(1/2)``.
+
+        C is the second moment of the inputs, ``W C W^T`` that of the outputs. Uses up the moment.
+        """
+        assert self._moment is not None
+        moment, self._moment = self._moment, None
+        k = min(k, self.outputs, self.inputs)
+        if self.outputs <= self.inputs:
+            return top_singular(moment, k, name=self.target.name)
+        wide = torch.float32 if moment.device.type == "mps" else torch.float64
+        values, vectors = torch.linalg.eigh(moment.to(wide))
+        # C = R R^T, and W R has the left singular vectors of W C^(1/2).
+        R = (vectors * values.clamp_min(0).sqrt()).float()
+        return top_singular(self.target.matrix().float() @ R, k, name=self.target.name)
+
+
+class Judgement:
+    """Dominance over the outliers, the error of quantizing, and a histogram of the inputs."""
+
+    def __init__(self, survey: Survey, triplets: Triplets, k: int, pictured: bool) -> None:
+        self.target, self.spec = survey.target, survey.spec
+        self._weight = Dominance(triplets)
+        found = survey.directions(k)
+        # The part of A along directions U is U U^T A: of the form U diag(S) V^T x with S = 1, V = U, x = A.
+        self._data = Dominance(replace(found, S=torch.ones_like(found.S), V=found.U))
+        self._picture = Percentile(self.target.name) if pictured else None
+        self._positions = sample_positions(survey.rows, SAMPLE_ROWS)
+        self._offset = 0
+        self._noise = self._signal = 0.0
+        self._weight_parameters = self._parameters_of_weight()
+        self._quantizer: Quantizer | None = None
+        if (activation := self.spec.activation) is not None:
+            quantizer = Quantizer(activation.format, activation.granularity, name=self.target.name)
+            if survey.observer is not None:
+                quantizer.set_range(*(end.cpu() for end in survey.observer.range(activation.format)))
+            quantizer.enabled = True
+            self._quantizer = quantizer.to(self.target.parameter.device)
+
+    def _parameters_of_weight(self) -> tuple[Tensor, Tensor]:
+        spec = self.spec.weight
+        if spec is None:
+            return torch.ones(()), torch.zeros(())
+        W = self.target.matrix().float()
+        rows = W if spec.granularity == "channel" else W.reshape(1, -1)
+        lo, hi = weight_range(rows, spec.observer, spec.format, name=self.target.name)
+        scale, zero_point = affine_parameters(lo, hi, spec.format, spec.format.symmetric)
+        return scale[:, None], zero_point[:, None]
+
+    def add(self, x_NI: Tensor, A_NO: Tensor) -> None:
+        """Take in rows."""
+        row_E, column_E = outlier_entries(A_NO)
+        value_E = A_NO[row_E, column_E]
+        self._weight.add(x_NI[row_E], value_E, column_E)
+        self._data.add(A_NO[row_E], value_E, column_E)
+        if self._picture is not None:
+            self._picture.update(x_NI)
+        ends = torch.tensor([self._offset, self._offset + len(x_NI)])
+        first, last = torch.searchsorted(self._positions, ends).tolist()
+        if first < last:
+            self._add_error(x_NI[(self._positions[first:last] - self._offset).to(x_NI.device)])
+        self._offset += len(x_NI)
+
+    def _add_error(self, x_SI: Tensor) -> None:
+        W = self.target.matrix().float()
+        exact_SO = x_SI @ W.mT
+        if self.spec.weight is not None:
+            W = fake_quantize(W, *self._weight_parameters, self.spec.weight.format)
+        if self._quantizer is not None:
+            x_SI = self._quantizer(x_SI)
+        self._signal += torch.linalg.vector_norm(exact_SO).item() ** 2
+        self._noise += torch.linalg.vector_norm(x_SI @ W.mT - exact_SO).item() ** 2
+
+    @property
+    def pcdr(self) -> list[float]:
+        """PCDR_1..K of the weight's singular components."""
+        return self._weight.ratios().tolist()
+
+    @property
+    def pcdr_data(self) -> list[float]:
+        """PCDR_1..K of the outputs' principal directions."""
+        return self._data.ratios().tolist()
+
+    @property
+    def error(self) -> float:
+        """``||Q(x) Q(W)^T - x W^T|| / ||x W^T||``; 0 where all outputs are 0."""
+        return math.sqrt(self._noise / self._signal) if self._signal > 0 else 0.0
+
+    @property
+    def histogram(self) -> JSON | None:
+        """Of the inputs; None where none was asked for, or there is no grid that is the same for all tokens."""
+        quantizer = self._quantizer
+        if self._picture is None or quantizer is None or quantizer.dynamic:
+            return None
+        codes = torch.arange(quantizer.format.qmin, quantizer.format.qmax + 1)
+        levels = (codes - quantizer.zero_point.cpu()) * quantizer.scale.cpu()
+        return binned(*self._picture.distribution(), levels.tolist())
+
+
+def sample_positions(rows: int, most: int) -> Tensor:
+    """Which rows are sampled: all, or one at random out of each of `most` equal parts; sorted, the same every time.
+
+    Evenly spaced rows would fall in step with the length of a batch's sequences and see its first tokens too often.
+    """
+    if rows <= most:
+        return torch.arange(rows)
+    jitter = torch.rand(most, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return ((torch.arange(most) + jitter) * (rows / most)).long().clamp_(max=rows - 1)
+
+
+def binned(values: Tensor, counts: Tensor, levels: list[float]) -> JSON:
+    """A distribution as a histogram: narrow bins over the middle 99.9 % of the values, wide ones over the tails.
+
+    Args:
+        values: Distinct values ``[n]``, ascending.
+        counts: How often each occurred, ``[n]``.
+        levels: What the quantizer's codes stand for, ascending.
+
+    Returns:
+        ``edges`` (one more than bins, increasing), ``counts``, ``grid`` (the levels) and ``of``.
+    """
+    values, counts = values.double().cpu(), counts.cpu()
+    cumulative = counts.cumsum(0)
+    ranks = torch.tensor([(1 - _BULK) / 2, (1 + _BULK) / 2], dtype=torch.float64) * cumulative[-1]
+    low, high = values[torch.searchsorted(cumulative, ranks.long()).clamp_max(len(values) - 1)].tolist()
+    margin = 1e-9 + 1e-3 * values.abs().max().item()  # so that both ends lie inside a bin
+    first, last = values[0].item() - margin, values[-1].item() + margin
+    stretches = ((first, low, 25), (low, high, 97), (high, last, 65))
+    edges = torch.unique(torch.cat([torch.linspace(*stretch, dtype=torch.float64) for stretch in stretches]))
+    bins = torch.bucketize(values, edges[1:-1], right=True)
+    counted = torch.bincount(bins, weights=counts.double(), minlength=len(edges) - 1)
+    return {"edges": edges.tolist(), "counts": counted.long().tolist(), "grid": levels, "of": "input"}
+
+
+def _over_rms(peak: float, squares: float, count: int) -> float:
+    return peak / math.sqrt(squares / count) if squares > 0 else 0.0

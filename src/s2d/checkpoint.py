@@ -1,0 +1,113 @@
+"""One door to the disk for every model: plain, conditioned or quantized.
+
+A plain model is written by `s2d.models`. A quantized one is a folder with the codes and scales that `s2d.quant` writes,
+the description of its architecture, and its tokenizer; it loads again, bit-identical, without the original.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from s2d import models, quant
+from s2d.errors import InputError
+from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_model
+from s2d.models.huggingface import load_parts
+from s2d.quant.storage import CONFIG
+from s2d.results import read_json, write_json
+
+ARCHITECTURE = "s2d_architecture.json"
+_TYPE, _VERSION = "s2d_quantized_model", 1
+
+
+def save(
+    model: nn.Module | Loaded,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model to a folder, whole or not at all; `load` reads it.
+
+    Args:
+        model: Plain or quantized, or what `load` gave (its tokenizer and processor are then kept).
+        path: The folder. A checkpoint of s2d in its place is replaced, anything else is refused.
+        tokenizer: Saved along, if it can be.
+        processor: Saved along, if it can be.
+        notes: JSON data to keep with it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: The model cannot be described, something is in the way, or the disk refuses.
+    """
+    if isinstance(model, Loaded):
+        tokenizer, processor, model = tokenizer or model.tokenizer, processor or model.processor, model.model
+    if not quant.is_quantized(model):
+        return save_model(model, path, tokenizer=tokenizer, processor=processor, notes=notes)
+    folder = Path(path)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_quantized_folder(folder)):
+        raise InputError(f"{folder} exists and is not a quantized model of s2d; choose another folder or remove it")
+    content = {"_type": _TYPE, "_version": _VERSION, "model": describe(model), "notes": dict(notes or {})}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            new, old = scratch / "new", scratch / "old"
+            quant.save(model, new)
+            write_json(new / ARCHITECTURE, content)
+            for part in (tokenizer, processor):
+                if hasattr(part, "save_pretrained"):
+                    part.save_pretrained(new)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            if (scratch / "old").exists() and not folder.exists():
+                (scratch / "old").rename(folder)
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"could not write {folder}: {error.strerror or error}; nothing was changed there; "
+            "free some space or choose another folder"
+        ) from error
+    return folder
+
+
+def load(source: str | os.PathLike[str], *, device: str = "cpu", **options: Any) -> Loaded:
+    """Load a model: pretrained, conditioned or quantized.
+
+    Args:
+        source: A folder that `save` wrote, or anything that :func:`s2d.models.load` reads: a local folder or file, an
+            installed package that carries a model, ``timm:NAME``, ``open_clip:NAME``, a name on the hub.
+        device: Where the model goes.
+        options: Further ones of :func:`s2d.models.load`.
+
+    Raises:
+        InputError: Whatever stands in the way, as one line that names the source and the remedy.
+    """
+    folder = Path(source).expanduser()
+    if not is_quantized_folder(folder):
+        return models.load(source, device=device, **options)
+    if not (folder / ARCHITECTURE).is_file():
+        raise InputError(f"{folder} holds quantized weights but no {ARCHITECTURE}; save the model with s2d.save")
+    content = read_json(folder / ARCHITECTURE)
+    if content.get("_type") != _TYPE or not isinstance(content.get("model"), dict):
+        raise InputError(f"{folder / ARCHITECTURE} does not describe a model; save the model again")
+    if content.get("_version", 0) > _VERSION:
+        raise InputError(f"{folder} was written by a newer s2d; upgrade s2d to read it")
+    model = quant.load(folder, rebuild(content["model"]), inplace=True).eval().to(device)
+    return Loaded(model, family_of(model), os.fspath(source), *load_parts(folder), fingerprint(model))
+
+
+def is_quantized_folder(folder: Path) -> bool:
+    """Whether a folder holds a quantized model."""
+    return (folder / CONFIG).is_file()

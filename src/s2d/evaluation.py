@@ -1,0 +1,46 @@
+"""The one judge: every model of s2d, plain, conditioned or quantized, is scored here and nowhere else."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from s2d.errors import InputError
+from s2d.models import Loaded
+from s2d.tasks import Split, Task
+
+
+def evaluate(model: nn.Module | Loaded, task: Task, *, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
+    """Score a model on a split of a task.
+
+    Args:
+        model: A model of this task (from ``task.build``, trained or quantized since), or one as `s2d.load` gives it.
+        task: Data and metrics.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        batch_size: Examples at once; it changes the time, not the result.
+
+    Returns:
+        Metric names and values, the task's primary one among them.
+
+    Raises:
+        InputError: The model lacks what the task needs, such as a classification head that was trained.
+    """
+    if isinstance(model, Loaded):
+        model = model_for(model, task)
+    return task.evaluate(model, split=split, batch_size=batch_size)
+
+
+def model_for(loaded: Loaded, task: Task) -> nn.Module:
+    """The model of a task on a loaded checkpoint, in evaluation mode, without any untrained part.
+
+    Raises:
+        InputError: The checkpoint would need a new head.
+    """
+    built = task.build(loaded)
+    known = set(loaded.model.state_dict())
+    new = [name for name in built.state_dict() if not name.startswith("encoder.") and name not in known]
+    if new:
+        raise InputError(
+            f"{loaded.source} has no trained head for task {task.name} ({new[0]} would be random); "
+            f"train one first: s2d condition {loaded.source} --task {task.name} --out FOLDER"
+        )
+    return built.eval()

@@ -1,0 +1,47 @@
+"""Whether the model hub can be asked at all, so that nobody waits half a minute to hear that it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from types import ModuleType
+
+from s2d.errors import require
+
+
+def offline() -> bool:
+    """Whether the hub is switched off (``HF_HUB_OFFLINE``) or its name does not even resolve.
+
+    Behind a proxy names may not resolve and the hub be reachable all the same, so there it counts as reachable.
+    """
+    hub = require("huggingface_hub", "hf")
+    if hub.constants.HF_HUB_OFFLINE:
+        return True
+    if urllib.request.getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlparse(hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """While the hub is out of reach, its client looks only at what was downloaded before, and at once."""
+    hub: ModuleType = require("huggingface_hub", "hf")
+    before, loggers = hub.constants.HF_HUB_OFFLINE, [logging.getLogger(), logging.getLogger("huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    hub.constants.HF_HUB_OFFLINE = offline()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hub.constants.HF_HUB_OFFLINE = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,299 @@
+"""Recipes: an experiment as plain data, checked before anything runs.
+
+A recipe is a YAML file; each key can be overridden from the command line (``-o train.steps=100``). An arm is one way of
+fine-tuning: without decay, with it, with other settings of it. All arms start from the same weights, with the same
+seeds, data and budget.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from s2d.decay import PRESETS, DecaySettings, SelectiveSpectralDecay
+from s2d.errors import InputError
+from s2d.quant import QuantSpec
+from s2d.quant.observers import ObserverSpec
+from s2d.quant.ptq import get_method
+from s2d.tasks import Split
+from s2d.training import TrainSettings
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable  # moved to importlib.resources.abc in Python 3.11
+
+FULL = "fp32"
+UNTRAINED = "none"
+_NOT_FOR_RECIPES = ("model", "optimizer", "seed")  # parameters of the decay that a recipe does not set
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskSection(BaseModel):
+    """A task's name and, beside it, the task's own options (they differ from task to task)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the task is made with."""
+        return dict(self.model_extra or {})
+
+    @property
+    def label(self) -> str:
+        """How results call it: the name of the data where some is named, else of the task."""
+        return Path(str(self.options["data"])).stem if "data" in self.options else self.name
+
+
+class Calibration(_Section):
+    """Training examples that quantizers are calibrated on."""
+
+    samples: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+
+class QuantizeSection(_Section):
+    """Bit widths and calibrators to evaluate."""
+
+    specs: list[str | dict[str, Any]] = Field(default_factory=lambda: [FULL, "w8a8", "w6a6", "w4a4"], min_length=1)
+    observers: list[str] = Field(default_factory=lambda: ["minmax", "percentile", "mse"], min_length=1)
+    method: str = "rtn"
+    calibration: Calibration = Calibration()
+
+    @field_validator("specs")
+    @classmethod
+    def _readable_specs(cls, specs: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        for spec in specs:
+            if spec != FULL:
+                QuantSpec.parse(spec)
+        return specs
+
+    @field_validator("observers")
+    @classmethod
+    def _known_observers(cls, observers: list[str]) -> list[str]:
+        for observer in observers:
+            ObserverSpec.parse(observer)
+        return observers
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        get_method(method)
+        return method
+
+
+class Recipe(_Section):
+    """An experiment.
+
+    Attributes:
+        about: One line for people.
+        model: What every arm starts from; see `s2d.load`.
+        task: The task and its options.
+        train: See `TrainSettings`.
+        arms: Name of each arm, and the keywords of `SelectiveSpectralDecay` it trains with: ``{}`` for the defaults,
+            null to train without decay. An arm called ``none`` is not trained at all.
+        seeds: Each is a repetition of all arms.
+        split: What is evaluated. Settings are chosen on ``validation``.
+        quantize: Bit widths and calibrators.
+        audit: Look at every weight before and after.
+        device: ``auto`` takes an accelerator where there is one.
+        batch_size: Of evaluations.
+    """
+
+    about: str = ""
+    model: str
+    task: TaskSection
+    train: TrainSettings = TrainSettings()
+    arms: dict[str, dict[str, Any] | None] = Field(default_factory=lambda: {"adamw": None, "s2d": {}}, min_length=1)
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    split: Split = "test"
+    quantize: QuantizeSection = QuantizeSection()
+    audit: bool = True
+    device: str = "auto"
+    batch_size: int = Field(default=128, ge=1)
+
+    @field_validator("arms")
+    @classmethod
+    def _possible_arms(cls, arms: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
+        for name, decay in arms.items():
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise InputError(f"an arm's name holds letters, digits and . + - _ only, not {name!r}")
+            if name == UNTRAINED and decay is not None:
+                raise InputError(f"the arm {UNTRAINED!r} is the model as it is, not trained; give it null")
+            if decay is not None:
+                decay_settings(decay)
+        return arms
+
+    @field_validator("seeds")
+    @classmethod
+    def _different_seeds(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise InputError(f"seeds must be different whole numbers from 0 on, not {seeds}")
+        return seeds
+
+
+def decay_settings(decay: Mapping[str, Any]) -> DecaySettings:
+    """The settings that keywords of `SelectiveSpectralDecay` stand for.
+
+    Raises:
+        InputError: An unknown keyword (close ones are listed), preset or value.
+    """
+    accepted = [name for name in inspect.signature(SelectiveSpectralDecay).parameters if name not in _NOT_FOR_RECIPES]
+    for name in decay:
+        if name not in accepted:
+            raise InputError(f"the decay has no setting {name!r}; {_close(name, accepted)}")
+    preset = decay.get("preset") or "default"
+    if preset not in PRESETS:
+        raise InputError(f"preset={preset!r} is unknown; choose from {', '.join(PRESETS)}")
+    named = {field.name for field in fields(DecaySettings)}
+    given = {name: value for name, value in decay.items() if name in named and value is not None}
+    if "kinds" in given:
+        given["kinds"] = tuple(given["kinds"])
+    return replace(PRESETS[preset], **given)
+
+
+# -- reading recipes ---------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only; and 1e-4 is a number, as in YAML 1.2."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf)$|\.(nan|NaN)$"),
+    list("-+0123456789."),
+)
+
+
+def _shelf() -> Traversable:
+    return importlib.resources.files("s2d") / "recipes"
+
+
+def packaged() -> dict[str, str]:
+    """The recipes that come with s2d: name and one line."""
+    return {
+        file.name.removesuffix(".yaml"): str(_parse(file.read_text(encoding="utf-8"), file.name).get("about", ""))
+        for file in sorted(_shelf().iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".yaml")
+    }
+
+
+def read_text(source: str) -> tuple[str, str]:
+    """A recipe's name and its YAML, of a file or of a packaged recipe.
+
+    Raises:
+        InputError: There is none; close names are listed.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            return path.stem, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise InputError(f"cannot read the recipe {source}: {reason}") from error
+    names = list(packaged())
+    if source not in names:
+        raise InputError(f"there is no recipe {source!r}; {_close(source, names)} (or name a .yaml file)")
+    return source, (_shelf() / f"{source}.yaml").read_text(encoding="utf-8")
+
+
+def read_recipe(source: str, overrides: Sequence[str] = ()) -> tuple[str, Recipe]:
+    """A recipe's name, and the recipe with overrides applied.
+
+    Args:
+        source: A packaged recipe's name or a YAML file.
+        overrides: ``"key=value"`` with dotted keys and YAML values, such as ``"train.steps=100"``.
+
+    Raises:
+        InputError: Whatever is wrong with it, in one line.
+    """
+    name, text = read_text(source)
+    return name, make_recipe(_parse(text, source), overrides, shown=source)
+
+
+def make_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, shown: str = "recipe") -> Recipe:
+    """Check plain data; see `read_recipe`."""
+    data = dict(content)
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{shown}: {_explain(error)}") from None
+
+
+def move(override: str, old: str, new: str) -> str:
+    """An override of a key that has a shorter name elsewhere: ``decay.strength=1`` for ``arms.s2d.strength=1``."""
+    return new + override.removeprefix(old) if override.startswith(old) else override
+
+
+def _parse(text: str, shown: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark is not None else ""
+        raise InputError(f"{shown}{place} is not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{shown} is not a recipe: it should hold keys such as model, task and train")
+    return content
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"override {override!r}: write key=value, for example train.steps=100")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not YAML; quote it") from None
+    *parents, last = key.strip().split(".")
+    place = data
+    for parent in parents:
+        inner = place.get(parent)
+        if inner is not None and not isinstance(inner, dict):
+            raise InputError(f"override {override!r}: {parent} is a single value, nothing is below it")
+        place[parent] = place = dict(inner or {})
+    place[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, key = [str(part) for part in first["loc"]]
+        section: type[BaseModel] = Recipe
+        for parent in parents:
+            inner = section.model_fields[parent].annotation
+            assert isinstance(inner, type) and issubclass(inner, BaseModel)
+            section = inner
+        return f"unknown key {where}; {_close(key, list(section.model_fields))}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if "ctx" in first and isinstance(first["ctx"].get("error"), InputError):
+        return f"{where}: {message}"
+    return f"{where}={first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _close(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"

@@ -1,0 +1,328 @@
+"""Running a recipe: the straight line from a published model to a comparison, each stage kept on the disk.
+
+    load -> audit -> for each seed and arm: train -> evaluate -> for each bit width and calibrator: quantize, evaluate
+         -> audit -> results.json, report.html
+
+Every finished stage is a file in the run's folder, named after a digest of everything that went into it, code included:
+a run that is repeated computes only what is missing or has changed, and one folder can hold many experiments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from s2d import quant
+from s2d.audit import audit
+from s2d.decay import SelectiveSpectralDecay
+from s2d.errors import InputError, MissingExtra
+from s2d.evaluation import evaluate, model_for
+from s2d.models import Loaded, load, save_model
+from s2d.quant import QuantSpec
+from s2d.recipe import FULL, UNTRAINED, Calibration, Recipe, decay_settings
+from s2d.report import write_report
+from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, write_json
+from s2d.tasks import Task, create
+from s2d.training import train
+
+# Which rooms a stage runs through: a change in one of them makes its finished stages stale.
+_MODEL_CODE = ("models", "tasks", "training.py", "targets.py")
+_DECAY_CODE = ("decay.py", "shrink.py", "selection.py", "writers.py", "dominance.py", "spectrum.py")
+_QUANT_CODE = ("quant", "models")
+_JUDGE_CODE = ("evaluation.py", "tasks", "models")
+_AUDIT_CODE = ("audit", "selection.py", "dominance.py", "spectrum.py", "targets.py", "quant", "models")
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes."""
+
+    def stage(self, text: str, total: int) -> None:
+        """A stage of so many parts begins."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """So many parts of the stage are done."""
+
+    def say(self, text: str) -> None:
+        """A line to keep."""
+
+
+class Silent:
+    """A watcher that does nothing."""
+
+    def stage(self, text: str, total: int) -> None:
+        """Ignore it."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Ignore it."""
+
+    def say(self, text: str) -> None:
+        """Ignore it."""
+
+
+class Runner:
+    """One recipe in one folder."""
+
+    def __init__(self, name: str, recipe: Recipe, folder: Path, watcher: Watcher | None = None) -> None:
+        """Load model and data; whatever can be wrong with a recipe shows here, before any work.
+
+        Raises:
+            InputError: The model, the data, the folder, or settings that do not fit the model.
+        """
+        self.name, self.recipe, self.folder = name, recipe, folder
+        self.watcher = watcher or Silent()
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; name a folder for the run")
+        self.watcher.stage(f"loading {recipe.task.label} and {recipe.model}", 3)
+        self.task: Task = create(recipe.task.name, **recipe.task.options)
+        self.watcher.advance(1)
+        self.loaded: Loaded = load(recipe.model, device=device_of(recipe.device))
+        self.watcher.advance(2)
+        self._rehearse()
+        write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
+        self.watcher.advance(3)
+
+    def _rehearse(self) -> None:
+        """Put decay and quantizers to the model once, so that what does not fit it is not found out hours later."""
+        recipe = self.recipe
+        model = self.task.build(self.loaded, recipe.seeds[0])
+        if UNTRAINED in recipe.arms:
+            model_for(self.loaded, self.task)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for decay in recipe.arms.values():
+            if decay is not None:
+                SelectiveSpectralDecay(model, optimizer, **decay).remove()
+        for spec in recipe.quantize.specs:
+            if spec != FULL:
+                quant.plan(model, QuantSpec.parse(spec))
+
+    def run(self) -> JSON:
+        """Everything that is missing, then results.json and report.html; the results are also returned."""
+        recipe, records, audits, history = self.recipe, [], {}, []
+        about = run_metadata(
+            recipe=self.name,
+            about=recipe.about,
+            settings=self._shown_settings(),
+            data_hash=self.task.fingerprint,
+            data_sizes=self.task.sizes(),
+            model_fingerprint=self.loaded.fingerprint,
+            code=code_digest(*_MODEL_CODE, *_DECAY_CODE, *_QUANT_CODE),
+        )
+        first = recipe.seeds[0]
+        if recipe.audit:
+            audits[UNTRAINED] = self._audit(UNTRAINED, first)
+        for seed in recipe.seeds:
+            for arm in recipe.arms:
+                if arm == UNTRAINED and seed != first:
+                    continue  # nothing is random in it
+                training = self._train(arm, seed)
+                records += self._cells(arm, seed)
+                if recipe.audit and seed == first and arm not in audits:
+                    audits[arm] = self._audit(arm, seed)
+                if training is not None and seed == first and not history:
+                    history = training["history"]  # of the first arm that decays
+                # What is done so far can be read while the rest goes on.
+                self._write({"run": about, "records": records, "audits": audits, "history": history})
+        results = {"run": about, "records": records, "audits": audits, "history": history}
+        try:
+            self.watcher.say(f"report: {shown_path(write_report(results, self.folder / 'report.html'))}")
+        except MissingExtra as error:
+            self.watcher.say(f"no report.html: {error}")
+        return results
+
+    def _write(self, results: JSON) -> None:
+        write_json(self.folder / "results.json", results)
+
+    # -- training
+
+    def _train(self, arm: str, seed: int) -> JSON | None:
+        """What is known of an arm's training; the model is beside it on the disk."""
+        if arm == UNTRAINED:
+            return None
+        folder = self._arm_folder(arm, seed)
+        notes = folder / "training.json"
+        if notes.is_file():
+            self.watcher.say(f"{arm}, seed {seed}: trained already ({shown_path(folder)})")
+            return read_json(notes)
+        settings = self.recipe.train
+        self.watcher.stage(f"{arm}, seed {seed}: training", settings.steps)
+        model = self.task.build(self.loaded, seed)
+        done = train(
+            model,
+            self.task,
+            settings,
+            seed=seed,
+            decay=self.recipe.arms[arm],
+            state=folder / "state.pt",
+            on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
+        )
+        save_model(model, folder / "model", tokenizer=self.loaded.tokenizer, notes={"recipe": self.name, "arm": arm})
+        content = {**asdict(done), "arm": arm, "seed": seed, "decay": self._decay_key(arm)}
+        write_json(notes, content)
+        (folder / "state.pt").unlink(missing_ok=True)  # only now is everything it holds safe elsewhere
+        self.watcher.say(
+            f"{arm}, seed {seed}: {done.steps} steps in {done.seconds:.0f} s, last loss {done.losses[-1]:.3f}"
+        )
+        return content
+
+    def _arm_folder(self, arm: str, seed: int) -> Path:
+        return self.folder / "arms" / f"{arm}-{seed}-{self._arm_key(arm, seed)}"
+
+    def _arm_key(self, arm: str, seed: int) -> str:
+        """Everything a trained model depends on."""
+        recipe = self.recipe
+        task = recipe.task.model_dump(exclude={"data"})  # what the data hold counts, not where they are
+        content: JSON = {"model": self.loaded.fingerprint, "task": [self.task.fingerprint, task]}
+        if arm != UNTRAINED:
+            content |= {
+                "train": recipe.train.model_dump(exclude={"save_every"}),
+                "seed": seed,
+                "decay": self._decay_key(arm),
+                "code": code_digest(*_MODEL_CODE, *(_DECAY_CODE if recipe.arms[arm] is not None else ())),
+            }
+        return digest(content)
+
+    def _decay_key(self, arm: str) -> JSON | None:
+        decay = self.recipe.arms[arm]
+        return None if decay is None else {**decay, **asdict(decay_settings(decay))}
+
+    @contextmanager
+    def _model(self, arm: str, seed: int) -> Iterator[nn.Module]:
+        """An arm's model, trained, from the disk; for the arm without training the published one."""
+        if arm == UNTRAINED:
+            yield self.task.build(self.loaded, seed).eval()
+        else:
+            yield load(self._arm_folder(arm, seed) / "model", device=device_of(self.recipe.device)).model
+
+    # -- evaluating
+
+    def _cells(self, arm: str, seed: int) -> list[JSON]:
+        """One record for each metric of each bit width and calibrator."""
+        quantize = self.recipe.quantize
+        cells: list[tuple[str | dict[str, Any], str]] = []
+        for spec in quantize.specs:
+            cells += [(spec, "")] if spec == FULL else [(spec, observer) for observer in quantize.observers]
+        paths = [self._cell_path(arm, seed, spec, observer) for spec, observer in cells]
+        if not all(path.is_file() for path in paths):
+            self.watcher.stage(f"{arm}, seed {seed}: evaluating", len(cells))
+            with self._model(arm, seed) as model:
+                for number, ((spec, observer), path) in enumerate(zip(cells, paths, strict=True)):
+                    self.watcher.advance(number, _spec_name(spec) + (f" {observer}" if observer else ""))
+                    if not path.is_file():
+                        write_json(path, self._judge(model, spec, observer, seed))
+            self.watcher.advance(len(cells))
+        records = []
+        for (spec, observer), path in zip(cells, paths, strict=True):
+            records += self._records(arm, seed, spec, observer, read_json(path))
+        primary = [record for record in records if record["metric"] == self.task.primary]
+        shown = ", ".join(f"{r['spec']} {r['observer']} {r['value']:.2f}".replace("  ", " ") for r in primary)
+        self.watcher.say(f"{arm}, seed {seed}: {self.task.primary}: {shown}")
+        return records
+
+    def _judge(self, model: nn.Module, spec: str | dict[str, Any], observer: str, seed: int) -> JSON:
+        recipe = self.recipe
+        with measured() as cost:
+            if spec != FULL:
+                model = quant.quantize(
+                    model,
+                    spec,
+                    calibration=calibration_inputs(self.task, recipe.quantize.calibration, seed),
+                    method=recipe.quantize.method,
+                    observer=observer,
+                    seed=seed,
+                )
+            metrics = evaluate(model, self.task, split=recipe.split, batch_size=recipe.batch_size)
+        return {"metrics": metrics, "seconds": cost.seconds, "peak_mb": cost.peak_mb}
+
+    def _cell_path(self, arm: str, seed: int, spec: str | dict[str, Any], observer: str) -> Path:
+        quantize = self.recipe.quantize
+        judge = code_digest(*_JUDGE_CODE)
+        content: JSON = {"arm": self._arm_key(arm, seed), "split": self.recipe.split, "judge": judge}
+        if spec != FULL:
+            content |= {
+                "spec": QuantSpec.parse(spec).to_dict(),
+                "observer": observer,
+                "method": quantize.method,
+                "calibration": quantize.calibration.model_dump(),
+                "seed": seed,
+                "code": code_digest(*_QUANT_CODE),
+            }
+        stem = "-".join(part for part in (arm, str(seed), _spec_name(spec), observer.replace(":", "")) if part)
+        return self.folder / "cells" / f"{stem}-{digest(content)}.json"
+
+    def _records(self, arm: str, seed: int, spec: str | dict[str, Any], observer: str, cell: JSON) -> list[JSON]:
+        recipe = self.recipe
+        return [
+            {
+                "task": recipe.task.label,
+                "model": recipe.model,
+                "conditioning": arm,
+                "seed": seed,
+                "spec": _spec_name(spec),
+                "method": "none" if spec == FULL else recipe.quantize.method,
+                "observer": observer,
+                "metric": metric,
+                "value": float("nan") if value is None else value,
+                "higher_is_better": self.task.higher_is_better,
+                "seconds": cell["seconds"],
+                "peak_mb": cell["peak_mb"],
+                "split": recipe.split,
+            }
+            for metric, value in sorted(cell["metrics"].items(), key=lambda item: item[0] != self.task.primary)
+        ]
+
+    # -- looking
+
+    def _audit(self, arm: str, seed: int) -> JSON:
+        calibration = self.recipe.quantize.calibration
+        key = digest([self._arm_key(arm, seed), calibration.model_dump(), seed, code_digest(*_AUDIT_CODE)])
+        path = self.folder / "audits" / f"{arm}-{seed}-{key}.json"
+        if not path.is_file():
+            self.watcher.stage(f"{arm}, seed {seed}: auditing", 1)
+            with self._model(arm, seed) as model:
+                inputs = calibration_inputs(self.task, calibration, seed)
+                write_json(path, audit(model, inputs, name=self.recipe.model).to_json())
+            self.watcher.advance(1)
+        return read_json(path)
+
+    def _shown_settings(self) -> JSON:
+        settings = self.recipe.model_dump(exclude={"about"})
+        settings["arms"] = {arm: self._decay_key(arm) if arm != UNTRAINED else None for arm in self.recipe.arms}
+        return settings
+
+
+def calibration_inputs(task: Task, settings: Calibration, seed: int) -> list[dict[str, Any]]:
+    """Model inputs of the first training examples in a shuffled order; every arm of a seed sees the same."""
+    inputs: list[dict[str, Any]] = []
+    left = settings.samples
+    for batch in task.batches("train", batch_size=min(settings.batch_size, left), seed=seed, shuffle=True):
+        if left <= 0:
+            break
+        taken = {name: tensor[:left] for name, tensor in batch.items()}
+        inputs += task.inputs(taken)
+        left -= len(next(iter(taken.values())))
+    return inputs
+
+
+def _spec_name(spec: str | dict[str, Any]) -> str:
+    return spec if isinstance(spec, str) else f"{QuantSpec.parse(spec)}-{digest(spec)[:4]}"
+
+
+def device_of(name: str) -> str:
+    """The device of a name; ``auto`` is an accelerator where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def shown_path(path: Path) -> str:
+    """A path as people type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

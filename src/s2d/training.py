@@ -1,0 +1,375 @@
+"""Fine-tuning: a task's loss, AdamW with linear warm-up and decay, and, when asked for, selective spectral decay.
+
+The loop runs on accelerate, which brings the device and the precision. One run is one process. What a run yields is
+determined by the model, the data, the settings and the seed; one that was interrupted and continued ends bit-identical
+on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from s2d.decay import SelectiveSpectralDecay
+from s2d.errors import InputError, require
+from s2d.models import fingerprint
+from s2d.results import measured, write_atomic
+from s2d.tasks import Batch, Task
+
+# Texts of like length share a batch: this many batches are drawn together and sorted before they are cut.
+MEGA_BATCH = 16
+_STATE_VERSION = 1
+
+OnStep = Callable[[int, float], None]
+
+
+class TrainSettings(BaseModel):
+    """How to fine-tune.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Examples a step.
+        lr: Peak learning rate of the encoder.
+        head_lr: Of everything else (a new classification head); as `lr` when None.
+        weight_decay: Of AdamW; biases and norms are left out, as usual.
+        warmup: Share of the steps in which the rate rises linearly from 0; it falls linearly to 0 in the others.
+        clip: Largest norm of the gradient.
+        dropout: Keep the model's own dropout. Off by default: short fine-tuning ends better and repeats exactly.
+        group_by_length: Put texts of like length into one batch, which halves the time on short texts.
+        precision: Of the computation; weights stay as they are.
+        save_every: Seconds between two saved states, where a place for them is given.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
+    head_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    dropout: bool = False
+    group_by_length: bool = True
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    save_every: float = Field(default=120.0, ge=0)
+
+
+@dataclass
+class Training:
+    """How a training went.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        seconds: Time in the loop, over all parts of an interrupted run.
+        peak_mb: See `s2d.results.Cost`.
+        losses: One a step.
+        history: The decay's, one record a refresh and weight; empty without decay.
+    """
+
+    steps: int
+    seconds: float
+    peak_mb: float
+    losses: list[float]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    settings: TrainSettings | None = None,
+    *,
+    seed: int = 0,
+    decay: Mapping[str, Any] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    on_step: OnStep | None = None,
+) -> Training:
+    """Fine-tune a model in place; it ends in evaluation mode.
+
+    Args:
+        model: From ``task.build``.
+        task: Its data and loss.
+        settings: See `TrainSettings`.
+        seed: Of the order of the data and of dropout. The global random state is left as it was.
+        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), or None to train without it.
+        state: A file to keep the training's state in. Where it exists already, training continues from it. It is
+            written every ``settings.save_every`` seconds, on Ctrl-C and at the end; remove it when the model is saved.
+        on_step: Called with the number of steps taken and the last loss.
+
+    Raises:
+        InputError: Impossible settings, a loss that is no number, a state of other settings, or a disk that refuses.
+        KeyboardInterrupt: Ctrl-C (or a termination signal); with `state`, everything was saved first.
+    """
+    settings = settings or TrainSettings()
+    accelerate = require("accelerate", "hf")
+    place = next(model.parameters()).device
+    try:
+        accelerator = accelerate.Accelerator(
+            cpu=place.type == "cpu", mixed_precision="no" if settings.precision == "fp32" else settings.precision
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"train.precision={settings.precision} cannot be used here: {_first_line(error)}") from error
+    if accelerator.num_processes > 1:
+        raise InputError("training runs in one process; start it without accelerate launch or torchrun")
+    key = _key(model, task, settings, seed, decay)
+    raw = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr)
+    prepared, optimizer = accelerator.prepare(model, raw)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(raw, lambda step: schedule(step, settings.steps, settings.warmup))
+    devices = [place.index or 0] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
+        torch.manual_seed(seed)
+        spectral = None
+        if decay is not None:
+            spectral = SelectiveSpectralDecay(model, raw, seed=seed, **decay)
+            stack.callback(spectral.remove)
+        if not settings.dropout:
+            stack.enter_context(without_dropout(model))
+        stack.callback(model.eval)
+        run = _Run(model, raw, scheduler, spectral, Path(state) if state is not None else None, key)
+        run.restore()
+        interrupt = stack.enter_context(_deferred_interrupt()) if run.path is not None else None
+        cost = stack.enter_context(measured())
+        model.train()
+        batches = itertools.islice(training_batches(task, settings, seed), run.step, None)
+        started = saved = time.monotonic()
+        before = run.seconds
+        while run.step < settings.steps:
+            with accelerator.autocast():
+                loss = task.loss(prepared, next(batches))
+            value = loss.item()
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the loss is {value} at step {run.step + 1}: training diverged; lower train.lr ({settings.lr:g})"
+                )
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            if not optimizer.step_was_skipped:
+                scheduler.step()
+            run.step += 1
+            run.losses.append(value)
+            run.seconds = before + time.monotonic() - started
+            if on_step is not None:
+                on_step(run.step, value)
+            if interrupt is not None and interrupt.is_set():
+                run.save()
+                raise KeyboardInterrupt
+            if run.path is not None and time.monotonic() - saved >= settings.save_every and run.step < settings.steps:
+                run.save()
+                saved = time.monotonic()
+    if settings.precision != "fp32":
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    if run.path is not None:
+        run.save()
+    history = list(spectral.history) if spectral is not None else []
+    return Training(run.step, run.seconds, cost.peak_mb, run.losses, history)
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """The learning rate of a step (from 0) as a share of its peak: linear up, then linear down to 0."""
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return max(0.0, (steps - step) / (steps - rising))
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """AdamW's groups: encoder and new parts, each with and without weight decay.
+
+    The encoder is what stands under ``encoder.``; in a model without such a part, everything is.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise InputError(f"{type(model).__name__} has no trainable weights; set requires_grad on some")
+    has_encoder = any(name.startswith("encoder.") for name, _ in named)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        new = has_encoder and not name.startswith("encoder.")
+        groups.setdefault((new, parameter.ndim >= 2), []).append(parameter)
+    return [
+        {
+            "params": members,
+            "lr": (settings.head_lr or settings.lr) if new else settings.lr,
+            "weight_decay": settings.weight_decay if matrix else 0.0,
+        }
+        for (new, matrix), members in groups.items()
+    ]
+
+
+def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator[Batch]:
+    """Batches without end, every epoch in another order; the last, smaller batch of an epoch is left out."""
+    for epoch in itertools.count():
+        epoch_seed = seed * 1_000_003 + epoch
+        if not settings.group_by_length:
+            whole = task.batches("train", batch_size=settings.batch_size, seed=epoch_seed, shuffle=True)
+        else:
+            megas = task.batches("train", batch_size=settings.batch_size * MEGA_BATCH, seed=epoch_seed, shuffle=True)
+            generator = torch.Generator().manual_seed(epoch_seed)
+            whole = (batch for mega in megas for batch in _by_length(mega, settings.batch_size, generator))
+        given = 0
+        for batch in whole:
+            if given and _rows(batch) < settings.batch_size:
+                continue
+            given += 1
+            yield batch
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _by_length(mega: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Cut a shuffled mega-batch into batches of like length, in random order, each without needless padding."""
+    ending = "attention_mask"
+    masks = {name.removesuffix(ending): mask for name, mask in mega.items() if name.endswith(ending)}
+    rows = _rows(mega)
+    order = torch.arange(rows)
+    if masks:
+        order = torch.stack([mask.sum(1) for mask in masks.values()]).sum(0).argsort(stable=True)
+    parts = order.split(batch_size)
+    for part in torch.randperm(len(parts), generator=generator).tolist():
+        batch = {name: tensor[parts[part]] for name, tensor in mega.items()}
+        for prefix, mask in masks.items():
+            width = int(mask[parts[part]].sum(1).max())
+            for name, tensor in batch.items():
+                if name.startswith(prefix) and tensor.ndim > 1 and tensor.shape[1] == mask.shape[1]:
+                    batch[name] = tensor[:, :width]
+        yield batch
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """No dropout in training mode: neither by dropout modules nor by the rates that attention modules keep."""
+    changed: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        names = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout", "attention_dropout")
+        for name in names:
+            rate = module.__dict__.get(name)
+            if isinstance(rate, float):
+                changed.append((module, name, rate))
+                setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, rate in changed:
+            setattr(module, name, rate)
+
+
+@dataclass
+class _Run:
+    """A training as it stands, and its file."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    decay: SelectiveSpectralDecay | None
+    path: Path | None
+    key: str
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+    def save(self) -> None:
+        assert self.path is not None
+        content = {
+            "version": _STATE_VERSION,
+            "key": self.key,
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "decay": None if self.decay is None else self.decay.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        }
+        write_atomic(self.path, lambda file: torch.save(content, file))
+
+    def restore(self) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        content = read_state(self.path)
+        if content["key"] != self.key:
+            raise InputError(
+                f"{self.path} holds a training with other settings, data or weights; remove it, or choose another place"
+            )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        if self.decay is not None:
+            self.decay.load_state_dict(content["decay"])
+        torch.set_rng_state(content["random"])
+        if content["random_cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(content["random_cuda"])
+        self.step, self.seconds, self.losses = content["step"], content["seconds"], content["losses"]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A saved training state: tensors and plain containers; nothing in it can run code.
+
+    Raises:
+        InputError: It is damaged, or of another version.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is damaged and cannot be continued from; remove it to start again") from error
+    if not isinstance(content, dict) or content.get("version") != _STATE_VERSION:
+        raise InputError(f"{path} is not a training state of this version of s2d; remove it to start again")
+    return content
+
+
+def _key(model: nn.Module, task: Task, settings: TrainSettings, seed: int, decay: Mapping[str, Any] | None) -> str:
+    """Tells apart trainings that must not continue each other. How often to save makes no difference."""
+    options = {name: value for name, value in vars(task).items() if isinstance(value, str | int | float)}
+    parts = [
+        fingerprint(model),
+        {"task": task.name, "data": task.fingerprint, **options},
+        settings.model_dump(exclude={"save_every"}),
+        seed,
+        None if decay is None else dict(decay),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Let the present step end when Ctrl-C (or a termination signal) comes; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may handle signals
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,56 @@
+"""A tiny text encoder with a real tokenizer, made offline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from s2d.models import Loaded, family_of
+
+
+def _tokenizer(words: list[str]) -> Any:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+WORDS = [f"w{index}" for index in range(60)]
+
+
+@pytest.fixture()
+def encoder() -> Loaded:
+    """A random BERT of one block over the words w0 ... w59."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    return Loaded(model, family_of(model), "tiny-bert", _tokenizer(WORDS), None, "0" * 16)
+
+
+@pytest.fixture()
+def decoder() -> Loaded:
+    """A random Llama of one block over the same words."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32}
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, pad_token_id=0, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    return Loaded(model, family_of(model), "tiny-llama", _tokenizer(WORDS), None, "0" * 16)

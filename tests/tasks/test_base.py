@@ -1,0 +1,128 @@
+"""The register of tasks, and what every task has to keep to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2d.errors import InputError
+from s2d.models import Loaded
+from s2d.tasks import SPLITS, Task, create, tasks
+
+
+def text_classification(folder: Path) -> Task:
+    lines = [f"w{i % 7} w{i % 5} w{i % 3} {'w1 ' * (i % 4)},{'even' if i % 2 == 0 else 'odd'}" for i in range(60)]
+    (folder / "all.csv").write_text("\n".join(["text,label", *lines]))
+    return create("text-classification", data=folder / "all.csv", max_length=8)
+
+
+def docstrings(folder: Path) -> Task:
+    return create("docstrings", train=40, validation=12, test=12, packages=["stdlib"], document_length=24)
+
+
+def language_modeling(folder: Path) -> Task:
+    (folder / "all.txt").write_text("\n".join(f"w{i % 7} w{i % 11} w{i % 5}" for i in range(200)))
+    return create("language-modeling", data=folder / "all.txt", window=16)
+
+
+MAKERS = {
+    "text-classification": text_classification,
+    "docstrings": docstrings,
+    "language-modeling": language_modeling,
+}
+
+
+def test_every_task_describes_itself_and_is_tested_here() -> None:
+    assert set(tasks()) == set(MAKERS)
+    assert all(line.endswith(".") and len(line) < 110 for line in tasks().values())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_contract(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    loaded: Loaded = request.getfixturevalue("decoder" if name == "language-modeling" else "encoder")
+    task = MAKERS[name](tmp_path)
+    assert task.name == name
+    assert MAKERS[name](tmp_path).fingerprint == task.fingerprint, "the data are the same each time"
+    before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
+
+    model = task.build(loaded, seed=1)
+    again = task.build(loaded, seed=1)
+    assert model.training
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), "the same seed gives the same start"
+    if name != "language-modeling":
+        encoder = {key.removeprefix("encoder."): value for key, value in model.state_dict().items()}
+        assert all(torch.equal(encoder[key], value) for key, value in before.items())
+
+    for split in SPLITS:
+        batches = list(task.batches(split, batch_size=5))
+        assert len(batches) == task.num_batches(split, 5)
+        assert sum(len(next(iter(batch.values()))) for batch in batches) == task.sizes()[split]
+        for batch in batches:
+            for inputs in task.inputs(batch):
+                mask = inputs["attention_mask"]
+                assert mask.shape == inputs["input_ids"].shape
+                assert mask.any(0).all(), "batches are cut to their longest row"
+                assert mask.any(1).all(), "no row is empty"
+
+    shuffled = [list(task.batches("train", batch_size=5, seed=seed, shuffle=True)) for seed in (1, 1, 2)]
+    same = [all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(shuffled[0], shuffled[1], strict=True)]
+    assert all(same)
+    assert any(
+        a[key].shape != b[key].shape or not torch.equal(a[key], b[key])
+        for a, b in zip(shuffled[0], shuffled[2], strict=True)
+        for key in a
+    )
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for epoch in range(3):
+        for batch in task.batches("train", batch_size=16, seed=epoch, shuffle=True):
+            loss = task.loss(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0], "it can be trained"
+    assert all(torch.equal(value, before[key]) for key, value in loaded.model.state_dict().items())
+
+    for mode in (True, False):
+        model.train(mode)
+        metrics = task.evaluate(model, "validation", batch_size=7)
+        assert model.training is mode
+        assert task.primary in metrics
+    assert metrics == pytest.approx(task.evaluate(model, "validation", batch_size=3), rel=1e-4)
+
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    broken = task.evaluate(model, "validation")[task.primary]
+    assert broken == (0 if task.higher_is_better else float("inf")), "a broken model gets the worst mark"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_bad_use(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    task = MAKERS[name](tmp_path)
+    with pytest.raises(RuntimeError, match=r"call build\(loaded\)"):
+        next(task.batches("train", batch_size=2))
+    loaded: Loaded = request.getfixturevalue("decoder" if name == "language-modeling" else "encoder")
+    task.prepare(loaded)
+    with pytest.raises(InputError, match="unknown split 'dev'; choose from train, validation, test"):
+        next(task.batches("dev", batch_size=2))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="batch size must be a positive whole number, not 0"):
+        next(task.batches("train", batch_size=0))
+    loaded.tokenizer = None
+    with pytest.raises(InputError, match=f"task {name} reads text, but tiny-.* comes without a tokenizer"):
+        MAKERS[name](tmp_path).prepare(loaded)
+
+
+def test_unknown_names_and_options(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"unknown task 'docstring'; did you mean docstrings\?"):
+        create("docstring")
+    with pytest.raises(InputError, match="unknown task 'zzz'; choose from docstrings, language-modeling"):
+        create("zzz")
+    with pytest.raises(InputError, match="task docstrings has no option 'trian'; it has train, validation"):
+        create("docstrings", trian=3)
+    with pytest.raises(InputError, match="task text-classification needs the option 'data'"):
+        create("text-classification")
