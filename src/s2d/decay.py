@@ -35,24 +35,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.errors import InputError
-from s2d.selection import (
-    Components,
-    DataMetric,
-    Finding,
-    Metric,
-    SiteMetric,
-    WeightMetric,
-    bias_of,
-    bias_parameter,
-    call_views,
-)
+from s2d.selection import METRICS, Components, Finding, bias_of, bias_parameter, call_views
 from s2d.shrink import penalty_gradient, shrink_directions, shrink_rows, shrink_singular
 from s2d.targets import KINDS, Kind, Selector, Target, find_targets
 
 MetricName = Literal["site", "data", "weight"]
 Mode = Literal["decoupled", "coupled"]
 
-_METRICS: dict[str, type[Metric]] = {"site": SiteMetric, "data": DataMetric, "weight": WeightMetric}
 _STATE_VERSION = 1
 _HISTORY_LENGTH = 100_000
 
@@ -81,7 +70,7 @@ class DecaySettings:
     threshold: float = 0.3
     max_rank: int = 3
     refresh_every: int = 5
-    outlier_ratio: float = 6.0
+    outlier_ratio: float = 8.0
     track: bool = True
     kinds: tuple[Kind, ...] = ("linear", "norm")
 
@@ -214,14 +203,8 @@ class SelectiveSpectralDecay:
         if max_rank is not None and ranks and max_rank > max(ranks):
             raise InputError(f"max_rank={max_rank} exceeds the rank of every weight here, at most {max(ranks)}")
         s = self.settings
-        self._metric = _METRICS[s.metric](
-            self.targets,
-            threshold=s.threshold,
-            max_rank=s.max_rank,
-            outlier_ratio=s.outlier_ratio,
-            track=s.track,
-            seed=seed,
-        )
+        shared = {"threshold": s.threshold, "max_rank": s.max_rank, "outlier_ratio": s.outlier_ratio, "track": s.track}
+        self._metric = METRICS[s.metric](self.targets, **shared, seed=seed)
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
         self.step_count = 0
         self._peak_lr: dict[tuple[int, int], float] = {}
@@ -305,7 +288,7 @@ class SelectiveSpectralDecay:
                 prepare(optimizer)
                 return loss
 
-            return (args[0], run, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
+            return (optimizer, run, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
         return hook
 
@@ -336,9 +319,9 @@ class SelectiveSpectralDecay:
             if components is not None and len(components) and self._place(target)[0] is optimizer:
                 yield target, components
 
-    def _place(self, parameter_of: Target) -> tuple[Optimizer | None, int]:
-        """The optimizer and the group that train a weight; none for one put in the place of the weight trained."""
-        return self._group.get(id(parameter_of.parameter), (None, 0))
+    def _place(self, target: Target) -> tuple[Optimizer | None, int]:
+        """The optimizer and group that train a weight; none for one put in the place of the weight trained."""
+        return self._group.get(id(target.parameter), (None, 0))
 
     def _note_peaks(self, optimizer: Optimizer) -> None:
         """The largest learning rate of each group: seen, or announced by its scheduler."""
@@ -429,10 +412,8 @@ class SelectiveSpectralDecay:
             mask = args[position] if position < len(args) else None
         if mask is None:
             self._mask = None  # of an earlier call
-        elif isinstance(mask, Tensor) and mask.ndim == 2:
-            # Floats must be 0 and 1: some models hand a 2-D mask of what is *added* to the scores to their layers.
-            if not mask.is_floating_point() or bool(((mask == 0) | (mask == 1)).all() & mask.any()):
-                self._mask = mask.detach()
+        elif isinstance(mask, Tensor) and mask.ndim == 2 and _tells_padding(mask):
+            self._mask = mask.detach()
 
     def _look(self, targets: list[Target]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -531,10 +512,8 @@ class SelectiveSpectralDecay:
         """
         if not isinstance(state, dict) or "version" not in state:
             raise InputError("this is not a decay state; pass what state_dict() of a decay returned")
-        if state["version"] != _STATE_VERSION:
-            raise InputError(
-                f"a decay state of version {state['version']!r} cannot be read by version {_STATE_VERSION}"
-            )
+        if (version := state["version"]) != _STATE_VERSION:
+            raise InputError(f"a decay state of version {version!r} cannot be read by version {_STATE_VERSION}")
         mine = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         other = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
         changed = [name for name in mine if mine[name] != other.get(name)]
@@ -581,6 +560,11 @@ def _modules_with_mask(model: nn.Module) -> list[nn.Module]:
         for m in model.modules()
         if type(m).__name__ != "OptimizedModule" and "attention_mask" in inspect.signature(m.forward).parameters
     ]
+
+
+def _tells_padding(mask: Tensor) -> bool:
+    """A mask of 0 and 1; some models hand a 2-D one of what is *added* to the attention scores to their layers."""
+    return not mask.is_floating_point() or bool(((mask == 0) | (mask == 1)).all() & mask.any())
 
 
 def _compiled(model: nn.Module) -> bool:

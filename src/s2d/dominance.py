@@ -68,6 +68,7 @@ def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tens
     Returns:
         ``max_n |x_nd|`` and ``sum_n x_nd^2``, ``[D]`` each, float32; zeros without rows.
     """
+    x_ND = x_ND.detach()
     count, width = len(x_ND) if kept is None else len(kept), x_ND.shape[1]
     if count == 0:
         return x_ND.new_zeros(width, dtype=torch.float32), x_ND.new_zeros(width, dtype=torch.float32)
@@ -78,8 +79,8 @@ def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tens
     sums = torch.empty_like(largest)
     for i, first in enumerate(firsts):
         piece = x_ND[first : first + rows] if kept is None else x_ND.index_select(0, kept[first : first + rows])
-        part = squares[: len(piece)]
-        part.copy_(piece).mul_(part) if piece.dtype != torch.float32 else torch.mul(piece, piece, out=part)
+        wide = piece.float()
+        part = torch.mul(wide, wide, out=squares[: len(piece)])
         torch.amax(part, 0, out=largest[i])
         torch.sum(part, 0, out=sums[i])
     # The root of a rounded square is the number itself again (binary floating point, no overflow).
@@ -101,15 +102,19 @@ def outlier_entries(
         Y_NO: Activations.
         fraction: Share of the entries that count as outliers; never fewer than 16 entries.
         channel_max: ``max_n |Y|`` per channel ``[O]``, if it is known.
+        kept: Indices of the rows to look at, see :func:`kept_rows`; all by default.
 
     Returns:
-        Row and column indices, ``[E]`` each, largest first.
+        Row and column indices into ``Y_NO``, ``[E]`` each, largest first.
     """
-    count = min(max(math.ceil(fraction * Y_NO.numel()), FEWEST_OUTLIERS), Y_NO.numel())
-    maxima: Tensor = torch.linalg.vector_norm(Y_NO, math.inf, dim=0) if channel_max is None else channel_max
+    entries = (len(Y_NO) if kept is None else len(kept)) * Y_NO.shape[1]
+    count = min(max(math.ceil(fraction * entries), FEWEST_OUTLIERS), entries)
+    maxima = channel_sums(Y_NO, kept)[0] if channel_max is None else channel_max
     channels = maxima.topk(min(count, len(maxima))).indices
-    flat = Y_NO[:, channels].abs().flatten().topk(count).indices
-    return flat // len(channels), channels[flat % len(channels)]
+    candidates = Y_NO.index_select(1, channels)
+    flat = (candidates if kept is None else candidates.index_select(0, kept)).abs().flatten().topk(count).indices
+    row_E, column_E = flat // len(channels), channels[flat % len(channels)]
+    return row_E if kept is None else kept[row_E], column_E
 
 
 def largest_over_rms(Y: Tensor) -> float:

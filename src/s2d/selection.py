@@ -24,7 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.dominance import Dominance, outlier_entries, outlier_shares, principal_directions, token_rows
+from s2d.dominance import (
+    Dominance,
+    channel_sums,
+    kept_rows,
+    outlier_entries,
+    outlier_shares,
+    principal_directions,
+    token_rows,
+)
 from s2d.spectrum import Triplets, top_singular_many
 from s2d.targets import Target
 from s2d.writers import Call, find_writer, same_tensor
@@ -86,23 +94,24 @@ class _Sums:
     channel_squares: Tensor | None = None
     rows: int = 0
 
-    def add(self, x_ND: Tensor) -> Tensor | None:
-        """Take in rows; returns the channel maxima ``[D]`` of these rows alone.
+    def add(self, x_ND: Tensor, kept: Tensor | None = None) -> Tensor | None:
+        """Take in rows (those of index `kept`); returns the channel maxima ``[D]`` of these rows alone.
 
         Nothing is taken in (None) where there are no rows, or one holds NaN or Inf: half precision overflowed, and the
         gradient scaler will skip the step.
         """
-        x = x_ND.detach()
-        peak = torch.linalg.vector_norm(x, math.inf, dim=0).float() if len(x) else None
-        if peak is None or not bool(torch.isfinite(peak).all()):
+        rows = len(x_ND) if kept is None else len(kept)
+        if rows == 0:
             return None
-        squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+        peak, squares = channel_sums(x_ND, kept)
+        if not bool(torch.isfinite(peak).all()):
+            return None
         if self.channel_max is None or self.channel_squares is None:
             self.channel_max, self.channel_squares = peak, squares
         else:
             self.channel_max = torch.maximum(self.channel_max, peak)
             self.channel_squares = self.channel_squares + squares
-        self.rows += len(x)
+        self.rows += rows
         return peak
 
     def rms(self) -> Tensor:
@@ -133,6 +142,7 @@ class Metric:
         self.track = track
         self.seed = seed
         self.selected: dict[str, Components] = {}
+        self._kept: tuple[Tensor, Tensor | None] | None = None
 
     def begin(self) -> None:
         """A refresh starts: forget the last one's sums."""
@@ -151,6 +161,19 @@ class Metric:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
+
+    def _rows(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """All rows ``[N, D]`` of an activation, and the indices of the real tokens (None: all are).
+
+        Padding is left out by index, as copying the other rows would cost as much as looking at them. All layers of a
+        forward pass share a mask, whose indices are found once.
+        """
+        rows = token_rows(x.detach())
+        if mask is None or mask.numel() != len(rows):
+            return rows, None
+        if self._kept is None or self._kept[0] is not mask:
+            self._kept = mask, kept_rows(mask)
+        return rows, self._kept[1]
 
     def _gate(self, name: str) -> float:
         """The outlier ratio from which a weight is judged; lower while it is tracked."""
@@ -182,19 +205,19 @@ class WeightMetric(Metric):
 
     def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         """Keep the inputs and values of the largest outputs."""
-        y_NO = token_rows(y, mask)
+        y_NO, kept = self._rows(y, mask)
         seen = self._seen.get(target.name, _Seen())
-        channel_max = seen.sums.add(y_NO)
+        channel_max = seen.sums.add(y_NO, kept)
         if channel_max is None:
             return
         self._seen[target.name] = seen
         if target.kind == "norm":
             return
-        row_E, column_E = outlier_entries(y_NO, channel_max=channel_max)
+        row_E, column_E = outlier_entries(y_NO, channel_max=channel_max, kept=kept)
         if target.kind == "embedding":
-            seen.inputs.append(token_rows(x.unsqueeze(-1), mask)[row_E, 0])
+            seen.inputs.append(token_rows(x.unsqueeze(-1))[row_E, 0])
         else:
-            seen.inputs.append(token_rows(x, mask)[row_E].float())
+            seen.inputs.append(token_rows(x)[row_E].float())
         value_E = y_NO[row_E, column_E].float()
         bias = bias_of(target)
         seen.values.append(value_E if bias is None else value_E - bias[column_E].to(value_E))
@@ -281,9 +304,9 @@ class DataMetric(Metric):
 
     def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         """Judge one pass: its principal directions and their shares of the outliers."""
-        y_NO = token_rows(y.detach(), mask)
+        rows, kept = self._rows(y, mask)
         sums = self._norms.get(target.name, _Sums())  # of matrices, one pass is judged at a time
-        channel_max = sums.add(y_NO)
+        channel_max = sums.add(rows, kept)
         if channel_max is None:
             return
         if target.kind == "norm":
@@ -297,6 +320,7 @@ class DataMetric(Metric):
         finding = self._findings[target.name] = Finding([], [], peak, ratio)
         if ratio < self._gate(target.name):
             return  # healthy: no directions are computed
+        y_NO = rows if kept is None else rows.index_select(0, kept)
         row_E, column_E = outlier_entries(y_NO, channel_max=channel_max)
         k = min(self.max_rank + SPARE, y_NO.shape[1])
         bias = bias_of(target)
@@ -307,21 +331,33 @@ class DataMetric(Metric):
         sigma = torch.linalg.vector_norm(Y @ U, dim=0) / math.sqrt(len(Y))
         finding.sigma, finding.pcdr = sigma[: self.max_rank].tolist(), share.cumsum(0)[: self.max_rank].tolist()
 
-        chosen = U[:, (share >= self.threshold).nonzero().flatten()[: self.max_rank]]
+        is_chosen = torch.zeros_like(share, dtype=torch.bool)
+        is_chosen[(share >= self.threshold).nonzero().flatten()[: self.max_rank]] = True
+        chosen = U[:, is_chosen]
         old = self.selected.get(target.name)
         if self.track and old is not None and old.U is not None:
-            continued = (old.U.mT @ U).abs().amax(0) >= SAME_COMPONENT
-            still = (share < self.threshold) & (share >= RELEASE * self.threshold) & continued
-            chosen = torch.cat([chosen, U[:, still]], 1)
-            lost = old.U[:, torch.linalg.vector_norm(U.mT @ old.U, dim=0) < SAME_COMPONENT]
-            lost = lost[:, outlier_shares(lost, Y, row_E, column_E) >= RELEASE * self.threshold]
-            if lost.shape[1]:  # not orthogonal to the fresh ones; keep the signs, which QR does not
-                Q, R = torch.linalg.qr(torch.cat([chosen, lost], 1))
-                chosen = Q * R.diagonal().sign()
+            chosen = self._followed(U, share, is_chosen, old.U, outlier_shares(old.U, Y, row_E, column_E))
         if chosen.shape[1]:
             part = Y @ chosen
             S = torch.linalg.vector_norm(part, dim=0) / math.sqrt(len(Y))
             finding.components = Components(S, chosen.clone(), self._inputs_times(target, x, mask, part))
+
+    def _followed(self, U: Tensor, share: Tensor, is_chosen: Tensor, old: Tensor, old_share: Tensor) -> Tensor:
+        """The chosen directions and the tracked ones that still make outliers, orthonormal.
+
+        Of a tracked direction and its refreshed form the one stays that makes more of the outliers: while a direction
+        sinks through the others, a power step mixes them.
+        """
+        limit = RELEASE * self.threshold
+        overlap, index = (old.mT @ U).abs().max(1)
+        renewed = (overlap >= SAME_COMPONENT) & (share[index] >= old_share)
+        stays = ~renewed & (old_share >= limit)
+        is_chosen = is_chosen.clone()
+        is_chosen[index[renewed & (share[index] >= limit)]] = True
+        is_chosen[index[stays & (overlap >= SAME_COMPONENT)]] = False
+        Q, R = torch.linalg.qr(torch.cat([old[:, stays], U[:, is_chosen]], 1))
+        new = R.diagonal().abs() >= SAME_COMPONENT  # the others lie in the span of those before them
+        return (Q * R.diagonal().sign())[:, new]
 
     def _inputs_times(self, target: Target, x: Tensor, mask: Tensor | None, part_NK: Tensor) -> Tensor:
         """``X^T part / N``, which is ``C W^T U`` for the weight's inputs, ``[I, K]``."""
@@ -380,17 +416,16 @@ class SiteMetric(Metric):
     def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         """Sum up the site that this module reads, and find its writer in the first refresh."""
         if target.kind == "linear" and (self._searching or target.name in self.writers) and not self._read_before(x):
-            rows = token_rows(x.detach(), mask)
             if self._searching and target.name not in self.writers:
-                writer = find_writer(self._sample(rows), self._calls)
+                writer = find_writer(self._sample(token_rows(x.detach(), mask)), self._calls)
                 if writer is not None:
                     self.writers[target.name] = writer.target.name
                     self.operands.update(operand.name for operand in writer.operands)
             if target.name in self.writers:
-                self._add(self.writers[target.name], rows)
+                self._add(self.writers[target.name], x, mask)
                 self._seen_input = x.detach()
         if target.name in self.operands:
-            self._add(target.name, token_rows(y.detach(), mask))
+            self._add(target.name, y, mask)
         if self._searching:
             self._calls.append(Call(target, self._sample(token_rows(y.detach(), mask)), x.detach()))
             self._calls = self._calls[-self._LOOK_BACK :]
@@ -399,9 +434,9 @@ class SiteMetric(Metric):
         """q, k and v read the same tensor: one look is enough."""
         return self._seen_input is not None and same_tensor(x, self._seen_input)
 
-    def _add(self, name: str, rows_ND: Tensor) -> None:
+    def _add(self, name: str, x: Tensor, mask: Tensor | None) -> None:
         sums = self._sums.get(name, _Sums())
-        if sums.add(rows_ND) is not None:
+        if sums.add(*self._rows(x, mask)) is not None:
             self._sums[name] = sums
 
     def _sample(self, rows_ND: Tensor) -> Tensor:
@@ -427,6 +462,9 @@ class SiteMetric(Metric):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         self.writers, self.operands = dict(state["writers"]), set(state["operands"])
+
+
+METRICS: dict[str, type[Metric]] = {"site": SiteMetric, "data": DataMetric, "weight": WeightMetric}
 
 
 def coordinate_finding(sums: _Sums, target: Target, outlier_ratio: float, selected: Components | None) -> Finding:

@@ -202,6 +202,11 @@ class TestForeignFiles:
         self.edit(saved, **changes)
         self.refused(saved, "quantization.json does not describe its tensors")
 
+    def test_a_plan_that_is_not_the_stored_one(self, saved: Path) -> None:
+        sites = json.loads((saved / "quantization.json").read_text())["sites"]
+        self.edit(saved, sites=[site for site in sites if site["what"] != "probs"])
+        self.refused(saved, "quantization.json does not describe its tensors")
+
     def test_missing_or_truncated_tensors(self, saved: Path) -> None:
         path = next(saved.glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-7])

@@ -12,7 +12,7 @@ import torch
 
 from s2d.errors import InputError
 from s2d.models import Loaded, load
-from s2d.tasks import SPLITS, create
+from s2d.tasks import SPLITS, create, docstring_corpus
 from s2d.tasks.docstring_corpus import collect, pairs_of, split_docstring
 from s2d.tasks.docstrings import ranks
 
@@ -102,7 +102,10 @@ def test_repetitions_are_dropped_across_modules(tmp_path: Path, monkeypatch: pyt
     package = tmp_path / "parrots"
     package.mkdir()
     for number in range(40):
-        own = " ".join(f"{word}{number}" for word in "one two three four five six seven eight nine ten".split())
+        own = " ".join(
+            f"{word}{number}"
+            for word in ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        )
         (package / f"m{number}.py").write_text(
             f'def f():\n    """Copied summary of all parrots.\n\n    {REST}\n    """\n'
             f'def g():\n    """Parrot number p{number} has words.\n\n    {own} {own} and so on, ever on.\n    """\n'
@@ -116,6 +119,21 @@ def test_repetitions_are_dropped_across_modules(tmp_path: Path, monkeypatch: pyt
     queries = [pair.query for split in SPLITS for pair in pairs[split]]
     assert len(queries) == 41, "each own text once, and of all copies one"
     assert "parrots" not in sys.modules
+
+
+def test_the_cache_is_used_and_never_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"train": 20, "validation": 4, "test": 4}
+    monkeypatch.setenv("S2D_CACHE", str(tmp_path / "cache"))
+    first = collect(sizes, ["stdlib"])  # type: ignore[arg-type]
+    (entry,) = (tmp_path / "cache").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(docstring_corpus, "_gather", lambda *args: pytest.fail("read again"))
+        assert collect(sizes, ["stdlib"]) == first  # type: ignore[arg-type]
+    entry.write_text("{")
+    assert collect(sizes, ["stdlib"]) == first, "a damaged entry is made again"  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("S2D_CACHE", str(tmp_path / "file" / "cache"))
+    assert collect(sizes, ["stdlib"]) == first, "a place that cannot be written is no error"  # type: ignore[arg-type]
 
 
 def test_ranks_are_counted_by_hand() -> None:

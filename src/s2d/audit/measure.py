@@ -10,11 +10,9 @@ arXiv 2602.14432). Which of them are outliers is the choice of :mod:`s2d.dominan
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -27,6 +25,7 @@ from s2d.errors import InputError
 from s2d.models import Family, family_of, fingerprint
 from s2d.quant.sites import refuse_quantized
 from s2d.quant.spec import QuantSpec, TensorSpec
+from s2d.results import run_metadata
 from s2d.spectrum import Triplets, median_singular, top_singular
 from s2d.targets import Kind, Selector, Target, find_targets
 
@@ -85,7 +84,8 @@ def audit(
     parsed = _spec(spec)
     targets = _targets(model, include, exclude, kinds, k)
     source = batches_twice(batches, max_batches)
-    spectra = dict(_spectra(with_progress(targets, None, "spectra of the weights", progress), k))
+    listed = with_progress(targets, None, "spectra of the weights", progress)
+    spectra = {target.name: _spectrum(target, k) for target in listed}
 
     missed = {target.name: reason for target in targets if (reason := unreadable(target))}
     readable = [target for target in targets if target.name not in missed]
@@ -113,26 +113,24 @@ def audit(
     family = family_of(model)
     rows = []
     for target in targets:
-        row = _row(target, family, *spectra[target.name])
+        triplets, median = spectra[target.name]
+        row = _row(target, family, triplets, median)
         if target.name in judgements:
             _fill(row, surveys[target.name], judgements[target.name])
         rows.append(row)
-    details = {
-        "s2d": importlib.metadata.version("s2d"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "fingerprint": fingerprint(model),
-        "family": family.name,
-        "spec": str(parsed),
-        "ranges": {"weight": _ranges(parsed.weight), "activation": _ranges(parsed.activation)},
-        "k": k,
-        "threshold": THRESHOLD,
-        "outlier_ratio": OUTLIER_RATIO,
-        "outlier_fraction": OUTLIER_FRACTION,
-        "batches": count,
-        "tokens": max(survey.rows for survey in surveys.values()),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
+    details = run_metadata(
+        fingerprint=fingerprint(model),
+        family=family.name,
+        spec=str(parsed),
+        ranges={"weight": _ranges(parsed.weight), "activation": _ranges(parsed.activation)},
+        k=k,
+        threshold=THRESHOLD,
+        outlier_ratio=OUTLIER_RATIO,
+        outlier_fraction=OUTLIER_FRACTION,
+        batches=count,
+        tokens=max(survey.rows for survey in surveys.values()),
+        seconds=round(time.perf_counter() - start, 2),
+    )
     return Audit(rows, name or type(getattr(model, "_orig_mod", model)).__name__, details, missed)
 
 
@@ -152,7 +150,8 @@ def audit_many(
     """
     source = batches_twice(batches, settings.get("max_batches"))
     audits: dict[str, Audit] = {}
-    for label, model in models.items() if isinstance(models, Mapping) else models:
+    pairs = models.items() if isinstance(models, Mapping) else models
+    for label, model in cast("Iterable[tuple[str, nn.Module]]", pairs):
         if label in audits:
             raise InputError(f"two checkpoints are called {label!r}; give them different labels")
         options: dict[str, Any] = {"name": label, **settings}
@@ -210,11 +209,10 @@ def _targets(model: nn.Module, include: Selector, exclude: Selector, kinds: Sequ
     return find_targets(model, include, exclude, kinds)
 
 
-def _spectra(targets: Iterable[Target], k: int) -> Iterator[tuple[str, tuple[Triplets, float]]]:
-    """Leading triplets and the median singular value of every weight, by name."""
-    for target in targets:
-        W = target.matrix()
-        yield target.name, (top_singular(W, min(k, *W.shape), name=target.name), median_singular(W).item())
+def _spectrum(target: Target, k: int) -> tuple[Triplets, float]:
+    """Leading triplets and the median singular value."""
+    W = target.matrix()
+    return top_singular(W, min(k, *W.shape), name=target.name), median_singular(W).item()
 
 
 def _pictured(surveys: Sequence[Survey]) -> set[str]:

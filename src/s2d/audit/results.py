@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,9 +12,9 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from s2d.audit.tables import audit_table, ranked, trend_table
 from s2d.errors import InputError, MissingExtra, require
-
-JSON = dict[str, Any]
+from s2d.results import JSON, read_json, write_json
 
 _ERROR_KEY = re.compile(r"w\d+a\d+_error")
 
@@ -134,29 +131,9 @@ class Audit:
             raise MissingExtra("pandas is needed for frame(); run: pip install pandas (or use records())") from None
         return pandas.DataFrame([_flat(record) for record in self.records()]).set_index("weight")
 
-    def table(self, n: int = 20) -> Table:
-        """The n worst rows as a table for the terminal."""
-        title = f"{self.model}: few components make the outliers of {len(self.selected)} of {len(self.rows)} weights"
-        table = Table(title=title)
-        for heading in ("weight", "shape"):
-            table.add_column(heading, overflow="fold")
-        for heading in ("σ₁", "σ₁/med", "PCDR₁", "PCDR₁ data", "out max", "out/RMS", "in/RMS", f"{self.spec} err"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("selected", no_wrap=True)
-        for row in self.worst(n):
-            table.add_row(
-                row.weight.removesuffix(".weight"),
-                "×".join(map(str, row.shape)),
-                *map(_short, (row.sigma[0], row.sigma_over_median, _first(row.pcdr), _first(row.pcdr_data))),
-                *map(_short, (row.output_max, row.output_ratio, row.input_ratio)),
-                _percent(row.error),
-                f"{row.selected_by}, {row.components}" if row.selected else "",
-                style="bold" if row.selected else None,
-            )
-        if self.missed:
-            listed = ", ".join(list(self.missed)[:3]) + (", ..." if len(self.missed) > 3 else "")
-            table.caption = f"{len(self.missed)} weights without activations: {listed}"
-        return table
+    def table(self, n: int = 20, width: int | None = None) -> Table:
+        """The n worst rows as a table for a terminal of so many columns; what does not fit is left out."""
+        return audit_table(self, n, width)
 
     def to_json(self) -> JSON:
         """Everything, as plain JSON data: what `s2d.report` reads and `from_json` takes back."""
@@ -204,7 +181,7 @@ class Audit:
         Raises:
             InputError: It cannot be read, or is not an audit.
         """
-        return Audit.from_json(_read(path))
+        return Audit.from_json(read_json(path))
 
 
 @dataclass
@@ -227,51 +204,26 @@ class Trend:
         """One dictionary per checkpoint: how many weights are selected, the worst and the median numbers."""
         return [{"checkpoint": label, **_overview(audit.rows)} for label, audit in self.audits.items()]
 
-    def table(self, n: int = 20) -> Table:
-        """The n weights that stand out most in any checkpoint, with their numbers in order of the checkpoints."""
-        table = Table(title=" → ".join(self.audits))
-        table.add_column("weight", overflow="fold")
-        for heading in ("σ₁", "PCDR₁", "PCDR₁ data", "out/RMS", "error", "selected"):
-            table.add_column(heading, justify="right")
-        table.add_row("all: median, of out/RMS the worst", *self._overall(), style="bold", end_section=True)
-        worst = sorted(self.records(), key=lambda record: -max(value or 0.0 for value in record["output_ratio"]))
-        for record in worst[: max(n, 0)]:
-            table.add_row(
-                record["weight"].removesuffix(".weight"),
-                *(_arrows(record[key]) for key in ("sigma_1", "pcdr_1", "pcdr_data_1", "output_ratio")),
-                _arrows(record["error"], _percent),
-                _arrows(record["selected"], lambda value: {True: "yes", False: "no"}.get(value, "–")),
-            )
-        return table
+    def table(self, n: int = 20, width: int | None = None) -> Table:
+        """The n weights that stand out most in any checkpoint, their numbers in order of the checkpoints."""
+        return trend_table(self, n, width)
 
-    def _overall(self) -> list[str]:
-        found = self.summary()
-
-        def arrows(key: str, show: Any = _short) -> str:
-            return _arrows([item[key] for item in found], show)
-
-        return [
-            *(arrows(f"median_{key}") for key in ("sigma_1", "pcdr_1", "pcdr_data_1")),
-            arrows("worst_output_ratio"),
-            arrows("median_error", _percent),
-            arrows("selected"),
-        ]
-
-    def to_json(self) -> list[JSON]:
-        """The audits as JSON, each with its ``label``: what `s2d.report` reads and `from_json` takes back."""
-        return [{**audit.to_json(), "label": label} for label, audit in self.audits.items()]
+    def to_json(self) -> JSON:
+        """The audits by label, as plain JSON data: what `s2d.report` reads and `from_json` takes back."""
+        audits = {label: audit.to_json() for label, audit in self.audits.items()}
+        return {"kind": "trend", "run": {}, "records": [], "audits": audits}
 
     @staticmethod
     def from_json(content: object) -> Trend:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`; the audits of a run will do too.
 
         Raises:
-            InputError: It is not a list of audits.
+            InputError: There are no audits in it.
         """
-        if not isinstance(content, list) or not content:
-            raise InputError("this is not a list of audits of s2d")
-        audits = [(item, Audit.from_json(item)) for item in content]
-        return Trend({str(item.get("label") or audit.model): audit for item, audit in audits})
+        audits = content.get("audits") if isinstance(content, Mapping) else None
+        if not isinstance(audits, Mapping) or not audits:
+            raise InputError('these are not audits of s2d (a JSON object with "audits" by label is expected)')
+        return Trend({str(label): Audit.from_json(audit) for label, audit in audits.items()})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a ``.json`` file, or a self-contained ``.html`` page with the checkpoints side by side.
@@ -287,9 +239,9 @@ class Trend:
         """Read a file that `save` wrote.
 
         Raises:
-            InputError: It cannot be read, or is not a list of audits.
+            InputError: It cannot be read, or holds no audits.
         """
-        return Trend.from_json(_read(path))
+        return Trend.from_json(read_json(path))
 
 
 def _history(name: str, rows: Sequence[AuditRow | None]) -> JSON:
@@ -299,8 +251,8 @@ def _history(name: str, rows: Sequence[AuditRow | None]) -> JSON:
     return {
         "weight": name,
         "sigma_1": of(lambda row: row.sigma[0]),
-        "pcdr_1": of(lambda row: _first(row.pcdr)),
-        "pcdr_data_1": of(lambda row: _first(row.pcdr_data)),
+        "pcdr_1": of(lambda row: ranked(row.pcdr)),
+        "pcdr_data_1": of(lambda row: ranked(row.pcdr_data)),
         "output_ratio": of(lambda row: row.output_ratio),
         "input_ratio": of(lambda row: row.input_ratio),
         "error": of(lambda row: row.error),
@@ -319,8 +271,8 @@ def _overview(rows: Sequence[AuditRow]) -> JSON:
         "worst_output_ratio": max((row.output_ratio for row in rows if row.output_ratio is not None), default=None),
         "median_sigma_1": median([row.sigma[0] for row in rows]),
         "median_sigma_over_median": median([row.sigma_over_median for row in rows]),
-        "median_pcdr_1": median([_first(row.pcdr) for row in rows]),
-        "median_pcdr_data_1": median([_first(row.pcdr_data) for row in rows]),
+        "median_pcdr_1": median([ranked(row.pcdr) for row in rows]),
+        "median_pcdr_data_1": median([ranked(row.pcdr_data) for row in rows]),
         "median_error": median([row.error for row in rows]),
     }
 
@@ -335,53 +287,11 @@ def _flat(record: JSON) -> JSON:
     return flat
 
 
-def _first(values: Sequence[float] | None) -> float | None:
-    return values[0] if values else None
-
-
-def _short(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:.3g}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _arrows(values: Sequence[Any], show: Any = _short) -> str:
-    return " → ".join(show(value) for value in values)
-
-
-def _save(content: JSON | list[JSON], path: str | os.PathLike[str]) -> Path:
+def _save(content: JSON, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix.lower() in (".html", ".htm"):
         # The report stands on a higher floor and is no part of auditing; it is fetched when a page is asked for.
         return require("s2d.report", "report").write_report(content, target)
     if target.suffix.lower() != ".json":
         raise InputError(f"{target}: an audit is saved as .json or .html; name the file so")
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-        temporary = None
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{target}: the audit cannot be written ({reason}); choose another place") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-    return target
-
-
-def _read(path: str | os.PathLike[str]) -> object:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as an audit: {error}") from error
+    return write_json(target, content)

@@ -14,12 +14,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from s2d.audit.results import JSON
 from s2d.dominance import Dominance, outlier_entries
 from s2d.errors import InputError
+from s2d.quant.formats import IntFormat
 from s2d.quant.observers import Percentile, make_observer, weight_range
-from s2d.quant.quantizer import Quantizer, affine_parameters, fake_quantize
-from s2d.quant.spec import QuantSpec
+from s2d.quant.quantizer import Quantizer
+from s2d.quant.spec import QuantSpec, TensorSpec
+from s2d.results import JSON
 from s2d.spectrum import Triplets, top_singular
 from s2d.targets import Target
 
@@ -36,7 +37,8 @@ class Survey:
         rows: Rows seen.
         input_max: Largest magnitude of an input.
         output_max: Largest magnitude of an output.
-        observer: Of the inputs, where they get a static range.
+        quantizer: Of the inputs, None where they are kept; its range is found by `observer`.
+        observer: Of the inputs, None where no range has to be found beforehand.
     """
 
     def __init__(self, target: Target, spec: QuantSpec) -> None:
@@ -46,9 +48,12 @@ class Survey:
         self.input_max = self.output_max = 0.0
         self._input_squares = self._output_squares = 0.0
         self._moment: Tensor | None = None
-        activation = spec.activation
-        static = activation is not None and activation.granularity == "tensor"
-        self.observer = make_observer(activation.observer, target.name) if activation is not None and static else None
+        self.quantizer = self.observer = None
+        if spec.activation is not None:
+            self.quantizer = Quantizer(spec.activation.format, spec.activation.granularity, name=target.name)
+            self.quantizer.to(target.parameter.device)
+            if not self.quantizer.dynamic:
+                self.observer = make_observer(spec.activation.observer, target.name)
 
     def add(self, x_NI: Tensor, A_NO: Tensor) -> None:
         """Take in rows.
@@ -63,15 +68,15 @@ class Survey:
         self._output_squares += torch.linalg.vector_norm(A_NO).item() ** 2
         # The narrower side: together these are never larger than the weights.
         side = A_NO if self.outputs <= self.inputs else x_NI
-        if self._moment is None:
-            self._moment = side.new_zeros(side.shape[1], side.shape[1])
-        self._moment.addmm_(side.mT, side)
+        moment = side.mT @ side
+        self._moment = moment if self._moment is None else self._moment.add_(moment)
         if self.observer is not None:
             self.observer.update(x_NI)
 
     def _peak(self, values: Tensor, side: str) -> float:
-        peak = torch.linalg.vector_norm(values, math.inf).item()
-        if not math.isfinite(peak):
+        low, high = (end.item() for end in torch.aminmax(values))
+        peak = max(-low, high)
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(
                 f"the {side} of {self.target.module_name or 'the model'} holds NaN or Inf; look at what comes before "
                 "it: a damaged weight, inputs out of range, or half precision that overflows"
@@ -118,28 +123,17 @@ class Judgement:
         self._positions = sample_positions(survey.rows, SAMPLE_ROWS)
         self._offset = 0
         self._noise = self._signal = 0.0
-        self._weight_parameters = self._parameters_of_weight()
-        self._quantizer: Quantizer | None = None
-        if (activation := self.spec.activation) is not None:
-            quantizer = Quantizer(activation.format, activation.granularity, name=self.target.name)
-            if survey.observer is not None:
-                quantizer.set_range(*(end.cpu() for end in survey.observer.range(activation.format)))
-            quantizer.enabled = True
-            self._quantizer = quantizer.to(self.target.parameter.device)
-
-    def _parameters_of_weight(self) -> tuple[Tensor, Tensor]:
         spec = self.spec.weight
-        if spec is None:
-            return torch.ones(()), torch.zeros(())
-        W = self.target.matrix().float()
-        rows = W if spec.granularity == "channel" else W.reshape(1, -1)
-        lo, hi = weight_range(rows, spec.observer, spec.format, name=self.target.name)
-        scale, zero_point = affine_parameters(lo, hi, spec.format, spec.format.symmetric)
-        return scale[:, None], zero_point[:, None]
+        self._weight_quantizer = None if spec is None else _weight_quantizer(self.target, spec)
+        self._quantizer = survey.quantizer
+        if survey.quantizer is not None:
+            if survey.observer is not None:
+                survey.quantizer.set_range(*survey.observer.range(survey.quantizer.format))
+            survey.quantizer.enabled = True
 
     def add(self, x_NI: Tensor, A_NO: Tensor) -> None:
         """Take in rows."""
-        row_E, column_E = outlier_entries(A_NO)
+        row_E, column_E = outlier_entries(A_NO, channel_max=A_NO.abs().amax(0))
         value_E = A_NO[row_E, column_E]
         self._weight.add(x_NI[row_E], value_E, column_E)
         self._data.add(A_NO[row_E], value_E, column_E)
@@ -154,8 +148,8 @@ class Judgement:
     def _add_error(self, x_SI: Tensor) -> None:
         W = self.target.matrix().float()
         exact_SO = x_SI @ W.mT
-        if self.spec.weight is not None:
-            W = fake_quantize(W, *self._weight_parameters, self.spec.weight.format)
+        if self._weight_quantizer is not None:
+            W = self._weight_quantizer(W)
         if self._quantizer is not None:
             x_SI = self._quantizer(x_SI)
         self._signal += torch.linalg.vector_norm(exact_SO).item() ** 2
@@ -178,13 +172,27 @@ class Judgement:
 
     @property
     def histogram(self) -> JSON | None:
-        """Of the inputs; None where none was asked for, or there is no grid that is the same for all tokens."""
+        """Of the inputs; None where none was asked for, or no even grid holds for all tokens."""
         quantizer = self._quantizer
-        if self._picture is None or quantizer is None or quantizer.dynamic:
+        if self._picture is None or quantizer is None or quantizer.granularity != "tensor":
             return None
-        codes = torch.arange(quantizer.format.qmin, quantizer.format.qmax + 1)
+        format = quantizer.format
+        if not isinstance(format, IntFormat):
+            return None
+        codes = torch.arange(format.qmin, format.qmax + 1)
         levels = (codes - quantizer.zero_point.cpu()) * quantizer.scale.cpu()
         return binned(*self._picture.distribution(), levels.tolist())
+
+
+def _weight_quantizer(target: Target, spec: TensorSpec) -> Quantizer:
+    W = target.matrix().float()
+    rows = W if spec.granularity == "channel" else W.reshape(1, -1)
+    quantizer = Quantizer(spec.format, spec.granularity, name=target.name, channels=len(W)).to(W.device)
+    if not quantizer.dynamic:
+        lo, hi = weight_range(rows, spec.observer, spec.format, name=target.name)
+        quantizer.set_range(lo.reshape(quantizer.scale.shape), hi.reshape(quantizer.scale.shape))
+    quantizer.enabled = True
+    return quantizer
 
 
 def sample_positions(rows: int, most: int) -> Tensor:

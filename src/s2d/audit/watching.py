@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -119,18 +120,14 @@ def with_progress(source: Iterable[Any], most: int | None, words: str, shown: bo
     """The first `most` items, with a progress bar or without."""
     total = len(source) if isinstance(source, Sized) else None
     total = total if most is None or total is None else min(most, total)
-    return track(islice(source, most), words, total=total, disable=not shown, transient=True)
+    console = Console(stderr=True)  # standard output is for results
+    return track(islice(source, most), words, total=total, disable=not shown, transient=True, console=console)
 
 
 def unreadable(target: Target) -> str:
     """Why a weight's inputs cannot be brought to rows that it multiplies; empty where they can."""
-    module = target.module
-    if target.kind != "conv":
-        return ""
-    if not isinstance(module, nn.Conv2d):
-        return f"inputs of {type(module).__name__} are not unfolded"
-    if module.groups > 1 or module.padding_mode != "zeros" or module.padding == "same":
-        return "inputs of grouped and specially padded convolutions are not unfolded"
+    if target.kind == "conv" and getattr(target.module, "groups", 1) > 1:
+        return "a grouped convolution multiplies each part of its input with other rows"
     return ""
 
 

@@ -72,13 +72,9 @@ def quantize(
     refuse_quantized(model)
     batches = Batches(calibration)
     seen = find_attention(model, batches) if _wants_attention(parsed) else []
-    names = {module: name for name, module in model.named_modules()}
-    if not inplace:
-        seen_names = [names[module] for module in seen]
-        model = copy.deepcopy(model)
-        seen = [model.get_submodule(name) for name in seen_names]
-
     decided = plan(model, parsed, seen)
+    if not inplace:
+        model = copy.deepcopy(model)
     quantizers = insert(model, decided)
     try:
         run_method(Job(model, parsed, decided, quantizers, batches, seed, progress))

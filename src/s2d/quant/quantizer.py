@@ -41,13 +41,16 @@ def affine_parameters(lo: Tensor, hi: Tensor, format: Format, symmetric: bool) -
         symmetric: Centre the range on 0 (zero point 0); needs a symmetric format. Only integers can do without.
 
     Returns:
-        ``scale`` (float32, > 0) and ``zero_point`` (int32), both of the shape of ``lo``.
+        ``scale`` (float32, > 0; 1 where blocks bring all the scale there is) and ``zero_point`` (int32), both of the
+        shape of ``lo``.
     """
     lo, hi = lo.float().clamp(max=0.0), hi.float().clamp(min=0.0)
     if symmetric:
         if not format.symmetric:
             raise ValueError(f"a symmetric range needs a signed format, not {format.name}")
         scale = (torch.maximum(-lo, hi) / format.qmax).clamp(min=SMALLEST_SCALE)
+        if isinstance(format, BlockFormat) and format.scale is None:
+            scale = torch.ones_like(scale)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     if not isinstance(format, IntFormat):
         raise ValueError(f"{format.name} has no zero point; its ranges are symmetric")

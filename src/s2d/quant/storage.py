@@ -36,10 +36,10 @@ from s2d.quant.formats import (
     get_format,
     round_float,
 )
-from s2d.quant.quantizer import WeightQuantizer, block_scales, dequantize, quantize_codes, to_blocks
+from s2d.quant.quantizer import Quantizer, WeightQuantizer, block_scales, dequantize, quantize_codes, to_blocks
 from s2d.quant.sites import Site, insert, refuse_quantized, weight_name
 from s2d.quant.spec import QuantSpec
-from s2d.quant.state import Record, record, switch_on
+from s2d.quant.state import Record, record, remove, switch_on
 
 VERSION = 1
 CONFIG = "quantization.json"
@@ -80,10 +80,10 @@ def encode(weight: Tensor, scale: Tensor, zero_point: Tensor, format: Format) ->
         return {"codes": pack(codes.to(torch.uint8), format.bits)}
     if isinstance(format, BlockFormat):
         blocks = to_blocks(weight, format)
-        scales = block_scales(blocks, scale, format)
-        codes = float_codes(round_float(blocks / (scales * scale), format.element), format.element)
-        powers = torch.frexp(scales).exponent + 126
-        stored = powers.to(torch.uint8) if format.scale is None else float_codes(scales, format.scale)
+        shared = block_scales(blocks, scale, format)
+        codes = float_codes(round_float(blocks / (shared * scale), format.element), format.element)
+        powers = torch.frexp(shared).exponent + 126
+        stored = powers.to(torch.uint8) if format.scale is None else float_codes(shared, format.scale)
         return {"codes": pack(codes.flatten(-2)[..., : weight.shape[-1]], format.bits), "blocks": stored.flatten()}
     assert isinstance(format, FloatFormat)
     return {"codes": pack(float_codes(round_float(weight.float() / scale, format), format), format.bits)}
@@ -99,10 +99,12 @@ def decode(
     if isinstance(format, BlockFormat):
         blocks = to_blocks(float_values(codes, format.element), format)
         if format.scale is None:
-            scales = torch.ldexp(torch.ones(()), stored["blocks"].int() - 127)
+            exponents = stored["blocks"].int() - 127
+            shared = torch.ldexp(torch.ones(exponents.shape), exponents)
         else:
-            scales = float_values(stored["blocks"], format.scale)
-        return (blocks * (scales.reshape(blocks.shape[:-1]).unsqueeze(-1) * scale)).flatten(-2)[..., : shape[-1]]
+            shared = float_values(stored["blocks"], format.scale)
+        shared = shared.reshape(blocks.shape[:-1]).unsqueeze(-1)
+        return (blocks * (shared * scale)).flatten(-2)[..., : shape[-1]]
     assert isinstance(format, FloatFormat)
     return float_values(codes, format) * scale
 
@@ -123,6 +125,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "method": kept.method,
         "spec": kept.spec.to_dict(),
         "sites": [{**asdict(site), "format": site.format.name if site.format else None} for site in kept.sites],
+        "quantizers": [name for name, module in model.named_modules() if isinstance(module, Quantizer)],
         "codes": codes,
         "aliases": aliases,
     }
@@ -162,21 +165,20 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = Fals
     config, state = _read(folder)
     try:
         sites = [_site(entry) for entry in config["sites"]]
-        plain = _plain_tensors(config, state)
+        full = _state_dict(config, state)
+        added = tuple(f"{prefix}." for prefix in config["quantizers"])
         kept = Record(QuantSpec.parse(config["spec"]), config["method"], tuple(sites))
         saved = config["model"]
     except (KeyError, TypeError, AttributeError, RuntimeError):
         raise InputError(f"{folder / CONFIG} does not describe its tensors; save the model again") from None
-    _check_model(model, plain, saved, folder)
+    _check_model(model, {key: value for key, value in full.items() if not key.startswith(added)}, saved, folder)
     if not inplace:
         model = copy.deepcopy(model)
-    quantizers = insert(model, sites)
-    names = {id(module): name for name, module in model.named_modules()}
-    for quantizer in quantizers.values():
-        for buffer, _ in quantizer.named_buffers():
-            key = f"{names[id(quantizer)]}.{buffer}"
-            plain[key] = state[key]
-    model.load_state_dict(plain)
+    insert(model, sites)
+    if model.state_dict().keys() != full.keys():
+        remove(model)
+        raise InputError(f"{folder / CONFIG} does not describe its tensors; save the model again")
+    model.load_state_dict(full)
     switch_on(model, kept)
     return model
 
@@ -221,24 +223,19 @@ def _tensors(model: nn.Module, kept: Record) -> tuple[dict[str, Tensor], dict[st
     return tensors, codes, aliases
 
 
-def _plain_tensors(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the plain model: weights from their codes, shared tensors under every name."""
-    buffers = ("_quantizer.scale", "_quantizer.zero_point")
-    plain = {}
-    for key, value in state.items():
-        if not key.endswith((".codes", ".blocks", *buffers)) and ".attention_quantizer." not in f".{key}":
-            plain[key] = value
+def _state_dict(config: dict[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the quantized model: weights from their codes, shared tensors under every name."""
+    state = dict(stored)
     for key, entry in config["codes"].items():
-        stored = {part: state[f"{key}.{part}"] for part in ("codes", "blocks") if f"{key}.{part}" in state}
-        rank = len(entry["shape"])
+        parts = {part: state.pop(f"{key}.{part}") for part in ("codes", "blocks") if f"{key}.{part}" in state}
         scale, zero_point = state[f"{entry['scale']}.scale"], state[f"{entry['scale']}.zero_point"]
-        view = (-1,) + (1,) * (rank - 1) if scale.ndim else ()
         format, shape = get_format(entry["format"]), tuple(entry["shape"])
-        weight = decode(stored, shape, scale.view(view), zero_point.view(view), format)
-        plain[key] = weight.to(getattr(torch, entry["dtype"]))
+        view = (-1,) + (1,) * (len(shape) - 1) if scale.ndim else ()
+        weight = decode(parts, shape, scale.view(view), zero_point.view(view), format)
+        state[key] = weight.to(getattr(torch, entry["dtype"]))
     for alias, key in config["aliases"].items():
-        plain[alias] = plain[key]
-    return plain
+        state[alias] = state[key]
+    return state
 
 
 def _check_model(model: nn.Module, plain: dict[str, Tensor], saved: str, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 Source files are read and parsed, never imported. Which split a pair goes to depends on its module's name alone, so no
 module is in two splits, whatever the sizes asked for; texts that repeat an earlier one are dropped across all splits.
-The same installed packages give the same pairs in the same order.
+The same installed packages give the same pairs in the same order; they are kept in the user's cache folder, where any
+change of a source file makes them stale.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from s2d.errors import InputError
 from s2d.models.quiet import no_garbage_collection
+from s2d.tasks import corpus_cache
 from s2d.tasks.base import SPLITS, Split
 
 STDLIB = "stdlib"
@@ -92,6 +94,24 @@ def collect(sizes: Mapping[Split, int], packages: Sequence[str] | None = None) -
             mark = hashlib.sha256(module.encode()).digest()
             modules[_split_of(mark)].append((mark, module, path))
 
+    files = [path for split in SPLITS for _, _, path in sorted(modules[split])]
+    key = corpus_cache.key_of([*files, Path(__file__)], sys.version_info, [sizes[split] for split in SPLITS])
+    stored = corpus_cache.read("docstrings", key)
+    if stored is not None:
+        return {split: [Pair(*texts) for texts in stored[split]] for split in SPLITS}
+    pairs = _gather(sizes, modules)
+    for split in SPLITS:
+        if sizes[split] and not pairs[split]:
+            named = ", ".join(packages if packages is not None else DEFAULT_PACKAGES)
+            raise InputError(f"no usable docstrings for the {split} split in {named}; name more packages")
+    corpus_cache.write("docstrings", key, {split: [astuple(pair) for pair in pairs[split]] for split in SPLITS})
+    return pairs
+
+
+def _gather(
+    sizes: Mapping[Split, int], modules: Mapping[Split, list[tuple[bytes, str, Path]]]
+) -> dict[Split, list[Pair]]:
+    """Read the modules of each split, in the order of their marks, until there are enough pairs."""
     seen = _Seen()
     pairs: dict[Split, list[Pair]] = {}
     with no_garbage_collection():  # syntax trees hold no cycles
@@ -103,10 +123,6 @@ def collect(sizes: Mapping[Split, int], packages: Sequence[str] | None = None) -
                 fresh = (pair for pair in pairs_of(path, module) if not seen.before(pair))
                 pairs[split] += itertools.islice(fresh, _MOST_PER_MODULE)
             del pairs[split][sizes[split] :]
-    for split in SPLITS:
-        if sizes[split] and not pairs[split]:
-            named = ", ".join(packages if packages is not None else DEFAULT_PACKAGES)
-            raise InputError(f"no usable docstrings for the {split} split in {named}; name more packages")
     return pairs
 
 

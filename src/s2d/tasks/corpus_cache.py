@@ -1,0 +1,62 @@
+"""A place on the user's disk for a corpus that takes seconds to gather; losing it costs those seconds only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_KEPT = 8  # entries; older ones are removed
+
+
+def cache_folder() -> Path:
+    """Where s2d keeps what it can make again: ``$S2D_CACHE``, else ``s2d`` in the user's cache folder."""
+    own = os.environ.get("S2D_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s2d"
+
+
+def key_of(files: Iterable[Path], *settings: object) -> str:
+    """A name for what is made from these files under these settings; any file written since gives another."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for file in files:
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:24]
+
+
+def read(name: str, key: str) -> Any | None:
+    """What was stored, or None when it is not there or cannot be read."""
+    try:
+        return json.loads(_path(name, key).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write(name: str, key: str, content: Any) -> None:
+    """Store JSON data, whole or not at all; a disk that refuses is no error here."""
+    path = _path(name, key)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                json.dump(content, file)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+        temporary.replace(path)
+        entries = sorted(path.parent.glob(f"{name}-*.json"), key=lambda entry: entry.stat().st_mtime)
+        for entry in entries[:-_KEPT]:
+            entry.unlink(missing_ok=True)
+
+
+def _path(name: str, key: str) -> Path:
+    return cache_folder() / f"{name}-{key}.json"
