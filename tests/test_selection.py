@@ -204,10 +204,12 @@ def test_a_direction_of_the_data_is_followed_until_its_outlier_is_gone() -> None
         assert (found is not None) is held
         if found is not None:
             assert found.U is not None and len(found) == 1 and found.U[0].abs() > 0.999
-            assert found.S.item() == pytest.approx(10 * (on_0 / 400) ** 0.5, rel=1e-3)
+            assert found.S.item() == pytest.approx(10 * (on_0 / 400) ** 0.5, rel=0.01)
     unfollowed = metric_of("data", target_of(linear(torch.eye(30, dtype=torch.float64))), track=False)
     refresh(unfollowed, _outputs(16, 0, size=100, background=8))
-    assert refresh(unfollowed, _outputs(16, 0, size=10, background=8)) is None
+    for _ in range(20):  # the warm start forgets a direction step by step
+        found = refresh(unfollowed, _outputs(16, 0, size=10, background=8))
+    assert found is None
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -15,6 +15,7 @@ Shapes: N tokens (rows), O outputs, I inputs, K components, E outlier entries.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,23 +69,24 @@ def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tens
     Returns:
         ``max_n |x_nd|`` and ``sum_n x_nd^2``, ``[D]`` each, float32; zeros without rows.
     """
-    x_ND = x_ND.detach()
-    count, width = len(x_ND) if kept is None else len(kept), x_ND.shape[1]
-    if count == 0:
-        return x_ND.new_zeros(width, dtype=torch.float32), x_ND.new_zeros(width, dtype=torch.float32)
-    rows = max(1, _PIECE_BYTES_CPU // (4 * width)) if x_ND.device.type == "cpu" else count
-    firsts = range(0, count, rows)
-    squares = x_ND.new_empty(min(rows, count), width, dtype=torch.float32)
-    largest = x_ND.new_empty(len(firsts), width, dtype=torch.float32)
-    sums = torch.empty_like(largest)
-    for i, first in enumerate(firsts):
-        piece = x_ND[first : first + rows] if kept is None else x_ND.index_select(0, kept[first : first + rows])
-        wide = piece.float()
-        part = torch.mul(wide, wide, out=squares[: len(piece)])
-        torch.amax(part, 0, out=largest[i])
-        torch.sum(part, 0, out=sums[i])
+    largest = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float32)
+    sums, squares = torch.zeros_like(largest), largest.new_empty(0)
+    for piece in _pieces(x_ND, kept):
+        squares = torch.mul(piece, piece, out=squares if len(squares) == len(piece) else torch.empty_like(piece))
+        torch.maximum(largest, squares.amax(0), out=largest)
+        sums += squares.sum(0)
     # The root of a rounded square is the number itself again (binary floating point, no overflow).
-    return largest.amax(0).sqrt_(), sums.sum(0)
+    return largest.sqrt_(), sums
+
+
+def _pieces(x_ND: Tensor, kept: Tensor | None = None, offset_D: Tensor | None = None) -> Iterator[Tensor]:
+    """The rows that count, less an offset, in float32 and cache-sized pieces that must not be modified."""
+    x_ND = x_ND.detach()
+    count = len(x_ND) if kept is None else len(kept)
+    rows = max(1, _PIECE_BYTES_CPU // (4 * x_ND.shape[1])) if x_ND.device.type == "cpu" else max(1, count)
+    for first in range(0, count, rows):
+        piece = x_ND[first : first + rows] if kept is None else x_ND.index_select(0, kept[first : first + rows])
+        yield piece.float() if offset_D is None else piece.float() - offset_D
 
 
 def outlier_entries(
@@ -219,10 +221,20 @@ def pcdr(
 
 
 @torch.no_grad()
-def principal_directions(Y_NO: Tensor, k: int, warm: Tensor | None = None, steps: int = 2, seed: int = 0) -> Tensor:
+def principal_components(
+    Y_NO: Tensor,
+    k: int,
+    warm: Tensor | None = None,
+    steps: int = 3,
+    seed: int = 0,
+    *,
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Leading directions of the outputs: left singular vectors of ``W C^(1/2)``, C the second moment of the inputs.
 
-    ``W C W^T`` is the second moment of the outputs, so no C is formed: each step is two skinny products with ``Y``.
+    ``W C W^T`` is the second moment of the outputs, so no C is formed: each step is two skinny products with ``Y``,
+    taken in one pass, and what it gives is decomposed, which sorts the directions.
 
     Args:
         Y_NO: Outputs of a weight.
@@ -230,35 +242,50 @@ def principal_directions(Y_NO: Tensor, k: int, warm: Tensor | None = None, steps
         warm: Directions ``[O, k]`` of an earlier batch, to continue from.
         steps: Power steps; one is enough when warm.
         seed: Of the random start.
+        bias: ``[O]``, subtracted from the outputs first.
+        kept: Indices of the rows to look at, see :func:`kept_rows`; all by default.
 
     Returns:
-        Orthonormal ``[O, k]``, in order of falling energy, float32.
+        Directions, orthonormal ``[O, k]``, in order of falling energy, and the root mean square ``[k]`` of the outputs
+        along each (the singular values of ``W C^(1/2)``), float32.
     """
-    Y = Y_NO.float()
+    offset = None if bias is None else bias.float()
     if warm is None or warm.shape[1] != k:
         generator = torch.Generator().manual_seed(seed)
-        U = torch.randn(Y.shape[1], k, generator=generator).to(Y.device)
+        U = torch.linalg.qr(torch.randn(Y_NO.shape[1], k, generator=generator)).Q.to(Y_NO.device)
     else:
-        U, steps = warm.to(Y), 1
+        U, steps = warm.to(Y_NO.device, torch.float32), 1
+    energy = U.new_zeros(k)
     for _ in range(steps):
-        U = torch.linalg.qr(Y.mT @ (Y @ U)).Q
-    small = torch.linalg.qr(Y @ U, mode="r").R  # with fewer rows than k, its full SVD still rotates all of U
-    return U @ torch.linalg.svd(small).Vh.mT
+        V_KO = U.mT.contiguous()  # a product with a skinny operand is much faster with its vectors as rows
+        moment_KO = torch.zeros_like(V_KO)
+        for piece in _pieces(Y_NO, kept, offset):
+            moment_KO.addmm_(V_KO @ piece.mT, piece)
+        U, energy, _ = torch.linalg.svd(moment_KO.mT, full_matrices=False)
+    count = len(Y_NO) if kept is None else len(kept)
+    return U, (energy / max(count, 1)).sqrt()
 
 
-def outlier_shares(U_OK: Tensor, Y_NO: Tensor, row_E: Tensor, column_E: Tensor) -> Tensor:
+def projections(Y_NO: Tensor, U_OK: Tensor, bias: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+    """``(Y - bias) U`` over the rows of index `kept`, in one pass, ``[M, K]`` float32."""
+    V_KO, offset = U_OK.mT.contiguous(), None if bias is None else bias.float()
+    parts = [V_KO @ piece.mT for piece in _pieces(Y_NO, kept, offset)]
+    return torch.cat(parts, 1).mT if parts else U_OK.new_zeros(0, U_OK.shape[1])
+
+
+def outlier_shares(U_OK: Tensor, Y_EO: Tensor, column_E: Tensor) -> Tensor:
     """Which share of the outlier entries each output direction makes.
 
     Args:
         U_OK: Orthonormal directions.
-        Y_NO: Outputs.
-        row_E: Rows of the outlier entries.
+        Y_EO: The rows of the outputs that hold the outlier entries, one row per entry.
         column_E: Columns of the outlier entries.
 
     Returns:
         ``[K]``: sum of ``sign(A) * (component's part of A)`` over ``sum |A|``; the cumulative sum is PCDR in the
         metric of the data.
     """
-    value_E = Y_NO[row_E, column_E].to(U_OK.dtype)
-    part_EK = (Y_NO[row_E].to(U_OK.dtype) @ U_OK) * U_OK[column_E]
+    Y_EO = Y_EO.to(U_OK.dtype)
+    value_E = Y_EO.gather(1, column_E[:, None])[:, 0]
+    part_EK = (Y_EO @ U_OK) * U_OK[column_E]
     return (part_EK * value_E.sign()[:, None]).sum(0) / value_E.abs().sum().clamp_min(torch.finfo(U_OK.dtype).tiny)

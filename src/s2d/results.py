@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,7 +110,6 @@ def digest(content: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
-@cache
 def code_digest(*rooms: str) -> str:
     """12 hexadecimal digits of what these rooms of s2d compute; comments and docstrings do not count.
 

@@ -31,12 +31,13 @@ from s2d.results import JSON, code_digest, digest, measured, read_json, run_meta
 from s2d.tasks import Task, create
 from s2d.training import train
 
-# Which rooms a stage runs through: a change in one of them makes its finished stages stale.
-_MODEL_CODE = ("models", "tasks", "training.py", "targets.py")
-_DECAY_CODE = ("decay.py", "shrink.py", "selection.py", "writers.py", "dominance.py", "spectrum.py")
-_QUANT_CODE = ("quant", "models")
-_JUDGE_CODE = ("evaluation.py", "tasks", "models")
-_AUDIT_CODE = ("audit", "selection.py", "dominance.py", "spectrum.py", "targets.py", "quant", "models")
+# Which rooms decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
+# are left out of training and judging; the weights' fingerprint stands for them.
+_TRAINING = ("training.py", "tasks", "models/heads.py")
+_DECAY = ("decay.py", "selection.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
+_JUDGING = ("evaluation.py", "tasks", "models/heads.py")
+_QUANTIZING = ("quant", "models")
+_AUDITING = ("audit", "selection.py", "dominance.py", "spectrum.py", "targets.py", "quant", "models")
 
 
 class Watcher(Protocol):
@@ -76,6 +77,14 @@ class Runner:
         """
         self.name, self.recipe, self.folder = name, recipe, folder
         self.watcher = watcher or Silent()
+        # Now, and not when a stage begins: the code that runs is the code that was read at the start.
+        self.code = {
+            "training": code_digest(*_TRAINING),
+            "decay": code_digest(*_DECAY),
+            "judging": code_digest(*_JUDGING),
+            "quantizing": code_digest(*_QUANTIZING),
+            "auditing": code_digest(*_AUDITING),
+        }
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; name a folder for the run")
         self.watcher.stage(f"loading {recipe.task.label} and {recipe.model}", 3)
@@ -111,7 +120,7 @@ class Runner:
             data_hash=self.task.fingerprint,
             data_sizes=self.task.sizes(),
             model_fingerprint=self.loaded.fingerprint,
-            code=code_digest(*_MODEL_CODE, *_DECAY_CODE, *_QUANT_CODE),
+            code=self.code,
         )
         first = recipe.seeds[0]
         if recipe.audit:
@@ -183,7 +192,7 @@ class Runner:
                 "train": recipe.train.model_dump(exclude={"save_every"}),
                 "seed": seed,
                 "decay": self._decay_key(arm),
-                "code": code_digest(*_MODEL_CODE, *(_DECAY_CODE if recipe.arms[arm] is not None else ())),
+                "code": [self.code["training"], self.code["decay"] if recipe.arms[arm] is not None else ""],
             }
         return digest(content)
 
@@ -241,8 +250,7 @@ class Runner:
 
     def _cell_path(self, arm: str, seed: int, spec: str | dict[str, Any], observer: str) -> Path:
         quantize = self.recipe.quantize
-        judge = code_digest(*_JUDGE_CODE)
-        content: JSON = {"arm": self._arm_key(arm, seed), "split": self.recipe.split, "judge": judge}
+        content: JSON = {"arm": self._arm_key(arm, seed), "split": self.recipe.split, "judge": self.code["judging"]}
         if spec != FULL:
             content |= {
                 "spec": QuantSpec.parse(spec).to_dict(),
@@ -250,7 +258,7 @@ class Runner:
                 "method": quantize.method,
                 "calibration": quantize.calibration.model_dump(),
                 "seed": seed,
-                "code": code_digest(*_QUANT_CODE),
+                "code": self.code["quantizing"],
             }
         stem = "-".join(part for part in (arm, str(seed), _spec_name(spec), observer.replace(":", "")) if part)
         return self.folder / "cells" / f"{stem}-{digest(content)}.json"
@@ -280,7 +288,7 @@ class Runner:
 
     def _audit(self, arm: str, seed: int) -> JSON:
         calibration = self.recipe.quantize.calibration
-        key = digest([self._arm_key(arm, seed), calibration.model_dump(), seed, code_digest(*_AUDIT_CODE)])
+        key = digest([self._arm_key(arm, seed), calibration.model_dump(), seed, self.code["auditing"]])
         path = self.folder / "audits" / f"{arm}-{seed}-{key}.json"
         if not path.is_file():
             self.watcher.stage(f"{arm}, seed {seed}: auditing", 1)

@@ -30,7 +30,8 @@ from s2d.dominance import (
     kept_rows,
     outlier_entries,
     outlier_shares,
-    principal_directions,
+    principal_components,
+    projections,
     token_rows,
 )
 from s2d.spectrum import Triplets, top_singular_many
@@ -320,15 +321,14 @@ class DataMetric(Metric):
         finding = self._findings[target.name] = Finding([], [], peak, ratio)
         if ratio < self._gate(target.name):
             return  # healthy: no directions are computed
-        y_NO = rows if kept is None else rows.index_select(0, kept)
-        row_E, column_E = outlier_entries(y_NO, channel_max=channel_max)
-        k = min(self.max_rank + SPARE, y_NO.shape[1])
-        bias = bias_of(target)
-        Y = y_NO.float() if bias is None else y_NO.float() - bias.float()
-        U = principal_directions(Y, k, self.directions.get(target.name), seed=self.seed)
+        row_E, column_E = outlier_entries(rows, channel_max=channel_max, kept=kept)
+        k, bias = min(self.max_rank + SPARE, rows.shape[1]), bias_of(target)
+        U, sigma = principal_components(
+            rows, k, self.directions.get(target.name), seed=self.seed, bias=bias, kept=kept
+        )
         self.directions[target.name] = U
-        share = outlier_shares(U, Y, row_E, column_E)
-        sigma = torch.linalg.vector_norm(Y @ U, dim=0) / math.sqrt(len(Y))
+        Y_EO = rows[row_E].float() if bias is None else rows[row_E].float() - bias.float()
+        share = outlier_shares(U, Y_EO, column_E)
         finding.sigma, finding.pcdr = sigma[: self.max_rank].tolist(), share.cumsum(0)[: self.max_rank].tolist()
 
         is_chosen = torch.zeros_like(share, dtype=torch.bool)
@@ -336,11 +336,12 @@ class DataMetric(Metric):
         chosen = U[:, is_chosen]
         old = self.selected.get(target.name)
         if self.track and old is not None and old.U is not None:
-            chosen = self._followed(U, share, is_chosen, old.U, outlier_shares(old.U, Y, row_E, column_E))
+            chosen = self._followed(U, share, is_chosen, old.U, outlier_shares(old.U, Y_EO, column_E))
         if chosen.shape[1]:
-            part = Y @ chosen
-            S = torch.linalg.vector_norm(part, dim=0) / math.sqrt(len(Y))
-            finding.components = Components(S, chosen.clone(), self._inputs_times(target, x, mask, part))
+            part = projections(rows, chosen, bias, kept)
+            S = torch.linalg.vector_norm(part, dim=0) / math.sqrt(len(part))
+            V = self._inputs_times(target, x, mask, part) if self.gradients else None
+            finding.components = Components(S, chosen.clone(), V)
 
     def _followed(self, U: Tensor, share: Tensor, is_chosen: Tensor, old: Tensor, old_share: Tensor) -> Tensor:
         """The chosen directions and the tracked ones that still make outliers, orthonormal.

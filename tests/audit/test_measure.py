@@ -123,12 +123,8 @@ def test_the_error_of_a_sample_is_near_that_of_all_rows() -> None:
 def test_each_side_can_be_quantized_alone_and_in_other_ways() -> None:
     layer, v = spiked(24, 40)
     x = [inputs_along(v, 64)]
-    errors = {
-        spec: only(audit(layer, x, spec=spec)).error
-        for spec in ("w4a4", "w4a16", "w16a4", "w8a8", "mxfp4")
-        if spec in ("w4a4", "w4a16", "w16a4", "w8a8") or _parses(spec)
-    }
-    assert all(error is not None and error > 0 for error in errors.values())
+    errors = {spec: only(audit(layer, x, spec=spec)).error or 0.0 for spec in ("w4a4", "w4a16", "w16a4", "w8a8")}
+    assert min(errors.values()) > 0
     assert errors["w8a8"] < errors["w4a16"] < errors["w4a4"]
     assert errors["w8a8"] < errors["w16a4"] < errors["w4a4"]
     token = {"base": "w4a4", "activation": {"granularity": "token"}}
@@ -139,20 +135,14 @@ def test_each_side_can_be_quantized_alone_and_in_other_ways() -> None:
     assert percentile.error is not None and percentile.error != errors["w4a4"]
 
 
-def _parses(spec: str) -> bool:
-    try:
-        QuantSpec.parse(spec)
-    except InputError:
-        return False
-    return True
-
-
 def test_sampled_positions_are_sorted_distinct_and_one_of_every_part() -> None:
     assert sample_positions(10, 16).tolist() == list(range(10))
     found = sample_positions(100_003, 512)
     assert torch.equal(found, sample_positions(100_003, 512))
     assert len(found.unique()) == 512 and found.min() >= 0 and found.max() < 100_003
-    assert torch.equal(found.double().div(100_003 / 512).long(), torch.arange(512))
+    ends = torch.arange(513) * 100_003 // 512
+    assert bool(((found >= ends[:-1]) & (found < ends[1:])).all())
+    assert len(sample_positions(513, 512).unique()) == 512
     assert len({position % 64 for position in found.tolist()}) == 64  # not in step with sequences of 64 tokens
 
 
@@ -178,7 +168,8 @@ def test_a_planted_spike_is_selected_by_the_weight_and_noise_is_not() -> None:
     layer, v = spiked(24, 40)
     row = only(audit(layer, [inputs_along(v, 200)]))
     assert (row.selected, row.selected_by, row.components) == (True, "weight", 1)
-    noise = only(audit(layer, [inputs_along(v, 200) - 0]) if False else audit(nn.Linear(40, 24), [torch.randn(200, 40)]))
+    torch.manual_seed(0)
+    noise = only(audit(nn.Linear(40, 24), [torch.randn(200, 40)]))
     assert (noise.selected, noise.selected_by, noise.components) == (False, None, None)
 
 
@@ -286,7 +277,7 @@ def test_a_histogram_counts_every_input_and_shows_the_quantizers_grid() -> None:
     expected = torch.histogram(X.double().flatten(), torch.tensor(shape["edges"], dtype=torch.float64)).hist
     moved = (expected.cumsum(0) - torch.tensor(shape["counts"]).cumsum(0)).abs().max().item()
     assert moved < 0.02 * X.numel()  # the values are counted at a relative precision of 2^-9
-    single = binned(torch.tensor([2.0]), torch.tensor([7]), [0.0, 1.0])
+    single = binned(torch.tensor([2.0]), torch.tensor([7]), (2.0, 2.0), [0.0, 1.0])
     assert sum(single["counts"]) == 7
 
 

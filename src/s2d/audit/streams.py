@@ -181,7 +181,9 @@ class Judgement:
             return None
         codes = torch.arange(format.qmin, format.qmax + 1)
         levels = (codes - quantizer.zero_point.cpu()) * quantizer.scale.cpu()
-        return binned(*self._picture.distribution(), levels.tolist())
+        assert self._picture.lo is not None and self._picture.hi is not None
+        ends = self._picture.lo.item(), self._picture.hi.item()
+        return binned(*self._picture.distribution(), ends, levels.tolist())
 
 
 def _weight_quantizer(target: Target, spec: TensorSpec) -> Quantizer:
@@ -202,27 +204,29 @@ def sample_positions(rows: int, most: int) -> Tensor:
     """
     if rows <= most:
         return torch.arange(rows)
+    ends = torch.arange(most + 1) * rows // most
     jitter = torch.rand(most, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return ((torch.arange(most) + jitter) * (rows / most)).long().clamp_(max=rows - 1)
+    return ends[:-1] + (jitter * ends.diff()).long()
 
 
-def binned(values: Tensor, counts: Tensor, levels: list[float]) -> JSON:
+def binned(values: Tensor, counts: Tensor, ends: tuple[float, float], levels: list[float]) -> JSON:
     """A distribution as a histogram: narrow bins over the middle 99.9 % of the values, wide ones over the tails.
 
     Args:
         values: Distinct values ``[n]``, ascending.
         counts: How often each occurred, ``[n]``.
+        ends: The smallest and the largest value; counted values are rounded and may lie beyond.
         levels: What the quantizer's codes stand for, ascending.
 
     Returns:
         ``edges`` (one more than bins, increasing), ``counts``, ``grid`` (the levels) and ``of``.
     """
-    values, counts = values.double().cpu(), counts.cpu()
+    values, counts = values.double().cpu().clamp(*ends), counts.cpu()
     cumulative = counts.cumsum(0)
     ranks = torch.tensor([(1 - _BULK) / 2, (1 + _BULK) / 2], dtype=torch.float64) * cumulative[-1]
     low, high = values[torch.searchsorted(cumulative, ranks.long()).clamp_max(len(values) - 1)].tolist()
-    margin = 1e-9 + 1e-3 * values.abs().max().item()  # so that both ends lie inside a bin
-    first, last = values[0].item() - margin, values[-1].item() + margin
+    margin = 1e-9 + 1e-6 * max(map(abs, ends))  # so that both ends lie inside a bin
+    first, last = ends[0] - margin, ends[1] + margin
     stretches = ((first, low, 25), (low, high, 97), (high, last, 65))
     edges = torch.unique(torch.cat([torch.linspace(*stretch, dtype=torch.float64) for stretch in stretches]))
     bins = torch.bucketize(values, edges[1:-1], right=True)

@@ -40,7 +40,7 @@ def batches_twice(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
         raise InputError(f"batches is a list of batches or a DataLoader, not one {type(batches).__name__}; give a list")
     if most is not None and most < 1:
         raise InputError(f"max_batches={most} is out of range; it must be at least 1")
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         batches = list(islice(batches, most))
     if isinstance(batches, Sized) and len(batches) == 0:
         raise InputError("the audit was given no batches; give at least one")

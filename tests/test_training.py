@@ -1,0 +1,260 @@
+"""Fine-tuning: the schedule, the batches, and that stopping and continuing changes nothing at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from s2d.errors import InputError
+from s2d.models import Loaded, load
+from s2d.tasks import Task, create
+from s2d.training import (
+    TrainSettings,
+    parameter_groups,
+    read_state,
+    schedule,
+    train,
+    training_batches,
+    without_dropout,
+)
+from tests.tiny_text import make_data, make_model
+
+pytest.importorskip("accelerate")
+SETTINGS = TrainSettings(steps=8, batch_size=8, lr=1e-3, head_lr=1e-2)
+DECAYS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "default": {"refresh_every": 3, "outlier_ratio": 1.5, "threshold": 0.1},
+    "paper": {"preset": "paper", "refresh_every": 3, "threshold": 0.1},
+    "data": {"metric": "data", "refresh_every": 3, "outlier_ratio": 1.5, "threshold": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return load(make_model(tmp_path_factory.mktemp("model") / "bert"))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory, loaded: Loaded) -> Task:
+    made = create("text-classification", data=make_data(tmp_path_factory.mktemp("data") / "words"), max_length=24)
+    made.prepare(loaded)
+    return made
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# -- schedule, groups, batches -----------------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_and_falls_linearly() -> None:
+    rates = [schedule(step, 20, 0.25) for step in range(20)]
+    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
+    falls = [a - b for a, b in zip(rates[5:], rates[6:], strict=False)]
+    assert falls == pytest.approx([1 / 15] * 14)
+    assert rates[-1] == pytest.approx(1 / 15)
+    assert schedule(20, 20, 0.25) == 0.0
+    assert schedule(0, 5, 0.0) == 1.0
+
+
+def test_new_parts_have_their_own_rate_and_vectors_no_weight_decay(loaded: Loaded, task: Task) -> None:
+    model = task.build(loaded)
+    groups = parameter_groups(model, TrainSettings(lr=1e-4, head_lr=1e-2, weight_decay=0.1))
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        rate = 1e-4 if name.startswith("encoder.") else 1e-2
+        assert found[id(parameter)] == (rate, 0.1 if parameter.ndim > 1 else 0.0), name
+
+
+def test_an_epoch_holds_every_example_once_and_little_padding(task: Task) -> None:
+    def epoch(settings: TrainSettings, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+        stream = training_batches(task, settings, seed)
+        return [next(stream) for _ in range(task.sizes()["train"] // settings.batch_size)]
+
+    grouped, plain = (epoch(SETTINGS.model_copy(update={"group_by_length": on})) for on in (True, False))
+    whole = next(task.batches("train", batch_size=1000))
+    rows = {tuple(ids[mask.bool()].tolist()) for ids, mask in zip(whole["input_ids"], whole["attention_mask"], strict=True)}
+    for batches in (grouped, plain):
+        seen = [
+            tuple(ids[mask.bool()].tolist())
+            for batch in batches
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        assert len(seen) == len(batches) * 8 and set(seen) <= rows
+        assert len(set(seen)) >= 0.9 * len(seen)  # a few of the made-up sentences are equal
+        assert all(int(batch["attention_mask"].sum(1).max()) == batch["input_ids"].shape[1] for batch in batches)
+    padding = [sum(int((1 - batch["attention_mask"]).sum()) for batch in batches) for batches in (grouped, plain)]
+    assert padding[0] < 0.4 * padding[1]
+    assert not all(torch.equal(a["labels"], b["labels"]) for a, b in zip(grouped, epoch(SETTINGS, seed=1), strict=True))
+
+
+def test_dropout_is_off_within_and_back_afterwards(loaded: Loaded, task: Task) -> None:
+    model = task.build(loaded)
+    batch = next(task.batches("train", batch_size=4))
+    with without_dropout(model):
+        assert torch.equal(task.loss(model, batch), task.loss(model, batch))
+    assert not torch.equal(task.loss(model, batch), task.loss(model, batch))
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_training_learns_and_leaves_nothing_behind(loaded: Loaded, task: Task) -> None:
+    model = task.build(loaded)
+    random_state = torch.get_rng_state()
+    done = train(model, task, TrainSettings(steps=60, batch_size=16, lr=1e-2), decay=DECAYS["default"])
+    assert task.evaluate(model)["accuracy"] >= 80 > task.evaluate(task.build(loaded).eval())["accuracy"]
+    assert done.steps == len(done.losses) == 60 and done.losses[-1] < done.losses[0] and done.seconds > 0
+    assert {"step", "weight", "selected"} <= done.history[0].keys()
+    assert not model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_a_seed_repeats_exactly_and_another_differs(loaded: Loaded, task: Task) -> None:
+    def trained(seed: int) -> nn.Module:
+        model = task.build(loaded, 0)
+        train(model, task, SETTINGS.model_copy(update={"dropout": True}), seed=seed)
+        return model
+
+    first = trained(1)
+    assert equal(first, trained(1)) and not equal(first, trained(2))
+
+
+def test_the_decay_changes_the_weights_and_no_strength_does_not(loaded: Loaded, task: Task) -> None:
+    models = []
+    for decay in (None, {**(DECAYS["default"] or {}), "strength": 0.0}, DECAYS["default"]):
+        models.append(task.build(loaded))
+        train(models[-1], task, SETTINGS, decay=decay)
+    assert equal(models[0], models[1]) and not equal(models[0], models[2])
+
+
+class Crash(Exception):
+    """The machine goes down."""
+
+
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS.keys())
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_killed_run_continues_bit_identical(
+    loaded: Loaded, task: Task, tmp_path: Path, decay: dict[str, Any] | None, stop: int
+) -> None:
+    settings = SETTINGS.model_copy(update={"dropout": True, "save_every": 0.0})
+    straight = task.build(loaded)
+    whole = train(straight, task, settings, seed=3, decay=decay)
+
+    def crash(step: int, loss: float) -> None:
+        if step == stop:  # the last state on the disk is of one step earlier
+            raise Crash
+
+    state = tmp_path / "state.pt"
+    with pytest.raises(Crash):
+        train(task.build(loaded), task, settings, seed=3, decay=decay, state=state, on_step=crash)
+    assert read_state(state)["step"] == stop - 1
+    torch.rand(7)  # the global random state plays no part
+    steps: list[int] = []
+    continued = task.build(loaded)
+    rest = train(
+        continued, task, settings, seed=3, decay=decay, state=state, on_step=lambda step, loss: steps.append(step)
+    )
+    assert steps == list(range(stop, 9))
+    assert equal(straight, continued)
+    assert rest.losses == whole.losses and rest.history == whole.history
+    again = task.build(loaded)  # a finished state gives the finished model
+    assert train(again, task, settings, seed=3, decay=decay, state=state).losses == whole.losses
+    assert equal(straight, again)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_the_step_that_ran(loaded: Loaded, task: Task, tmp_path: Path, number: signal.Signals) -> None:
+    straight, state = task.build(loaded), tmp_path / "deep" / "state.pt"
+    train(straight, task, SETTINGS)
+    before = signal.getsignal(number)
+
+    def press(step: int, loss: float) -> None:
+        if step == 4:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(task.build(loaded), task, SETTINGS, state=state, on_step=press)
+    assert signal.getsignal(number) is before
+    assert read_state(state)["step"] == 4
+    assert [file.name for file in state.parent.iterdir()] == ["state.pt"]
+    continued = task.build(loaded)
+    train(continued, task, SETTINGS, state=state)
+    assert equal(straight, continued)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_of_other_settings_is_refused(loaded: Loaded, task: Task, tmp_path: Path) -> None:
+    state = tmp_path / "state.pt"
+    train(task.build(loaded), task, SETTINGS, state=state)
+    for change in ({"seed": 1}, {"decay": {}}, {"settings": SETTINGS.model_copy(update={"lr": 2e-3})}):
+        with pytest.raises(InputError, match="other settings"):
+            train(task.build(loaded), task, **{"settings": SETTINGS, "state": state, **change})
+
+
+def test_damaged_and_dangerous_states_are_refused(loaded: Loaded, task: Task, tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "attacked"),))
+
+    state = tmp_path / "state.pt"
+    train(task.build(loaded), task, SETTINGS, state=state)
+    whole = state.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", pickle.dumps(Attack())):
+        state.write_bytes(content)
+        with pytest.raises(InputError, match=r"state\.pt is damaged"):
+            train(task.build(loaded), task, SETTINGS, state=state)
+    torch.save({"attack": Attack()}, state)
+    with pytest.raises(InputError, match=r"state\.pt is damaged"):
+        read_state(state)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_divergence_says_so(loaded: Loaded, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = type(task).loss
+    monkeypatch.setattr(type(task), "loss", lambda self, model, batch: right(self, model, batch) * float("nan"))
+    with pytest.raises(InputError, match=r"loss is nan at step 1: training diverged; lower train\.lr \(0\.001\)"):
+        train(task.build(loaded), task, SETTINGS)
+
+
+def test_a_full_disk_loses_nothing(
+    loaded: Loaded, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state.pt"
+
+    def crash(step: int, loss: float) -> None:
+        if step == 3:
+            raise Crash
+
+    settings = SETTINGS.model_copy(update={"save_every": 0.0})
+    with pytest.raises(Crash):
+        train(task.build(loaded), task, settings, state=state, on_step=crash)
+    before = state.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match="No space left on device; nothing was changed there"):
+            train(task.build(loaded), task, settings, state=state)
+    assert state.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+    train(task.build(loaded), task, settings, state=state)
+
+
+def test_a_model_without_trainable_weights_is_refused(loaded: Loaded, task: Task) -> None:
+    with pytest.raises(InputError, match="no trainable weights"):
+        train(task.build(loaded).requires_grad_(False), task, SETTINGS)
