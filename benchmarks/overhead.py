@@ -54,7 +54,18 @@ from s2d.spectrum import top_singular_many
 
 GOAL_DEFAULT, GOAL_EVERY_STEP = 0.01, 0.05
 LONGEST_CYCLE = 5
-PACKAGES = ("argparse", "asyncio", "collections", "datetime", "email", "http", "logging", "random", "tarfile", "zipfile")
+PACKAGES = (
+    "argparse",
+    "asyncio",
+    "collections",
+    "datetime",
+    "email",
+    "http",
+    "logging",
+    "random",
+    "tarfile",
+    "zipfile",
+)
 
 Batch = dict[str, Tensor]
 
@@ -249,7 +260,9 @@ class Record:
     fallbacks: int
 
 
-def measure(name: str, plain: Training, model: nn.Module, batches: Iterator[Batch], case: Case, m: int, refreshes: int) -> Record:
+def measure(
+    name: str, plain: Training, model: nn.Module, batches: Iterator[Batch], case: Case, m: int, refreshes: int
+) -> Record:
     """Run whole cycles of a case in step with the plain training."""
     cycle = min(m, LONGEST_CYCLE)
     trained = Training(model, {**case.settings, "refresh_every": cycle})
@@ -310,7 +323,9 @@ def run_model(
         with mock.patch.object(selection, "top_singular_many", exactly if case.full_svd else top_singular_many):
             for m in (1, default):
                 report(f"{name}: {case.name}, refresh every {m}")
-                refreshes = (1 if quick else 2) if case.full_svd else (3 if quick else 10) if m == 1 else (1 if quick else 4)
+                refreshes = (
+                    (1 if quick else 2) if case.full_svd else (3 if quick else 10) if m == 1 else (1 if quick else 4)
+                )
                 records.append(measure(name, plain, model, stream, case, m, refreshes))
     return records
 

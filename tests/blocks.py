@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,17 @@ from torch import Tensor, nn
 from s2d.decay import SelectiveSpectralDecay
 
 WIDTH, HEADS, VOCABULARY, CLASSES = 32, 4, 40, 5
+
+SITE: dict[str, Any] = {"metric": "site", "mode": "decoupled", "power": 1.0, "strength": 0.05, "refresh_every": 1}
+EVERYTHING: tuple[Any, ...] = ("linear", "norm", "embedding")
+WAYS: list[dict[str, Any]] = [
+    {"metric": "site", "mode": "decoupled", "outlier_ratio": 2.0},
+    {"metric": "weight", "mode": "decoupled", "kinds": EVERYTHING, "outlier_ratio": 2.0},
+    {"metric": "weight", "mode": "coupled", "kinds": EVERYTHING, "outlier_ratio": 2.0},
+    {"metric": "data", "mode": "decoupled", "kinds": EVERYTHING, "outlier_ratio": 2.0},
+    {"metric": "data", "mode": "coupled", "kinds": EVERYTHING, "outlier_ratio": 2.0},
+]
+WAY_NAMES = [f"{way['metric']}-{way['mode']}" for way in WAYS]
 
 
 class Attention(nn.Module):
@@ -169,3 +181,34 @@ def fresh(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     """The same random model every time."""
     torch.manual_seed(seed)
     return build()
+
+
+def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def normed(norm_gains: dict[int, float] | None = None) -> Two:
+    """A norm, some of whose gains are large, before a linear layer: the smallest site."""
+    model = Two(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 6))
+    with torch.no_grad():
+        for channel, gain in ({5: 40.0} if norm_gains is None else norm_gains).items():
+            model.first.weight[channel] = gain  # type: ignore[index, operator]
+    return model
+
+
+def gain(model: nn.Module, channel: int = 5) -> float:
+    return model.get_submodule("first").weight[channel].item()  # type: ignore[index, operator, union-attr, return-value]
+
+
+@contextmanager
+def deciding(model: nn.Module, optimizer: Any, **settings: Any) -> Iterator[SelectiveSpectralDecay]:
+    with removed(SelectiveSpectralDecay(model, optimizer, **{**SITE, "outlier_ratio": 5.0, **settings})) as decay:
+        yield decay
+
+
+X = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(7))
+
+
+def hooks_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    each = [len(v) for m in model.modules() for k, v in vars(m).items() if "hooks" in k and v is not None]
+    return sum(each) + sum(len(v) for k, v in vars(optimizer).items() if k.endswith("_hooks"))

@@ -8,23 +8,26 @@ import weakref
 
 import pytest
 import torch
+from tests.blocks import spiked
 from torch import Tensor
 
 from s2d.dominance import (
     FEWEST_OUTLIERS,
     OUTLIER_FRACTION,
     Dominance,
+    channel_sums,
     energy_share,
+    kept_rows,
     largest_over_rms,
     outlier_entries,
     outlier_shares,
     pcdr,
-    principal_directions,
+    principal_components,
+    projections,
     token_rows,
 )
 from s2d.errors import InputError
 from s2d.spectrum import top_singular
-from tests.blocks import spiked
 
 
 @pytest.fixture(autouse=True)
@@ -162,29 +165,31 @@ def test_token_rows_is_a_view_where_it_can_be() -> None:
     assert torch.equal(token_rows(x, torch.tensor([[1, 0, 0], [0, 1, 1]])), x.reshape(6, 4)[[0, 4, 5]])
 
 
-def test_principal_directions_are_the_left_singular_vectors_in_the_metric_of_the_data() -> None:
+def test_principal_components_are_the_left_singular_vectors_in_the_metric_of_the_data() -> None:
     W = spiked(30, 20, [9.0, 5.0, 3.0], noise=0.05)
     X = torch.randn(400, 20, dtype=torch.float64) @ torch.diag(torch.linspace(0.5, 2, 20, dtype=torch.float64))
     C = X.mT @ X / len(X)
     values, vectors = torch.linalg.eigh(C)
     truth = torch.linalg.svd(W @ (vectors * values.sqrt()) @ vectors.mT).U[:, :3]
     Y = X @ W.mT
-    cold = principal_directions(Y, 3)
+    cold, sigma = principal_components(Y, 3)
     torch.testing.assert_close((cold.mT.double() @ truth).abs(), torch.eye(3).double(), rtol=0, atol=2e-3)
-    warm = principal_directions(Y, 3, warm=cold)
+    warm, sigma = principal_components(Y, 3, warm=cold)
+    torch.testing.assert_close(sigma, torch.linalg.vector_norm(Y.float() @ warm, dim=0) / 20, rtol=1e-4, atol=0)
+    torch.testing.assert_close(projections(Y, warm), Y.float() @ warm)
     torch.testing.assert_close((warm.mT.double() @ truth).abs(), torch.eye(3).double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(warm.mT @ warm, torch.eye(3), rtol=0, atol=1e-5)
-    assert torch.equal(principal_directions(Y, 3), cold)
+    assert torch.equal(principal_components(Y, 3)[0], cold)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 100])
-def test_principal_directions_of_few_tokens_are_still_a_basis(tokens: int) -> None:
+def test_principal_components_of_few_tokens_are_still_a_basis(tokens: int) -> None:
     Y = torch.randn(tokens, 9)
-    U = principal_directions(Y, 4)
+    U = principal_components(Y, 4)[0]
     torch.testing.assert_close(U.mT @ U, torch.eye(4), rtol=0, atol=1e-5)
     sizes = torch.linalg.vector_norm(Y @ U, dim=0)
     assert bool((sizes.diff() <= 1e-5).all())
-    again = principal_directions(torch.randn(50, 9), 6, warm=U)  # another width: a fresh start
+    again = principal_components(torch.randn(50, 9), 6, warm=U)[0]  # another width: a fresh start
     assert again.shape == (9, 6)
 
 
@@ -192,7 +197,7 @@ def test_shares_of_a_full_basis_add_up_to_the_outliers() -> None:
     Y = torch.randn(40, 6)
     row, column = outlier_entries(Y)
     U = torch.linalg.qr(torch.randn(6, 6)).Q
-    shares = outlier_shares(U, Y, row, column)
+    shares = outlier_shares(U, Y[row], column)
     assert shares.sum().item() == pytest.approx(1, abs=1e-5)
     one = U[:, 0]
     by_hand = sum((Y[n] @ one * one[o] * Y[n, o].sign()).item() for n, o in zip(row, column, strict=True))
@@ -213,3 +218,29 @@ def test_bad_input_is_named(W: Tensor, X: Tensor, mask: Tensor | None, k: int, w
     with pytest.raises(InputError, match=words) as caught:
         pcdr(W, X, k, mask)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7, 3000])
+def test_channel_sums_are_the_norms_of_the_columns(dtype: torch.dtype, tokens: int) -> None:
+    x = (torch.randn(tokens, 200) * 10).to(dtype)[:, :151]  # several pieces, not contiguous
+    kept = torch.arange(0, tokens, 3)
+    for rows, largest, squares in ((x, *channel_sums(x)), (x[kept], *channel_sums(x, kept))):
+        assert torch.equal(largest, rows.float().abs().amax(0))
+        torch.testing.assert_close(squares, rows.double().square().sum(0).float(), rtol=1e-5, atol=0)
+    assert not torch.isfinite(channel_sums(torch.tensor([[1.0, math.inf], [math.nan, 0.0]]))[0]).any()
+    assert torch.equal(channel_sums(x, kept[:0])[0], torch.zeros(151))
+
+
+def test_padding_is_left_out_by_index_as_by_copy() -> None:
+    Y, mask = torch.randn(500, 40), torch.rand(10, 50) < 0.7
+    Y[~mask.flatten()] = math.nan
+    bias, kept = torch.randn(40), kept_rows(mask)
+    assert kept is not None and kept_rows(torch.ones(2, 3)) is None
+    copied = token_rows(Y, mask)
+    row, column = outlier_entries(Y, kept=kept)
+    assert torch.equal(Y[row, column], copied[outlier_entries(copied)])
+    U, sigma = principal_components(copied - bias, 4)
+    for found, expected in zip(principal_components(Y, 4, bias=bias, kept=kept), (U, sigma), strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(projections(Y, U, bias, kept), (copied - bias) @ U)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.blocks import WIDTH, Encoder, fresh, removed, spiked, still_step, tokens
+from tests.test_dominance import direct_pcdr
 from torch import Tensor, nn
 
 from s2d.decay import SelectiveSpectralDecay
@@ -24,8 +26,6 @@ from s2d.selection import (
     call_views,
 )
 from s2d.targets import Target, find_targets
-from tests.blocks import WIDTH, Encoder, fresh, removed, spiked, still_step, tokens
-from tests.test_dominance import direct_pcdr
 
 ALL_KINDS = ("linear", "conv", "embedding", "norm")
 
@@ -458,5 +458,5 @@ def test_the_mask_of_an_earlier_pass_is_forgotten() -> None:
 
 
 def test_the_metrics_by_name() -> None:
-    assert METRICS == {"site": SiteMetric, "data": DataMetric, "weight": WeightMetric}
+    assert {"site": SiteMetric, "data": DataMetric, "weight": WeightMetric} == METRICS
     assert Encoder().head.in_features == WIDTH

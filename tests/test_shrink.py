@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tests.blocks import spiked
 from torch import Tensor
 
 from s2d.selection import Components
@@ -18,7 +19,6 @@ from s2d.shrink import (
     shrink_singular,
     spectral_penalty,
 )
-from tests.blocks import spiked
 
 POWERS = (1.0, 1.5, 2.0, 3.0)
 SIGMAS = torch.tensor([1e-4, 0.05, 0.7, 3.0, 25.0], dtype=torch.float64)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_text import make_data, make_model
 from torch import nn
 
 from s2d.errors import InputError
@@ -24,7 +25,6 @@ from s2d.training import (
     training_batches,
     without_dropout,
 )
-from tests.tiny_text import make_data, make_model
 
 pytest.importorskip("accelerate")
 SETTINGS = TrainSettings(steps=8, batch_size=8, lr=1e-3, head_lr=1e-2)
@@ -81,7 +81,9 @@ def test_an_epoch_holds_every_example_once_and_little_padding(task: Task) -> Non
 
     grouped, plain = (epoch(SETTINGS.model_copy(update={"group_by_length": on})) for on in (True, False))
     whole = next(task.batches("train", batch_size=1000))
-    rows = {tuple(ids[mask.bool()].tolist()) for ids, mask in zip(whole["input_ids"], whole["attention_mask"], strict=True)}
+    rows = {
+        tuple(ids[mask.bool()].tolist()) for ids, mask in zip(whole["input_ids"], whole["attention_mask"], strict=True)
+    }
     for batches in (grouped, plain):
         seen = [
             tuple(ids[mask.bool()].tolist())
@@ -212,7 +214,7 @@ def test_damaged_and_dangerous_states_are_refused(loaded: Loaded, task: Task, tm
     state = tmp_path / "state.pt"
     train(task.build(loaded), task, SETTINGS, state=state)
     whole = state.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", pickle.dumps(Attack())):
+    for content in (whole[: len(whole) // 2], b"", pickle.dumps(Attack(), protocol=2)):
         state.write_bytes(content)
         with pytest.raises(InputError, match=r"state\.pt is damaged"):
             train(task.build(loaded), task, SETTINGS, state=state)
@@ -229,9 +231,7 @@ def test_divergence_says_so(loaded: Loaded, task: Task, monkeypatch: pytest.Monk
         train(task.build(loaded), task, SETTINGS)
 
 
-def test_a_full_disk_loses_nothing(
-    loaded: Loaded, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_loses_nothing(loaded: Loaded, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = tmp_path / "state.pt"
 
     def crash(step: int, loss: float) -> None:

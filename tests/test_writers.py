@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.blocks import WIDTH, Encoder, fresh, removed, still_step, tokens
 from torch import Tensor, nn
 
 from s2d.decay import SelectiveSpectralDecay
 from s2d.selection import SiteMetric
 from s2d.targets import Target, find_targets
 from s2d.writers import Call, find_writer, same_tensor
-from tests.blocks import WIDTH, Encoder, fresh, removed, still_step, tokens
 
 
 @pytest.fixture(autouse=True)

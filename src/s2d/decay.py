@@ -204,7 +204,7 @@ class SelectiveSpectralDecay:
             raise InputError(f"max_rank={max_rank} exceeds the rank of every weight here, at most {max(ranks)}")
         s = self.settings
         shared = {"threshold": s.threshold, "max_rank": s.max_rank, "outlier_ratio": s.outlier_ratio, "track": s.track}
-        self._metric = METRICS[s.metric](self.targets, **shared, seed=seed)
+        self._metric = METRICS[s.metric](self.targets, **shared, seed=seed, gradients=s.mode == "coupled")
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
         self.step_count = 0
         self._peak_lr: dict[tuple[int, int], float] = {}
@@ -443,17 +443,20 @@ class SelectiveSpectralDecay:
         self._share_across_ranks()
         for name, finding in findings.items():
             self.history.append(self._record(name, finding))
-        for target in self.targets:
-            if target.name not in self._ran:
-                self.skipped[target.name] = "its module's forward was not called, or not with one tensor in and one out"
-            else:
-                self.skipped.pop(target.name, None)
+        self._note_what_ran()
         if not self._ran:
             warnings.warn(
                 "no forward pass of the conditioned model was seen before the optimizer's step, so nothing is "
                 "selected; pass the model whose modules really run",
                 stacklevel=4,
             )
+
+    def _note_what_ran(self) -> None:
+        for target in self.targets:
+            if target.name not in self._ran:
+                self.skipped[target.name] = "its module's forward was not called, or not with one tensor in and one out"
+            else:
+                self.skipped.pop(target.name, None)
 
     def _record(self, name: str, finding: Finding) -> dict[str, Any]:
         components = self._metric.selected.get(name)
@@ -535,6 +538,8 @@ class SelectiveSpectralDecay:
         self._metric.load_state(state["metric"])
         self.history = deque(state["history"], maxlen=_HISTORY_LENGTH)
         self._ran = set(state["ran"])
+        if self.step_count:
+            self._note_what_ran()
         self._disarm()
         if self.step_count % self.settings.refresh_every == 0:
             self._arm()

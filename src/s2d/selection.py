@@ -124,7 +124,15 @@ class Metric:
     """A way to find components. One object lives as long as the decay; `observe` is called only on refresh steps."""
 
     def __init__(
-        self, targets: list[Target], *, threshold: float, max_rank: int, outlier_ratio: float, track: bool, seed: int
+        self,
+        targets: list[Target],
+        *,
+        threshold: float,
+        max_rank: int,
+        outlier_ratio: float,
+        track: bool,
+        seed: int,
+        gradients: bool = True,
     ) -> None:
         """Remember the settings; nothing is computed yet.
 
@@ -135,6 +143,7 @@ class Metric:
             outlier_ratio: Largest activation over RMS from which an activation is an outlier; 0 for always.
             track: Keep following a selected component until its outlier is gone, whatever its rank.
             seed: Of random starts.
+            gradients: Find what only the gradient of the penalty needs as well (coupled mode, data metric).
         """
         self.targets = targets
         self.threshold = threshold
@@ -142,6 +151,7 @@ class Metric:
         self.outlier_ratio = outlier_ratio
         self.track = track
         self.seed = seed
+        self.gradients = gradients
         self.selected: dict[str, Components] = {}
         self._kept: tuple[Tensor, Tensor | None] | None = None
 
@@ -323,9 +333,7 @@ class DataMetric(Metric):
             return  # healthy: no directions are computed
         row_E, column_E = outlier_entries(rows, channel_max=channel_max, kept=kept)
         k, bias = min(self.max_rank + SPARE, rows.shape[1]), bias_of(target)
-        U, sigma = principal_components(
-            rows, k, self.directions.get(target.name), seed=self.seed, bias=bias, kept=kept
-        )
+        U, sigma = principal_components(rows, k, self.directions.get(target.name), seed=self.seed, bias=bias, kept=kept)
         self.directions[target.name] = U
         Y_EO = rows[row_E].float() if bias is None else rows[row_E].float() - bias.float()
         share = outlier_shares(U, Y_EO, column_E)

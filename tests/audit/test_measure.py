@@ -80,9 +80,7 @@ def test_a_row_is_what_the_definitions_say(outputs: int, inputs: int) -> None:
     assert row.input_ratio == pytest.approx((X.abs().max() / X.square().mean().sqrt()).item(), rel=1e-5)
 
     each = [x.double() @ W.T for x in batches]
-    weight_parts = [
-        torch.stack([S[r] * torch.outer(x.double() @ Vh[r], U[:, r]) for r in range(3)]) for x in batches
-    ]
+    weight_parts = [torch.stack([S[r] * torch.outer(x.double() @ Vh[r], U[:, r]) for r in range(3)]) for x in batches]
     assert row.pcdr == pytest.approx(closed_pcdr(weight_parts, each), abs=1e-3)
 
     values, vectors = torch.linalg.eigh(X.T @ X)  # the metric of the data: left singular vectors of W C^(1/2)
