@@ -80,13 +80,22 @@ def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def _pieces(x_ND: Tensor, kept: Tensor | None = None, offset_D: Tensor | None = None) -> Iterator[Tensor]:
-    """The rows that count, less an offset, in float32 and cache-sized pieces that must not be modified."""
+    """The rows that count, less an offset, in float32 and cache-sized pieces.
+
+    A piece may be a view of the activation, or of memory that the next piece overwrites: neither modify nor keep it.
+    """
     x_ND = x_ND.detach()
-    count = len(x_ND) if kept is None else len(kept)
-    rows = max(1, _PIECE_BYTES_CPU // (4 * x_ND.shape[1])) if x_ND.device.type == "cpu" else max(1, count)
+    count, width = len(x_ND) if kept is None else len(kept), x_ND.shape[1]
+    rows = max(1, min(count, _PIECE_BYTES_CPU // (4 * width)) if x_ND.device.type == "cpu" else count)
+    gathered = None if kept is None else x_ND.new_empty(rows, width)
+    shifted = None if offset_D is None else x_ND.new_empty(rows, width, dtype=torch.float32)
     for first in range(0, count, rows):
-        piece = x_ND[first : first + rows] if kept is None else x_ND.index_select(0, kept[first : first + rows])
-        yield piece.float() if offset_D is None else piece.float() - offset_D
+        last = min(first + rows, count)
+        piece = x_ND[first:last]
+        if kept is not None and gathered is not None:
+            piece = torch.index_select(x_ND, 0, kept[first:last], out=gathered[: last - first])
+        piece = piece.float()
+        yield piece if shifted is None else torch.sub(piece, offset_D, out=shifted[: last - first])
 
 
 def outlier_entries(

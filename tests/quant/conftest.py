@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import CASES, Case, plain
+from tests.quant.tiny_models import CASES, Case, plain
 
 
 @pytest.fixture(params=list(CASES))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import Case
+from tests.quant.tiny_models import Case
 from torch import Tensor, nn
 
 from s2d.errors import InputError

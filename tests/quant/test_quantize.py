@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import Case, PlainTransformer
+from tests.quant.tiny_models import Case, PlainTransformer
 from torch import Tensor, nn
 
 from s2d.errors import InputError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Case
+from tests.quant.tiny_models import Case
 from torch import Tensor, nn
 
 from s2d.errors import InputError

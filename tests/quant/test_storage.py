@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_models import CASES, Case, PlainTransformer
+from tests.quant.tiny_models import CASES, Case, PlainTransformer
 from torch import nn
 
 from s2d.errors import InputError
