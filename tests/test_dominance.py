@@ -24,6 +24,7 @@ from s2d.dominance import (
     pcdr,
     principal_components,
     projections,
+    row_sums,
     token_rows,
 )
 from s2d.errors import InputError
@@ -147,7 +148,7 @@ def test_outliers_are_the_largest_entries(shape: tuple[int, int], fraction: floa
     assert len(row) == len(column) == count
     assert len(set(zip(row.tolist(), column.tolist(), strict=True))) == count
     torch.testing.assert_close(Y[row, column].abs(), Y.abs().flatten().topk(count).values)
-    known = outlier_entries(Y, fraction, channel_max=Y.abs().amax(0))
+    known = outlier_entries(Y, fraction, row_max=Y.abs().amax(1))
     assert all(torch.equal(a, b) for a, b in zip(known, (row, column), strict=True))
 
 
@@ -244,3 +245,17 @@ def test_padding_is_left_out_by_index_as_by_copy() -> None:
     for found, expected in zip(principal_components(Y, 4, bias=bias, kept=kept), (U, sigma), strict=True):
         torch.testing.assert_close(found, expected)
     torch.testing.assert_close(projections(Y, U, bias, kept), (copied - bias) @ U)
+
+
+def test_row_sums_are_the_norms_of_the_rows() -> None:
+    x = torch.randn(30, 50).bfloat16()
+    largest, squares = row_sums(x)
+    assert torch.equal(largest, x.float().abs().amax(1))
+    torch.testing.assert_close(squares, x.float().square().sum(1))
+
+
+def test_equal_entries_are_all_outliers() -> None:
+    Y = torch.zeros(300, 200)
+    Y[torch.arange(20) * 13, torch.arange(20) * 7] = 5.0  # more equal ones than are asked for
+    row, column = outlier_entries(Y)
+    assert len(row) == 16 and torch.equal(Y[row, column], torch.full((16,), 5.0))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from s2d.models import Loaded
+    from s2d.recipe import Recipe
     from s2d.tasks import Task
 
 app = typer.Typer(
@@ -70,6 +71,8 @@ TaskName = Annotated[str | None, typer.Option("--task", help="What the model is 
 Data = Annotated[str | None, typer.Option("--data", metavar="PATH", help="File or folder with the data.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ... or auto.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
+
+_INTERRUPTED = 130  # the shell's code for Ctrl-C
 
 # Failures of the disk and of permissions: for people to settle, not a defect of s2d.
 _THEIRS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -161,7 +164,7 @@ def audit(
     from s2d.checkpoint import load
     from s2d.runner import device_of
 
-    settings: dict[str, Any] = {"include": include or "all-linear", "spec": spec, "progress": not quiet}
+    settings: dict[str, Any] = {"include": include or "all-linear", "spec": spec, "progress": _bars(quiet)}
     first = load(models[0], device=device_of(device))
     batches = audit_batches(first, data)
     if len(models) == 1:
@@ -202,20 +205,20 @@ def condition(
     _check_file(json_file)
     from s2d.checkpoint import load
     from s2d.models import save_model
-    from s2d.recipe import make_recipe, move
     from s2d.results import run_metadata
     from s2d.runner import device_of
     from s2d.tasks import create
     from s2d.terminal import Watch
     from s2d.training import train
 
-    given = {
-        "model": model,
-        "task": {"name": _needed(task), **({} if data is None else {"data": data})},
-        "train": {} if steps is None else {"steps": steps},
-        "arms": {"s2d": {} if preset is None else {"preset": preset}},
-    }
-    recipe = make_recipe(given, [move(override, "decay.", "arms.s2d.") for override in o or ()], shown="settings")
+    recipe = _settings(
+        model,
+        task,
+        data,
+        o,
+        train={} if steps is None else {"steps": steps},
+        arms={"s2d": {} if preset is None else {"preset": preset}},
+    )
     state = out.with_name(f"{out.name}.training") / "state.pt"
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         watch.stage(f"loading {model}", 1)
@@ -254,14 +257,16 @@ def quantize(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the quantized model.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be quantized, and stop.")] = False,
     seed: Seed = 0,
+    o: Overrides = None,
     device: Device = "auto",
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Quantize a model after training, calibrated on a little data.
 
-    With --task, calibration uses 128 training examples of it; otherwise the texts or images of --data (docstrings of
-    the standard library for text models without it). Ranges are simulated in floating point: s2d.load gives the model.
+    With --task, calibration uses training examples of it (128; -o quantize.calibration.samples=256); otherwise the
+    texts or images of --data, or docstrings of the standard library. Low bits are simulated in floating point;
+    s2d.load and s2d evaluate read the folder.
     """
     if out is None and not dry_run:
         raise InputError("where should the quantized model go? add --out FOLDER, or --dry-run to see the plan only")
@@ -272,23 +277,26 @@ def quantize(
     from s2d.checkpoint import load, save
     from s2d.evaluation import model_for
     from s2d.quant import QuantSpec
-    from s2d.recipe import Calibration
     from s2d.results import run_metadata
     from s2d.runner import calibration_inputs, device_of
     from s2d.tasks import create
 
     parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
     quant.get_method(method)
-    made = None if task is None else create(task, **({} if data is None else {"data": data}))
+    recipe = _settings(model, task, data, o) if task is not None or o else None
+    made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
     loaded = load(model, device=device_of(device))
     plain = loaded.model if made is None else model_for(loaded, made)
     plan = quant.plan(plain, parsed)
     if dry_run:
         _say(quiet, quant.describe(plan))
     else:
-        inputs = audit_batches(loaded, data) if made is None else calibration_inputs(made, Calibration(), seed)
+        if recipe is None or made is None:
+            inputs: Any = audit_batches(loaded, data)
+        else:
+            inputs = calibration_inputs(made, recipe.quantize.calibration, seed)
         quantized = quant.quantize(
-            plain, parsed, calibration=inputs, method=method, seed=seed, inplace=True, progress=not quiet
+            plain, parsed, calibration=inputs, method=method, seed=seed, inplace=True, progress=_bars(quiet)
         )
         assert out is not None
         save(quantized, out, tokenizer=loaded.tokenizer, processor=loaded.processor)
@@ -306,30 +314,32 @@ def evaluate(
     task: TaskName = None,
     data: Data = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 64,
+    o: Overrides = None,
     device: Device = "auto",
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Score a model on a task: as published, conditioned, or quantized."""
+    """Score a model on a task: as published, conditioned, or quantized.
+
+    Further settings go by the keys of a recipe: -o task.max_length=128, -o batch_size=32.
+    """
     _check_file(json_file)
     from s2d import quant
     from s2d.checkpoint import load
     from s2d.evaluation import evaluate as judge
-    from s2d.recipe import TaskSection
     from s2d.results import measured, run_metadata
     from s2d.runner import device_of
     from s2d.tasks import create
 
-    section = TaskSection.model_validate({"name": _needed(task), **({} if data is None else {"data": data})})
-    made = create(section.name, **section.options)
+    recipe = _settings(model, task, data, o, split=split)
+    made = create(recipe.task.name, **recipe.task.options)
     loaded = load(model, device=device_of(device))
     with measured() as cost:
-        metrics = judge(loaded, made, split=split, batch_size=batch_size)  # type: ignore[arg-type]
+        metrics = judge(loaded, made, split=recipe.split, batch_size=recipe.batch_size)
     known = quant.record(loaded.model) if quant.is_quantized(loaded.model) else None
     records = [
         {
-            "task": section.label,
+            "task": recipe.task.label,
             "model": model,
             "conditioning": "none",
             "seed": 0,
@@ -347,7 +357,7 @@ def evaluate(
     if json_file is not None:
         about = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint)
         _write_json(json_file, {"run": about, "records": records})
-    table = Table(title=f"{model} on {section.label} ({split})")
+    table = Table(title=f"{model} on {recipe.task.label} ({split})")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for metric, value in metrics.items():
@@ -437,12 +447,17 @@ def _chain(first: tuple[str, Any], rest: Any) -> Any:
     yield from rest
 
 
-def _needed(task: str | None) -> str:
-    if task is None:
-        from s2d.tasks import tasks
+def _settings(model: str, task: str | None, data: str | None, overrides: list[str] | None, **more: Any) -> Recipe:
+    """What the options of a command stand for, as a recipe."""
+    from s2d.recipe import make_recipe, move
+    from s2d.tasks import tasks
 
+    if task is None:
         raise InputError(f"what is the model for? add --task, one of {', '.join(tasks())}")
-    return task
+    content = {"model": model, "task": {"name": task, **({} if data is None else {"data": data})}, **more}
+    return make_recipe(
+        content, [move(override, "decay.", "arms.s2d.") for override in overrides or ()], shown="settings"
+    )
 
 
 def _check_file(path: Path | None) -> None:
@@ -490,6 +505,10 @@ def _say(quiet: bool, text: str) -> None:
         print(text)
 
 
+def _bars(quiet: bool) -> bool:
+    return not quiet and sys.stdout.isatty() and sys.stderr.isatty()
+
+
 def _has_display() -> bool:
     if os.environ.get("CI") or not sys.stdout.isatty():
         return False
@@ -512,6 +531,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(list(arguments) if arguments is not None else None, prog_name="s2d", standalone_mode=False)
         sys.stdout.flush()
+        if code == _INTERRUPTED:  # newer typers turn Ctrl-C into an exit code themselves
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(str(error), 2)
@@ -519,7 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = getattr(getattr(error, "ctx", None), "command_path", "s2d")
         return _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(f"interrupted; what is done is kept. To continue: {_again(arguments)}", 130)
+        return _fail(f"interrupted; what is done is kept. To continue: {_again(arguments)}", _INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read us has gone, as in s2d ... | head
         return 0

@@ -79,6 +79,24 @@ def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tens
     return largest.sqrt_(), sums
 
 
+def row_sums(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest magnitude and sum of squares of every row.
+
+    Along rows torch's own reductions are fast (but for the norm of order infinity), and rows of padding can be dropped
+    from the sums instead of from the activation.
+
+    Args:
+        x_ND: Activations of any floating dtype, not modified.
+
+    Returns:
+        ``max_d |x_nd|`` and ``sum_d x_nd^2``, ``[N]`` each, float32 (float64 for float64).
+    """
+    x_ND = x_ND.detach()
+    dtype = torch.promote_types(x_ND.dtype, torch.float32)
+    largest = torch.maximum(x_ND.amax(1), -x_ND.amin(1)).to(dtype)
+    return largest, torch.linalg.vector_norm(x_ND, dim=1, dtype=dtype).square()
+
+
 def _pieces(x_ND: Tensor, kept: Tensor | None = None, offset_D: Tensor | None = None) -> Iterator[Tensor]:
     """The rows that count, less an offset, in float32 and cache-sized pieces.
 
@@ -101,31 +119,33 @@ def _pieces(x_ND: Tensor, kept: Tensor | None = None, offset_D: Tensor | None = 
 def outlier_entries(
     Y_NO: Tensor,
     fraction: float = OUTLIER_FRACTION,
-    channel_max: Tensor | None = None,
+    row_max: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Where the largest activations are.
 
-    The E largest entries lie in the E channels of largest maximum, so one reduction over the batch and a small top-k
-    replace a top-k over all activations.
+    The E largest entries lie in the E rows of largest maximum, and of these in the E columns of largest maximum, so
+    one reduction over the batch and a small top-k replace a top-k over all activations.
 
     Args:
         Y_NO: Activations.
         fraction: Share of the entries that count as outliers; never fewer than 16 entries.
-        channel_max: ``max_n |Y|`` per channel ``[O]``, if it is known.
+        row_max: ``max_o |Y|`` of every row ``[N]``, if it is known; see :func:`row_sums`.
         kept: Indices of the rows to look at, see :func:`kept_rows`; all by default.
 
     Returns:
         Row and column indices into ``Y_NO``, ``[E]`` each, largest first.
     """
-    entries = (len(Y_NO) if kept is None else len(kept)) * Y_NO.shape[1]
+    maxima: Tensor = row_sums(Y_NO)[0] if row_max is None else row_max
+    maxima = maxima if kept is None else maxima[kept]
+    entries = len(maxima) * Y_NO.shape[1]
     count = min(max(math.ceil(fraction * entries), FEWEST_OUTLIERS), entries)
-    maxima = channel_sums(Y_NO, kept)[0] if channel_max is None else channel_max
-    channels = maxima.topk(min(count, len(maxima))).indices
-    candidates = Y_NO.index_select(1, channels)
-    flat = (candidates if kept is None else candidates.index_select(0, kept)).abs().flatten().topk(count).indices
-    row_E, column_E = flat // len(channels), channels[flat % len(channels)]
-    return row_E if kept is None else kept[row_E], column_E
+    rows = maxima.topk(min(count, len(maxima))).indices
+    rows = rows if kept is None else kept[rows]
+    block = Y_NO.index_select(0, rows).abs()
+    columns = block.amax(0).topk(min(count, Y_NO.shape[1])).indices
+    flat = block.index_select(1, columns).flatten().topk(count).indices
+    return rows[flat // len(columns)], columns[flat % len(columns)]
 
 
 def largest_over_rms(Y: Tensor) -> float:

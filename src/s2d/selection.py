@@ -32,6 +32,7 @@ from s2d.dominance import (
     outlier_shares,
     principal_components,
     projections,
+    row_sums,
     token_rows,
 )
 from s2d.spectrum import Triplets, top_singular_many
@@ -87,37 +88,56 @@ class Finding:
     components: Components | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sums:
-    """Streaming statistics of one activation, over the forward passes of a refresh."""
+    """Statistics of the channels of one activation, over the forward passes of a refresh."""
 
-    channel_max: Tensor | None = None
-    channel_squares: Tensor | None = None
-    rows: int = 0
-
-    def add(self, x_ND: Tensor, kept: Tensor | None = None) -> Tensor | None:
-        """Take in rows (those of index `kept`); returns the channel maxima ``[D]`` of these rows alone.
-
-        Nothing is taken in (None) where there are no rows, or one holds NaN or Inf: half precision overflowed, and the
-        gradient scaler will skip the step.
-        """
-        rows = len(x_ND) if kept is None else len(kept)
-        if rows == 0:
-            return None
-        peak, squares = channel_sums(x_ND, kept)
-        if not bool(torch.isfinite(peak).all()):
-            return None
-        if self.channel_max is None or self.channel_squares is None:
-            self.channel_max, self.channel_squares = peak, squares
-        else:
-            self.channel_max = torch.maximum(self.channel_max, peak)
-            self.channel_squares = self.channel_squares + squares
-        self.rows += rows
-        return peak
+    channel_max: Tensor
+    channel_squares: Tensor
+    rows: int
 
     def rms(self) -> Tensor:
-        assert self.channel_squares is not None
-        return (self.channel_squares.mean() / max(self.rows, 1)).sqrt()
+        return (self.channel_squares.mean() / self.rows).sqrt()
+
+
+def _add(sums: dict[str, _Sums], name: str, x_ND: Tensor, kept: Tensor | None) -> None:
+    """Take in the rows of index `kept` (None: all).
+
+    Nothing is taken in where there are no rows, or one holds NaN or Inf: half precision overflowed, and the gradient
+    scaler will skip the step.
+    """
+    rows = len(x_ND) if kept is None else len(kept)
+    channel_max, channel_squares = channel_sums(x_ND, kept)
+    if rows == 0 or not math.isfinite(channel_max.max().item()):
+        return
+    if (known := sums.get(name)) is not None:
+        channel_max = torch.maximum(known.channel_max, channel_max)
+        channel_squares, rows = known.channel_squares + channel_squares, known.rows + rows
+    sums[name] = _Sums(channel_max, channel_squares, rows)
+
+
+@dataclass(frozen=True)
+class _Peaks:
+    """Statistics of one activation as a whole, in one forward pass."""
+
+    row_max: Tensor  # of all rows, padding included
+    largest: float
+    squares: float
+    entries: int
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.squares / self.entries)
+
+
+def _peaks(x_ND: Tensor, kept: Tensor | None) -> _Peaks | None:
+    """Look at the rows of index `kept` (None: all); None where :func:`_add` would take nothing in."""
+    row_max, row_squares = row_sums(x_ND)
+    among, squares = (row_max, row_squares) if kept is None else (row_max[kept], row_squares[kept])
+    if len(among) == 0:
+        return None
+    largest, total = torch.stack([among.max(), squares.sum()]).tolist()
+    return _Peaks(row_max, largest, total, len(among) * x_ND.shape[1]) if math.isfinite(largest) else None
 
 
 class Metric:
@@ -195,7 +215,8 @@ class Metric:
 class _Seen:
     """The outlier entries of one weight, held until the end of a refresh; at most a few dozen rows."""
 
-    sums: _Sums = field(default_factory=_Sums)
+    squares: float = 0.0
+    entries: int = 0
     inputs: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     columns: list[Tensor] = field(default_factory=list)
@@ -209,22 +230,24 @@ class WeightMetric(Metric):
         self.triplets: dict[str, Triplets] = {}
         self.fallbacks = 0
         self._seen: dict[str, _Seen] = {}
+        self._norms: dict[str, _Sums] = {}
 
     def begin(self) -> None:
         """Forget the sums of the last refresh."""
-        self._seen = {}
+        self._seen, self._norms = {}, {}
 
     def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         """Keep the inputs and values of the largest outputs."""
         y_NO, kept = self._rows(y, mask)
-        seen = self._seen.get(target.name, _Seen())
-        channel_max = seen.sums.add(y_NO, kept)
-        if channel_max is None:
-            return
-        self._seen[target.name] = seen
         if target.kind == "norm":
+            _add(self._norms, target.name, y_NO, kept)
             return
-        row_E, column_E = outlier_entries(y_NO, channel_max=channel_max, kept=kept)
+        peaks = _peaks(y_NO, kept)
+        if peaks is None:
+            return
+        seen = self._seen.setdefault(target.name, _Seen())
+        seen.squares, seen.entries = seen.squares + peaks.squares, seen.entries + peaks.entries
+        row_E, column_E = outlier_entries(y_NO, row_max=peaks.row_max, kept=kept)
         if target.kind == "embedding":
             seen.inputs.append(token_rows(x.unsqueeze(-1))[row_E, 0])
         else:
@@ -236,7 +259,7 @@ class WeightMetric(Metric):
 
     def finish(self) -> dict[str, Finding]:
         """Refresh the triplets, and select by PCDR."""
-        matrices = [t for t in self.targets if t.kind != "norm" and t.name in self._seen]
+        matrices = [t for t in self.targets if t.name in self._seen]
         width = {t.name: min(self.max_rank + SPARE, *t.matrix().shape) for t in matrices}
         for k in sorted(set(width.values())):
             members = [t for t in matrices if width[t.name] == k]
@@ -251,9 +274,9 @@ class WeightMetric(Metric):
             self.fallbacks += sum(triplets.fallbacks for triplets in found)
         findings = {t.name: self._judge(t, self.triplets[t.name]) for t in matrices}
         for target in self.targets:
-            if target.kind == "norm" and target.name in self._seen:
+            if target.name in self._norms:
                 findings[target.name] = coordinate_finding(
-                    self._seen[target.name].sums, target, self.outlier_ratio, self.selected.get(target.name)
+                    self._norms[target.name], target, self.outlier_ratio, self.selected.get(target.name)
                 )
         self.selected = {n: f.components for n, f in findings.items() if f.components is not None}
         return findings
@@ -270,7 +293,7 @@ class WeightMetric(Metric):
         dominance = Dominance(identity)
         dominance.add(projected(triplets.V), value_E, column_E)
         ratios = dominance.ratios()
-        peak, rms = value_E.abs().max().item(), seen.sums.rms().item()
+        peak, rms = value_E.abs().max().item(), math.sqrt(seen.squares / seen.entries)
         ratio = peak / rms if rms > 0 else 0.0
         old = self.selected.get(target.name)
         chosen: list[Components] = []
@@ -316,22 +339,20 @@ class DataMetric(Metric):
     def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         """Judge one pass: its principal directions and their shares of the outliers."""
         rows, kept = self._rows(y, mask)
-        sums = self._norms.get(target.name, _Sums())  # of matrices, one pass is judged at a time
-        channel_max = sums.add(rows, kept)
-        if channel_max is None:
-            return
         if target.kind == "norm":
-            self._norms[target.name] = sums
+            _add(self._norms, target.name, rows, kept)
             return
-        peak, rms = channel_max.max().item(), sums.rms().item()
-        ratio = peak / rms if rms > 0 else 0.0
+        peaks = _peaks(rows, kept)
+        if peaks is None:
+            return
+        ratio = peaks.largest / peaks.rms if peaks.rms > 0 else 0.0
         known = self._findings.get(target.name)
         if known is not None and known.outlier_ratio >= ratio:
             return  # of several forward passes the one with the largest outlier is judged
-        finding = self._findings[target.name] = Finding([], [], peak, ratio)
+        finding = self._findings[target.name] = Finding([], [], peaks.largest, ratio)
         if ratio < self._gate(target.name):
             return  # healthy: no directions are computed
-        row_E, column_E = outlier_entries(rows, channel_max=channel_max, kept=kept)
+        row_E, column_E = outlier_entries(rows, row_max=peaks.row_max, kept=kept)
         k, bias = min(self.max_rank + SPARE, rows.shape[1]), bias_of(target)
         U, sigma = principal_components(rows, k, self.directions.get(target.name), seed=self.seed, bias=bias, kept=kept)
         self.directions[target.name] = U
@@ -431,10 +452,10 @@ class SiteMetric(Metric):
                     self.writers[target.name] = writer.target.name
                     self.operands.update(operand.name for operand in writer.operands)
             if target.name in self.writers:
-                self._add(self.writers[target.name], x, mask)
+                _add(self._sums, self.writers[target.name], *self._rows(x, mask))
                 self._seen_input = x.detach()
         if target.name in self.operands:
-            self._add(target.name, y, mask)
+            _add(self._sums, target.name, *self._rows(y, mask))
         if self._searching:
             self._calls.append(Call(target, self._sample(token_rows(y.detach(), mask)), x.detach()))
             self._calls = self._calls[-self._LOOK_BACK :]
@@ -442,11 +463,6 @@ class SiteMetric(Metric):
     def _read_before(self, x: Tensor) -> bool:
         """q, k and v read the same tensor: one look is enough."""
         return self._seen_input is not None and same_tensor(x, self._seen_input)
-
-    def _add(self, name: str, x: Tensor, mask: Tensor | None) -> None:
-        sums = self._sums.get(name, _Sums())
-        if sums.add(*self._rows(x, mask)) is not None:
-            self._sums[name] = sums
 
     def _sample(self, rows_ND: Tensor) -> Tensor:
         """The same rows of every activation with so many; spread by a prime, as a stride may hit one position only."""
@@ -485,7 +501,6 @@ def coordinate_finding(sums: _Sums, target: Target, outlier_ratio: float, select
         outlier_ratio: See :class:`Metric`.
         selected: The last selection, held until its maximum falls below ``RELEASE_CHANNEL`` of the limit.
     """
-    assert sums.channel_max is not None and sums.channel_squares is not None
     channel_max = sums.channel_max
     rms = sums.rms()
     limit = torch.full_like(channel_max, max(outlier_ratio, 1e-12)) * rms
@@ -498,7 +513,7 @@ def coordinate_finding(sums: _Sums, target: Target, outlier_ratio: float, select
     if target.kind == "norm":
         sigma = target.parameter.detach().abs().float()
     else:
-        sigma = (sums.channel_squares / max(sums.rows, 1)).sqrt()
+        sigma = (sums.channel_squares / sums.rows).sqrt()
     top = sums.channel_max.topk(min(3, len(sums.channel_max))).indices
     peak = sums.channel_max.max().item()
     return Finding(

@@ -133,7 +133,7 @@ class Judgement:
 
     def add(self, x_NI: Tensor, A_NO: Tensor) -> None:
         """Take in rows."""
-        row_E, column_E = outlier_entries(A_NO, channel_max=A_NO.abs().amax(0))
+        row_E, column_E = outlier_entries(A_NO)
         value_E = A_NO[row_E, column_E]
         self._weight.add(x_NI[row_E], value_E, column_E)
         self._data.add(A_NO[row_E], value_E, column_E)
