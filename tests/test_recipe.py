@@ -46,7 +46,7 @@ def test_overrides_reach_every_depth_and_leave_the_rest() -> None:
     assert recipe.train.batch_size == plain.train.batch_size and recipe.model == plain.model
     assert recipe.seeds == [3, 4] and recipe.quantize.calibration.samples == 16
     assert recipe.arms == {"adamw": None, "s2d": {"strength": 0.02}, "other": {"preset": "paper"}}
-    assert recipe.task.options == {"test": 50}
+    assert recipe.task.options == {**plain.task.options, "test": 50}
     assert plain.arms["s2d"] == {}
 
 

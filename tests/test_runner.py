@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,25 @@ def test_an_interrupted_run_continues_where_it_was(
     counted = count(monkeypatch)
     assert values(Runner("tiny", recipe, tmp_path).run()) == values(straight)
     assert counted == {"train": 0, "evaluate": 2, "audit": 1}
+
+
+@pytest.mark.parametrize(
+    ("start", "listed"),
+    [("decay", runner._DECAY), ("training", (*runner._TRAINING, *runner._DECAY)), ("audit", runner._AUDITING)],
+)
+def test_no_room_that_a_stage_runs_through_is_forgotten(start: str, listed: tuple[str, ...]) -> None:
+    package = Path(runner.__file__).parent
+    # What a stage finds does not depend on these: errors, files on the disk, checkpoints (their fingerprint counts).
+    elsewhere = {"errors", "results", "models"}
+    seen, pending = set(), [start]
+    while pending:
+        room = pending.pop()
+        seen.add(room)
+        folder = package / room
+        for file in folder.rglob("*.py") if folder.is_dir() else [package / f"{room}.py"]:
+            found = set(re.findall(r"^\s*from s2d\.(\w+)[\w.]* import", file.read_text(), flags=re.MULTILINE))
+            pending += found - seen - elsewhere - set(pending)
+    assert seen <= {name.removesuffix(".py").partition("/")[0] for name in listed}
 
 
 def test_the_untrained_arm_and_several_seeds(content: dict[str, Any], tmp_path: Path) -> None:

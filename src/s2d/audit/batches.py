@@ -181,11 +181,17 @@ def _image_batches(
     if loaded.processor is None:
         raise InputError(f"{loaded.source} comes without an image processor; make batches yourself for s2d.audit")
     pixels = _prepared(loaded, list(islice(_images(Path(data)), num)))
-    if "pixel_values" not in names:  # timm and open_clip take images by position
-        return list(pixels.split(_BATCH))
-    batches: list[dict[str, Tensor]] = [{"pixel_values": part} for part in pixels.split(_BATCH)]
+    parts = pixels.split(_BATCH)
+    captions: list[str] = []
+    if names & {"input_ids", "text"} and loaded.tokenizer is not None:
+        captions = list(islice(_texts(None, texts, _BATCH), _BATCH))
+    if "pixel_values" not in names:  # timm and open_clip
+        if "text" not in names or not captions:
+            return list(parts)
+        words = loaded.tokenizer(captions)  # pyright: ignore[reportOptionalCall]
+        return [{"image": part, "text": words[: len(part)]} for part in parts]
+    batches: list[dict[str, Tensor]] = [{"pixel_values": part} for part in parts]
     if "input_ids" in names:
-        captions = list(islice(_texts(None, texts, len(pixels)), len(pixels)))
         tokens = _token_table(loaded, captions, length)
         for batch in batches:
             ids, mask = tokens.take(torch.arange(min(len(captions), len(batch["pixel_values"]))))
