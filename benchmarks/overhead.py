@@ -101,6 +101,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """The loss of a batch."""
         hidden = self.encoder(**inputs).last_hidden_state
         return nn.functional.cross_entropy(self.head(hidden[:, 0]), labels)
 
@@ -218,6 +219,7 @@ class Training:
         self.decay = None if settings is None else TimedDecay(self.model, self.optimizer, **settings)
 
     def step(self, batch: Batch) -> float:
+        """One training step; its seconds."""
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         self.model(**batch).backward()

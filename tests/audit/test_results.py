@@ -48,9 +48,9 @@ def text(table: Any, width: int) -> str:
     return console.export_text()
 
 
-def test_the_worst_are_the_selected_ones_first_and_the_unseen_last() -> None:
+def test_the_worst_stand_out_most_and_the_unseen_come_last() -> None:
     found = sample()
-    order = ["layers.0.fc2", "layers.1.proj", "layers.1.fc1", "layers.0.fc1", "layers.1.fc2"]
+    order = ["layers.0.fc2", "layers.1.fc1", "layers.1.proj", "layers.0.fc1", "layers.1.fc2"]
     assert [r.weight.removesuffix(".weight") for r in found.worst()] == order
     assert [r.weight for r in found.worst(1)] == ["layers.0.fc2.weight"] and found.worst(0) == found.worst(-3) == []
     assert [r.weight for r in found.selected] == ["layers.0.fc2.weight", "layers.1.proj.weight"]

@@ -65,11 +65,6 @@ class AuditRow:
     error: float | None = None
     histogram: JSON | None = None
 
-    @property
-    def severity(self) -> tuple[bool, float]:
-        """A sort key: selected weights first, then by how far the outputs stand out."""
-        return self.selected, -1.0 if self.output_ratio is None else self.output_ratio
-
 
 @dataclass
 class Audit:
@@ -98,8 +93,10 @@ class Audit:
         return [row for row in self.rows if row.selected]
 
     def worst(self, n: int = 10) -> list[AuditRow]:
-        """The n worst rows: selected ones first, then by how far their largest output stands out."""
-        return sorted(self.rows, key=lambda row: row.severity, reverse=True)[: max(n, 0)]
+        """The n rows whose largest output stands out most from its RMS, selected or not; the unseen come last."""
+        return sorted(self.rows, key=lambda row: -1.0 if row.output_ratio is None else row.output_ratio)[::-1][
+            : max(n, 0)
+        ]
 
     def row(self, weight: str) -> AuditRow:
         """The row of a weight, by its name.
