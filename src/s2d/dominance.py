@@ -113,7 +113,10 @@ def _pieces(x_ND: Tensor, kept: Tensor | None = None, offset_D: Tensor | None = 
         if kept is not None and gathered is not None:
             piece = torch.index_select(x_ND, 0, kept[first:last], out=gathered[: last - first])
         piece = piece.float()
-        yield piece if shifted is None else torch.sub(piece, offset_D, out=shifted[: last - first])
+        if shifted is None or offset_D is None:
+            yield piece
+        else:
+            yield torch.sub(piece, offset_D, out=shifted[: last - first])
 
 
 def outlier_entries(
@@ -166,6 +169,20 @@ def energy_share(W: Tensor, triplets: Triplets) -> Tensor:
     """
     total = torch.linalg.vector_norm(W.detach().to(triplets.S.dtype)).square()
     return triplets.S.square().cumsum(-1) / total.clamp_min(torch.finfo(triplets.S.dtype).tiny)
+
+
+def dominance_ratios(part_EK: Tensor, value_E: Tensor) -> Tensor:
+    """PCDR_1..K from the components' parts of the outlier entries and the entries themselves; 0 for no activation.
+
+    Args:
+        part_EK: ``sigma_r u_ri (v_r . x)`` of every outlier entry.
+        value_E: The entries.
+
+    Returns:
+        ``[K]``.
+    """
+    total = value_E.to(part_EK.dtype).abs().sum()
+    return part_EK.cumsum(-1).abs().sum(0) / torch.where(total > 0, total, torch.inf)
 
 
 @dataclass

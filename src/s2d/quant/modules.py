@@ -70,6 +70,6 @@ def swap_in(module: nn.Module, mixin: type[Quantized], children: dict[str, nn.Mo
 def swap_out(module: nn.Module, children: tuple[str, ...]) -> None:
     """Undo `swap_in`: the plain class again, without the quantizers."""
     assert isinstance(module, Quantized)
-    module.__class__ = module.plain_class
+    object.__setattr__(module, "__class__", module.plain_class)
     for child in children:
         delattr(module, child)

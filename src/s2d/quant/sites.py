@@ -98,7 +98,8 @@ def plan(model: nn.Module, spec: QuantSpec, attention: Iterable[nn.Module] = ())
             sites += _linear_sites(name, module, spec, role(name))
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or type(module).__name__ == "Conv1D":
             reason = KEPT_ROLES.get(role(name) or "", f"a {type(module).__name__} is not quantized")
-            sites.append(Site(name, "weight", None, "", "", reason, tuple(module.weight.shape)))
+            weight = module.get_parameter("weight")
+            sites.append(Site(name, "weight", None, "", "", reason, tuple(weight.shape)))
     _check_overrides(spec, sites)
     if not any(site.format for site in sites):
         raise InputError(_nothing(model, spec, sites))
