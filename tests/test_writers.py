@@ -62,9 +62,7 @@ def test_every_linear_reads_what_its_true_writer_wrote(
 def test_long_batches_are_sampled_at_every_position() -> None:
     """As many tokens as would make a stride hit the first position of every text only."""
     model = fresh(lambda: Encoder(depth=1))
-    ids = tokens(0, batch=512, length=16)
-    ids[:, 0] = 1  # as a [CLS] does
-    metric = found_writers(model, ids)
+    metric = found_writers(model, tokens(0, batch=512, length=16))
     assert metric.writers == true_writers(True, False, None, depth=1)
 
 

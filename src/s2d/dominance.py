@@ -171,20 +171,6 @@ def energy_share(W: Tensor, triplets: Triplets) -> Tensor:
     return triplets.S.square().cumsum(-1) / total.clamp_min(torch.finfo(triplets.S.dtype).tiny)
 
 
-def dominance_ratios(part_EK: Tensor, value_E: Tensor) -> Tensor:
-    """PCDR_1..K from the components' parts of the outlier entries and the entries themselves; 0 for no activation.
-
-    Args:
-        part_EK: ``sigma_r u_ri (v_r . x)`` of every outlier entry.
-        value_E: The entries.
-
-    Returns:
-        ``[K]``.
-    """
-    total = value_E.to(part_EK.dtype).abs().sum()
-    return part_EK.cumsum(-1).abs().sum(0) / torch.where(total > 0, total, torch.inf)
-
-
 @dataclass
 class Dominance:
     """PCDR_1..K of one weight, streamed over batches in memory that does not grow.

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from s2d.dominance import (
+    Dominance,
     channel_sums,
-    dominance_ratios,
     kept_rows,
     outlier_entries,
     outlier_shares,
@@ -289,13 +289,17 @@ class WeightMetric(Metric):
             return V[x_E] if target.kind == "embedding" else x_E.to(V.dtype) @ V
 
         # An embedding's input is one-hot, so its projection on v is one entry of v.
-        ratios = dominance_ratios(projected(triplets.V) * triplets.S * triplets.U[column_E], value_E)
-        pcdr, peak, rms = ratios.tolist(), value_E.abs().max().item(), math.sqrt(seen.squares / seen.entries)
+        identity = replace(triplets, V=torch.eye(triplets.S.shape[-1], dtype=triplets.S.dtype, device=x_E.device))
+        dominance = Dominance(identity)
+        dominance.add(projected(triplets.V), value_E, column_E)
+        ratios = dominance.ratios()
+        peak, rms = value_E.abs().max().item(), math.sqrt(seen.squares / seen.entries)
         ratio = peak / rms if rms > 0 else 0.0
         old = self.selected.get(target.name)
         chosen: list[Components] = []
         if ratio >= self._gate(target.name):
-            k = next((r + 1 for r, share in enumerate(pcdr[: self.max_rank]) if share >= self.threshold), 0)
+            reached = (ratios[: self.max_rank] >= self.threshold).nonzero()
+            k = int(reached[0]) + 1 if len(reached) else 0
             if k:
                 chosen.append(Components(triplets.S[:k].clone(), triplets.U[:, :k].clone(), triplets.V[:, :k].clone()))
             if self.track and old is not None:
@@ -307,7 +311,7 @@ class WeightMetric(Metric):
         S, U, V = (torch.cat([getattr(c, part) for c in chosen], -1) if chosen else None for part in "SUV")
         components = Components(S, U, V) if S is not None and len(S) else None
         k = min(self.max_rank, len(triplets.S))
-        return Finding(triplets.S[:k].tolist(), pcdr[:k], peak, ratio, components)
+        return Finding(triplets.S[:k].tolist(), ratios[:k].tolist(), peak, ratio, components)
 
     def state(self) -> dict[str, Any]:
         """What a bit-exact continuation needs, beside `selected`."""
@@ -383,7 +387,7 @@ class DataMetric(Metric):
         is_chosen[index[stays & (overlap >= SAME_COMPONENT)]] = False
         Q, R = torch.linalg.qr(torch.cat([old[:, stays], U[:, is_chosen]], 1))
         new = R.diagonal().abs() >= SAME_COMPONENT  # the others lie in the span of those before them
-        return Q[:, new]
+        return (Q * R.diagonal().sign())[:, new]
 
     def _inputs_times(self, target: Target, x: Tensor, mask: Tensor | None, part_NK: Tensor) -> Tensor:
         """``X^T part / N``, which is ``C W^T U`` for the weight's inputs, ``[I, K]``."""

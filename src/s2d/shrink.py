@@ -54,7 +54,7 @@ def shrink_singular(W: Tensor, components: Components, amount: float, power: flo
     assert components.U is not None and components.V is not None
     U, V = components.U, components.V
     s = ((W.to(U.dtype) @ V) * U).sum(0).clamp_min(0)  # a component that training turned around is left alone
-    _subtract_product(W, U * (s - decayed(s, amount, power)), V.mT)
+    W.sub_(((U * (s - decayed(s, amount, power))) @ V.mT).to(W.dtype))
 
 
 def shrink_directions(W: Tensor, components: Components, amount: float, power: float, bias: Tensor | None) -> None:
@@ -63,18 +63,10 @@ def shrink_directions(W: Tensor, components: Components, amount: float, power: f
     U = components.U
     kept = retained(components.S, amount, power)
     rho = 1 - kept
-    _subtract_product(W, U * rho, U.mT @ W.to(U.dtype))
+    W.sub_(((U * rho) @ (U.mT @ W.to(U.dtype))).to(W.dtype))
     if bias is not None:
         bias.sub_(((U * rho) @ (U.mT @ bias.to(U.dtype))).to(bias.dtype))
     components.S = components.S * kept
-
-
-def _subtract_product(W: Tensor, A_OK: Tensor, B_KI: Tensor) -> None:
-    """W <- W - A B, in place and, where the dtypes agree, without a temporary of the size of W."""
-    if W.dtype == A_OK.dtype:
-        W.addmm_(A_OK, B_KI, alpha=-1)
-    else:
-        W.sub_((A_OK @ B_KI).to(W.dtype))
 
 
 def shrink_rows(W: Tensor, components: Components, amount: float, power: float, bias: Tensor | None) -> None:

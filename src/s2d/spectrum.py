@@ -307,22 +307,24 @@ def _rayleigh_ritz(V: Tensor, Y: Tensor, Z: Tensor, k: int) -> tuple[Tensor, Ten
     to their largest), and whether the Gram matrices were well-conditioned enough, ``[B]``.
     """
     wide = torch.float32 if V.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    tiny = torch.finfo(wide).tiny ** 0.65  # keeps the quotients finite where there is nothing but zeros
     values, P = torch.linalg.eigh(_gram(Y, wide))
-    D, P = values.clamp_min(tiny).sqrt().flip(-1), P.flip(-1)
+    D, P = values.clamp_min(0).sqrt().flip(-1), P.flip(-1)
+    tiny = torch.finfo(wide).tiny ** 0.5  # only where there is nothing but zeros
     well = D[:, -1] > _GRAM_CONDITION * D[:, 0]
-    T = P.mT / D[..., None]
-    values, R = torch.linalg.eigh(T @ _gram(Z, wide) @ T.mT)
-    S, R = values.clamp_min(tiny).sqrt().flip(-1), R.flip(-1)
+    T = P.mT / D.maximum(1e-9 * D[:, :1] + tiny)[..., None]
+
+    gram = T @ _gram(Z, wide) @ T.mT
+    values, R = torch.linalg.eigh((gram + gram.mT) / 2)
+    S, R = values.clamp_min(0).sqrt().flip(-1), R.flip(-1)
     rotate = R.mT @ T
 
     dtype = V.dtype
     off = T[:, :k].to(dtype) @ Z
     off.baddbmm_((P.mT[:, :k] * D[:, :k, None]).to(dtype), V, alpha=-1)
-    residual = torch.linalg.vector_norm(off, dim=-1).amax(dim=-1) / D[:, 0]
+    residual = torch.linalg.vector_norm(off, dim=-1).amax(dim=-1) / D[:, 0].clamp_min(tiny)
     del off  # the new V takes its place
     U = rotate[:, :k].to(dtype) @ Y
-    V_new = (rotate / S[..., None]).to(dtype) @ Z
+    V_new = (rotate / S.clamp_min(tiny)[..., None]).to(dtype) @ Z
     return U, S.to(dtype), V_new, residual.to(dtype), well
 
 
@@ -406,7 +408,7 @@ class _Group:
         """Iterate from the last triplets, or from a random block (None); what does not converge is solved exactly."""
         self.edges = {} if starts is None else {i: start.edge.to(self.device) for i, start in enumerate(starts)}
         active = list(range(len(self.Ws)))
-        V = self._random_block().repeat(len(active), 1, 1) if starts is None else self._warm_block(starts)
+        V = self._random_block(self.width).repeat(len(active), 1, 1) if starts is None else self._warm_block(starts)
         while active:
             Y = V.new_empty(len(active), self.width, self.m)
             Z = torch.empty_like(V)
@@ -442,29 +444,26 @@ class _Group:
 
     def _continue(self, active: list[int], U: Tensor, S: Tensor, V: Tensor, residual: Tensor) -> list[int]:
         """Record what has converged or has had its steps, filter the others (in V); returns their rows."""
-        k = self.k
-        _fix_signs(U, V[:, :k])
+        _fix_signs(U, V[:, : self.k])
         left: list[int] = []
-        results = zip(U.mT.unbind(), S[:, :k].unbind(), V.mT.unbind(), residual.unbind(), strict=True)
-        facts = zip(active, residual.tolist(), S[:, k - 1].tolist(), strict=True)
-        for row, ((u, s, basis, bound), (i, rest, last)) in enumerate(zip(results, facts, strict=True)):
-            edge = self.edges.get(i)
+        for row, (i, rest) in enumerate(zip(active, residual.tolist(), strict=True)):
+            u, s, v, edge = U[row], S[row, : self.k], V[row], self.edges.get(i)
             converged = rest <= self.tol
-            if converged and (edge is None or last >= edge.item()):
+            if converged and (edge is None or bool(s[-1] >= edge)):
                 if edge is None:
-                    edge = S[row, -1] * (k < self.width < min(self.m, self.n))
-                self.done[i] = Triplets(u, s, basis[:, :k], bound, self.steps[i], False, 0, basis, edge)
+                    edge = S[row, -1] * (self.k < self.width < min(self.m, self.n))
+                self.done[i] = Triplets(u.mT, s, v[: self.k].mT, residual[row], self.steps[i], False, 0, v.mT, edge)
                 continue
             if self.steps[i] >= self.max_iterations:
                 self.done[i] = self._exactly(i)
                 continue
             left.append(row)
             if converged:  # on singular triplets, but larger ones may have been outside all along
-                V[row] = self._random_block()
+                V[row] = self._random_block(self.width)
                 del self.edges[i]
             elif edge is None or self.steps[i] > 1:
                 most = self.max_iterations - self.steps[i] - 1
-                degree = min(_filter_degree(S[row].tolist(), k, rest, self.tol), most)
+                degree = min(_filter_degree(S[row].tolist(), self.k, rest, self.tol), most)
                 if degree > 1:
                     V[row] = _filtered(self.Ws[i], V[row], S[row], degree)
                     self.steps[i] += degree
@@ -476,13 +475,11 @@ class _Group:
         found.iterations, found.fallbacks = self.steps[i], 1
         return found
 
-    def _random_rows(self, width: int) -> Tensor:
-        """``[width, n]``; the same for every matrix of the shape, whatever group it is in."""
+    def _random_block(self, width: int) -> Tensor:
+        """``[width, n]`` orthonormal rows; the same for every matrix of the shape, whatever group it is in."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(width, self.n, generator=generator).to(self.device, self.dtype)
-
-    def _random_block(self) -> Tensor:
-        return torch.linalg.qr(self._random_rows(self.width).mT).Q.mT.contiguous()
+        rows = torch.randn(width, self.n, generator=generator)
+        return torch.linalg.qr(rows.mT).Q.mT.to(self.device, self.dtype).contiguous()
 
     def _warm_block(self, starts: list[Triplets]) -> Tensor:
         """The blocks the last results ended with, ``[B, width, n]``; their last row is stirred."""
@@ -490,8 +487,7 @@ class _Group:
         if self.width in (self.k, self.n):
             return V  # no spare row, or the block is the whole space
         # Signs from the state make every refresh stir differently, and the same call the same.
-        noise = self._random_rows(1) / self.n**0.5
-        noise = torch.copysign(noise, V[:, -1:].roll(1, dims=-1))
+        noise = torch.copysign(self._random_block(1), V[:, -1:].roll(1, dims=-1))
         kept = V[:, :-1]
         noise = noise - (noise @ kept.mT) @ kept  # off the others, so that converged rows stay converged
         last = V[:, -1:] + _STIR * noise
