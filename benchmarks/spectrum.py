@@ -434,7 +434,7 @@ def verdicts(whole: list[Record]) -> list[str]:
         goals = {
             f"{r.speedup:.0f}x full SVDs": r.speedup >= GOAL_RATIO,
             f"error {r.error or 0:.0e}": (r.error or 0) <= GOAL_ERROR,
-            f"angle {r.angle or 0:.0e}": (r.angle or 0) <= GOAL_ANGLE,
+            "no gap, no angle" if r.angle is None else f"angle {r.angle:.0e}": (r.angle or 0) <= GOAL_ANGLE,
             f"memory {r.memory or 0:.1f}": (r.memory or 0) <= GOAL_MEMORY,
         }
         said = ", ".join(f"{text} {'(met)' if met else '(NOT met)'}" for text, met in goals.items())

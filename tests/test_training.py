@@ -195,6 +195,16 @@ def test_ctrl_c_saves_the_step_that_ran(loaded: Loaded, task: Task, tmp_path: Pa
     assert equal(straight, continued)
 
 
+def test_half_precision_leaves_the_weights_in_fp32(loaded: Loaded, task: Task) -> None:
+    losses = []
+    for precision in ("fp32", "bf16", "fp32"):
+        model = task.build(loaded)
+        losses.append(train(model, task, SETTINGS.model_copy(update={"precision": precision})).losses)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 

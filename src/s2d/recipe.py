@@ -122,7 +122,7 @@ class Recipe(_Section):
     quantize: QuantizeSection = QuantizeSection()
     audit: bool = True
     device: str = "auto"
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=32, ge=1)
 
     @field_validator("arms")
     @classmethod

@@ -52,7 +52,7 @@ class TrainSettings(BaseModel):
         clip: Largest norm of the gradient.
         dropout: Keep the model's own dropout. Off by default: short fine-tuning ends better and repeats exactly.
         group_by_length: Put texts of like length into one batch, which halves the time on short texts.
-        precision: Of the computation; weights stay as they are.
+        precision: ``fp32``, or ``bf16`` for the computation; weights stay as they are.
         save_every: Seconds between two saved states, where a place for them is given.
     """
 
@@ -67,7 +67,7 @@ class TrainSettings(BaseModel):
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     dropout: bool = False
     group_by_length: bool = True
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     save_every: float = Field(default=120.0, ge=0)
 
 
@@ -117,17 +117,9 @@ def train(
         KeyboardInterrupt: Ctrl-C (or a termination signal); with `state`, everything was saved first.
     """
     settings = settings or TrainSettings()
-    accelerate = require("accelerate", "hf")
     place = next(model.parameters()).device
-    try:
-        accelerator = accelerate.Accelerator(
-            cpu=place.type == "cpu", mixed_precision="no" if settings.precision == "fp32" else settings.precision
-        )
-    except (ValueError, ImportError) as error:
-        raise InputError(f"train.precision={settings.precision} cannot be used here: {_first_line(error)}") from error
-    if accelerator.num_processes > 1:
-        raise InputError("training runs in one process; start it without accelerate launch or torchrun")
     key = _key(model, task, settings, seed, decay)
+    accelerator = _accelerator(place)
     raw = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr)
     prepared, optimizer = accelerator.prepare(model, raw)
     scheduler = torch.optim.lr_scheduler.LambdaLR(raw, lambda step: schedule(step, settings.steps, settings.warmup))
@@ -150,7 +142,7 @@ def train(
         started = saved = time.monotonic()
         before = run.seconds
         while run.step < settings.steps:
-            with accelerator.autocast():
+            with torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = task.loss(prepared, next(batches))
             value = loss.item()
             if not math.isfinite(value):
@@ -161,8 +153,7 @@ def train(
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
-            if not optimizer.step_was_skipped:
-                scheduler.step()
+            scheduler.step()
             run.step += 1
             run.losses.append(value)
             run.seconds = before + time.monotonic() - started
@@ -174,12 +165,27 @@ def train(
             if run.path is not None and time.monotonic() - saved >= settings.save_every and run.step < settings.steps:
                 run.save()
                 saved = time.monotonic()
-    if settings.precision != "fp32":
-        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     if run.path is not None:
         run.save()
     history = list(spectral.history) if spectral is not None else []
     return Training(run.step, run.seconds, cost.peak_mb, run.losses, history)
+
+
+def _accelerator(place: torch.device) -> Any:
+    """An accelerator of one process on the model's device. The precision is left to torch: accelerate fixes its own for
+    the life of the process.
+    """
+    accelerate = require("accelerate", "hf")
+    try:
+        accelerator = accelerate.Accelerator(cpu=place.type == "cpu", mixed_precision="no")
+    except ValueError as error:
+        raise InputError(
+            "this process has an Accelerator with other settings already; train in a process of its own "
+            f"({_first_line(error)})"
+        ) from error
+    if accelerator.num_processes > 1:
+        raise InputError("training runs in one process; start it without accelerate launch or torchrun")
+    return accelerator
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
