@@ -73,7 +73,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         ("seeds=[]", r"seeds=\[\]"),
         ("quantize.specs=[w4a4,w1a4]", r"quantize\.specs: spec 'w1a4': 1 bits is not possible"),
         ("quantize.observers=[max]", r"quantize\.observers: unknown observer 'max'"),
-        ("quantize.method=gptx", r"quantize\.method: unknown quantization method 'gptx'"),
+        ("quantize.methods=[gptx]", r"quantize\.methods: unknown quantization method 'gptx'"),
         ("arms.s2d.treshold=0.5", r"arms: the decay has no setting 'treshold'; did you mean threshold\?"),
         ("arms.s2d.threshold=1.5", r"arms: threshold=1\.5 is out of range; it must be between 0 and 1"),
         ("arms.s2d.strength=-1", r"arms: strength=-1 is out of range"),

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from s2d.evaluation import evaluate as evaluate
     from s2d.quant import methods as methods
     from s2d.quant import quantize as quantize
+    from s2d.quant.allocate import allocate as allocate
+    from s2d.quant.distillation import Distiller as Distiller
+    from s2d.quant.qat import QATSchedule as QATSchedule
+    from s2d.quant.qat import finish_qat as finish_qat
+    from s2d.quant.qat import prepare_qat as prepare_qat
+    from s2d.quant.qat import qat_parameters as qat_parameters
     from s2d.spectrum import top_singular as top_singular
     from s2d.tasks import create as task
     from s2d.tasks import tasks as tasks
@@ -32,14 +38,20 @@ __version__ = "0.1.0"
 
 # public name -> (the module that holds it, its name there)
 _HOMES = {
+    "Distiller": ("s2d.quant.distillation", "Distiller"),
     "InputError": ("s2d.errors", "InputError"),
+    "QATSchedule": ("s2d.quant.qat", "QATSchedule"),
     "SelectiveSpectralDecay": ("s2d.decay", "SelectiveSpectralDecay"),
     "TrainSettings": ("s2d.training", "TrainSettings"),
+    "allocate": ("s2d.quant.allocate", "allocate"),
     "audit": ("s2d.audit", "audit"),
     "evaluate": ("s2d.evaluation", "evaluate"),
+    "finish_qat": ("s2d.quant.qat", "finish_qat"),
     "load": ("s2d.checkpoint", "load"),
     "methods": ("s2d.quant", "methods"),
     "pcdr": ("s2d.dominance", "pcdr"),
+    "prepare_qat": ("s2d.quant.qat", "prepare_qat"),
+    "qat_parameters": ("s2d.quant.qat", "qat_parameters"),
     "quantize": ("s2d.quant", "quantize"),
     "save": ("s2d.checkpoint", "save"),
     "task": ("s2d.tasks", "create"),
@@ -48,14 +60,20 @@ _HOMES = {
     "train": ("s2d.training", "train"),
 }
 __all__ = [  # written out for type checkers; the same names as _HOMES
+    "Distiller",
     "InputError",
+    "QATSchedule",
     "SelectiveSpectralDecay",
     "TrainSettings",
+    "allocate",
     "audit",
     "evaluate",
+    "finish_qat",
     "load",
     "methods",
     "pcdr",
+    "prepare_qat",
+    "qat_parameters",
     "quantize",
     "save",
     "task",

@@ -251,11 +251,15 @@ def quantize(
     model: Model,
     spec: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w4a4, w4a16, ...")] = "w4a4",
     observer: Annotated[str | None, typer.Option(help="minmax, percentile, percentile:99.99 or mse.")] = None,
-    method: Annotated[str, typer.Option(help="How: see [bold]s2d doctor[/bold].")] = "rtn",
+    method: Annotated[str, typer.Option(help="How, for example rotation+gptq: see [bold]s2d doctor[/bold].")] = "rtn",
+    protocol: Annotated[str, typer.Option(help="Ranges: each method's own, or one rule for all (unified).")] = "own",
     task: TaskName = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the quantized model.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be quantized, and stop.")] = False,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Keeps finished blocks, to continue from.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan with its size and time, and stop.")
+    ] = False,
     seed: Seed = 0,
     o: Overrides = None,
     device: Device = "auto",
@@ -282,21 +286,34 @@ def quantize(
     from s2d.tasks import create
 
     parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
-    quant.get_method(method)
+    quant.get_methods(method)
     recipe = _settings(model, task, data, o) if task is not None or o else None
     made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
     loaded = load(model, device=device_of(device))
     plain = loaded.model if made is None else model_for(loaded, made)
     plan = quant.plan(plain, parsed)
-    if dry_run:
-        _say(quiet, quant.describe(plan))
-    else:
+    inputs: Any = None
+    try:
         if recipe is None or made is None:
-            inputs: Any = audit_batches(loaded, data)
+            inputs = audit_batches(loaded, data)
         else:
             inputs = calibration_inputs(made, recipe.quantize.calibration, seed)
+    except InputError:
+        if not dry_run:  # a plan needs no data; its time is then left out
+            raise
+    if dry_run:
+        _say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
+    else:
         quantized = quant.quantize(
-            plain, parsed, calibration=inputs, method=method, seed=seed, inplace=True, progress=_bars(quiet)
+            plain,
+            parsed,
+            calibration=inputs,
+            method=method,
+            protocol=protocol,
+            seed=seed,
+            resume=resume,
+            inplace=True,
+            progress=_bars(quiet),
         )
         assert out is not None
         save(quantized, out, tokenizer=loaded.tokenizer, processor=loaded.processor)

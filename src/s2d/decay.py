@@ -310,7 +310,9 @@ class SelectiveSpectralDecay:
     @contextlib.contextmanager
     def _exact_arithmetic(self) -> Iterator[None]:
         """No graph is recorded, and autocast, which would compute directions in half precision, is off."""
-        with torch.no_grad(), torch.autocast(self.targets[0].parameter.device.type, enabled=False):
+        device = self.targets[0].parameter.device.type
+        active = torch.is_autocast_enabled(device)
+        with torch.no_grad(), torch.autocast(device, enabled=False) if active else contextlib.nullcontext():
             yield
 
     def _selected_of(self, optimizer: Optimizer) -> Iterable[tuple[Target, Components]]:
@@ -424,7 +426,8 @@ class SelectiveSpectralDecay:
             if not (module.training or output.requires_grad):
                 return  # an evaluation between two steps
             self._saw_any = True
-            with self._exact_arithmetic():
+            # Looking is not part of the model: a function mode that is on (quantized attention) must not see it.
+            with torch._C.DisableTorchFunction(), self._exact_arithmetic():
                 for target in targets:
                     self._ran.add(target.name)
                     x, y = call_views(target, module, args[0], output)

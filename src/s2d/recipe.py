@@ -12,9 +12,9 @@ import importlib.resources
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -23,7 +23,8 @@ from s2d.decay import PRESETS, DecaySettings, SelectiveSpectralDecay
 from s2d.errors import InputError
 from s2d.quant import QuantSpec
 from s2d.quant.observers import ObserverSpec
-from s2d.quant.ptq import get_method
+from s2d.quant.ptq import get_methods
+from s2d.quantized_training import QATSettings
 from s2d.tasks import Split
 from s2d.training import TrainSettings
 
@@ -64,12 +65,37 @@ class Calibration(_Section):
     batch_size: int = Field(default=32, ge=1)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One way to evaluate a model: at full precision, or quantized.
+
+    Attributes:
+        spec: Bit width.
+        method: Empty at full precision.
+        observer: Calibrator; empty where the method has its own ranges.
+    """
+
+    spec: str | dict[str, Any]
+    method: str = ""
+    observer: str = ""
+
+
 class QuantizeSection(_Section):
-    """Bit widths and calibrators to evaluate."""
+    """Bit widths, methods and calibrators to evaluate.
+
+    Attributes:
+        specs: Bit widths.
+        observers: Calibrators. Round-to-nearest is tried with each; the other methods bring ranges of their own, unless
+            the protocol is unified.
+        methods: Ways to quantize, see `s2d.quant.methods`.
+        protocol: See `s2d.quantize`.
+        calibration: The data.
+    """
 
     specs: list[str | dict[str, Any]] = Field(default_factory=lambda: [FULL, "w8a8", "w6a6", "w4a4"], min_length=1)
     observers: list[str] = Field(default_factory=lambda: ["minmax", "percentile", "mse"], min_length=1)
-    method: str = "rtn"
+    methods: list[str] = Field(default_factory=lambda: ["rtn"], min_length=1)
+    protocol: Literal["own", "unified"] = "own"
     calibration: Calibration = Calibration()
 
     @field_validator("specs")
@@ -87,11 +113,52 @@ class QuantizeSection(_Section):
             ObserverSpec.parse(observer)
         return observers
 
-    @field_validator("method")
+    @field_validator("methods")
     @classmethod
-    def _known_method(cls, method: str) -> str:
-        get_method(method)
-        return method
+    def _known_methods(cls, methods: list[str]) -> list[str]:
+        for method in methods:
+            get_methods(method)
+        return methods
+
+    def cells(self) -> list[Cell]:
+        """Everything to evaluate a model at, each once."""
+        found: list[Cell] = []
+        for spec in self.specs:
+            if spec == FULL:
+                found.append(Cell(spec))
+                continue
+            for method in self.methods:
+                calibrators = self.observers if method == "rtn" or self.protocol == "unified" else [""]
+                found += [Cell(spec, method, observer) for observer in calibrators]
+        return found
+
+
+class QATSection(QATSettings):
+    """Quantization-aware training of every arm's model, one for each spec.
+
+    Attributes:
+        specs: Bit widths.
+        steps: Optimizer steps.
+        lr: Peak learning rate of the weights.
+        decay: Whether arms that trained with decay go on with it.
+    """
+
+    specs: list[str | dict[str, Any]] = Field(default_factory=lambda: ["w4a4"], min_length=1)
+    steps: int = Field(default=100, ge=1)
+    lr: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
+    decay: bool = False
+
+    @field_validator("specs")
+    @classmethod
+    def _readable_specs(cls, specs: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        for spec in specs:
+            QuantSpec.parse(spec)
+        return specs
+
+    @property
+    def settings(self) -> QATSettings:
+        """How the ranges are trained."""
+        return QATSettings(**{name: getattr(self, name) for name in QATSettings.model_fields})
 
 
 class Recipe(_Section):
@@ -107,6 +174,7 @@ class Recipe(_Section):
         seeds: Each is a repetition of all arms.
         split: What is evaluated. Settings are chosen on ``validation``.
         quantize: Bit widths and calibrators.
+        qat: Quantization-aware training after each arm's fine-tuning; null for none.
         audit: Look at every weight before and after.
         device: ``auto`` takes an accelerator where there is one.
         batch_size: Of evaluations.
@@ -120,6 +188,7 @@ class Recipe(_Section):
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     split: Split = "test"
     quantize: QuantizeSection = QuantizeSection()
+    qat: QATSection | None = None
     audit: bool = True
     device: str = "auto"
     batch_size: int = Field(default=32, ge=1)
@@ -283,6 +352,7 @@ def _explain(error: ValidationError) -> str:
         section: type[BaseModel] = Recipe
         for parent in parents:
             inner = section.model_fields[parent].annotation
+            inner = next((part for part in get_args(inner) if part is not type(None)), inner)  # of an optional one
             assert isinstance(inner, type) and issubclass(inner, BaseModel)
             section = inner
         return f"unknown key {where}; {_close(key, list(section.model_fields))}"

@@ -25,7 +25,8 @@ from s2d.errors import InputError, MissingExtra
 from s2d.evaluation import evaluate, model_for
 from s2d.models import Loaded, load, save_model
 from s2d.quant import QuantSpec
-from s2d.recipe import FULL, UNTRAINED, Calibration, Recipe, decay_settings
+from s2d.quantized_training import train_quantized
+from s2d.recipe import FULL, UNTRAINED, Calibration, Cell, Recipe, decay_settings
 from s2d.report import write_report
 from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, write_json
 from s2d.tasks import Task, create
@@ -37,6 +38,7 @@ _TRAINING = ("training.py", "tasks", "models/heads.py")
 _DECAY = ("decay.py", "shrink.py", "selection.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
 _JUDGING = ("evaluation.py", "tasks", "models/heads.py")
 _QUANTIZING = ("quant", "models")
+_QAT = ("quantized_training.py", *_QUANTIZING, *_TRAINING)
 _AUDITING = (
     "audit",
     "selection.py",
@@ -93,6 +95,7 @@ class Runner:
             "decay": code_digest(*_DECAY),
             "judging": code_digest(*_JUDGING),
             "quantizing": code_digest(*_QUANTIZING),
+            "qat": code_digest(*_QAT),
             "auditing": code_digest(*_AUDITING),
         }
         if folder.exists() and not folder.is_dir():
@@ -116,7 +119,7 @@ class Runner:
         for decay in recipe.arms.values():
             if decay is not None:
                 SelectiveSpectralDecay(model, optimizer, **decay).remove()
-        for spec in recipe.quantize.specs:
+        for spec in [*recipe.quantize.specs, *(recipe.qat.specs if recipe.qat else [])]:
             if spec != FULL:
                 quant.plan(model, QuantSpec.parse(spec))
 
@@ -141,6 +144,7 @@ class Runner:
                     continue  # nothing is random in it
                 training = self._train(arm, seed)
                 records += self._cells(arm, seed)
+                records += self._trained_cells(arm, seed)
                 if recipe.audit and seed == first and arm not in audits:
                     audits[arm] = self._audit(arm, seed)
                 if training is not None and seed == first and not history:
@@ -221,59 +225,60 @@ class Runner:
     # -- evaluating
 
     def _cells(self, arm: str, seed: int) -> list[JSON]:
-        """One record for each metric of each bit width and calibrator."""
-        quantize = self.recipe.quantize
-        cells: list[tuple[str | dict[str, Any], str]] = []
-        for spec in quantize.specs:
-            cells += [(spec, "")] if spec == FULL else [(spec, observer) for observer in quantize.observers]
-        paths = [self._cell_path(arm, seed, spec, observer) for spec, observer in cells]
+        """One record for each metric of each bit width, method and calibrator."""
+        cells = self.recipe.quantize.cells()
+        paths = [self._cell_path(arm, seed, cell) for cell in cells]
         if not all(path.is_file() for path in paths):
             self.watcher.stage(f"{arm}, seed {seed}: evaluating", len(cells))
             with self._model(arm, seed) as model:
-                for number, ((spec, observer), path) in enumerate(zip(cells, paths, strict=True)):
-                    self.watcher.advance(number, _spec_name(spec) + (f" {observer}" if observer else ""))
+                for number, (cell, path) in enumerate(zip(cells, paths, strict=True)):
+                    self.watcher.advance(number, _cell_name(cell))
                     if not path.is_file():
-                        write_json(path, self._judge(model, spec, observer, seed))
+                        write_json(path, self._judge(model, cell, seed))
             self.watcher.advance(len(cells))
-        records = []
-        for (spec, observer), path in zip(cells, paths, strict=True):
-            records += self._records(arm, seed, spec, observer, read_json(path))
-        primary = [record for record in records if record["metric"] == self.task.primary]
-        shown = ", ".join(f"{r['spec']} {r['observer']} {r['value']:.2f}".replace("  ", " ") for r in primary)
-        self.watcher.say(f"{arm}, seed {seed}: {self.task.primary}: {shown}")
+        records, shown = [], []
+        for cell, path in zip(cells, paths, strict=True):
+            found = self._records(arm, seed, cell.spec, cell.method or "none", cell.observer, read_json(path))
+            shown += [f"{_cell_name(cell)} {r['value']:.2f}" for r in found if r["metric"] == self.task.primary]
+            records += found
+        self.watcher.say(f"{arm}, seed {seed}: {self.task.primary}: {', '.join(shown)}")
         return records
 
-    def _judge(self, model: nn.Module, spec: str | dict[str, Any], observer: str, seed: int) -> JSON:
+    def _judge(self, model: nn.Module, cell: Cell, seed: int) -> JSON:
         recipe = self.recipe
         with measured() as cost:
-            if spec != FULL:
+            if cell.method:
                 model = quant.quantize(
                     model,
-                    spec,
+                    cell.spec,
                     calibration=calibration_inputs(self.task, recipe.quantize.calibration, seed),
-                    method=recipe.quantize.method,
-                    observer=observer,
+                    method=cell.method,
+                    observer=cell.observer or None,
+                    protocol=recipe.quantize.protocol,
                     seed=seed,
                 )
             metrics = evaluate(model, self.task, split=recipe.split, batch_size=recipe.batch_size)
         return {"metrics": metrics, "seconds": cost.seconds, "peak_mb": cost.peak_mb}
 
-    def _cell_path(self, arm: str, seed: int, spec: str | dict[str, Any], observer: str) -> Path:
+    def _cell_path(self, arm: str, seed: int, cell: Cell) -> Path:
         quantize = self.recipe.quantize
         content: JSON = {"arm": self._arm_key(arm, seed), "split": self.recipe.split, "judge": self.code["judging"]}
-        if spec != FULL:
+        if cell.method:
             content |= {
-                "spec": QuantSpec.parse(spec).to_dict(),
-                "observer": observer,
-                "method": quantize.method,
+                "spec": QuantSpec.parse(cell.spec).to_dict(),
+                "observer": cell.observer,
+                "method": cell.method,
+                "protocol": quantize.protocol,
                 "calibration": quantize.calibration.model_dump(),
                 "seed": seed,
                 "code": self.code["quantizing"],
             }
-        stem = "-".join(part for part in (arm, str(seed), _spec_name(spec), observer.replace(":", "")) if part)
+        stem = "-".join([arm, str(seed), *_cell_name(cell).replace(":", "").split()])
         return self.folder / "cells" / f"{stem}-{digest(content)}.json"
 
-    def _records(self, arm: str, seed: int, spec: str | dict[str, Any], observer: str, cell: JSON) -> list[JSON]:
+    def _records(
+        self, arm: str, seed: int, spec: str | dict[str, Any], method: str, observer: str, cell: JSON
+    ) -> list[JSON]:
         recipe = self.recipe
         return [
             {
@@ -282,7 +287,7 @@ class Runner:
                 "conditioning": arm,
                 "seed": seed,
                 "spec": _spec_name(spec),
-                "method": "none" if spec == FULL else recipe.quantize.method,
+                "method": method,
                 "observer": observer,
                 "metric": metric,
                 "value": float("nan") if value is None else value,
@@ -293,6 +298,55 @@ class Runner:
             }
             for metric, value in sorted(cell["metrics"].items(), key=lambda item: item[0] != self.task.primary)
         ]
+
+    # -- quantization-aware training
+
+    def _trained_cells(self, arm: str, seed: int) -> list[JSON]:
+        """One record for each metric of each bit width that the arm's model is trained for."""
+        qat, records = self.recipe.qat, []
+        if qat is None or arm == UNTRAINED:
+            return records
+        decay = self.recipe.arms[arm] if qat.decay else None
+        key: JSON = {
+            "arm": self._arm_key(arm, seed),
+            "qat": qat.model_dump(exclude={"specs"}),
+            "train": self.recipe.train.model_dump(exclude={"save_every"}),
+            "calibration": self.recipe.quantize.calibration.model_dump(),
+            "split": self.recipe.split,
+            "code": [self.code["qat"], self.code["judging"], self.code["decay"] if decay is not None else ""],
+        }
+        for spec in qat.specs:
+            stem = f"{arm}-{seed}-{_spec_name(spec)}-qat-{digest({**key, 'spec': QuantSpec.parse(spec).to_dict()})}"
+            path = self.folder / "cells" / f"{stem}.json"
+            if not path.is_file():
+                write_json(path, self._train_quantized(arm, seed, spec, decay, path.with_suffix(".pt")))
+                path.with_suffix(".pt").unlink(missing_ok=True)
+            found = self._records(arm, seed, spec, "qat", "", read_json(path))
+            records += found
+            self.watcher.say(f"{arm}, seed {seed}: {_spec_name(spec)} trained: {found[0]['value']:.2f}")
+        return records
+
+    def _train_quantized(
+        self, arm: str, seed: int, spec: str | dict[str, Any], decay: dict[str, Any] | None, state: Path
+    ) -> JSON:
+        recipe, qat = self.recipe, self.recipe.qat
+        assert qat is not None
+        self.watcher.stage(f"{arm}, seed {seed}: training at {_spec_name(spec)}", qat.steps)
+        with self._model(arm, seed) as model, measured() as cost:
+            trained, done = train_quantized(
+                model,
+                self.task,
+                spec,
+                recipe.train.model_copy(update={"steps": qat.steps, "lr": qat.lr, "head_lr": None}),
+                qat.settings,
+                calibration=calibration_inputs(self.task, recipe.quantize.calibration, seed),
+                seed=seed,
+                decay=decay,
+                state=state,
+                on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
+            )
+            metrics = evaluate(trained, self.task, split=recipe.split, batch_size=recipe.batch_size)
+        return {"metrics": metrics, "seconds": cost.seconds, "peak_mb": cost.peak_mb, "losses": done.losses}
 
     # -- looking
 
@@ -329,6 +383,12 @@ def calibration_inputs(task: Task, settings: Calibration, seed: int) -> list[dic
 
 def _spec_name(spec: str | dict[str, Any]) -> str:
     return spec if isinstance(spec, str) else f"{QuantSpec.parse(spec)}-{digest(spec)[:4]}"
+
+
+def _cell_name(cell: Cell) -> str:
+    """For people: ``w4a4 gptq``, ``w4a4 mse``."""
+    method = "" if cell.method == "rtn" and cell.observer else cell.method
+    return " ".join(part for part in (_spec_name(cell.spec), method, cell.observer) if part)
 
 
 def device_of(name: str) -> str:

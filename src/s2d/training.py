@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,6 +71,39 @@ class TrainSettings(BaseModel):
     save_every: float = Field(default=120.0, ge=0)
 
 
+class Companion(Protocol):
+    """What trains along with a model; the loop knows no more about it than this."""
+
+    @property
+    def key(self) -> Any:
+        """Plain data that tell apart trainings which must not continue each other."""
+        ...
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of its own; their parameters are left out of the model's."""
+        ...
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer is made, and not yet restored."""
+        ...
+
+    def loss(self) -> torch.Tensor | None:
+        """What it adds to the task's loss of the present step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain containers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+        ...
+
+    def remove(self) -> None:
+        """The training is over."""
+        ...
+
+
 @dataclass
 class Training:
     """How a training went.
@@ -97,6 +130,7 @@ def train(
     *,
     seed: int = 0,
     decay: Mapping[str, Any] | None = None,
+    companion: Companion | None = None,
     state: str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Training:
@@ -108,6 +142,7 @@ def train(
         settings: See `TrainSettings`.
         seed: Of the order of the data and of dropout. The global random state is left as it was.
         decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), or None to train without it.
+        companion: Something that trains along, such as the ranges of quantizers.
         state: A file to keep the training's state in. Where it exists already, training continues from it. It is
             written every ``settings.save_every`` seconds, on Ctrl-C and at the end; remove it when the model is saved.
         on_step: Called with the number of steps taken and the last loss.
@@ -118,9 +153,9 @@ def train(
     """
     settings = settings or TrainSettings()
     place = next(model.parameters()).device
-    key = _key(model, task, settings, seed, decay)
+    key = _key(model, task, settings, seed, decay, companion)
     accelerator = _accelerator(place)
-    raw = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr)
+    raw = torch.optim.AdamW(parameter_groups(model, settings, companion), lr=settings.lr)
     prepared, optimizer = accelerator.prepare(model, raw)
     scheduler = torch.optim.lr_scheduler.LambdaLR(raw, lambda step: schedule(step, settings.steps, settings.warmup))
     devices = [place.index or 0] if place.type == "cuda" else []
@@ -130,10 +165,13 @@ def train(
         if decay is not None:
             spectral = SelectiveSpectralDecay(model, raw, seed=seed, **decay)
             stack.callback(spectral.remove)
+        if companion is not None:
+            stack.callback(companion.remove)
+            companion.attach(raw)
         if not settings.dropout:
             stack.enter_context(without_dropout(model))
         stack.callback(model.eval)
-        run = _Run(model, raw, scheduler, spectral, Path(state) if state is not None else None, key)
+        run = _Run(model, raw, scheduler, spectral, companion, Path(state) if state is not None else None, key)
         run.restore()
         interrupt = stack.enter_context(_deferred_interrupt()) if run.path is not None else None
         cost = stack.enter_context(measured())
@@ -144,6 +182,8 @@ def train(
         while run.step < settings.steps:
             with torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = task.loss(prepared, next(batches))
+                added = None if companion is None else companion.loss()
+                loss = loss if added is None else loss + added
             value = loss.item()
             if not math.isfinite(value):
                 raise InputError(
@@ -196,12 +236,16 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return max(0.0, (steps - step) / (steps - rising))
 
 
-def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """AdamW's groups: encoder and new parts, each with and without weight decay.
+def parameter_groups(
+    model: nn.Module, settings: TrainSettings, companion: Companion | None = None
+) -> list[dict[str, Any]]:
+    """AdamW's groups: encoder and new parts, each with and without weight decay, and those of a companion.
 
     The encoder is what stands under ``encoder.``; in a model without such a part, everything is.
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    others = [] if companion is None else companion.groups()
+    own = {id(parameter) for group in others for parameter in group["params"]}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if not named:
         raise InputError(f"{type(model).__name__} has no trainable weights; set requires_grad on some")
     has_encoder = any(name.startswith("encoder.") for name, _ in named)
@@ -216,7 +260,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
             "weight_decay": settings.weight_decay if matrix else 0.0,
         }
         for (new, matrix), members in groups.items()
-    ]
+    ] + others
 
 
 def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator[Batch]:
@@ -286,6 +330,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     decay: SelectiveSpectralDecay | None
+    companion: Companion | None
     path: Path | None
     key: str
     step: int = 0
@@ -304,6 +349,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "decay": None if self.decay is None else self.decay.state_dict(),
+            "companion": None if self.companion is None else self.companion.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         }
@@ -322,6 +368,8 @@ class _Run:
         self.scheduler.load_state_dict(content["scheduler"])
         if self.decay is not None:
             self.decay.load_state_dict(content["decay"])
+        if self.companion is not None:
+            self.companion.load_state_dict(content["companion"])
         torch.set_rng_state(content["random"])
         if content["random_cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(content["random_cuda"])
@@ -343,7 +391,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return content
 
 
-def _key(model: nn.Module, task: Task, settings: TrainSettings, seed: int, decay: Mapping[str, Any] | None) -> str:
+def _key(
+    model: nn.Module,
+    task: Task,
+    settings: TrainSettings,
+    seed: int,
+    decay: Mapping[str, Any] | None,
+    companion: Companion | None,
+) -> str:
     """Tells apart trainings that must not continue each other. How often to save makes no difference."""
     options = {name: value for name, value in vars(task).items() if isinstance(value, str | int | float)}
     parts = [
@@ -352,6 +407,7 @@ def _key(model: nn.Module, task: Task, settings: TrainSettings, seed: int, decay
         settings.model_dump(exclude={"save_every"}),
         seed,
         None if decay is None else dict(decay),
+        *([] if companion is None else [companion.key]),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -136,7 +136,10 @@ def test_attention_follows_the_activations_unless_told_otherwise() -> None:
         ({"weight": {"format": "int12"}}, "unknown number format 'int12'"),
         ({"weight": {}}, "weight: give bits or format"),
         ({"weight": 4}, "weight: expected"),
-        ({"weight": {"bits": 4, "granularity": "token"}}, "granularity 'token' is not one of channel, tensor, block"),
+        (
+            {"weight": {"bits": 4, "granularity": "token"}},
+            "granularity 'token' is not one of channel, tensor, group-128, block",
+        ),
         ({"activation": {"bits": 4, "granularity": "channel"}}, "is not one of tensor, token, block"),
         ({"activation": {"bits": 4, "granularity": "block"}}, "blocks belong to mxfp8, mxfp4 and nvfp4; uint4"),
         ({"weight": {"format": "mxfp4", "granularity": "channel"}}, "mxfp4 cannot be per channel"),
@@ -175,3 +178,50 @@ def test_with_observer() -> None:
     assert token.weight and token.weight.observer == "mse"
     with pytest.raises(InputError, match="unknown observer"):
         spec.with_observer("best")
+
+
+def test_groups_and_heads() -> None:
+    spec = QuantSpec.parse(
+        {
+            "base": "w4a8",
+            "weight": {"granularity": "group-128"},
+            "attention": {"granularity": "head", "observer": "mse"},
+        }
+    )
+    assert spec.weight and (spec.weight.granularity, spec.weight.group, spec.weight.format.bits) == ("group", 128, 4)
+    assert spec.attention and spec.attention.granularity == "head"
+    assert QuantSpec.parse(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert spec.to_dict()["weight"]["granularity"] == "group-128"
+    coarser = QuantSpec.parse({"base": spec, "weight": {"bits": 3}})
+    assert coarser.weight and (coarser.weight.format.bits, coarser.weight.group) == (3, 128)
+    per_row = QuantSpec.parse({"base": spec, "weight": {"granularity": "channel"}})
+    assert per_row.weight and (per_row.weight.granularity, per_row.weight.group) == ("channel", 0)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"weight": {"granularity": "group"}}, "weight: granularity 'group' is not one of channel, tensor, group-128"),
+        ({"weight": {"granularity": "group-0"}}, "granularity 'group-0' is not one of"),
+        ({"weight": {"granularity": "head"}}, "granularity 'head' is not one of"),
+        ({"activation": {"granularity": "group-32"}}, "activation: granularity 'group-32' is not one of tensor, token"),
+        ({"weight": {"format": "mxfp4", "granularity": "group-32"}}, "blocks belong to mxfp8"),
+        ({"ends": {"base": "w8a8", "overrides": {"*": "keep"}}}, "ends holds overrides of its own"),
+        ({"overrides": {"*": {"ends": "w8a8"}}}, "override '\\*' holds ends of its own"),
+        ({"ends": "w9a9"}, "9 bits is not possible"),
+    ],
+)
+def test_impossible_groups_heads_and_ends(form: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        QuantSpec.parse({"base": "w4a4", **form})
+
+
+def test_the_ends_have_a_spec_of_their_own() -> None:
+    spec = QuantSpec.parse({"base": "w4a4", "ends": {"activation": {"bits": 8}}})
+    assert spec.ends and spec.ends.weight == spec.weight
+    assert spec.ends.activation and spec.ends.activation.format.bits == 8
+    assert QuantSpec.parse(spec.to_dict()) == spec
+    assert QuantSpec.parse({"base": spec, "ends": "keep"}).ends is None
+    assert QuantSpec.parse({"base": spec, "weight": {"bits": 3}}).ends == spec.ends
+    observed = spec.with_observer("mse")
+    assert observed.ends and observed.ends.activation and observed.ends.activation.observer == "mse"

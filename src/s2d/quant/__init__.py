@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast, get_args
 
 from torch import nn
 
 from s2d.errors import InputError
-from s2d.quant.calibration import Batches, Job, find_attention
-from s2d.quant.ptq import get_method, methods
+from s2d.quant.calibration import Batches, Job, Protocol, find_attention
+from s2d.quant.estimate import Estimate, estimate
+from s2d.quant.ptq import get_methods, methods, stages
+from s2d.quant.resume import Snapshot, Store, fingerprint_batches, fingerprint_weights
 from s2d.quant.sites import Site, describe, insert, is_quantized, plan, refuse_quantized
 from s2d.quant.spec import QuantSpec
 from s2d.quant.state import Record, record, remove, switch_on
 from s2d.quant.storage import load, save
 
 __all__ = [
+    "Estimate",
     "QuantSpec",
     "Record",
     "Site",
     "describe",
+    "estimate",
+    "get_methods",
     "is_quantized",
     "load",
     "methods",
@@ -29,6 +36,7 @@ __all__ = [
     "record",
     "remove",
     "save",
+    "stages",
 ]
 
 
@@ -39,7 +47,9 @@ def quantize(
     calibration: Iterable[Any],
     method: str = "rtn",
     observer: str | None = None,
+    protocol: str = "own",
     seed: int = 0,
+    resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     progress: bool = False,
 ) -> nn.Module:
@@ -50,10 +60,15 @@ def quantize(
         spec: ``"w4a4"``, a mapping (see `s2d.quant.spec`), or a `QuantSpec`.
         calibration: Batches: dicts of keyword arguments, tensors, or tuples of positional arguments. Tokens that a
             batch's ``attention_mask`` hides do not count. A generator will do for methods that read the data once.
-        method: A name out of `methods`.
+        method: A name out of `methods`, or several joined, ``"rotation+gptq"``: transforms, then one rounding (``rtn``
+            when none is named).
         observer: The calibrator for activations, in place of the spec's own: ``"minmax"``, ``"percentile"``,
             ``"percentile:99.99"`` or ``"mse"``; see `QuantSpec.with_observer`.
+        protocol: ``"own"``: ranges and defaults as each method's authors published them. ``"unified"``: the ranges of
+            the spec's observers on the full-precision model, the same for every method, so that methods compare.
         seed: Of everything random in the method.
+        resume: A folder that keeps every finished block (of methods that go block by block); the same call with the
+            same folder continues an interrupted one, with the same result to the bit.
         inplace: Quantize this very model instead of a copy. A failed call leaves it as it was.
         progress: Show progress bars.
 
@@ -65,24 +80,48 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"quantize needs a torch module, not {type(model).__name__}; load the model first")
+    if protocol not in get_args(Protocol):
+        raise InputError(f"unknown protocol {protocol!r}; use own or unified")
     parsed = QuantSpec.parse(spec)
     if observer is not None:
         parsed = parsed.with_observer(observer)
-    run_method = get_method(method)
+    entries = get_methods(method)
+    name = "+".join(entry.name for entry in entries)
     refuse_quantized(model)
     batches = Batches(calibration)
     seen = find_attention(model, batches) if _wants_attention(parsed) else []
     decided = plan(model, parsed, seen)
+    store = None if resume is None else Store(resume, _belongs(model, parsed, batches, name, protocol, seed))
+    snapshot = Snapshot(model) if inplace and name != "rtn" else None
     if not inplace:
         model = copy.deepcopy(model)
     quantizers = insert(model, decided)
+    job = Job(model, parsed, decided, quantizers, batches, seed, progress, name, cast(Protocol, protocol), store)
     try:
-        run_method(Job(model, parsed, decided, quantizers, batches, seed, progress))
+        for entry in entries:
+            job.stage = entry.stage
+            entry.method(job)
     except BaseException:
         remove(model)
+        if snapshot is not None:
+            snapshot.restore()
         raise
-    switch_on(model, Record(parsed, method, tuple(decided)))
+    switch_on(model, Record(parsed, name, tuple(decided)))
     return model
+
+
+def _belongs(
+    model: nn.Module, spec: QuantSpec, batches: Batches, method: str, protocol: str, seed: int
+) -> dict[str, str]:
+    """What the kept work of an interrupted call depends on."""
+    return {
+        "spec": json.dumps(spec.to_dict()),
+        "method": method,
+        "protocol": protocol,
+        "seed": str(seed),
+        "model": fingerprint_weights(model),
+        "calibration data": fingerprint_batches(batches),
+    }
 
 
 def _wants_attention(spec: QuantSpec) -> bool:

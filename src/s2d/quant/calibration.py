@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.quant.observers import Observer, make_observer
+from s2d.quant.formats import Format
+from s2d.quant.observers import Observer, Rounding, make_observer
 from s2d.quant.probe import watch_attention
 from s2d.quant.quantizer import Quantizer
-from s2d.quant.sites import OPERANDS, Site, What
+from s2d.quant.resume import Store
+from s2d.quant.sites import OPERANDS, Site, What, replace_quantizer
 from s2d.quant.spec import QuantSpec
+
+Stage = Literal["transform", "rounding"]
+Protocol = Literal["own", "unified"]
 
 
 class Batches:
@@ -67,10 +74,17 @@ class Job:
         model: Changed in place.
         spec: What was asked for.
         sites: The whole plan, kept sites too.
-        quantizers: The quantizer of every site that is not kept. A method must give each static one its range.
+        quantizers: The quantizer of every site that is not kept. A rounding must give each static one its range.
         batches: The calibration data.
-        seed: Of everything random in the method.
+        seed: Of everything random in the method; see `generator`.
         progress: Whether to show progress bars.
+        method: All methods of this call, ``"rotation+gptq"``.
+        protocol: ``"own"``: ranges and defaults as the method's authors published them. ``"unified"``: the ranges are
+            those of the spec's observers on the full-precision model, the same for every method.
+        store: Where finished blocks are kept, for a call that can be interrupted; None to keep nothing.
+        stage: Which kind of method is running.
+        published: The observer that the running method was published with, for activation sites whose spec names none
+            (min-max); None for methods that have none, and under the unified protocol.
     """
 
     model: nn.Module
@@ -80,6 +94,35 @@ class Job:
     batches: Batches
     seed: int
     progress: bool
+    method: str = "rtn"
+    protocol: Protocol = "own"
+    store: Store | None = None
+    stage: Stage = "rounding"
+    published: str | None = None
+
+    def observer_of(self, site: Site) -> str:
+        """The observer that finds the range of an activation site."""
+        named = site.observer != "minmax" or site.granularity == "block"
+        return site.observer if named or self.published is None else self.published
+
+    @property
+    def resume(self) -> Path | None:
+        """The folder of the finished blocks."""
+        return None if self.store is None else self.store.folder
+
+    def replace_quantizer(self, site: Site, quantizer: Quantizer) -> None:
+        """Put another kind of quantizer at a site that has one."""
+        replace_quantizer(self.model, site, quantizer)
+        quantizer.train(self.quantizers[site].training)
+        self.quantizers[site] = quantizer
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers (on CPU) that depend on the seed and on ``name`` alone, such as a block's.
+
+        So a call that continues after an interruption draws what an uninterrupted one would.
+        """
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def run(model: nn.Module, batch: Any, index: int = 0) -> None:
@@ -188,35 +231,61 @@ def real_tokens(x: Tensor, mask: Tensor | None, what: What) -> Tensor:
     return x
 
 
-def observe(job: Job) -> None:
+def observe(job: Job, only: Container[Site] | None = None) -> None:
     """Pass over the data once and set the range of every static activation quantizer.
+
+    Args:
+        job: The call's job; the model runs as it is.
+        only: The sites to observe, all when None.
 
     Raises:
         InputError: NaN or infinite activations (the site is named), a batch that does not fit, a site that no data
             reached, or an attention that the plan does not know.
     """
-    static = {site: q for site, q in job.quantizers.items() if site.what != "weight" and not q.dynamic}
-    if not static:
-        with evaluating(job.model):
+    chosen = {site: q for site, q in job.quantizers.items() if only is None or site in only}
+    with (
+        token_mask(job.model) as mask,
+        watch_attention(job.model) as watch,
+        evaluating(job.model),
+        observing(job, chosen, mask) as observers,
+    ):
+        if not observers:
             run(job.model, job.batches.first)
-        return
-    observers = {site: make_observer(site.observer, site.name) for site in static}
-    with token_mask(job.model) as mask, watch_attention(job.model) as watch, evaluating(job.model):
+            return
+        batches = track(
+            job.batches, "calibrating", total=len(job.batches) or None, disable=not job.progress, transient=True
+        )
+        for index, batch in enumerate(batches):
+            run(job.model, batch, index)
+            refuse_unplanned(job, watch.found)
+
+
+@contextmanager
+def observing(
+    job: Job, quantizers: Mapping[Site, Quantizer], mask: Callable[[], Tensor | None]
+) -> Iterator[Mapping[Site, Observer | PerHead]]:
+    """While active, static activation quantizers are watched by the spec's observers; then they get their ranges.
+
+    Args:
+        job: The call's job.
+        quantizers: The sites; weights and dynamic ones are left alone.
+        mask: Gives the padding mask of the running forward.
+
+    Raises:
+        InputError: NaN or infinite activations, or a site that nothing reached; both are named.
+    """
+    static = {site: q for site, q in quantizers.items() if site.what != "weight" and not q.dynamic}
+    observers = {site: _observer(replace(site, observer=job.observer_of(site))) for site in static}
+    try:
         for site, quantizer in static.items():
-            quantizer.watch = _watcher(observers[site], site.what, mask)
-        try:
-            batches = track(
-                job.batches, "calibrating", total=len(job.batches) or None, disable=not job.progress, transient=True
-            )
-            for index, batch in enumerate(batches):
-                run(job.model, batch, index)
-                _refuse_unplanned(job, watch.found)
-        finally:
-            for quantizer in static.values():
-                quantizer.watch = None
+            quantizer.watch = _watcher(observers[site], site, mask)
+        yield observers
+    finally:
+        for quantizer in static.values():
+            quantizer.watch = None
     _refuse_unreached(observers)
     for site, quantizer in static.items():
-        quantizer.set_range(*observers[site].range(quantizer.format))
+        quantizer.fit(observers[site])
 
 
 def find_attention(model: nn.Module, batches: Batches) -> list[nn.Module]:
@@ -238,11 +307,55 @@ def find_attention(model: nn.Module, batches: Batches) -> list[nn.Module]:
     return list(watch.found)
 
 
-def _watcher(observer: Observer, what: What, mask: Callable[[], Tensor | None]) -> Callable[[Tensor], None]:
-    return lambda x: observer.update(real_tokens(x, mask(), what))
+class PerHead:
+    """An observer for every head of an attention operand."""
+
+    def __init__(self, site: Site) -> None:
+        """Start empty, for the operand ``site``."""
+        self.site = site
+        self.heads: list[Observer] = []
+
+    @property
+    def seen(self) -> bool:
+        """Whether any value was seen."""
+        return bool(self.heads)
+
+    def update(self, x: Tensor) -> None:
+        """Take in the operand of some tokens, heads along dimension 1.
+
+        Raises:
+            InputError: It holds NaN or infinity, or another number of heads than before.
+        """
+        if not self.heads:
+            self.heads = [make_observer(self.site.observer, self.site.name) for _ in range(x.shape[1])]
+        if x.shape[1] != len(self.heads):
+            raise InputError(f"{self.site.name}: {len(self.heads)} heads, then {x.shape[1]}; use granularity tensor")
+        for head, observer in zip(x.unbind(1), self.heads, strict=True):
+            observer.update(head)
+
+    def range(self, format: Format, rounding: Rounding | None = None) -> tuple[Tensor, Tensor]:
+        """The range of every head, ``lo`` and ``hi`` of shape ``[H]``."""
+        ranges = [observer.range(format, rounding) for observer in self.heads]
+        return torch.stack([lo for lo, _ in ranges]), torch.stack([hi for _, hi in ranges])
 
 
-def _refuse_unreached(observers: Mapping[Site, Observer]) -> None:
+def _observer(site: Site) -> Observer | PerHead:
+    return PerHead(site) if site.granularity == "head" else make_observer(site.observer, site.name)
+
+
+def _watcher(observer: Observer | PerHead, site: Site, mask: Callable[[], Tensor | None]) -> Callable[[Tensor], None]:
+    def see(x: Tensor) -> None:
+        if site.granularity == "head" and x.ndim != 4:
+            raise InputError(
+                f"{site.name} has {x.ndim} dimensions, but a range a head needs [batch, heads, tokens, features]; "
+                "use granularity tensor"
+            )
+        observer.update(real_tokens(x, mask(), site.what))
+
+    return see
+
+
+def _refuse_unreached(observers: Mapping[Site, Observer | PerHead]) -> None:
     missed = [site.name for site, observer in observers.items() if not observer.seen]
     if missed:
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
@@ -252,11 +365,12 @@ def _refuse_unreached(observers: Mapping[Site, Observer]) -> None:
         )
 
 
-def _refuse_unplanned(job: Job, unquantized: Iterable[nn.Module]) -> None:
+def refuse_unplanned(job: Job, unquantized: Iterable[nn.Module]) -> None:
     """Attention that runs unquantized must be in the plan as kept; otherwise nobody decided about it."""
-    planned = {site.module for site in job.sites if site.what in OPERANDS}
-    if not planned:
+    operands = [site for site in job.sites if site.what in OPERANDS]
+    if not any(site.format for site in operands):
         return
+    planned = {site.module for site in operands}
     names = {module: name for name, module in job.model.named_modules()}
     for module in unquantized:
         if names[module] not in planned:

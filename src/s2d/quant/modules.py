@@ -37,10 +37,34 @@ class QuantizedLinear(Quantized):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., in]`` to ``[..., out]``, as the plain Linear."""
+        return self.quantized_product(self.transform_input(input))
+
+    def transform_input(self, input: Tensor) -> Tensor:
+        """What the input's quantizer sees, ``[..., in]``: the input, unless a method transforms it first."""
+        return input
+
+    def quantized_product(self, input: Tensor) -> Tensor:
+        """The product of the quantized weight with the quantized (transformed) input, and the bias."""
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
         return F.linear(input, weight, self.bias)
+
+
+class QuantizedConv(Quantized):
+    """A convolution that quantizes its weight, its input, or both."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_quantizer: WeightQuantizer | None
+    input_quantizer: Quantizer | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input [B, in, ...]`` to ``[B, out, ...]``, as the plain convolution."""
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        return self._conv_forward(input, weight, self.bias)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
@@ -73,3 +97,9 @@ def swap_out(module: nn.Module, children: tuple[str, ...]) -> None:
     object.__setattr__(module, "__class__", module.plain_class)
     for child in children:
         delattr(module, child)
+
+
+def turn_into(module: nn.Module, mixin: type[Quantized]) -> None:
+    """Give a module that is swapped in another mixin; its children stay."""
+    assert isinstance(module, Quantized)
+    object.__setattr__(module, "__class__", _quantized_class(mixin, module.plain_class))

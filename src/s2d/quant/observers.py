@@ -1,4 +1,4 @@
-"""Where to put the range: min-max, percentile, or the range of least mean squared error.
+"""Where to put the range: min-max, percentile, the best of a few percentiles, or the range of least squared error.
 
 Activation observers stream: they see a batch, keep a summary of fixed size, and forget the batch. Percentile and MSE
 keep one counter for every bfloat16 value (65,536 counters, 512 KB a site while calibrating): the whole distribution at
@@ -9,7 +9,9 @@ Weight ranges are found from the weight itself, all rows at once.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +22,12 @@ from s2d.errors import InputError
 from s2d.quant.formats import Format
 from s2d.quant.quantizer import affine_parameters, fake_quantize
 
+# Rounds values to what a range can hold: (values, lo, hi) -> values, the ends broadcast against the values.
+Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 DEFAULT_PERCENT = 99.9
+# The list that RepQ-ViT (arXiv 2212.08254, released code) picks from.
+DEFAULT_PERCENTS = (99.9, 99.99, 99.999)
 CANDIDATES = 100
 # Activations can hold outliers of 100 times the best threshold, hence a geometric grid to 1 %; weights clip mildly.
 ACTIVATION_SHRINK = torch.logspace(0, -2, CANDIDATES)
@@ -31,10 +38,10 @@ WEIGHT_SEARCH_NUMBERS = 2**23
 
 @dataclass(frozen=True)
 class ObserverSpec:
-    """A parsed observer: ``"minmax"``, ``"mse"``, ``"percentile"`` or ``"percentile:99.99"``."""
+    """A parsed observer: ``"minmax"``, ``"mse"``, ``"percentile[:99.99]"`` or ``"percentiles[:99,99.9,100]"``."""
 
-    kind: Literal["minmax", "percentile", "mse"]
-    percent: float = DEFAULT_PERCENT
+    kind: Literal["minmax", "percentile", "percentiles", "mse"]
+    percents: tuple[float, ...] = ()
 
     @staticmethod
     def parse(text: str) -> ObserverSpec:
@@ -48,15 +55,28 @@ class ObserverSpec:
             return ObserverSpec("minmax")
         if kind == "mse" and not colon:
             return ObserverSpec("mse")
-        if kind == "percentile":
+        if kind in ("percentile", "percentiles"):
+            percents = (DEFAULT_PERCENT,) if kind == "percentile" else DEFAULT_PERCENTS
             try:
-                percent = float(argument) if colon else DEFAULT_PERCENT
+                percents = tuple(float(part) for part in argument.split(",")) if colon else percents
             except ValueError:
-                percent = -1.0
-            if 50.0 < percent <= 100.0:
-                return ObserverSpec("percentile", percent)
-            raise InputError(f"observer {text!r}: the percentile must be in (50, 100], for example percentile:99.99")
-        raise InputError(f"unknown observer {text!r}; use minmax, percentile, percentile:99.99 or mse")
+                percents = ()
+            if percents and all(50.0 < percent <= 100.0 for percent in percents):
+                if kind == "percentiles":
+                    return ObserverSpec("percentiles", percents)
+                if len(percents) == 1:
+                    return ObserverSpec("percentile", percents)
+            raise InputError(f"observer {text!r}: a percentile must be in (50, 100], for example percentile:99.99")
+        raise InputError(f"unknown observer {text!r}; use minmax, percentile, percentile:99.99, percentiles or mse")
+
+
+def affine_rounding(format: Format) -> Rounding:
+    """Fake quantization of that format as a `Rounding`."""
+
+    def rounding(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        return fake_quantize(x, *affine_parameters(lo, hi, format, format.symmetric), format)
+
+    return rounding
 
 
 class Observer(ABC):
@@ -88,17 +108,22 @@ class Observer(ABC):
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
         self._count(x.detach())
 
-    def range(self, format: Format) -> tuple[Tensor, Tensor]:
-        """The range ``(lo, hi)`` to quantize with, two scalars."""
+    def range(self, format: Format, rounding: Rounding | None = None) -> tuple[Tensor, Tensor]:
+        """The range ``(lo, hi)`` to quantize with, two scalars.
+
+        Args:
+            format: The number format.
+            rounding: How a range rounds, for quantizers that are not the plain ones of ``format``.
+        """
         if self.lo is None or self.hi is None:
             raise InputError(f"the calibration data never reached {self.name}")
-        return self._range(self.lo.float(), self.hi.float(), format)
+        return self._range(self.lo.float(), self.hi.float(), rounding or affine_rounding(format))
 
     @abstractmethod
     def _count(self, x: Tensor) -> None: ...
 
     @abstractmethod
-    def _range(self, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]: ...
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]: ...
 
 
 class MinMax(Observer):
@@ -107,7 +132,7 @@ class MinMax(Observer):
     def _count(self, x: Tensor) -> None:
         pass
 
-    def _range(self, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
         return lo, hi
 
 
@@ -119,17 +144,51 @@ class _Counting(Observer):
         self.counts: Tensor | None = None
 
     def _count(self, x: Tensor) -> None:
-        codes = x.to(torch.bfloat16).view(torch.int16).flatten().to(torch.int32) + 2**15
-        counts = torch.bincount(codes, minlength=2**16)
+        counts = torch.bincount(value_codes(x), minlength=2**16)
         self.counts = counts if self.counts is None else self.counts.add_(counts)
 
     def distribution(self) -> tuple[Tensor, Tensor]:
         """The distinct values, ascending (float32), and how often each occurred (int64)."""
         assert self.counts is not None
-        codes = self.counts.nonzero().squeeze(1)
-        values = (codes - 2**15).to(torch.int16).view(torch.bfloat16).float()
-        order = values.argsort()
-        return values[order], self.counts[codes[order]]
+        return coded_distribution(self.counts)
+
+    def quantiles(self, percents: tuple[float, ...], lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower and upper quantile for each percentile, as in ``torch.quantile``, kept inside ``[lo, hi]``."""
+        values, counts = self.distribution()
+        cumulative = counts.cumsum(0)
+        last = int(cumulative[-1]) - 1
+        # Each fraction is formed as the weight search forms it, so that both agree to the last digit.
+        upper = torch.tensor([percent / 100.0 for percent in percents], dtype=torch.float64) * last
+        lower = torch.tensor([1.0 - percent / 100.0 for percent in percents], dtype=torch.float64) * last
+
+        def at(position: Tensor) -> Tensor:
+            below = position.long()
+            ranks = torch.stack([below, (below + 1).clamp(max=last)]).to(cumulative.device)
+            left, right = values[torch.searchsorted(cumulative, ranks, right=True)]
+            return torch.lerp(left, right, (position - below).to(left))
+
+        # Counted values are rounded to bfloat16, which may step over the true ends.
+        return at(lower).clamp(lo, hi), at(upper).clamp(lo, hi)
+
+    def best(self, los: Tensor, his: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        """The candidate range (``[candidates]`` each) of least squared error over all that was counted."""
+        values, counts = self.distribution()
+        error = rounding(values.expand(len(los), -1), los[:, None], his[:, None]) - values
+        index = (error.double().square() @ counts.double()).argmin()
+        return los[index], his[index]
+
+
+def value_codes(x: Tensor) -> Tensor:
+    """Values rounded to bfloat16, as indices 0..65535 (int32, flat): the bins in which observers count."""
+    return x.to(torch.bfloat16).view(torch.int16).flatten().to(torch.int32) + 2**15
+
+
+def coded_distribution(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """From counts (or sums of weights) by `value_codes`, ``[65536]``: the values that occurred, ascending, and theirs."""
+    codes = counts.nonzero().squeeze(1)
+    values = (codes - 2**15).to(torch.int16).view(torch.bfloat16).float()
+    order = values.argsort()
+    return values[order], counts[codes[order]]
 
 
 class Percentile(_Counting):
@@ -140,20 +199,21 @@ class Percentile(_Counting):
         super().__init__(name)
         self.percent = percent
 
-    def _range(self, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-        values, counts = self.distribution()
-        cumulative = counts.cumsum(0)
-        last = int(cumulative[-1]) - 1
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        los, his = self.quantiles((self.percent,), lo, hi)
+        return los[0], his[0]
 
-        def at(position: float) -> Tensor:
-            below = int(position)
-            ranks = torch.tensor([below, min(below + 1, last)], device=cumulative.device)
-            left, right = values[torch.searchsorted(cumulative, ranks, right=True)]
-            return torch.lerp(left, right, position - below)
 
-        fraction = self.percent / 100.0
-        # Counted values are rounded to bfloat16, which may step over the true ends.
-        return at((1.0 - fraction) * last).clamp(lo, hi), at(fraction * last).clamp(lo, hi)
+class BestPercentile(_Counting):
+    """The percentile of least squared error out of a short list."""
+
+    def __init__(self, name: str, percents: tuple[float, ...] = DEFAULT_PERCENTS) -> None:
+        """Start empty; every one of ``percents`` is in (50, 100]."""
+        super().__init__(name)
+        self.percents = percents
+
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        return self.best(*self.quantiles(self.percents, lo, hi), rounding)
 
 
 class MeanSquaredError(_Counting):
@@ -163,14 +223,9 @@ class MeanSquaredError(_Counting):
     short side of the range (the negative tail of GELU) is so left whole until t reaches it.
     """
 
-    def _range(self, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-        values, counts = self.distribution()
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
         threshold = torch.maximum(-lo, hi) * ACTIVATION_SHRINK.to(lo.device)
-        los, his = torch.maximum(lo, -threshold), torch.minimum(hi, threshold)
-        scale, zero_point = affine_parameters(los, his, format, format.symmetric)
-        error = fake_quantize(values.expand(len(los), -1), scale[:, None], zero_point[:, None], format) - values
-        best = (error.double().square() @ counts.double()).argmin()
-        return los[best], his[best]
+        return self.best(torch.maximum(lo, -threshold), torch.minimum(hi, threshold), rounding)
 
 
 def make_observer(text: str, name: str) -> Observer:
@@ -182,7 +237,9 @@ def make_observer(text: str, name: str) -> Observer:
     spec = ObserverSpec.parse(text)
     if spec.kind == "minmax":
         return MinMax(name)
-    return MeanSquaredError(name) if spec.kind == "mse" else Percentile(name, spec.percent)
+    if spec.kind == "mse":
+        return MeanSquaredError(name)
+    return Percentile(name, *spec.percents) if spec.kind == "percentile" else BestPercentile(name, spec.percents)
 
 
 def weight_range(weight: Tensor, observer: str, format: Format, *, name: str) -> tuple[Tensor, Tensor]:
@@ -190,7 +247,8 @@ def weight_range(weight: Tensor, observer: str, format: Format, *, name: str) ->
 
     Args:
         weight: ``[rows, columns]``; pass one row for one range per tensor.
-        observer: ``"minmax"``, ``"percentile[:p]"`` or ``"mse"`` (100 candidates, each shrinks the min-max range).
+        observer: ``"minmax"``, ``"percentile[:p]"``, ``"percentiles[:p,q,...]"`` or ``"mse"`` (100 candidates, each
+            shrinks the min-max range).
         format: The number format; a symmetric one gets a symmetric range.
         name: The site, for messages.
 
@@ -206,19 +264,60 @@ def weight_range(weight: Tensor, observer: str, format: Format, *, name: str) ->
     if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
         raise InputError(f"{name} holds NaN or infinite weights; repair the checkpoint first")
     if spec.kind == "percentile":
-        ordered = weight.sort(dim=1).values  # torch.quantile refuses rows of more than 2**24 numbers
-        fraction = spec.percent / 100.0
-        return _at(ordered, 1.0 - fraction), _at(ordered, fraction)
+        (los, his) = row_quantiles(weight, spec.percents)
+        return los[0], his[0]
+    if spec.kind == "percentiles":
+        return best_percentiles(weight, spec.percents, affine_rounding(format))
     if spec.kind == "mse":
         return _mse_rows(weight, lo, hi, format)
     return lo, hi
 
 
-def _at(ordered: Tensor, fraction: float) -> Tensor:
-    """The quantile of every sorted row ``[rows, columns]``, linearly interpolated."""
-    last = ordered.shape[1] - 1
-    below = int(fraction * last)
-    return torch.lerp(ordered[:, below], ordered[:, min(below + 1, last)], fraction * last - below)
+def row_quantiles(rows: Tensor, percents: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Lower and upper quantile of every row for each percentile, linearly interpolated as in ``torch.quantile``.
+
+    Only the tails that the percentiles cut off are put in order, not the rows.
+
+    Args:
+        rows: ``[rows, columns]`` float32.
+        percents: Each in (50, 100].
+
+    Returns:
+        ``los`` and ``his``, each ``[percents, rows]``.
+    """
+    last = rows.shape[1] - 1
+    tail = min(last + 1, math.ceil((1.0 - min(percents) / 100.0) * last) + 2)
+    # ordered[0] is the extreme, ordered[i] the i-th from that end. Beyond a quarter a full sort is faster than topk.
+    if tail * 4 > last:
+        ordered = rows.sort(dim=1).values.T
+        bottom, top = ordered, ordered.flip(0)
+    else:
+        bottom, top = (rows.topk(tail, dim=1, largest=largest).values.T for largest in (False, True))
+
+    def at(ordered: Tensor, position: float) -> Tensor:
+        below = int(position)
+        return torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], position - below)
+
+    positions = [(1.0 - percent / 100.0) * last for percent in percents]
+    return torch.stack([at(bottom, p) for p in positions]), torch.stack([at(top, p) for p in positions])
+
+
+def best_percentiles(rows: Tensor, percents: tuple[float, ...], rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """For every row the percentile range of least squared error, all rows at once.
+
+    Args:
+        rows: ``[rows, columns]`` float32: output channels of a weight, or channels of an activation (tokens along the
+            columns).
+        percents: The list to pick from, each in (50, 100].
+        rounding: How a range rounds.
+
+    Returns:
+        ``lo`` and ``hi``, each ``[rows]``.
+    """
+    los, his = row_quantiles(rows, percents)
+    errors = [(rounding(rows, lo[:, None], hi[:, None]) - rows).square_().sum(1) for lo, hi in zip(los, his, strict=True)]
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    return los.gather(0, best)[0], his.gather(0, best)[0]
 
 
 def _mse_rows(weight: Tensor, lo: Tensor, hi: Tensor, format: Format) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,16 @@ Pure functions on tensors first, then the modules that sit in a model.
 Scale and zero point broadcast against x:
     per tensor   []            one pair
     per channel  [C, 1, ...]   one pair a row of a weight
+    per group    [C, D]        one pair for every g inputs of a row (kept as [C, D / g])
+    per head     [H, 1, 1]     one pair a head of an attention operand [B, H, T, D]
     per token    [..., 1]      one pair a vector, found anew in every forward
     per block    []            the tensor's scale, above those of the blocks (1 for formats that have none)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from s2d.quant.formats import BlockFormat, FloatFormat, Format, IntFormat, round_float
 
-Granularity = Literal["tensor", "channel", "token", "block"]
+Granularity = Literal["tensor", "channel", "group", "token", "head", "block"]
 
 # Dead channels have an empty range; their scale stops here, so that 1/scale stays finite and zeros stay zeros.
 SMALLEST_SCALE = 2.0**-40
@@ -59,6 +61,18 @@ def affine_parameters(lo: Tensor, hi: Tensor, format: Format, symmetric: bool) -
     scale = (hi / steps - lo / steps).clamp(min=SMALLEST_SCALE)
     zero_point = (format.qmin - torch.round(lo / scale)).clamp(format.qmin, format.qmax)
     return scale, zero_point.to(torch.int32)
+
+
+def spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
+    """A weight's scales (or zero points) broadcastable to its shape.
+
+    Args:
+        scale: ``[]``, one a channel ``[C]``, or one a group of inputs ``[C, G]``.
+        shape: The weight's, ``[C, ...]``, or ``[C, D]`` for groups.
+    """
+    if scale.ndim == 2:
+        return scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
+    return scale.view((-1,) + (1,) * (len(shape) - 1)) if scale.ndim else scale
 
 
 def quantize_codes(x: Tensor, scale: Tensor, zero_point: Tensor, format: IntFormat) -> Tensor:
@@ -170,45 +184,73 @@ class _StraightThrough(torch.autograd.Function):
         return grad * inside, None, None, None
 
 
+class RangeFinder(Protocol):
+    """What a quantizer needs of an observer: the best range, for a format or for another way to round."""
+
+    def range(
+        self, format: Format, rounding: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(lo, hi)``, two scalars."""
+        ...
+
+
 class Quantizer(nn.Module):
     """Fake-quantizes one site.
 
     A fresh quantizer passes everything through; `set_range` gives it its parameters and `enabled` switches it on.
     ``dynamic`` says that no range has to be found beforehand: each token, or each block, brings its own. While
     ``watch`` is set, every tensor that passes is shown to it first (that is how calibration looks in).
+
+    A quantizer that rounds in another way is a subclass with a ``kind`` of its own: it overrides `set_range`, `fit` and
+    `fake_quantize`, names in `options` what it takes to build it again, and is entered with `register_kind`.
     """
 
+    kind: ClassVar[str] = "affine"
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, format: Format, granularity: Granularity, *, name: str, channels: int = 0) -> None:
+    def __init__(
+        self, format: Format, granularity: Granularity, *, name: str, channels: int = 0, groups: int = 0
+    ) -> None:
         """Make a quantizer that is still off.
 
         Args:
             format: The number format; block formats go with blocks.
-            granularity: How many pairs of scale and zero point: one, one a channel, one a token, one a block.
+            granularity: How many pairs of scale and zero point: one, or one a channel, group, token, head or block.
             name: The site's name, for messages.
-            channels: The number of channels, when ``granularity`` is ``"channel"``.
+            channels: The number of channels, when ``granularity`` is ``"channel"`` or ``"group"``.
+            groups: The number of groups a channel, when it is ``"group"``.
         """
         super().__init__()
         self.name = name
         self.format = format
-        self.granularity = granularity
+        self.granularity: Granularity = granularity
         self.dynamic = granularity == "token" or (isinstance(format, BlockFormat) and format.scale is None)
         self.enabled = False
         # Blocks run along the dimension that a product sums over; for an attention's v that is the one before the last.
         self.transposed = False
         self.watch: Callable[[Tensor], None] | None = None
         if granularity != "token":
-            shape = (channels,) if granularity == "channel" else ()
+            # How many heads there are is known when the range is set, or loaded.
+            shape = {"channel": (channels,), "group": (channels, groups)}.get(granularity, ())
             self.register_buffer("scale", torch.ones(shape))
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
 
     def set_range(self, lo: Tensor, hi: Tensor) -> None:
-        """Take scale and zero point from the range ``[lo, hi]`` (shape of ``scale``)."""
+        """Take scale and zero point from the range ``[lo, hi]`` (shape of ``scale``; ``[H]`` for heads)."""
         scale, zero_point = affine_parameters(lo, hi, self.format, self.format.symmetric)
+        if self.granularity == "head":
+            self.resize(scale.shape)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+
+    def fit(self, observer: RangeFinder) -> None:
+        """Take the range that an observer finds for this way of rounding."""
+        self.set_range(*observer.range(self.format))
+
+    def options(self) -> dict[str, Any]:
+        """What beside the site's own format and granularity says how to build this quantizer again; JSON types."""
+        return {}
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, shaped to broadcast against ``x``."""
@@ -216,10 +258,18 @@ class Quantizer(nn.Module):
             # On CPU two reductions are several times faster than one aminmax over a dimension.
             lo, hi = x.detach().amin(-1, keepdim=True), x.detach().amax(-1, keepdim=True)
             return affine_parameters(lo, hi, self.format, self.format.symmetric)
-        if self.scale.ndim == 0:
-            return self.scale, self.zero_point
-        shape = (-1,) + (1,) * (x.ndim - 1)
-        return self.scale.view(shape), self.zero_point.view(shape)
+        shape = x.shape[1:] if self.granularity == "head" else x.shape
+        return spread(self.scale, shape), spread(self.zero_point, shape)
+
+    def resize(self, shape: Sequence[int]) -> None:
+        """Make room for as many pairs; what was set is forgotten."""
+        self.scale = self.scale.new_ones(shape)
+        self.zero_point = self.zero_point.new_zeros(shape)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self.granularity == "head" and f"{prefix}scale" in state_dict:
+            self.resize(state_dict[f"{prefix}scale"].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x`` (any shape; tokens and blocks lie along its last dimension)."""
@@ -229,8 +279,12 @@ class Quantizer(nn.Module):
             return x
         if self.transposed:
             x = x.transpose(-2, -1)
-        x = fake_quantize(x, *self.parameters_for(x), self.format)
+        x = self.fake_quantize(x)
         return x.transpose(-2, -1) if self.transposed else x
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """``x`` as its codes hold it, whether or not the quantizer is enabled."""
+        return fake_quantize(x, *self.parameters_for(x), self.format)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Quantizer:
         # model.half() must not round the scales: they follow the device, never the dtype.
@@ -245,6 +299,26 @@ class Quantizer(nn.Module):
         return f"{self.format.name}, per {self.granularity}{'' if self.enabled else ', off'}"
 
 
+_KINDS: dict[str, type[Quantizer]] = {}
+
+
+def register_kind(kind: type[Quantizer]) -> type[Quantizer]:
+    """Make a kind of quantizer known to those who build quantizers by name (loading a model)."""
+    assert kind.kind not in _KINDS and kind.kind != Quantizer.kind, f"quantizer kind {kind.kind} is registered twice"
+    _KINDS[kind.kind] = kind
+    return kind
+
+
+def build_kind(kind: str, format: Format, name: str, options: dict[str, Any]) -> Quantizer:
+    """A quantizer of a registered kind, still off, for the site called ``name``.
+
+    Raises:
+        KeyError: No such kind.
+        TypeError: It does not take these options.
+    """
+    return _KINDS[kind](format, name=name, **options)  # pyright: ignore[reportCallIssue]
+
+
 class WeightQuantizer(Quantizer):
     """The quantizer of a weight: rounds it once and keeps the result while nothing changes.
 
@@ -253,9 +327,11 @@ class WeightQuantizer(Quantizer):
     noticed at the next ``train()`` or ``eval()``.
     """
 
-    def __init__(self, format: Format, granularity: Granularity, *, name: str, channels: int = 0) -> None:
+    def __init__(
+        self, format: Format, granularity: Granularity, *, name: str, channels: int = 0, groups: int = 0
+    ) -> None:
         """Make a weight quantizer that is still off; arguments as for `Quantizer`."""
-        super().__init__(format, granularity, name=name, channels=channels)
+        super().__init__(format, granularity, name=name, channels=channels, groups=groups)
         self._cache: tuple[tuple[object, ...], Tensor] | None = None
 
     def train(self, mode: bool = True) -> WeightQuantizer:

@@ -4,8 +4,9 @@ Sites are the weight and the input of every Linear of the encoder, and the opera
 attention. `nn.MultiheadAttention` keeps its query, key and value projections in one bare parameter: that parameter and
 its input are the sites ``weight`` and ``input`` of the attention module itself.
 
-By default stay at full precision: Linears whose role in their family is a head, a pooler or an embedding; those that no
-family knows and that are not inside a numbered block; convolutions. An override decides otherwise for Linears.
+By default stay at full precision: the ends, which are Linears and convolutions whose role in their family is a head, a
+pooler or a patch embedding (the spec's ``ends`` decides otherwise); Linears that no family knows and that are in no
+numbered block, and other convolutions (an override decides otherwise).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.models.family import family_of
+from s2d.quant import online
 from s2d.quant.attention import AttentionQuantizer, QuantizedAttention
 from s2d.quant.formats import Format
-from s2d.quant.modules import QuantizedLinear, swap_in, swap_out
+from s2d.quant.modules import QuantizedConv, QuantizedLinear, swap_in, swap_out
 from s2d.quant.quantizer import Granularity, Quantizer, WeightQuantizer
 from s2d.quant.spec import FULL_BITS, Group, QuantSpec, TensorSpec, matches
 
@@ -35,6 +37,7 @@ KEPT_ROLES = {
     "patch_embed": "patch embedding: the first layer stays at full precision",
     "embedding": "embedding: the first layer stays at full precision",
 }
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FAST_PATHS = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -49,10 +52,11 @@ class Site:
         module: Dotted name of the module.
         what: Which of its tensors.
         format: The number format, None when kept at full precision.
-        granularity: One range a tensor, a channel, a token or a block; empty when kept.
+        granularity: What has a range of its own; empty when kept.
         observer: How the range is found; empty when kept.
         reason: Why it is kept; empty when quantized.
         shape: The weight's shape; empty for activations.
+        group: How many inputs of a channel share a scale, when the granularity is groups.
     """
 
     module: str
@@ -62,6 +66,7 @@ class Site:
     observer: str
     reason: str
     shape: tuple[int, ...] = ()
+    group: int = 0
 
     @property
     def name(self) -> str:
@@ -96,10 +101,11 @@ def plan(model: nn.Module, spec: QuantSpec, attention: Iterable[nn.Module] = ())
             sites += _attention_sites(name, module, spec)
         elif isinstance(module, nn.Linear):
             sites += _linear_sites(name, module, spec, role(name))
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or type(module).__name__ == "Conv1D":
-            reason = KEPT_ROLES.get(role(name) or "", f"a {type(module).__name__} is not quantized")
+        elif isinstance(module, CONVOLUTIONS):
+            sites += _conv_sites(name, module, spec, role(name))
+        elif type(module).__name__ == "Conv1D":  # of transformers: a Linear with its weight transposed
             weight = module.get_parameter("weight")
-            sites.append(Site(name, "weight", None, "", "", reason, tuple(weight.shape)))
+            sites.append(Site(name, "weight", None, "", "", "a Conv1D is not quantized", tuple(weight.shape)))
     _check_overrides(spec, sites)
     if not any(site.format for site in sites):
         raise InputError(_nothing(model, spec, sites))
@@ -111,7 +117,8 @@ def describe(sites: Sequence[Site]) -> str:
     rows = [("site", "bits", "format", "granularity", "observer", "")]
     for site in sites:
         format = site.format.name if site.format else "full"
-        rows.append((site.name, str(site.bits), format, site.granularity or "-", site.observer or "-", site.reason))
+        granularity = f"group-{site.group}" if site.group else site.granularity or "-"
+        rows.append((site.name, str(site.bits), format, granularity, site.observer or "-", site.reason))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -134,11 +141,11 @@ def insert(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Quantizer]:
         for name, members in by_module.items():
             module = model.get_submodule(name)
             mine = {site.what: quantizers[site] for site in members}
-            if isinstance(module, nn.Linear):
+            if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
                 children: dict[str, nn.Module | None] = {
                     f"{what}_quantizer": mine.get(what) for what in ("weight", "input")
                 }
-                swap_in(module, QuantizedLinear, children, name)
+                swap_in(module, QuantizedLinear if isinstance(module, nn.Linear) else QuantizedConv, children, name)
             else:
                 holder = AttentionQuantizer(name, {str(what): quantizer for what, quantizer in mine.items()})
                 swap_in(module, QuantizedAttention, {"attention_quantizer": holder}, name)
@@ -151,11 +158,24 @@ def insert(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Quantizer]:
     return quantizers
 
 
+def replace_quantizer(model: nn.Module, site: Site, quantizer: Quantizer) -> None:
+    """Put another quantizer at a site that has one, in place."""
+    module = model.get_submodule(site.module)
+    if isinstance(module, QuantizedAttention):
+        setattr(module.attention_quantizer, site.what, quantizer)
+    else:
+        setattr(module, f"{site.what}_quantizer", quantizer)
+
+
 def remove(model: nn.Module) -> None:
-    """Take all quantizers out, in place; the plain model is left as it was, its weights bit-identical."""
+    """Take all quantizers out, in place; the plain model is left as it was, its weights bit-identical.
+
+    What methods have added to the forward (`online`) goes into the weights, which then compute the same.
+    """
+    online.detach(model)
     _fast_paths(model, on=True)
     for module in list(model.modules()):
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, (QuantizedLinear, QuantizedConv)):
             swap_out(module, ("weight_quantizer", "input_quantizer"))  # pyright: ignore[reportArgumentType]
         elif isinstance(module, QuantizedAttention):
             swap_out(module, ("attention_quantizer",))  # pyright: ignore[reportArgumentType]
@@ -188,7 +208,8 @@ def weight_name(model: nn.Module, site: Site) -> str:
 def _quantizer(site: Site) -> Quantizer:
     assert site.format is not None and site.granularity
     if site.what == "weight":
-        return WeightQuantizer(site.format, site.granularity, name=site.name, channels=site.shape[0])
+        groups = site.shape[1] // site.group if site.group else 0
+        return WeightQuantizer(site.format, site.granularity, name=site.name, channels=site.shape[0], groups=groups)
     quantizer = Quantizer(site.format, site.granularity, name=site.name)
     quantizer.transposed = site.what == "v" and site.granularity == "block"
     return quantizer
@@ -217,21 +238,37 @@ def _attention_sites(name: str, module: nn.Module, spec: QuantSpec) -> list[Site
 
 
 def _linear_sites(name: str, module: nn.Linear, spec: QuantSpec, role: str | None) -> list[Site]:
-    kept = ""
-    if role in KEPT_ROLES:
-        kept = KEPT_ROLES[role]
-    elif role is None and not re.search(r"(^|\.)\d+(\.|$)", name):
+    kept = KEPT_ROLES.get(role or "", "")
+    if role is None and not re.search(r"(^|\.)\d+(\.|$)", name):
         kept = "outside the encoder's blocks; an override that names it quantizes it"
     forced = ""
     if type(module).forward is not nn.Linear.forward:
         forced = f"{type(module).__name__} computes more than a Linear"
     elif not module.weight.is_floating_point():
         forced = f"its weight is {module.weight.dtype} already"
-    sites = []
-    for what, group in PROJECTION:
-        shape = tuple(module.weight.shape) if what == "weight" else ()
-        sites.append(_decide(name, what, group, spec, shape, default=kept, forced=forced))
-    return sites
+    return _projection_sites(name, tuple(module.weight.shape), spec, kept, forced, end=role in KEPT_ROLES)
+
+
+def _conv_sites(name: str, module: nn.Module, spec: QuantSpec, role: str | None) -> list[Site]:
+    kind = type(module).__name__
+    kept = KEPT_ROLES.get(role or "", f"a {kind}; an override that names it quantizes it")
+    plain = next(cls for cls in CONVOLUTIONS if isinstance(module, cls))
+    forced = "" if type(module).forward is plain.forward else f"{kind} computes more than a convolution"
+    return _projection_sites(
+        name, tuple(module.get_parameter("weight").shape), spec, kept, forced, end=role in KEPT_ROLES
+    )
+
+
+def _projection_sites(
+    name: str, shape: tuple[int, ...], spec: QuantSpec, kept: str, forced: str, *, end: bool
+) -> list[Site]:
+    ends = spec.ends if end else None
+    if ends is not None:
+        kept = ""
+    return [
+        _decide(name, what, group, spec, shape if what == "weight" else (), default=kept, forced=forced, ends=ends)
+        for what, group in PROJECTION
+    ]
 
 
 def _decide(
@@ -243,10 +280,11 @@ def _decide(
     *,
     default: str = "",
     forced: str = "",
+    ends: QuantSpec | None = None,
 ) -> Site:
-    """One row: the override's word if there is one, else the default's, else the spec's."""
+    """One row: the override's word if there is one, else that of the ends, else the default's, else the spec's."""
     override = spec.override_for(module, what)
-    tensor: TensorSpec | None = (override[1] if override else spec).group(group)
+    tensor: TensorSpec | None = (override[1] if override else ends or spec).group(group)
     reason = forced
     if not reason and tensor is None:
         reason = f"override {override[0]!r}" if override else f"the spec keeps {group} sites"
@@ -254,7 +292,12 @@ def _decide(
         reason = default
     if reason or tensor is None:
         return Site(module, what, None, "", "", reason, shape)
-    return Site(module, what, tensor.format, tensor.granularity, tensor.observer, "", shape)
+    if tensor.group and (len(shape) != 2 or shape[1] % tensor.group):
+        inputs = f"its {shape[1]} inputs" if len(shape) == 2 else "a convolution"
+        raise InputError(
+            f"{module}: groups of {tensor.group} do not divide {inputs}; choose another group size, or override it"
+        )
+    return Site(module, what, tensor.format, tensor.granularity, tensor.observer, "", shape, tensor.group)
 
 
 def _check_overrides(spec: QuantSpec, sites: Sequence[Site]) -> None:

@@ -12,15 +12,19 @@ Short texts are ``wXaY`` with 2 to 8 bits, or 16 to keep; ``fp8`` (e4m3, ranges 
 A ``token`` range is each vector's own, found anew in every forward (the last dimension: a token's features; q, k or v
 of one head; a row of probabilities). For v, that is how caches are quantized and not what an integer product folds.
 
+A weight can have one scale for every g inputs of a channel (``group-128``), an attention operand one range a head.
+
 Whatever is not a site stays at full precision: norms, softmax, activation functions, residual additions, biases,
-embeddings. So do the first and the last layers (patch embedding, pooler, heads), unless an override names them.
+tables of embeddings. So do the first and the last layers (patch embedding, pooler, heads), unless ``ends`` says how to
+quantize them, or an override names them.
 
 Full form, as a dict (YAML or JSON)::
 
     base: w4a4                      # optional start; the other keys change it
-    weight: {bits: 4, granularity: channel, observer: mse}
-    activation: {bits: 8, granularity: token}
-    attention: false                # or true (as the activations), or {bits: 8}
+    weight: {bits: 4, granularity: channel, observer: mse}      # channel, group-G or tensor
+    activation: {bits: 8, granularity: token}                   # tensor or token
+    attention: false                # or true (as the activations), or {bits: 8, granularity: head}
+    ends: w8a8                      # first and last layers; keep unless given
     overrides:                      # fnmatch, or re:..., on "module" or "module.site"; the last match wins
       "*.output.dense": w4a8
       "*.layer.0.*": keep
@@ -47,9 +51,9 @@ FULL_BITS = 16
 
 _EXAMPLES = 'for example "w4a4", "w8a8", "w4a16", "fp8", or {"base": "w4a4", "activation": {"granularity": "token"}}'
 _GRANULARITIES: dict[Group, tuple[Granularity, ...]] = {
-    "weight": ("channel", "tensor", "block"),
+    "weight": ("channel", "tensor", "group", "block"),
     "activation": ("tensor", "token", "block"),
-    "attention": ("tensor", "token", "block"),
+    "attention": ("tensor", "token", "head", "block"),
 }
 # Short texts that name a format instead of widths.
 _NAMED = {"fp8": "fp8_e4m3", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
@@ -59,25 +63,28 @@ _OWN_RANGE = ("token", "block")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How the tensors of one group are quantized."""
+    """How the tensors of one group of sites are quantized; ``group`` is how many inputs share a scale, if any do."""
 
     format: Format
     granularity: Granularity
     observer: str = "minmax"
+    group: int = 0
 
     def to_dict(self) -> dict[str, str]:
         """The full form."""
-        return {"format": self.format.name, "granularity": self.granularity, "observer": self.observer}
+        granularity = f"group-{self.group}" if self.granularity == "group" else self.granularity
+        return {"format": self.format.name, "granularity": granularity, "observer": self.observer}
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """A validated spec; ``None`` keeps a group at full precision. Made by `parse`."""
+    """A validated spec; ``None`` keeps a group, or the ends, at full precision. Made by `parse`."""
 
     weight: TensorSpec | None = None
     activation: TensorSpec | None = None
     attention: TensorSpec | None = None
     overrides: tuple[tuple[str, QuantSpec], ...] = ()
+    ends: QuantSpec | None = None
 
     @staticmethod
     def parse(source: str | Mapping[str, Any] | QuantSpec) -> QuantSpec:
@@ -123,7 +130,8 @@ class QuantSpec:
             if tensor is not None and tensor.granularity not in _OWN_RANGE:
                 changed[group] = replace(tensor, observer=weights if group == "weight" else observer)
         overrides = tuple((pattern, spec.with_observer(observer)) for pattern, spec in self.overrides)
-        return replace(self, **changed, overrides=overrides)
+        ends = None if self.ends is None else self.ends.with_observer(observer)
+        return replace(self, **changed, overrides=overrides, ends=ends)
 
     def to_dict(self) -> dict[str, Any]:
         """The full form; `parse` reads it back to an equal spec."""
@@ -131,6 +139,8 @@ class QuantSpec:
         for group in GROUPS:
             tensor = self.group(group)
             form[group] = KEEP if tensor is None else tensor.to_dict()
+        if self.ends is not None:
+            form["ends"] = self.ends.to_dict()
         if self.overrides:
             form["overrides"] = {pattern: spec.to_dict() for pattern, spec in self.overrides}
         return form
@@ -173,7 +183,7 @@ def _from_text(text: str) -> QuantSpec:
 
 
 def _from_mapping(form: Mapping[str, Any], base: QuantSpec | None) -> QuantSpec:
-    _refuse_unknown("the quantization spec", form, ("base", *GROUPS, "overrides"))
+    _refuse_unknown("the quantization spec", form, ("base", *GROUPS, "ends", "overrides"))
     if "base" in form:
         base = QuantSpec.parse(form["base"])
     # Attention follows the activations, unless it is given on its own or the base keeps it.
@@ -189,11 +199,14 @@ def _from_mapping(form: Mapping[str, Any], base: QuantSpec | None) -> QuantSpec:
     elif "attention" in form:
         attention = _tensor("attention", form["attention"] or KEEP, attention or activation)
     spec = QuantSpec(weight, activation, attention)
+    ends = base.ends
+    if "ends" in form:
+        ends = None if form["ends"] in (KEEP, None, False) else _inner("ends", form["ends"], spec)
     overrides = form.get("overrides", {})
     if not isinstance(overrides, Mapping):
         raise InputError('overrides is a mapping from pattern to spec, for example {"*.fc2": "w4a8", "head": "keep"}')
     added = tuple((str(pattern), _override(str(pattern), value, spec)) for pattern, value in overrides.items())
-    return replace(spec, overrides=base.overrides + added)
+    return replace(spec, overrides=base.overrides + added, ends=ends)
 
 
 def _override(pattern: str, value: Any, base: QuantSpec) -> QuantSpec:
@@ -202,13 +215,18 @@ def _override(pattern: str, value: Any, base: QuantSpec) -> QuantSpec:
             re.compile(pattern[3:])
         except re.error as error:
             raise InputError(f"override {pattern!r} is not a regular expression: {error}") from None
-    if value == KEEP:
-        return QuantSpec()
-    if isinstance(value, Mapping) and "overrides" in value:
-        raise InputError(f"override {pattern!r} holds overrides of its own; list them side by side instead")
-    if isinstance(value, Mapping):
-        return _from_mapping(value, base)
-    return QuantSpec.parse(value)
+    return QuantSpec() if value == KEEP else _inner(f"override {pattern!r}", value, base)
+
+
+def _inner(where: str, value: Any, base: QuantSpec) -> QuantSpec:
+    """A spec inside a spec: for the ends, or for what a pattern matches."""
+    if not isinstance(value, Mapping):
+        return QuantSpec.parse(value)
+    if "overrides" in value:
+        raise InputError(f"{where} holds overrides of its own; list them side by side instead")
+    if "ends" in value:
+        raise InputError(f"{where} holds ends of its own; give them once, beside it")
+    return _from_mapping(value, base)
 
 
 def _tensor(group: Group, form: Any, base: TensorSpec | None) -> TensorSpec | None:
@@ -233,16 +251,27 @@ def _tensor(group: Group, form: Any, base: TensorSpec | None) -> TensorSpec | No
         raise InputError(f'{group}: give bits or format, for example {{"bits": 8}}')
     blocks = isinstance(format, BlockFormat)
     inherited = base.granularity if base and (base.granularity == "block") == blocks else None
-    granularity = form.get("granularity", inherited or ("block" if blocks else _GRANULARITIES[group][0]))
-    if granularity not in _GRANULARITIES[group]:
-        raise InputError(f"{group}: granularity {granularity!r} is not one of {', '.join(_GRANULARITIES[group])}")
+    granularity, size = inherited or ("block" if blocks else _GRANULARITIES[group][0]), base.group if base else 0
+    if "granularity" in form:
+        granularity, size = _granularity(group, form["granularity"])
     if (granularity == "block") != blocks:
         raise InputError(f"{group}: blocks belong to mxfp8, mxfp4 and nvfp4; {format.name} cannot be per {granularity}")
     observer = str(form.get("observer", base.observer if base and granularity not in _OWN_RANGE else "minmax"))
     if granularity in _OWN_RANGE and observer != "minmax":
         raise InputError(f"{group}: a range per {granularity} is its own; observer must be minmax, not {observer!r}")
     ObserverSpec.parse(observer)
-    return TensorSpec(format, granularity, observer)
+    return TensorSpec(format, granularity, observer, size if granularity == "group" else 0)
+
+
+def _granularity(group: Group, text: Any) -> tuple[Granularity, int]:
+    """A granularity, and the size of its groups if it is one of groups."""
+    match = re.fullmatch(r"group-([1-9]\d*)", str(text))
+    granularity = "group" if match else text
+    # The bare word "group" says no size.
+    if granularity not in _GRANULARITIES[group] or text == "group":
+        known = ", ".join("group-128" if name == "group" else name for name in _GRANULARITIES[group])
+        raise InputError(f"{group}: granularity {text!r} is not one of {known}")
+    return granularity, int(match[1]) if match else 0
 
 
 def _refuse_unknown(where: str, form: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -16,11 +16,15 @@ _ATTRIBUTE = "_s2d_quantization"
 
 @dataclass(frozen=True)
 class Record:
-    """How a model was quantized: the spec, the method, and the plan that was carried out."""
+    """How a model was quantized: the spec, the method, and the plan that was carried out.
+
+    ``training`` says that its quantizers are still being trained.
+    """
 
     spec: QuantSpec
     method: str
     sites: tuple[Site, ...]
+    training: bool = False
 
 
 def switch_on(model: nn.Module, record: Record) -> None:
@@ -30,15 +34,22 @@ def switch_on(model: nn.Module, record: Record) -> None:
     model.__dict__[_ATTRIBUTE] = record
 
 
+def peek(model: nn.Module) -> Record | None:
+    """The record of a quantized model, in training or not; None for a plain one."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
 def record(model: nn.Module) -> Record:
     """How this model was quantized.
 
     Raises:
-        InputError: It is not a quantized model.
+        InputError: It is not a quantized model, or its quantizers are still being trained.
     """
-    found = model.__dict__.get(_ATTRIBUTE)
+    found = peek(model)
     if found is None:
         raise InputError(f"{type(model).__name__} is not a quantized model; call quantize first")
+    if found.training:
+        raise InputError(f"the quantizers of this {type(model).__name__} are still trained; call finish_qat first")
     return found
 
 

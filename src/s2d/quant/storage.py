@@ -2,8 +2,9 @@
 
 The safetensors file holds the codes of every quantized weight (``NAME.codes``, two to a byte at 4 bits and below; and
 ``NAME.blocks``, the scales of the blocks, where the format has them), the quantizers' scales and zero points, and
-everything else of the state dict as it is. The JSON, versioned, holds the spec, the plan, and what is needed to check
-that the two files and the model belong together.
+everything else of the state dict as it is. The JSON, versioned, holds the spec, the plan, the kinds of the quantizers
+that are not the plain ones, the shapes of what a method computes beside the model's own weights, and what is needed to
+check that the two files and the model belong together.
 
 The tensors are written first, under a name made of their hash; replacing the JSON is the one moment at which the folder
 changes from the old model to the new one, so an interrupted save leaves the old model whole.
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.quant import online, power  # noqa: F401 - power enters its kinds of quantizers
 from s2d.quant.formats import (
     BlockFormat,
     FloatFormat,
@@ -36,8 +38,17 @@ from s2d.quant.formats import (
     get_format,
     round_float,
 )
-from s2d.quant.quantizer import Quantizer, WeightQuantizer, block_scales, dequantize, quantize_codes, to_blocks
-from s2d.quant.sites import Site, insert, refuse_quantized, weight_name
+from s2d.quant.quantizer import (
+    Quantizer,
+    WeightQuantizer,
+    block_scales,
+    build_kind,
+    dequantize,
+    quantize_codes,
+    spread,
+    to_blocks,
+)
+from s2d.quant.sites import Site, insert, refuse_quantized, replace_quantizer, weight_name
 from s2d.quant.spec import QuantSpec
 from s2d.quant.state import Record, record, remove, switch_on
 
@@ -126,6 +137,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "spec": kept.spec.to_dict(),
         "sites": [{**asdict(site), "format": site.format.name if site.format else None} for site in kept.sites],
         "quantizers": [name for name, module in model.named_modules() if isinstance(module, Quantizer)],
+        "kinds": _kinds(model),
+        "online": online.describe(model),
         "codes": codes,
         "aliases": aliases,
     }
@@ -166,7 +179,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = Fals
     try:
         sites = [_site(entry) for entry in config["sites"]]
         full = _state_dict(config, state)
+        # Files of before there were kinds or online work have neither.
+        beside = config.get("online", {})
         added = tuple(f"{prefix}." for prefix in config["quantizers"])
+        added += tuple(f"{module}.{name}" for module, shapes in beside.items() for name in shapes)
         kept = Record(QuantSpec.parse(config["spec"]), config["method"], tuple(sites))
         saved = config["model"]
     except (KeyError, TypeError, AttributeError, RuntimeError):
@@ -174,10 +190,20 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = Fals
     _check_model(model, {key: value for key, value in full.items() if not key.startswith(added)}, saved, folder)
     if not inplace:
         model = copy.deepcopy(model)
-    insert(model, sites)
-    if model.state_dict().keys() != full.keys():
+    quantizers = insert(model, sites)
+    try:
+        for site, quantizer in _special(config, quantizers).items():
+            replace_quantizer(model, site, quantizer)
+            quantizer.train(model.training)
+        online.attach(model, beside)
+        for name, module in model.named_modules():
+            if isinstance(module, Quantizer) and module.granularity == "head":
+                module.resize(full[f"{name}.scale"].shape)
+        if {key: value.shape for key, value in model.state_dict().items()} != {k: v.shape for k, v in full.items()}:
+            raise KeyError
+    except (KeyError, TypeError, AttributeError, AssertionError, InputError):
         remove(model)
-        raise InputError(f"{folder / CONFIG} does not describe its tensors; save the model again")
+        raise InputError(f"{folder / CONFIG} does not describe its tensors; save the model again") from None
     model.load_state_dict(full)
     switch_on(model, kept)
     return model
@@ -230,12 +256,28 @@ def _state_dict(config: dict[str, Any], stored: dict[str, Tensor]) -> dict[str, 
         parts = {part: state.pop(f"{key}.{part}") for part in ("codes", "blocks") if f"{key}.{part}" in state}
         scale, zero_point = state[f"{entry['scale']}.scale"], state[f"{entry['scale']}.zero_point"]
         format, shape = get_format(entry["format"]), tuple(entry["shape"])
-        view = (-1,) + (1,) * (len(shape) - 1) if scale.ndim else ()
-        weight = decode(parts, shape, scale.view(view), zero_point.view(view), format)
+        weight = decode(parts, shape, spread(scale, shape), spread(zero_point, shape), format)
         state[key] = weight.to(getattr(torch, entry["dtype"]))
     for alias, key in config["aliases"].items():
         state[alias] = state[key]
     return state
+
+
+def _kinds(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Kind and options of the quantizers that are not what `insert` puts in, by their site's name."""
+    quantizers = (module for module in model.modules() if isinstance(module, Quantizer))
+    return {q.name: {"kind": q.kind, "options": q.options()} for q in quantizers if q.kind != Quantizer.kind}
+
+
+def _special(config: dict[str, Any], quantizers: dict[Site, Quantizer]) -> dict[Site, Quantizer]:
+    """The quantizers that `_kinds` noted, built again."""
+    by_name = {site.name: site for site in quantizers}
+    found = {}
+    for name, entry in config.get("kinds", {}).items():
+        site = by_name[name]
+        assert site.format is not None
+        found[site] = build_kind(entry["kind"], site.format, name, entry["options"])
+    return found
 
 
 def _check_model(model: nn.Module, plain: dict[str, Tensor], saved: str, folder: Path) -> None:

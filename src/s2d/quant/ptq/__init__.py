@@ -1,34 +1,64 @@
-"""Post-training quantization methods, one file each; a file registers its method and nothing else has to change."""
+"""Post-training quantization methods, one file each; a file registers its method and nothing else has to change.
+
+Methods come in two stages. A *transform* changes weights so that they quantize better and the full-precision function
+stays what it was (rotation, smoothing). A *rounding* finds the ranges and the final weights (round to nearest, GPTQ).
+``"rotation+gptq"`` runs any number of transforms in the given order and then one rounding; without one, ``rtn``.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
 from s2d.errors import InputError
-from s2d.quant.calibration import Job
+from s2d.quant.calibration import Job, Stage
+
+DEFAULT_ROUNDING = "rtn"
 
 
 class Method(Protocol):
-    """A PTQ method: finds ranges (and may change weights), with all quantizers still off when it returns."""
+    """A PTQ method.
+
+    A transform finds the quantizers inserted, off and without ranges, and leaves them so. A rounding gives every static
+    quantizer its range and leaves the final weights in place, with all quantizers off when it returns.
+    """
 
     def __call__(self, job: Job) -> None:
         """Do the work on ``job.model``."""
         ...
 
 
-_METHODS: dict[str, tuple[str, Method]] = {}
+@dataclass(frozen=True)
+class Entry:
+    """A registered method: its name, one line about it, its stage, how often it reads the data, and the method."""
+
+    name: str
+    summary: str
+    stage: Stage
+    passes: float
+    method: Method
 
 
-def register(name: str, summary: str) -> Callable[[Method], Method]:
-    """Register the decorated function as method ``name``, with one line about it."""
+_METHODS: dict[str, Entry] = {}
+
+
+def register(name: str, summary: str, stage: Stage = "rounding", *, passes: float = 1.0) -> Callable[[Method], Method]:
+    """Register the decorated function as a method.
+
+    Args:
+        name: What users call it.
+        summary: One line about it.
+        stage: What kind of method it is.
+        passes: How many forwards of the whole model a batch costs, about; for estimates of time.
+    """
 
     def add(method: Method) -> Method:
-        assert name not in _METHODS, f"method {name} is registered twice"
-        _METHODS[name] = (summary, method)
+        assert name not in _METHODS and "+" not in name, f"method {name} is registered twice"
+        _METHODS[name] = Entry(name, summary, stage, passes, method)
         return method
 
     return add
@@ -43,16 +73,34 @@ def _import_all() -> None:
 def methods() -> dict[str, str]:
     """Every method's name, with one line about it."""
     _import_all()
-    return {name: summary for name, (summary, _) in sorted(_METHODS.items())}
+    return {name: entry.summary for name, entry in sorted(_METHODS.items())}
 
 
-def get_method(name: str) -> Method:
-    """The method of that name.
+def stages() -> dict[str, Stage]:
+    """Every method's name, with its stage."""
+    _import_all()
+    return {name: entry.stage for name, entry in sorted(_METHODS.items())}
+
+
+def get_methods(text: str) -> list[Entry]:
+    """The methods of ``"a+b"``, transforms first and the rounding (``rtn`` when none is named) last.
 
     Raises:
-        InputError: There is none.
+        InputError: An unknown name, the same name twice, two roundings, or a transform after the rounding.
     """
     known = methods()
-    if name not in known:
-        raise InputError(f"unknown quantization method {name!r}; choose from {', '.join(known)}")
-    return _METHODS[name][1]
+    names = [name.strip() for name in text.split("+")]
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown quantization method {name!r}; choose from {', '.join(known)}, or join with +")
+    if len(set(names)) < len(names):
+        raise InputError(f"method {text!r} names one method twice; name each once")
+    roundings = [name for name in names if _METHODS[name].stage == "rounding"]
+    if len(roundings) > 1:
+        raise InputError(f"method {text!r}: {' and '.join(roundings)} both round the weights; choose one of them")
+    if roundings and names[-1] != roundings[0]:
+        names.remove(roundings[0])
+        raise InputError(
+            f"method {text!r}: {roundings[0]} rounds and comes last; write {'+'.join([*names, *roundings])}"
+        )
+    return [_METHODS[name] for name in names] + ([] if roundings else [_METHODS[DEFAULT_ROUNDING]])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from s2d.quant.calibration import Job, observe
 from s2d.quant.observers import weight_range
 from s2d.quant.ptq import register
-from s2d.quant.sites import weight_name
+from s2d.quant.quantizer import Quantizer
+from s2d.quant.sites import Site, weight_name
 
 
 @register("rtn", "round to nearest: ranges by min-max, percentile or MSE, weights rounded as they are")
@@ -18,9 +21,18 @@ def rtn(job: Job) -> None:
 def set_weight_ranges(job: Job) -> None:
     """Give every weight quantizer the range that its site's observer finds in the weight."""
     for site, quantizer in job.quantizers.items():
-        if site.what != "weight" or quantizer.dynamic:
-            continue
-        weight = job.model.get_parameter(weight_name(job.model, site)).detach()
-        rows = weight if site.granularity == "channel" else weight.reshape(1, -1)
-        lo, hi = weight_range(rows, site.observer, quantizer.format, name=site.name)
-        quantizer.set_range(lo.reshape(quantizer.scale.shape), hi.reshape(quantizer.scale.shape))
+        if site.what == "weight":
+            set_weight_range(site, quantizer, job.model.get_parameter(weight_name(job.model, site)).detach())
+
+
+def set_weight_range(site: Site, quantizer: Quantizer, weight: Tensor) -> None:
+    """Give a weight quantizer the range that its site's observer finds in ``weight`` (``[out, in]`` or a kernel)."""
+    if quantizer.dynamic:
+        return
+    rows = weight.flatten(1)
+    if site.granularity == "group":
+        rows = rows.reshape(-1, site.group)
+    elif site.granularity != "channel":
+        rows = rows.reshape(1, -1)
+    lo, hi = weight_range(rows, site.observer, quantizer.format, name=site.name)
+    quantizer.set_range(lo.reshape(quantizer.scale.shape), hi.reshape(quantizer.scale.shape))

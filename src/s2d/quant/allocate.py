@@ -1,0 +1,410 @@
+"""How many bits each layer gets, from what low bits in that layer alone do to the model's output.
+
+For every layer and every width, only that layer (its weight, and its input unless told otherwise) is quantized and the
+calibration data are run through: the error is that of the model's output, ``sum |y - y_fp|^2 / sum |y_fp - mean|^2``,
+or what a loss rises by. Errors of layers are taken to add up, which is what makes the choice a knapsack:
+
+    minimise  sum_l error_l(b_l)    subject to  sum_l n_l b_l <= budget * sum_l n_l         n_l weights in layer l
+
+solved exactly by dynamic programming over the layers (after division by the greatest common divisor of the sizes; where
+that leaves too many units, sizes are rounded up to coarser ones, so that the budget holds all the same).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from s2d import quant
+from s2d.errors import InputError
+from s2d.quant.calibration import Batches, evaluating, real_tokens, run, token_mask
+from s2d.quant.distillation import main_output
+from s2d.quant.formats import IntFormat, integer_format
+from s2d.quant.quantizer import Quantizer
+from s2d.quant.sites import quantizers_of
+from s2d.quant.spec import QuantSpec, TensorSpec
+from s2d.quant.state import record
+
+CHOICES = (3, 4, 6, 8)
+_MOST_UNITS = 200_000
+_EXPLAINED = 6
+_HOPELESS = 1e12  # stands for an infinite error, so that sums and shares stay numbers
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What low bits in one layer cost.
+
+    Attributes:
+        name: Dotted name of the module.
+        weights: Number of its weights.
+        errors: Error of the whole model by bits, never rising with them.
+        parts: At the lowest width, the error of its weight alone and of its input alone; None where not measured.
+    """
+
+    name: str
+    weights: int
+    errors: Mapping[int, float]
+    parts: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer that is better left at full precision, and why."""
+
+    module: str
+    share: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What low bits cost layer by layer; made by `sensitivity`.
+
+    Attributes:
+        layers: In the model's order.
+        choices: The widths that were measured, ascending.
+        base: The spec whose layers these are.
+        activations: See `allocate`.
+    """
+
+    layers: tuple[LayerCost, ...]
+    choices: tuple[int, ...]
+    base: QuantSpec
+    activations: Literal["follow", "base"]
+
+    def allocate(self, budget: str | float) -> QuantSpec:
+        """The spec of least error within a budget; see `allocate`.
+
+        Raises:
+            InputError: The budget is no number of bits, or below the smallest width.
+        """
+        bits = parse_budget(budget)
+        if bits < self.choices[0]:
+            raise InputError(f"a budget of {bits:g} bits is below the smallest choice, {self.choices[0]}; raise it")
+        errors = [[layer.errors[b] for b in self.choices] for layer in self.layers]
+        chosen = knapsack(errors, [layer.weights for layer in self.layers], self.choices, bits)
+        return self._spec({layer.name: b for layer, b in zip(self.layers, chosen, strict=True)})
+
+    def _spec(self, bits: Mapping[str, int]) -> QuantSpec:
+        """The base with these bits: the commonest for all, the others as overrides."""
+        common = Counter(bits.values()).most_common(1)[0][0]
+        follow = self.activations == "follow"
+        spec = all_with_bits(self.base, common, follow)
+        others = [(name, with_bits(self.base, name, b, follow)) for name, b in bits.items() if b != common]
+        return replace(spec, overrides=spec.overrides + tuple(others))
+
+    def skip(self, *, share: float = 0.5, most: int = 8) -> list[Skip]:
+        """The fewest layers that make a share of all error at the lowest width, worst first; at most so many."""
+        lowest = self.choices[0]
+        total = sum(layer.errors[lowest] for layer in self.layers)
+        found, made = [], 0.0
+        for layer in sorted(self.layers, key=lambda layer: -layer.errors[lowest])[:most]:
+            if total <= 0 or made >= share * total:
+                break
+            part = layer.errors[lowest] / total
+            made += layer.errors[lowest]
+            found.append(Skip(layer.name, part, _reason(layer, part, lowest)))
+        return found
+
+    def average_bits(self, spec: QuantSpec) -> float:
+        """Bits a weight of these layers has in a spec, on average."""
+        total = 0
+        for layer in self.layers:
+            found = spec.override_for(layer.name, "weight")
+            tensor = (found[1] if found else spec).weight
+            total += layer.weights * (16 if tensor is None else tensor.format.bits)
+        return total / sum(layer.weights for layer in self.layers)
+
+
+def allocate(
+    model: nn.Module,
+    budget: str | float = "4.5 bits",
+    *,
+    calibration: Iterable[Any],
+    choices: Sequence[int] = CHOICES,
+    base: str | Mapping[str, Any] | QuantSpec = "w4a4",
+    activations: Literal["follow", "base"] = "follow",
+    loss: Loss | None = None,
+    progress: bool = False,
+) -> QuantSpec:
+    """The widths of least measured error for every layer of a model, within a budget of bits a weight.
+
+    Args:
+        model: A plain model; it is left as it is.
+        budget: Bits a weight may have on average over the quantized layers: ``"4.5 bits"``, ``"4.5"`` or ``4.5``.
+        calibration: Batches, as for `quantize`; they are run ``len(choices)`` times for every layer.
+        choices: The widths to choose from, 2 to 8.
+        base: Which layers, and everything but the widths: granularity, observers, the attention operands.
+        activations: ``"follow"``: a layer's input has as many bits as its weight. ``"base"``: inputs stay as the base
+            has them, and only weights count.
+        loss: ``loss(model, batch)``, a scalar, to measure by its rise instead of by the error of the output.
+        progress: Show progress bars.
+
+    Returns:
+        A spec for `quantize`: the commonest width, the others as overrides by module name.
+
+    Raises:
+        InputError: An impossible budget or width; a base whose weights are no integers; anything `quantize` refuses.
+    """
+    bits = parse_budget(budget)
+    if choices and bits < min(choices):
+        raise InputError(f"a budget of {bits:g} bits is below the smallest choice, {min(choices)}; raise it")
+    found = sensitivity(
+        model,
+        calibration=calibration,
+        choices=choices,
+        base=base,
+        activations=activations,
+        loss=loss,
+        progress=progress,
+    )
+    return found.allocate(bits)
+
+
+def parse_budget(budget: str | float) -> float:
+    """A number of bits from ``"4.5 bits"``, ``"4.5"`` or ``4.5``.
+
+    Raises:
+        InputError: It is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:bits?)?\s*", str(budget))
+    if isinstance(budget, bool) or match is None or not 0 < float(match[1]) < math.inf:
+        raise InputError(f'a budget is a number of bits a weight, such as "4.5 bits", not {budget!r}')
+    return float(match[1])
+
+
+def knapsack(
+    errors: Sequence[Sequence[float]], weights: Sequence[int], choices: Sequence[int], budget: float
+) -> list[int]:
+    """The width of every layer that makes the sum of errors least within the budget.
+
+    Args:
+        errors: ``[layers][choices]``.
+        weights: How many weights each layer has.
+        choices: Widths, ascending; the first must be within the budget.
+        budget: Bits a weight on average.
+    """
+    room = math.floor(budget * sum(weights) + 1e-9) - choices[0] * sum(weights)
+    sizes = [[count * (b - choices[0]) for b in choices] for count in weights]
+    room = min(room, sum(row[-1] for row in sizes))
+    unit = math.gcd(*(size for row in sizes for size in row)) or 1
+    unit = max(unit, -(-room // _MOST_UNITS))
+    units = room // unit
+    best = torch.zeros(units + 1, dtype=torch.float64)  # best[u]: least error of the layers so far within u units
+    taken: list[Tensor] = []
+    for row, error in zip(sizes, errors, strict=True):
+        options = torch.full((len(choices), units + 1), math.inf, dtype=torch.float64)
+        for index, (size, cost) in enumerate(zip(row, error, strict=True)):
+            used = -(-size // unit)
+            if used <= units:
+                options[index, used:] = best[: units + 1 - used] + cost
+        # With equal errors the narrower width wins.
+        best, choice = options.min(dim=0)
+        taken.append(choice)
+    picks, at = [], units
+    for row, choice in zip(reversed(sizes), reversed(taken), strict=True):
+        pick = int(choice[at])
+        picks.append(pick)
+        at -= -(-row[pick] // unit)
+    picks.reverse()
+    _fill(picks, errors, sizes, room)
+    return [choices[pick] for pick in picks]
+
+
+def _fill(picks: list[int], errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> None:
+    """Spend what rounding sizes up has left over, on the step of most gain that fits."""
+    left = room - sum(row[pick] for row, pick in zip(sizes, picks, strict=True))
+    while True:
+        steps = [
+            (errors[layer][pick] - errors[layer][pick + 1], layer)
+            for layer, pick in enumerate(picks)
+            if pick + 1 < len(sizes[layer]) and sizes[layer][pick + 1] - sizes[layer][pick] <= left
+        ]
+        gain, layer = max(steps, default=(0.0, 0))
+        if gain <= 0:
+            return
+        left -= sizes[layer][picks[layer] + 1] - sizes[layer][picks[layer]]
+        picks[layer] += 1
+
+
+def with_bits(base: QuantSpec, module: str | None, bits: int, follow: bool) -> QuantSpec:
+    """What the base says of a module (of all that no override names, when None), with another width."""
+    found = None if module is None else base.override_for(module, "weight")
+    spec = found[1] if found else base
+
+    def widened(tensor: TensorSpec | None, signed: bool) -> TensorSpec | None:
+        return None if tensor is None else replace(tensor, format=integer_format(bits, signed=signed))
+
+    changed = {"weight": widened(spec.weight, True)}
+    if follow and spec.activation is not None and isinstance(spec.activation.format, IntFormat):
+        changed["activation"] = widened(spec.activation, False)
+    return replace(spec, **changed, overrides=())
+
+
+def all_with_bits(base: QuantSpec, bits: int, follow: bool) -> QuantSpec:
+    """The base with another width everywhere, in its overrides too; what it keeps stays kept."""
+    overrides = tuple(
+        (pattern, override if override.weight is None else with_bits(override, None, bits, follow))
+        for pattern, override in base.overrides
+    )
+    return replace(with_bits(base, None, bits, follow), overrides=overrides)
+
+
+def sensitivity(
+    model: nn.Module,
+    *,
+    calibration: Iterable[Any],
+    choices: Sequence[int] = CHOICES,
+    base: str | Mapping[str, Any] | QuantSpec = "w4a4",
+    activations: Literal["follow", "base"] = "follow",
+    loss: Loss | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure what every width costs in every layer; arguments and errors as for `allocate`."""
+    widths = tuple(sorted(set(choices)))
+    for width in widths:
+        integer_format(width, signed=True)
+    if not widths:
+        raise InputError("choices is empty; give the widths to choose from, such as (3, 4, 6, 8)")
+    if activations not in ("follow", "base"):
+        raise InputError(f"activations={activations!r} is unknown; choose follow or base")
+    parsed = QuantSpec.parse(base)
+    if parsed.weight is None or not isinstance(parsed.weight.format, IntFormat):
+        raise InputError(f"{parsed} has no integer weights to give bits to; use a base such as w4a4")
+    batches = Batches(list(calibration) if isinstance(calibration, Iterator) else calibration)
+    measure = _Measure(model, batches, loss)
+    follow = activations == "follow"
+    errors: dict[str, dict[int, float]] = {}
+    sizes: dict[str, int] = {}
+    parts: dict[str, tuple[float, float]] = {}
+    with Progress(disable=not progress, transient=True) as bar:
+        for width in widths:
+            spec = all_with_bits(parsed, width, follow)
+            without = tuple((name, replace(override, attention=None)) for name, override in spec.overrides)
+            spec = replace(spec, attention=None, overrides=without)
+            trial = quant.quantize(copy.deepcopy(model), spec, calibration=batches, inplace=True)
+            layers = _layers(trial)
+            for quantizer in quantizers_of(trial):
+                quantizer.enabled = False
+            for name, (members, count) in bar.track(layers.items(), description=f"measuring {width} bits"):
+                sizes[name] = count
+                errors.setdefault(name, {})[width] = measure.error(trial, members.values())
+            if width == widths[0]:
+                worst = sorted(layers, key=lambda name: -errors[name][width])[:_EXPLAINED]
+                for name in worst:
+                    members = layers[name][0]
+                    alone = [
+                        measure.error(trial, [q] if (q := members.get(what)) else []) for what in ("weight", "input")
+                    ]
+                    parts[name] = (alone[0], alone[1])
+    costs = tuple(LayerCost(name, sizes[name], _never_rising(found), parts.get(name)) for name, found in errors.items())
+    return Sensitivity(costs, widths, parsed, activations)
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[dict[str, Quantizer], int]]:
+    """Of every layer with a quantized weight: its quantizers by what they quantize, and the number of its weights."""
+    quantizers = {quantizer.name: quantizer for quantizer in quantizers_of(model)}
+    found: dict[str, tuple[dict[str, Quantizer], int]] = {}
+    sites = record(model).sites
+    for site in sites:
+        if site.what == "weight" and site.format is not None:
+            found[site.module] = ({}, math.prod(site.shape))
+    for site in sites:
+        if site.module in found and site.name in quantizers:
+            found[site.module][0][site.what] = quantizers[site.name]
+    return found
+
+
+def _never_rising(errors: Mapping[int, float]) -> dict[int, float]:
+    """More bits never cost more: what measurement noise says otherwise is levelled."""
+    level, found = 0.0, {}
+    for width in sorted(errors, reverse=True):
+        level = max(level, errors[width])
+        found[width] = level
+    return dict(sorted(found.items()))
+
+
+class _Measure:
+    """The error of a model with some quantizers on, against the full-precision model."""
+
+    def __init__(self, model: nn.Module, batches: Batches, loss: Loss | None) -> None:
+        self.batches, self.loss = batches, loss
+        self.before = 0.0
+        self.expected: list[Tensor] = []
+        self.spread = 0.0
+        if loss is not None:
+            self.before = self._loss(model)
+            return
+        self.expected = [output.double() for output in self._outputs(model)]
+        rows = torch.cat([output.flatten(0, -2) if output.ndim > 1 else output[None] for output in self.expected])
+        self.spread = float((rows - rows.mean(0)).square().sum())
+
+    def error(self, model: nn.Module, quantizers: Iterable[Quantizer]) -> float:
+        with _switched_on(quantizers):
+            if self.loss is not None:
+                return self._loss(model) - self.before
+            outputs = self._outputs(model)
+            squares = (float((a - b).square().sum()) for a, b in zip(outputs, self.expected, strict=True))
+            found = sum(squares) / max(self.spread, 1e-30)
+        return _finite(found)
+
+    def _loss(self, model: nn.Module) -> float:
+        assert self.loss is not None
+        with torch.no_grad(), evaluating(model):
+            values = [float(self.loss(model, batch)) for batch in self.batches]
+        mean = sum(values) / len(values)
+        return _finite(mean)
+
+    def _outputs(self, model: nn.Module) -> Iterator[Tensor]:
+        """The real tokens of what the model returns, batch by batch."""
+        held: list[Any] = []
+        with token_mask(model) as mask, evaluating(model):
+            hook = model.register_forward_hook(lambda _, __, output: held.append(output))
+            try:
+                for index, batch in enumerate(self.batches):
+                    run(model, batch, index)
+                    yield real_tokens(main_output(held.pop()), mask(), "input")
+            finally:
+                hook.remove()
+
+
+def _finite(error: float) -> float:
+    return min(error, _HOPELESS) if math.isfinite(error) else _HOPELESS
+
+
+@contextmanager
+def _switched_on(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    members = list(quantizers)
+    for quantizer in members:
+        quantizer.enabled = True
+    try:
+        yield
+    finally:
+        for quantizer in members:
+            quantizer.enabled = False
+
+
+def _reason(layer: LayerCost, share: float, width: int) -> str:
+    """Why a layer is on the skip list, in one line."""
+    text = f"{share:.0%} of all error at {width} bits"
+    if layer.parts is None or layer.errors[width] <= 0:
+        return text
+    weight, input = layer.parts
+    if input > 4 * weight:
+        return f"{text}, from its input: outliers widen the range (see max/RMS of its input in the audit)"
+    if weight > 4 * input:
+        return f"{text}, from its weight: rows with outliers (see its spectrum in the audit)"
+    return f"{text}, from weight and input alike"

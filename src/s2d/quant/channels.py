@@ -1,0 +1,142 @@
+"""What the channels of a layer's input look like, and the check that a transform kept the full-precision function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.quant.calibration import Job, evaluating, real_tokens, run, token_mask
+from s2d.quant.modules import QuantizedLinear
+
+# What rounding in the weights' own type may do to the outputs, relative to their norm.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+HALF_TOLERANCE = 0.1
+# Parts of an output that show the residual stream on its way, in whatever basis it has there.
+_INNER = ("hidden_states", "attentions", "past_key_values")
+
+
+@dataclass
+class ChannelStatistics:
+    """Magnitudes of every channel of an input, over all real tokens.
+
+    Attributes:
+        largest: ``[I]`` float32.
+        total: Sum of magnitudes, ``[I]`` float64.
+        tokens: How many were seen.
+    """
+
+    largest: Tensor
+    total: Tensor
+    tokens: int
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean magnitude ``[I]``, float32."""
+        return (self.total / max(self.tokens, 1)).float()
+
+
+def channel_statistics(job: Job, names: Sequence[str]) -> dict[str, ChannelStatistics]:
+    """The magnitudes of the inputs of Linears (or of `nn.MultiheadAttention`), in one pass over the data.
+
+    Args:
+        job: The call's job; the model runs as it is.
+        names: Dotted names of the modules.
+
+    Raises:
+        InputError: NaN or infinite activations, or a module that no data reached; both are named.
+    """
+    found: dict[str, ChannelStatistics] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        magnitudes = x.detach().abs().flatten(0, -2)
+        if not len(magnitudes):
+            return
+        largest = magnitudes.amax(0).float()
+        if not bool(torch.isfinite(largest).all()):
+            raise InputError(f"{name} received NaN or infinite values; check the weights and the calibration data")
+        total, tokens = magnitudes.double().sum(0), len(magnitudes)
+        before = found.get(name)
+        if before is not None:
+            largest = torch.maximum(largest, before.largest)
+            total, tokens = total + before.total, tokens + before.tokens
+        found[name] = ChannelStatistics(largest, total, tokens)
+
+    with token_mask(job.model) as mask, evaluating(job.model):
+        hooks = [_watch(job.model.get_submodule(name), name, see, mask) for name in dict.fromkeys(names)]
+        try:
+            total = len(job.batches) or None
+            batches = track(job.batches, "channels", total=total, disable=not job.progress, transient=True)
+            for index, batch in enumerate(batches):
+                run(job.model, batch, index)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    missed = [name for name in names if name not in found]
+    if missed:
+        raise InputError(
+            f"the calibration data never reached {missed[0]}; feed data that does, or override it with keep"
+        )
+    return found
+
+
+def _watch(module: nn.Module, name: str, see: Any, mask: Any) -> torch.utils.hooks.RemovableHandle:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["query" if isinstance(module, nn.MultiheadAttention) else "input"]
+        if isinstance(module, QuantizedLinear):
+            x = module.transform_input(x)
+        see(name, real_tokens(x, mask(), "input"))
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+@contextmanager
+def function_kept(job: Job, method: str) -> Iterator[None]:
+    """While active, the model's weights may change, but not what it computes: checked on the first batch.
+
+    Raises:
+        InputError: The model's output is another one afterwards: it is built in a way that its family does not tell.
+    """
+    before = _outputs(job)
+    yield
+    after = _outputs(job)
+    for path, reference in before.items():
+        dtype = reference.dtype
+        error = (after[path].double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-12)
+        if not float(error) <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+            raise InputError(
+                f"{method} would change what {type(job.model).__name__} computes ({path or 'its output'} by "
+                f"{float(error):.1%}): its blocks are not built as its family says; use a method that folds nothing"
+            )
+
+
+def _outputs(job: Job) -> dict[str, Tensor]:
+    """Every floating-point tensor in the model's output for the first batch, by path."""
+    found: dict[str, Tensor] = {}
+
+    def collect(value: Any, path: str) -> None:
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                finite = torch.isfinite(value)
+                found[path] = value.detach().masked_fill(~finite, 0.0)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                if key not in _INNER:
+                    collect(item, f"{path}.{key}".lstrip("."))
+        elif isinstance(value, (tuple, list)):
+            for index, item in enumerate(value):
+                collect(item, f"{path}[{index}]")
+
+    hook = job.model.register_forward_hook(lambda module, args, output: collect(output, ""))
+    try:
+        with evaluating(job.model):
+            run(job.model, job.batches.first)
+    finally:
+        hook.remove()
+    return found

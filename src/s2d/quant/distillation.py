@@ -1,0 +1,199 @@
+"""Holding a quantized model near the full-precision one while it trains.
+
+Sources: GPLQ (arXiv 2506.11784), feature mimicking: the student's features follow the teacher's in the directions in
+which the teacher's vary most; and for the outputs, squared error, which for class scores is at least as good as the
+divergence of the probabilities (arXiv 2105.08919).
+
+    loss = |(h_s - h_t) P|^2 / |(h_t - mean) P|^2  +  |y_s - y_t|^2 / |y_t - mean|^2
+
+with h the tokens behind the last block ``[N, D]`` (of each tower), P ``[D, k]`` the teacher's leading principal
+directions and y the model's output; both terms are shares, so that one weight fits all models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.quant.blocks import blocks_of
+from s2d.quant.calibration import Batches, evaluating, real_tokens, run, token_mask
+from s2d.quant.sites import is_quantized
+
+VARIANCE = 0.6
+_MULTIPLE = 32
+_OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
+
+
+def principal_directions(second_moment: Tensor, mean: Tensor, variance: float = VARIANCE) -> Tensor:
+    """The leading directions that hold a share of the variance, their number rounded up to a multiple of 32.
+
+    Args:
+        second_moment: ``E[h h^T]``, ``[D, D]`` float64.
+        mean: ``E[h]``, ``[D]``.
+        variance: The share, in (0, 1].
+
+    Returns:
+        ``[D, k]``, orthonormal columns.
+    """
+    values, vectors = torch.linalg.eigh(second_moment - torch.outer(mean, mean))
+    values = values.flip(0).clamp(min=0.0)
+    reached = int((values.cumsum(0) < variance * values.sum()).sum()) + 1
+    return vectors.flip(1)[:, : min(-(-reached // _MULTIPLE) * _MULTIPLE, len(mean))]
+
+
+class Distiller:
+    """Compares what a student just did with what the teacher does on the same inputs.
+
+    Hooks note the student's forward passes (in training mode, with gradients); `loss` runs the teacher on them.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        calibration: Iterable[Any],
+        *,
+        variance: float = VARIANCE,
+    ) -> None:
+        """Measure the teacher's features on calibration data, and watch the student from now on.
+
+        Args:
+            student: From `prepare_qat`.
+            teacher: The same model at full precision; it is put into evaluation mode and stays as it is.
+            calibration: Batches, as for `prepare_qat`.
+            variance: See `principal_directions`.
+
+        Raises:
+            InputError: The teacher is quantized, is the student, or has other blocks; an impossible share.
+        """
+        if student is teacher or is_quantized(teacher):
+            raise InputError("the teacher is the plain model at full precision; keep a copy of it for that")
+        if not 0.0 < variance <= 1.0:
+            raise InputError(f"variance={variance!r} is a share, above 0 and at most 1")
+        self._teacher = teacher.eval()
+        names = _last_of_each_tower(blocks_of(student))
+        if not set(names) <= {name for name, _ in teacher.named_modules()}:
+            raise InputError(f"the teacher has no {names[0]}; it must be the student's model at full precision")
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any, dict[str, Tensor]]] = []
+        self._seen: dict[str, Tensor] = {}
+        self._own = {name: teacher.get_submodule(name) for name in names}
+        self._directions: dict[str, Tensor] = {}
+        self._spread: dict[str, float] = {}
+        self._measure(Batches(calibration), variance)
+        self._hooks = [student.get_submodule(name).register_forward_hook(self._note(name)) for name in names]
+        self._hooks.append(student.register_forward_hook(self._note_call, with_kwargs=True))
+
+    @torch.no_grad()
+    def _measure(self, batches: Batches, variance: float) -> None:
+        moments: dict[str, list[Tensor]] = {}
+        outputs: list[Tensor] = []
+
+        def feature(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                tokens = real_tokens(main_output(output), mask(), "input").flatten(0, -2).double()
+                found = [torch.tensor(float(len(tokens))), tokens.sum(0), tokens.mT @ tokens]
+                known = moments.get(name)
+                moments[name] = found if known is None else [a.to(b) + b for a, b in zip(known, found, strict=True)]
+
+            return hook
+
+        def tokens_of(output: Any) -> Tensor:
+            return real_tokens(main_output(output).detach(), mask(), "input")
+
+        hooks = [module.register_forward_hook(feature(name)) for name, module in self._own.items()]
+        hooks.append(self._teacher.register_forward_hook(lambda _, __, output: outputs.append(tokens_of(output))))
+        try:
+            with token_mask(self._teacher) as mask, evaluating(self._teacher):
+                for index, batch in enumerate(batches):
+                    run(self._teacher, batch, index)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, (count, total, square) in moments.items():
+            mean, moment = total / count, square / count
+            P = principal_directions(moment, mean, variance)
+            self._directions[name] = P.float()
+            self._spread[name] = float(((P.mT @ moment) * P.mT).sum() - (P.mT @ mean).square().sum())
+        rows = [output.flatten(0, -2).float() for output in outputs]
+        center = torch.cat([row.mean(0, keepdim=True) for row in rows]).mean(0)
+        self._spread[""] = float(torch.stack([(row - center).square().sum(-1).mean() for row in rows]).mean())
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if torch.is_grad_enabled() and module.training:
+                self._seen[name] = main_output(output)
+
+        return hook
+
+    def _note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled() and module.training:
+            self._calls.append((args, kwargs, output, self._seen))
+        self._seen = {}
+
+    def loss(self) -> Tensor:
+        """The distance of the student's forward passes since the last call from the teacher's, a scalar.
+
+        Raises:
+            InputError: There were none in training mode.
+        """
+        if not self._calls:
+            raise InputError("the student has not run in training mode since the last loss(); call it after the model")
+        calls, self._calls = self._calls, []
+        total = torch.zeros((), device=main_output(calls[0][2]).device)
+        for args, kwargs, output, features in calls:
+            expected, wanted, mask = self._ask(args, kwargs)
+            y_s, y_t = (real_tokens(y, mask, "input") for y in (main_output(output), expected))
+            total = total + _share(y_s, y_t, self._spread[""])
+            for name, feature in features.items():
+                h_s, h_t = (real_tokens(h, mask, "input").flatten(0, -2).float() for h in (feature, wanted[name]))
+                P = self._directions[name].to(h_s.device)
+                total = total + _share(h_s @ P, h_t @ P, self._spread[name]) / len(features)
+        return total / len(calls)
+
+    @torch.no_grad()
+    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The teacher's output and features for a call, and the call's padding mask."""
+        wanted: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda module, args, output: wanted.__setitem__(name, main_output(output))
+
+        hooks = [module.register_forward_hook(keep(name)) for name, module in self._own.items()]
+        try:
+            with token_mask(self._teacher) as mask:
+                output = self._teacher(*args, **kwargs)
+                return main_output(output), wanted, mask()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def remove(self) -> None:
+        """Take the hooks out."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._calls = [], []
+
+
+def _share(found: Tensor, expected: Tensor, spread: float) -> Tensor:
+    """Mean squared distance of vectors, in units of the spread."""
+    return (found.float() - expected.float()).square().sum(-1).mean() / max(spread, 1e-12)
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor that counts in what a module returns."""
+    for name in _OUTPUTS:
+        found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def _last_of_each_tower(blocks: dict[str, nn.Module]) -> list[str]:
+    last = {name.rpartition(".")[0]: name for name in blocks}
+    return list(last.values())

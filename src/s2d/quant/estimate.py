@@ -1,0 +1,118 @@
+"""What quantizing will take and give: the size of the stored model, and how long the method needs, before it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from s2d.quant.calibration import Batches, evaluating, run
+from s2d.quant.formats import BlockFormat
+from s2d.quant.ptq import get_methods
+from s2d.quant.sites import Site, weight_name
+
+PAIR_BYTES = 8  # a float32 scale and an int32 zero point
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What quantizing will take and give.
+
+    Attributes:
+        plain_bytes: The model's parameters and buffers as they are.
+        stored_bytes: The same in the file that `save` writes: packed codes, scales, and what is kept.
+        forward_seconds: One forward of the first batch, measured; None when it was not.
+        batches: How many there are; 0 when that is not known.
+        passes: How often the method goes through the data, at least.
+    """
+
+    plain_bytes: int
+    stored_bytes: int
+    forward_seconds: float | None
+    batches: int
+    passes: float
+
+    @property
+    def seconds(self) -> float | None:
+        """The method's forwards altogether; what it does beside them is not in it. None when it cannot be known."""
+        if self.forward_seconds is None or not self.batches:
+            return None
+        return self.forward_seconds * self.batches * self.passes
+
+    def __str__(self) -> str:
+        plain, stored = self.plain_bytes / 2**20, self.stored_bytes / 2**20
+        text = f"stored: {stored:.1f} MB, from {plain:.1f} MB ({self.plain_bytes / max(self.stored_bytes, 1):.1f}x)"
+        if self.seconds is not None and self.forward_seconds is not None:
+            text += (
+                f"\ntime: at least {self.seconds:.1f} s for the forwards alone ({self.batches} batches, "
+                f"{self.forward_seconds:.2f} s each, {self.passes:g} passes)"
+            )
+        return text
+
+
+def estimate(model: nn.Module, sites: Sequence[Site], method: str = "rtn", calibration: Any = None) -> Estimate:
+    """Estimate size and time; changes nothing.
+
+    Args:
+        model: The plain model.
+        sites: Its plan.
+        method: As for `quantize`.
+        calibration: The batches; one forward of the first is timed. None to leave the time out.
+
+    Raises:
+        InputError: An unknown method, or a batch that does not fit.
+    """
+    passes = max(sum(entry.passes for entry in get_methods(method)), 1.0)
+    plain = _bytes(model)
+    seconds, count = None, 0
+    if calibration is not None:
+        batches = Batches(calibration)
+        with evaluating(model):
+            run(model, batches.first)  # the first forward of a process is slower than all others
+            start = time.perf_counter()
+            run(model, batches.first)
+            seconds = time.perf_counter() - start
+        count = len(batches)
+    return Estimate(plain, plain + _difference(model, sites), seconds, count, passes)
+
+
+def weight_bytes(site: Site) -> int:
+    """What a quantized weight takes in the file: its codes, and its scales and zero points."""
+    assert site.format is not None and site.shape
+    numbers = 1
+    for size in site.shape:
+        numbers *= size
+    codes = (numbers + 1) // 2 if site.format.bits <= 4 else numbers
+    if isinstance(site.format, BlockFormat):
+        blocks = numbers // site.shape[-1] * -(-site.shape[-1] // site.format.block)
+        return codes + blocks + PAIR_BYTES
+    pairs = {"channel": site.shape[0], "group": numbers // site.group if site.group else 0}.get(site.granularity, 1)
+    return codes + pairs * PAIR_BYTES
+
+
+def _bytes(model: nn.Module) -> int:
+    """What the state dict takes, a tensor of several names counted once."""
+    tensors = {(t.data_ptr(), t.shape, t.stride()): t for t in model.state_dict().values() if isinstance(t, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _difference(model: nn.Module, sites: Sequence[Site]) -> int:
+    """What quantizing adds to the size of the stored model; mostly negative."""
+    uses: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    change = 0
+    for site in sites:
+        if site.format is None:
+            continue
+        if site.what != "weight":
+            change += PAIR_BYTES if site.granularity != "token" else 0
+            continue
+        weight = model.get_parameter(weight_name(model, site))
+        packed = weight_bytes(site)
+        # A weight that has several names is stored as it is, once.
+        change += packed - weight.numel() * weight.element_size() if uses[id(weight)] == 1 else 0
+    return change

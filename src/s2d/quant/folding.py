@@ -1,0 +1,505 @@
+"""What can be moved from one weight into the next without changing what a model computes.
+
+Three exact moves, found from the roles that a model's family gives its parts:
+
+    norm -> readers     the norm's output times 1/s, the readers' columns times s          (pre-norm blocks only)
+    v -> proj           rows of v times 1/s, the same columns of proj times s: attention averages over tokens,
+                        channel by channel, so it commutes with a scale
+    basis of a stream   every writer to the residual stream times Q, every reader's input times Q^T
+
+Where norms follow the residual sum (BERT), a norm's output is also the residual, and the first and the last move would
+change it: such pairs are marked ``residual`` and methods leave them alone or refuse the model.
+
+Everything is computed in float64 and rounded once to the weights' own type.
+
+Shapes: D the width of the stream, P the width of all heads together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.models.family import Family, family_of
+
+_ATTENTION_READERS = ("q", "k", "v", "qkv")
+_MLP_READERS = ("fc1", "gate")
+_LAYER_SCALE = re.compile(r"(?:ls|layer_?scale|gamma)_?([12])(?:\.\w+)?$")
+# Rows of q, k and v alternate head by head in weights of this name, so no slice of rows is v.
+_INTERLEAVED = re.compile(r"query_key_value$")
+
+
+@dataclass(frozen=True)
+class NormFold:
+    """A norm and the Linears that read exactly its output.
+
+    Attributes:
+        norm: Dotted name of the norm.
+        readers: Dotted names; `nn.MultiheadAttention` stands for its fused projection.
+        residual: The output also feeds the residual sum (post-norm), so that no scale can move.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    residual: bool
+
+
+@dataclass(frozen=True)
+class PairFold:
+    """The values of an attention and the projection that reads their average, channel by channel.
+
+    Attributes:
+        writer: The module whose weight holds the rows of v.
+        rows: First row of v, and the one behind the last.
+        reader: The output projection, ``[D, P]``.
+        head_dim: Channels a head.
+        heads: Heads of the queries, ``P / head_dim``; those of v can be fewer, each shared by a group.
+    """
+
+    writer: str
+    rows: tuple[int, int]
+    reader: str
+    head_dim: int
+    heads: int
+
+    @property
+    def value_heads(self) -> int:
+        """Heads of v."""
+        return (self.rows[1] - self.rows[0]) // self.head_dim
+
+    def to_reader(self, per_value: Tensor) -> Tensor:
+        """From channels of v ``[value_heads * head_dim]`` to the columns of the reader that read them ``[P]``."""
+        group = self.heads // self.value_heads
+        return per_value.view(self.value_heads, self.head_dim).repeat_interleave(group, dim=0).flatten()
+
+    def to_value(self, per_column: Tensor, how: Literal["max", "mean"]) -> Tensor:
+        """From columns of the reader ``[P]`` to the channels of v that they read ``[value_heads * head_dim]``."""
+        grouped = per_column.view(self.value_heads, -1, self.head_dim)
+        return (grouped.amax(1) if how == "max" else grouped.mean(1)).flatten()
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """Where an attention's rows of q and k are, besides its values.
+
+    Attributes:
+        name: The attention module.
+        values: Its v and proj.
+        q: Module and rows ``(name, first, behind the last)``.
+        k: Likewise.
+        normed: Norms sit on q and k, so their channels cannot be mixed.
+    """
+
+    name: str
+    values: PairFold
+    q: tuple[str, int, int]
+    k: tuple[str, int, int]
+    normed: bool
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One sublayer of a pre-norm block.
+
+    Attributes:
+        norm: Its norm.
+        readers: The Linears behind the norm.
+        writer: The Linear whose output is added to the stream.
+        scale: Name of the parameter ``[D]`` that multiplies the writer's output (LayerScale), or None.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    writer: str
+    scale: str | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream: consecutive pre-norm blocks of one width."""
+
+    blocks: tuple[str, ...]
+    width: int
+    centred: bool
+    branches: tuple[Branch, ...] = field(repr=False)
+
+
+def norm_folds(model: nn.Module) -> list[NormFold]:
+    """Every norm with a gain whose readers are known, in the model's order."""
+    family = family_of(model)
+    folds: list[NormFold] = []
+    before: str | None = next((n for n, _ in model.named_modules() if family.role(n) == "norm_embed"), None)
+    for unit, parts in _units(model, family).items():
+        attention_readers = _present(parts, _ATTENTION_READERS)
+        mlp_readers = _present(parts, _MLP_READERS)
+        norm1, norm2 = _only(parts, "norm1"), _only(parts, "norm2")
+        if _is_pre_norm(model, family, unit):
+            pairs = [(norm1, attention_readers), (norm2, mlp_readers)]
+        else:
+            pairs, before = [(before, attention_readers), (norm1, mlp_readers)], norm2
+        for norm, readers in pairs:
+            if norm is not None and readers and _scalable(model, norm) and _own_weights(model, readers):
+                folds.append(NormFold(norm, readers, not _is_pre_norm(model, family, unit)))
+    for name, _ in model.named_modules():
+        if family.role(name) == "patch_merge":
+            norm = f"{name.rpartition('.')[0]}.norm".lstrip(".")
+            if _has(model, norm) and _scalable(model, norm) and _own_weights(model, (name,)):
+                folds.append(NormFold(norm, (name,), False))
+    return folds
+
+
+def value_folds(model: nn.Module) -> list[PairFold]:
+    """Every attention whose output projection reads the heads' averages untouched, in the model's order."""
+    return [parts.values for parts in attention_parts(model)]
+
+
+def gate_folds(model: nn.Module) -> list[PairFold]:
+    """Every gated MLP whose ungated half is a weight of its own: its rows are the columns of the second Linear."""
+    family = family_of(model)
+    found = []
+    for parts in _units(model, family).values():
+        gate, up, down = (_only(parts, role) for role in ("gate", "fc1", "fc2"))
+        if gate is None or up is None or down is None or not _own_weights(model, (gate, up, down)):
+            continue
+        width = matrix(model, up)[0].shape[0]
+        normed = any(name.startswith(f"{up.rpartition('.')[0]}.") for name in parts.get("norm_inner", ()))
+        if not normed and matrix(model, down)[0].shape[1] == width:
+            found.append(PairFold(up, (0, width), down, width, 1))
+    return found
+
+
+def attention_parts(model: nn.Module) -> list[AttentionParts]:
+    """Every attention whose q, k, v and proj are known by their rows, with nothing between v and proj."""
+    family = family_of(model)
+    modules = dict(model.named_modules())
+    names = [*family.attentions(model), *(n for n, m in modules.items() if isinstance(m, nn.MultiheadAttention))]
+    found = []
+    for unit, parts in _units(model, family).items():
+        mine = [name for name in dict.fromkeys(names) if f"{name}.".startswith(f"{unit}." if unit else "")]
+        proj = _only(parts, "proj")
+        if len(mine) != 1 or proj is None or not isinstance(modules[proj], nn.Linear):
+            continue
+        inner = [name.rpartition(".")[2] for name in parts.get("norm_inner", []) if name.startswith(f"{mine[0]}.")]
+        width = modules[proj].in_features
+        rows = _projection_rows(model, parts, width)
+        head_dim = _head_dim(modules[mine[0]], width)
+        bad = rows is None or head_dim is None or any(name not in ("q_norm", "k_norm") for name in inner)
+        if bad or not _own_weights(model, tuple({rows["q"][0], rows["k"][0], rows["v"][0], proj})):
+            continue
+        writer, start, stop = rows["v"]
+        if width % head_dim or (stop - start) % head_dim or (width // head_dim) % ((stop - start) // head_dim):
+            continue
+        values = PairFold(writer, (start, stop), proj, head_dim, width // head_dim)
+        found.append(AttentionParts(mine[0], values, rows["q"], rows["k"], bool(inner)))
+    return found
+
+
+def is_post_norm(model: nn.Module) -> bool:
+    """Whether any block's norms follow the residual sum."""
+    family = family_of(model)
+    return any(not _is_pre_norm(model, family, name) for name in family.blocks(model))
+
+
+def refuse_post_norm(model: nn.Module, method: str) -> None:
+    """Raise InputError when norms follow the residual sum, so that nothing can be folded into them."""
+    if is_post_norm(model):
+        raise InputError(
+            f"{method} folds into norms that feed only their own sublayer, but {type(model).__name__} is post-norm: "
+            "their output is the residual too; use rtn, gptq, erq or svdquant"
+        )
+
+
+def streams(model: nn.Module, method: str) -> list[Stream]:
+    """The residual streams of a pre-norm model, one for every run of blocks.
+
+    Raises:
+        InputError: A post-norm model, no blocks that a family knows, or a part of a block whose place in the stream is
+            not known; named, with the remedy.
+    """
+    refuse_post_norm(model, method)
+    family = family_of(model)
+    units = _units(model, family)
+    runs: dict[str, list[str]] = {}
+    for name in family.blocks(model):
+        runs.setdefault(name.rpartition(".")[0], []).append(name)
+    if not runs:
+        raise InputError(
+            f"{method} finds no transformer blocks in {type(model).__name__}; use gptq or svdquant instead"
+        )
+    found = []
+    for names in runs.values():
+        branches = [branch for name in names for branch in _branches(model, name, units[name], method)]
+        kinds = [norm_kind(model.get_submodule(branch.norm), branch.norm) for branch in branches]
+        width = matrix(model, branches[0].writer)[0].shape[0]
+        found.append(Stream(tuple(names), width, any(kind == "layer" for kind in kinds), tuple(branches)))
+    return found
+
+
+def matrix(model: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight ``[out, in]`` and bias of a Linear, or of the fused projection of an `nn.MultiheadAttention`."""
+    module = model.get_submodule(name)
+    if isinstance(module, nn.MultiheadAttention):
+        return module.in_proj_weight, module.in_proj_bias
+    assert isinstance(module, nn.Linear)
+    return module.weight, module.bias
+
+
+@torch.no_grad()
+def scale_norm_output(norm: nn.Module, scale: Tensor) -> None:
+    """Divide a norm's output by ``scale [D]`` (> 0), in place, through its gain and its bias."""
+    offset = 1.0 if norm_kind(norm, type(norm).__name__) == "rms+1" else 0.0
+    scale = scale.double()
+    gain: Tensor = norm.get_parameter("weight")
+    gain.copy_((gain.double() + offset) / scale - offset)
+    bias = norm._parameters.get("bias")
+    if bias is not None:
+        bias.copy_(bias.double() / scale)
+
+
+@torch.no_grad()
+def scale_columns(weight: Tensor, scale: Tensor) -> None:
+    """Multiply the columns of ``weight [out, in]`` by ``scale [in]``, in place."""
+    weight.copy_(weight.double() * scale.double())
+
+
+@torch.no_grad()
+def scale_rows(weight: Tensor, bias: Tensor | None, scale: Tensor, rows: tuple[int, int]) -> None:
+    """Divide those rows of a weight and a bias by ``scale [rows]`` (> 0), in place."""
+    part = slice(*rows)
+    weight[part] = (weight[part].double() / scale.double()[:, None]).to(weight.dtype)
+    if bias is not None:
+        bias[part] = (bias[part].double() / scale.double()).to(bias.dtype)
+
+
+def apply_norm_fold(model: nn.Module, fold: NormFold, scale: Tensor) -> None:
+    """Move ``scale [D]`` from a norm's output into its readers, in place; the function stays what it was."""
+    assert not fold.residual
+    scale_norm_output(model.get_submodule(fold.norm), scale)
+    for reader in fold.readers:
+        scale_columns(matrix(model, reader)[0], scale)
+
+
+def apply_value_fold(model: nn.Module, fold: PairFold, scale: Tensor) -> None:
+    """Move ``scale [value_heads * head_dim]`` from v into proj, in place; the function stays what it was."""
+    scale_rows(*matrix(model, fold.writer), scale, fold.rows)
+    scale_columns(matrix(model, fold.reader)[0], fold.to_reader(scale))
+
+
+def norm_kind(norm: nn.Module, name: str) -> Literal["layer", "rms", "rms+1"]:
+    """What a norm computes, found by asking it: LayerNorm, RMSNorm, or RMSNorm with a gain stored as gain - 1 (Gemma).
+
+    Raises:
+        InputError: None of them.
+    """
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    shape: Any = getattr(norm, "normalized_shape", None)
+    width = len(weight) if weight is not None else int(shape[-1] if isinstance(shape, (tuple, list)) else shape or 0)
+    if not width:
+        raise InputError(f"{name} ({type(norm).__name__}) is a norm of unknown width; use a method that folds nothing")
+    dtype, device = (torch.float32, None) if weight is None else (weight.dtype, weight.device)
+    x = torch.linspace(-1.0, 2.0, width, dtype=torch.float64).sin() * 3.0 + 1.0
+    with torch.no_grad():
+        y = norm(x.to(device, dtype)[None])[0].double().cpu()
+    gain = torch.ones(width, dtype=torch.float64) if weight is None else weight.detach().double().cpu()
+    shift = torch.zeros(width, dtype=torch.float64) if bias is None else bias.detach().double().cpu()
+    normed = {"layer": (x - x.mean()) / x.var(correction=0).sqrt(), "rms": x / x.square().mean().sqrt()}
+    candidates = {**{kind: value * gain for kind, value in normed.items()}, "rms+1": normed["rms"] * (gain + 1.0)}
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
+    for kind, value in candidates.items():
+        if (value + shift - y).norm() <= tolerance * y.norm().clamp(min=1e-6):
+            return kind  # pyright: ignore[reportReturnType]
+    raise InputError(
+        f"{name} ({type(norm).__name__}) is neither LayerNorm nor RMSNorm; use a method that folds nothing"
+    )
+
+
+@torch.no_grad()
+def merge_norm(model: nn.Module, branch: Branch) -> None:
+    """Move a norm's gain and bias into its readers and a LayerScale into its writer, in place.
+
+    A bias that a reader has no place for stays in the norm, divided by the gain.
+
+    Raises:
+        InputError: Such a bias meets a gain of 0.
+    """
+    norm = model.get_submodule(branch.norm)
+    gain_parameter, shift_parameter = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if gain_parameter is not None:
+        offset = 1.0 if norm_kind(norm, branch.norm) == "rms+1" else 0.0
+        gain = gain_parameter.double() + offset
+        weights = [matrix(model, reader) for reader in branch.readers]
+        if shift_parameter is not None:
+            shift = shift_parameter.double()
+            if all(bias is not None for _, bias in weights):
+                for weight, bias in weights:
+                    assert bias is not None
+                    bias.copy_(bias.double() + weight.double() @ shift)
+                shift_parameter.zero_()
+            elif bool((gain == 0).any()):
+                raise InputError(f"{branch.norm} has a gain of 0 and a reader without a bias: it cannot be folded")
+            else:
+                shift_parameter.copy_(shift / gain)
+        for weight, _ in weights:
+            scale_columns(weight, gain)
+        gain_parameter.fill_(1.0 - offset)
+    if branch.scale is not None:
+        scale = model.get_parameter(branch.scale)
+        weight, bias = matrix(model, branch.writer)
+        weight.copy_(weight.double() * scale.double()[:, None])
+        if bias is not None:
+            bias.copy_(bias.double() * scale.double())
+        scale.fill_(1.0)
+
+
+@torch.no_grad()
+def change_basis(model: nn.Module, stream: Stream, rotation: Tensor) -> None:
+    """Let the blocks of a stream work on ``x Q`` in place of ``x``, in place. Norms must have no gains (`merge_norm`).
+
+    A LayerNorm takes the mean out first, so for streams with one Q must keep the vector of ones: then the mean of
+    ``x Q`` is that of ``x``, and the norm commutes with Q as it is.
+
+    Args:
+        model: The model.
+        stream: Which of its streams.
+        rotation: Q, orthogonal ``[D, D]``, float64.
+    """
+    for branch in stream.branches:
+        for reader in branch.readers:
+            weight, _ = matrix(model, reader)
+            weight.copy_(weight.double() @ rotation)
+        shift = model.get_submodule(branch.norm)._parameters.get("bias")
+        if shift is not None:
+            shift.copy_(shift.double() @ rotation)
+        weight, bias = matrix(model, branch.writer)
+        weight.copy_(rotation.T @ weight.double())
+        if bias is not None:
+            bias.copy_(bias.double() @ rotation)
+
+
+def _units(model: nn.Module, family: Family) -> dict[str, dict[str, list[str]]]:
+    """Blocks, and attention pooling heads, with the names of their parts by role."""
+    # Quantizers in a model are named after operands (q, k, v) and are no parts of it.
+    names = [
+        name
+        for name, module in model.named_modules()
+        if "_quantizer" not in name and not isinstance(module, nn.Identity)
+    ]
+    units: dict[str, dict[str, list[str]]] = {name: {} for name in family.blocks(model)}
+    for attention in family.attentions(model):
+        if not any(attention.startswith(f"{unit}.") for unit in units):
+            whole = any(name.startswith(f"{attention}.") and family.role(name) == "fc1" for name in names)
+            units[attention if whole else attention.rpartition(".")[0]] = {}
+    for name in names:
+        role = family.role(name)
+        unit = max((unit for unit in units if name.startswith(f"{unit}.") or not unit), key=len, default=None)
+        if role is not None and unit is not None:
+            units[unit].setdefault(role, []).append(name)
+    return units
+
+
+def _is_pre_norm(model: nn.Module, family: Family, unit: str) -> bool:
+    # Torch's own layer says which of the two it is; what a family says of it is a guess.
+    stated = getattr(model.get_submodule(unit), "norm_first", None)
+    return stated if isinstance(stated, bool) else family.norm_position == "pre"
+
+
+def _present(parts: dict[str, list[str]], roles: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts of these roles; none when a role is there twice."""
+    if any(len(parts.get(role, ())) > 1 for role in roles):
+        return ()
+    return tuple(parts[role][0] for role in roles if role in parts)
+
+
+def _only(parts: dict[str, list[str]], role: str) -> str | None:
+    return parts[role][0] if len(parts.get(role, ())) == 1 else None
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return any(name == known for known, _ in model.named_modules())
+
+
+def _scalable(model: nn.Module, norm: str) -> bool:
+    weight = model.get_submodule(norm)._parameters.get("weight")
+    return weight is not None and weight.ndim == 1
+
+
+def _own_weights(model: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether all are plain products whose weights nothing else uses."""
+    modules = [model.get_submodule(name) for name in names]
+    if not all(
+        isinstance(module, nn.Linear)
+        or (isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None)
+        for module in modules
+    ):
+        return False
+    mine = {id(matrix(model, name)[0]) for name in names}
+    uses = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    return all(uses.count(one) == 1 for one in mine)
+
+
+def _projection_rows(
+    model: nn.Module, parts: dict[str, list[str]], width: int
+) -> dict[str, tuple[str, int, int]] | None:
+    """Module and rows of q, k and v, None when they are not known. ``width`` is P, that of the queries."""
+    fused, both, single = _only(parts, "qkv"), _only(parts, "kv"), [_only(parts, role) for role in ("q", "k", "v")]
+    if fused is not None and single == [None] * 3 and not _INTERLEAVED.search(fused):
+        if not _own_weights(model, (fused,)) or getattr(model.get_submodule(fused), "bias_k", None) is not None:
+            return None
+        total = matrix(model, fused)[0].shape[0]
+        if total <= width or (total - width) % 2:
+            return None
+        middle = width + (total - width) // 2
+        return {"q": (fused, 0, width), "k": (fused, width, middle), "v": (fused, middle, total)}
+    named: dict[str, str | None] = {"q": single[0], "k": single[1], "v": single[2]}
+    if both is not None and single[0] is not None and _own_weights(model, (both, single[0])):
+        half = matrix(model, both)[0].shape[0] // 2
+        return {"q": (single[0], 0, width), "k": (both, 0, half), "v": (both, half, 2 * half)}
+    chosen = {which: name for which, name in named.items() if name is not None}
+    if len(chosen) < 3 or not _own_weights(model, tuple(chosen.values())):
+        return None
+    return {which: (name, 0, matrix(model, name)[0].shape[0]) for which, name in chosen.items()}
+
+
+def _head_dim(attention: nn.Module, width: int) -> int | None:
+    for name in ("head_dim", "attention_head_size"):
+        value = getattr(attention, name, None)
+        if isinstance(value, int) and value > 0 and width % value == 0:
+            return value
+    for name in ("num_heads", "num_attention_heads", "n_heads", "heads"):
+        value = getattr(attention, name, None)
+        if isinstance(value, int) and value > 0 and width % value == 0:
+            return width // value
+    return None
+
+
+def _branches(model: nn.Module, block: str, parts: dict[str, list[str]], method: str) -> Iterator[Branch]:
+    """The attention and the MLP of a block, after checking that nothing else in it can touch the stream."""
+    remedy = "use a method that folds nothing, such as gptq or svdquant"
+    scales = {}
+    known = {name for role in ("norm_inner", "norm1", "norm2", "proj", "fc2") for name in parts.get(role, ())}
+    known |= {name for role in (*_ATTENTION_READERS, *_MLP_READERS) for name in parts.get(role, ())}
+    for name, parameter in model.get_submodule(block).named_parameters():
+        full = f"{block}.{name}"
+        if "_quantizer." in name:
+            continue
+        scale = _LAYER_SCALE.search(name)
+        if scale is not None and parameter.ndim == 1:
+            scales[scale[1]] = full
+        elif full.rpartition(".")[0] not in known and not re.search(r"relative_position_bias", name):
+            raise InputError(f"{method} does not know what {full} does to the residual stream; {remedy}")
+    for number, norm_role, readers, writer_role in (
+        ("1", "norm1", _ATTENTION_READERS, "proj"),
+        ("2", "norm2", _MLP_READERS, "fc2"),
+    ):
+        norm, writer, found = _only(parts, norm_role), _only(parts, writer_role), _present(parts, readers)
+        if norm is None or writer is None or not found or not _own_weights(model, (*found, writer)):
+            raise InputError(
+                f"{method} does not find one {norm_role}, its readers and {writer_role} in {block}; {remedy}"
+            )
+        yield Branch(norm, found, writer, scales.get(number))

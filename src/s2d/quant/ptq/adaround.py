@@ -1,0 +1,239 @@
+"""AdaRound with block reconstruction and QDrop: learn for every weight whether it is rounded up or down.
+
+Sources: AdaRound (arXiv 2004.10568, eq. 21-24), reconstruction of whole blocks as in BRECQ (arXiv 2102.05426), inputs
+as in QDrop (arXiv 2203.05740). For each block in turn, with its quantizers on:
+
+    W_soft = s * (clip(floor(W / s) + h(V) + z, qmin, qmax) - z)        h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)
+    loss   = mean over tokens |block(x) - block_fp(x_fp)|^2 + 0.01 * sum(1 - |2 h(V) - 1|^beta)
+
+V starts where h(V) is the fraction that rounding would cut off, and beta falls from 20 to 2 after a first part without
+the penalty. An entry of x is that of the stream behind quantized blocks, or with probability 0.5 that of the
+full-precision model. Steps of activations are learned along (LSQ; not under the unified protocol). In the end every
+weight is on its grid, up where h >= 0.5.
+
+Differences: the papers take 20,000 steps of 32 images at a rate of 1e-3. Here it is `STEPS`, at a rate that lets V
+travel as far (what a step is worth matters, not how many there are), so that a block takes seconds on a CPU; and a step
+is one calibration batch. All errors count alike (weight 1, not a Fisher estimate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.quant.blocks import Block, Call, invoke, observe_outside, outside, walk
+from s2d.quant.calibration import Job, evaluating, observe, observing, real_tokens
+from s2d.quant.distillation import main_output
+from s2d.quant.formats import IntFormat
+from s2d.quant.layers import Layer, layers_of
+from s2d.quant.learned import LearnedQuantizer
+from s2d.quant.ptq import register
+from s2d.quant.ptq.rtn import set_weight_range
+from s2d.quant.quantizer import WeightQuantizer
+from s2d.quant.sites import Site, weight_name
+
+STEPS = 100  # twice as many gained 0.1 points on MiniLM at W3A3, in twice the time
+TRAVEL = 10.0  # how far Adam can move a V in all steps, from the papers' 20,000 * 1e-3 / 2 (the rate falls linearly)
+STEP_LR = 1e-3
+FROM_QUANTIZED = 0.5
+PENALTY = 0.01
+FIRST_BETA, LAST_BETA = 20.0, 2.0
+WITHOUT_PENALTY = 0.2
+_LOW, _HIGH = -0.1, 1.1
+
+
+def rectified(V: Tensor) -> Tensor:
+    """``h(V)``, in [0, 1], with both ends reached."""
+    return (torch.sigmoid(V) * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
+
+
+def start_at(fraction: Tensor) -> Tensor:
+    """The V whose ``h(V)`` is ``fraction``, each in [0, 1)."""
+    return torch.logit((fraction - _LOW) / (_HIGH - _LOW))
+
+
+class _Roundness(torch.autograd.Function):
+    """Written out: its gradient shares the power with its value, which takes half the time of the whole step."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, beta: float, counts: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        u = (2.0 * h - 1.0).mul_(counts)
+        power = u.abs().pow_(beta - 1.0)
+        ctx.save_for_backward(power.mul(u.sign()).mul_(-2.0 * beta))
+        return counts.sum() - power.mul_(u.abs_()).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.saved_tensors[0] * grad, None, None
+
+
+def roundness(h: Tensor, beta: float, counts: Tensor) -> Tensor:
+    """The penalty ``sum(1 - |2h - 1|^beta)`` over the entries that count (1.0, the others 0.0); 0 where h is 0 or 1."""
+    return _Roundness.apply(h, beta, counts)  # pyright: ignore[reportReturnType]
+
+
+def beta_at(progress: float) -> float | None:
+    """The exponent at a share of the steps; None while there is no penalty yet."""
+    if progress < WITHOUT_PENALTY:
+        return None
+    share = (progress - WITHOUT_PENALTY) / (1.0 - WITHOUT_PENALTY)
+    return FIRST_BETA + (LAST_BETA - FIRST_BETA) * share
+
+
+class SoftRounding(WeightQuantizer):
+    """Stands for a weight's quantizer while its rounding is learned; V has the weight's shape."""
+
+    def __init__(self, plain: WeightQuantizer, weight: Tensor) -> None:
+        """For a quantizer that has its range, and the weight as it is before rounding."""
+        super().__init__(plain.format, "tensor", name=plain.name)
+        assert isinstance(plain.format, IntFormat)
+        self.integers = plain.format
+        self.enabled = True
+        self.grid_scale, self.grid_zero = plain.parameters_for(weight)
+        codes = weight.detach().float() / self.grid_scale
+        self.floor = torch.floor(codes) + self.grid_zero
+        self.V = nn.Parameter(start_at(codes - torch.floor(codes)))
+        # A weight that both ways are clipped to one code gets no gradient, and no penalty.
+        self.free = ((self.floor >= plain.format.qmin) & (self.floor < plain.format.qmax)).float()
+        self.h = rectified(self.V.detach())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The soft weight; what is passed in does not matter."""
+        self.h = rectified(self.V)
+        return self.values(self.h).to(weight.dtype)
+
+    def values(self, h: Tensor) -> Tensor:
+        """The weight for these roundings, in [0, 1]."""
+        codes = (self.floor + h).clamp(self.integers.qmin, self.integers.qmax)
+        return (codes - self.grid_zero) * self.grid_scale
+
+    def penalty(self, beta: float) -> Tensor:
+        """`roundness` of the weights that have a choice, as they were in the last forward."""
+        return roundness(self.h, beta, self.free)
+
+
+@register("adaround", f"AdaRound: rounding up or down learned block by block on QDrop inputs, {STEPS} steps a block")
+def adaround(job: Job) -> None:
+    """Reconstruct every block; weights outside the blocks are rounded to nearest.
+
+    Own protocol: all ranges by least squared error, activations on the inputs behind quantized blocks.
+    """
+    if job.protocol == "unified":
+        observe(job)
+    else:
+        observe_outside(job)
+    for site in outside(job):
+        if site.what == "weight":
+            _set_weight_range(job, site)
+    for block in walk(job, reference=True):
+        reconstruct(job, block)
+
+
+def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
+    """Learn the rounding of a block's weights, and the steps of its activations."""
+    if job.protocol == "own":
+        by_error = {_by_error(job, site): quantizer for site, quantizer in block.quantizers.items()}
+        with observing(job, by_error, lambda: block.mask) as observers, evaluating(block.module):
+            for _ in block.stream(block.inputs) if observers else ():
+                pass
+    for site in block.quantizers:
+        if site.what == "weight":
+            _set_weight_range(job, site)
+    layers = [layer for layer in layers_of(job, block.quantizers) if _possible(layer)]
+    if not layers:
+        return
+    with _replaced(job, block, layers) as (soft, learned), evaluating(block.module), torch.enable_grad():
+        _descend(job, block, list(soft.values()), learned, steps)
+        rounded = {layer: module.values((rectified(module.V) >= 0.5).float()) for layer, module in soft.items()}
+    for layer, values in rounded.items():
+        with torch.no_grad():
+            # Through the quantizer once more, so that it gives back exactly what stands there.
+            layer.weight.copy_(layer.quantizer.fake_quantize(values.to(layer.weight.dtype)))
+
+
+def _descend(job: Job, block: Block, soft: list[SoftRounding], learned: list[LearnedQuantizer], steps: int) -> None:
+    assert block.reference is not None and block.outputs is not None
+    generator = job.generator(block.name)
+    ranges = [parameter for quantizer in learned for parameter in quantizer.parameters()]
+    groups = [{"params": [module.V for module in soft], "lr": 2 * TRAVEL / steps}]
+    optimizer = torch.optim.Adam([*groups, *([{"params": ranges, "lr": STEP_LR}] if ranges else [])])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
+    trained = [module.V for module in soft] + ranges
+    for step in range(steps):
+        index = int(torch.randint(len(block.inputs), (), generator=generator))
+        output = main_output(invoke(block.module, mixed(block.inputs[index], block.reference[index], generator)))
+        mask = block.masks[index]
+        found, wanted = (real_tokens(y, mask, "input") for y in (output, block.outputs[index].to(output.device)))
+        loss = (found - wanted).float().square().sum(-1).mean()
+        beta = beta_at(step / steps)
+        if beta is not None:
+            loss = loss + PENALTY * sum(module.penalty(beta) for module in soft)
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        scheduler.step()
+
+
+def mixed(quantized: Call, full: Call, generator: torch.Generator) -> Call:
+    """A call whose floating-point tensors take every entry from the one or the other, as QDrop does."""
+
+    def mix(a: Any, b: Any) -> Any:
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and a is not b:
+            return torch.where(torch.rand(a.shape, generator=generator) < FROM_QUANTIZED, a, b)
+        return a
+
+    args = tuple(mix(a, b) for a, b in zip(quantized.args, full.args, strict=True))
+    return Call(args, {name: mix(value, full.kwargs[name]) for name, value in quantized.kwargs.items()})
+
+
+@contextmanager
+def _replaced(
+    job: Job, block: Block, layers: list[Layer]
+) -> Iterator[tuple[dict[Layer, SoftRounding], list[LearnedQuantizer]]]:
+    """While active, soft rounding and learned steps stand where the block's quantizers are, all on.
+
+    Afterwards the quantizers are back, off, with the steps that were learned.
+    """
+    plain = dict(block.quantizers)
+    soft = {layer: SoftRounding(layer.quantizer, layer.weight).to(layer.weight.device) for layer in layers}
+    learned: dict[Site, LearnedQuantizer] = {}
+    try:
+        for layer, module in soft.items():
+            job.replace_quantizer(layer.site, module)
+        for site, quantizer in plain.items():
+            quantizer.enabled = True
+            if job.protocol == "own" and site.what != "weight" and LearnedQuantizer.suits(quantizer):
+                learned[site] = LearnedQuantizer(quantizer)
+                job.replace_quantizer(site, learned[site])
+        yield soft, list(learned.values())
+        for site, quantizer in learned.items():
+            done = quantizer.plain()
+            plain[site].scale.copy_(done.scale)
+            plain[site].zero_point.copy_(done.zero_point)
+    finally:
+        for site, quantizer in plain.items():
+            quantizer.enabled = False
+            job.replace_quantizer(site, quantizer)
+
+
+def _possible(layer: Layer) -> bool:
+    """Whether a weight's rounding can be learned: integers, found beforehand, of a weight that nobody else reads."""
+    quantizer = layer.quantizer
+    return isinstance(quantizer.format, IntFormat) and not quantizer.dynamic and not layer.shared_with
+
+
+def _by_error(job: Job, site: Site) -> Site:
+    """The site, with the observer of this method's own protocol."""
+    fixed = job.protocol == "unified" or site.granularity in ("token", "block")
+    return site if fixed else replace(site, observer="mse")
+
+
+def _set_weight_range(job: Job, site: Site) -> None:
+    weight = job.model.get_parameter(weight_name(job.model, site)).detach()
+    set_weight_range(_by_error(job, site), job.quantizers[site], weight)

@@ -1,0 +1,111 @@
+"""AWQ: input channels that are large on average get larger weights, so that rounding hurts those weights less.
+
+Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys 2024, arXiv
+2306.00978, section 3.2; the scale with both statistics ("duo scaling") as in the authors' and llm-compressor's code:
+
+    s = x^r / (w^(1-r) + 1e-4),   s / sqrt(max s * min s),        x_j / s_j,  W_:j * s_j
+
+with x_j the mean magnitude of channel j, w_j the mean over rows of |W_oj| / max_j |W_oj|, and r out of 0, 1/20, ..., 1
+(or no scale) where the output of the block is closest to that of the full-precision block, the weights that read the
+input rounded to nearest.
+The scale moves as in `smoothquant`. Meant for weights; before a rounding of activations it works as a smoother.
+
+Shapes: I inputs of a layer, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s2d.quant.blocks import Block, blocks_of, walk
+from s2d.quant.calibration import Job
+from s2d.quant.channels import ChannelStatistics, channel_statistics, function_kept
+from s2d.quant.folding import matrix
+from s2d.quant.online import refuse_low_rank
+from s2d.quant.ptq import register
+from s2d.quant.ptq.smoothquant import Pair, apply, input_statistics, pairs, shared_scale
+from s2d.quant.ptq.trial import rounded_weight
+from s2d.quant.sites import Site
+
+STEPS = 20
+SMALLEST = 1e-4
+
+
+def awq_scale(mean: Tensor, weights: Sequence[Tensor], ratio: float) -> Tensor:
+    """The scale of one ratio r, centred on 1 (in the logarithm, between its ends).
+
+    Args:
+        mean: Mean magnitude of every input channel, ``[I]``.
+        weights: The weights ``[O, I]`` that read the input.
+        ratio: r, 0 to 1.
+
+    Returns:
+        s ``[I]``, float64, > 0.
+    """
+    stacked = torch.cat([weight.detach().double().abs() for weight in weights])
+    relative = (stacked / stacked.amax(1, keepdim=True).clamp(min=SMALLEST)).mean(0)
+    scale = (mean.double() ** ratio / (relative ** (1.0 - ratio) + SMALLEST)).clamp(min=SMALLEST)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+@register("awq", "weights of large input channels scaled up before rounding (searched per block)", stage="transform")
+def awq(job: Job) -> None:
+    """Search and apply a scale for every pair of the model; reads the data twice, a generator will not do."""
+    refuse_low_rank(job.model, "awq")
+    chosen = [pair for pair in pairs(job) if _weights_of(job, pair)]
+    within = tuple(f"{name}." for name in blocks_of(job.model))
+    chosen = [pair for pair in chosen if all(reader.startswith(within) for reader in pair.readers)]
+    with function_kept(job, "awq"):
+        statistics = channel_statistics(job, [pair.readers[0] for pair in chosen])
+        for block in walk(job):
+            mine = [pair for pair in chosen if pair.readers[0].startswith(f"{block.name}.")]
+            if not mine:
+                continue
+            wanted = block.run(block.inputs)
+            for pair in mine:
+                scale = best_scale(job, block, pair, input_statistics(pair, statistics), wanted)
+                if scale is not None:
+                    apply(job.model, pair, scale)
+
+
+def best_scale(
+    job: Job, block: Block, pair: Pair, statistics: ChannelStatistics, wanted: Sequence[Tensor]
+) -> Tensor | None:
+    """The scale ``[I]`` whose rounded weights give the block the output closest to ``wanted``; None for no scale.
+
+    The block is as it was when this returns. Inputs stay unscaled during the search: readers hold
+    ``round(W s) / s`` instead, which computes the same.
+    """
+    weights = {reader: matrix(job.model, reader)[0] for reader in pair.readers}
+    kept = {reader: weight.detach().clone() for reader, weight in weights.items()}
+    quantized = _weights_of(job, pair)
+    candidates: list[Tensor | None] = [None]
+    for step in range(STEPS + 1):
+        candidates.append(shared_scale(pair, awq_scale(statistics.mean, list(kept.values()), step / STEPS)))
+    errors = []
+    try:
+        for candidate in candidates:
+            scale = torch.ones_like(statistics.total) if candidate is None else candidate
+            for reader, weight in weights.items():
+                site = quantized.get(reader)
+                quantizer = None if site is None else job.quantizers[site]
+                scaled = (kept[reader].double() * scale).to(weight.dtype)
+                if site is not None:
+                    scaled = rounded_weight(site, quantizer, scaled)
+                with torch.no_grad():
+                    weight.copy_(scaled.double() / scale)
+            outputs = block.stream(block.inputs)
+            errors.append(sum(float((y - z).double().square().sum()) for y, z in zip(outputs, wanted, strict=True)))
+    finally:
+        with torch.no_grad():
+            for reader, weight in weights.items():
+                weight.copy_(kept[reader])
+    return candidates[min(range(len(candidates)), key=errors.__getitem__)]
+
+
+def _weights_of(job: Job, pair: Pair) -> dict[str, Site]:
+    """The sites of the quantized weights of a pair's readers, by reader."""
+    return {site.module: site for site in job.quantizers if site.what == "weight" and site.module in pair.readers}

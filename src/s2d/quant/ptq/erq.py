@@ -1,0 +1,368 @@
+"""ERQ: the error of rounded activations, then that of rounded weights, taken up by what is not rounded yet.
+
+Zhong et al., "ERQ: Error Reduction for Post-Training Quantization of Vision Transformers", ICML 2024, arXiv 2407.06794.
+Rows of X are the inputs of a layer at full precision, those of X^ what its input quantizer makes of them, with a column
+of ones for the bias; N tokens.
+
+Aqer (section 3.2): with both at full precision, the weight moves so that it undoes the rounding of its input,
+
+    delta^T = (X^^T X^ + lambda I)^-1 X^^T (X - X^) W^T                                                    (eq. 8)
+
+Wqer (section 3.3): with all columns active, again and again
+    1. the first half S of the active columns is rounded, Delta_S = Q(W_S) - W_S;
+    2. rounding refinement: with C = X^_S^T X^_S / N and L(d) = d C d^T, every row flips the entry with the largest
+       |2 C d| whose other neighbour lowers L, up to 100 times (algorithm 1);
+    3. the rest R takes up the error, Delta_R^T = -(X^_R^T X^_R + lambda I)^-1 X^_R^T X^_S Delta_S^T      (eq. 16)
+until only the bias is left, which stays at full precision.
+
+Norms are reparametrised and the softmax is quantized as in `repq`, ranges of weights are the best percentile out of ten.
+
+Protocol ``own``: X comes from the full-precision model, every layer on its own, as released. Protocol ``unified``: X^
+comes from behind quantized layers, X from the full-precision model, so a layer also makes up for those before it.
+
+Where this differs from the release:
+
+- lambda is a share of the mean squared input, times N. The release adds 2000 to sums over all tokens: 0.01 a token at
+  1024 images, but 0.3 at 32.
+- A flip is done if it lowers L exactly (the change is 2 e (C d)_j + e^2 C_jj); nothing has to be tried and undone.
+- The dual uniform ranges of the later TPAMI version are not here. Weights keep the spec's format.
+- Outside the blocks (a head that an override names), X comes from behind quantized blocks.
+
+Factorisations are in float64; one that fails gets more damping, and at last a warning that names the layer, which is then
+rounded to nearest. Cost: d^3 a layer, once for all rows; some forwards of every block. When not to use it: with fewer
+tokens than ten times the inputs of a layer, the correction starts to learn the calibration data by heart.
+
+Shapes: o outputs, d inputs, N tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.quant.blocks import Block, observe_block, original, outside, walk
+from s2d.quant.calibration import Job, evaluating
+from s2d.quant.formats import IntFormat
+from s2d.quant.layers import BlockRuns, Group, Layer, ModelRuns, groups, layers_of, readings
+from s2d.quant.ptq import register
+from s2d.quant.ptq.gptq import Grid
+from s2d.quant.ptq.repq import begin, reparametrise_block, set_weight
+from s2d.quant.quantizer import fake_quantize
+
+# The list of the released code.
+WEIGHT_PERCENTILES = "percentiles:97,98,99,99.5,99.95,99.97,99.99,99.995,99.999,100"
+RIDGE = 0.01
+FLIPS = 100
+# A system that cannot be solved gets more damping, this many times as much in turn.
+MORE_DAMPING = (1.0, 10.0, 100.0)
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, float64; the last row and column belong to the constant 1.
+
+    Attributes:
+        name: The layer, for messages.
+        count: Tokens so far.
+        square: ``X^^T X^``, ``[d + 1, d + 1]``; None before the first token.
+        cross: ``X^^T (X - X^)``, ``[d + 1, d]``.
+    """
+
+    name: str
+    count: int = 0
+    square: Tensor | None = None
+    cross: Tensor | None = None
+
+    def add(self, rounded: Tensor, x: Tensor) -> None:
+        """Take in some tokens: what the layer reads and what it should read, ``[N, d]`` each.
+
+        Raises:
+            InputError: NaN or infinity in them.
+        """
+        rounded, x = rounded.float(), x.float()
+        extended = torch.cat([rounded, rounded.new_ones(len(rounded), 1)], dim=1)
+        square, cross = (extended.T @ extended).double(), (extended.T @ (x - rounded)).double()
+        if not bool(torch.isfinite(square).all() & torch.isfinite(cross).all()):
+            raise InputError(f"{self.name} received NaN or infinite values; check the weights and the calibration data")
+        self.count += len(x)
+        self.square = square if self.square is None else self.square.add_(square)
+        self.cross = cross if self.cross is None else self.cross.add_(cross)
+
+    def normalised(self, bias: bool) -> tuple[Tensor, Tensor]:
+        """Both sums divided by the tokens, without the constant if there is no bias to take it."""
+        assert self.square is not None and self.cross is not None
+        size = len(self.square) if bias else len(self.square) - 1
+        return self.square[:size, :size] / self.count, self.cross[:size] / self.count
+
+
+def ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor | None:
+    """``(square + ridge * mean(diag) * I)^-1 right``, with more damping if that fails; None when all fails.
+
+    Args:
+        square: ``[n, n]`` float64, symmetric, positive semi-definite.
+        right: ``[n, o]`` float64.
+        ridge: Relative to the mean of the diagonal.
+    """
+    mean = square.diagonal().mean().clamp(min=torch.finfo(square.dtype).tiny)
+    for times in MORE_DAMPING:
+        damped = square.clone()
+        damped.diagonal().add_(times * ridge * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            solution = torch.cholesky_solve(right, lower)
+            if bool(torch.isfinite(solution).all()):
+                return solution
+    return None
+
+
+def activation_correction(weight: Tensor, square: Tensor, cross: Tensor, ridge: float = RIDGE) -> Tensor | None:
+    """Aqer: what to add to a weight, and in the last column to its bias, so that it undoes its inputs' errors.
+
+    Args:
+        weight: ``[o, d]``.
+        square: ``X^^T X^ / N``, ``[n, n]`` with n = d, or d + 1 with a bias.
+        cross: ``X^^T (X - X^) / N``, ``[n, d]``.
+        ridge: lambda / N, relative to the mean of the diagonal of ``square``.
+
+    Returns:
+        ``[o, n]`` float64, or None when the system cannot be solved.
+    """
+    delta = ridge_solve(square, cross @ weight.double().T, ridge)
+    return None if delta is None else delta.T
+
+
+def refine_rounding(
+    weight: Tensor, rounded: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, moment: Tensor, flips: int = FLIPS
+) -> Tensor:
+    """Round some entries to their other neighbour, where that lowers ``d C d^T`` of a row's error d.
+
+    Args:
+        weight: ``[o, s]`` before rounding.
+        rounded: After rounding to nearest.
+        scale: Step of every entry, ``[o, s]``.
+        lowest: The smallest value there is for an entry, ``[o, s]``.
+        highest: The largest.
+        moment: C, ``[s, s]``.
+        flips: How many entries of a row may change.
+
+    Returns:
+        The refined values, ``[o, s]``.
+    """
+    rounded = rounded.clone()
+    error = rounded - weight
+    slope = 2.0 * error @ moment
+    own = moment.diagonal()
+    half = 0.5 * scale
+    for _ in range(flips):
+        # Down where it was rounded up and the other way round; neighbours outside the codes do not exist.
+        step = -error.sign() * scale
+        target = rounded + step
+        possible = (slope * step < 0) & (target >= lowest - half) & (target <= highest + half)
+        best = torch.where(possible, slope.abs(), -1.0).argmax(1, keepdim=True)
+        change = step.gather(1, best)
+        lowers = possible.gather(1, best) & (change * slope.gather(1, best) + change.square() * own[best] < 0)
+        rows = lowers.squeeze(1).nonzero().squeeze(1)
+        if not len(rows):
+            break
+        columns, change = best[rows, 0], change[rows, 0]
+        rounded[rows, columns] += change
+        error[rows, columns] += change
+        slope.index_add_(0, rows, 2.0 * change[:, None] * moment[columns])
+    return rounded
+
+
+def round_halves(
+    weight: Tensor, bias: Tensor | None, square: Tensor, grid: Grid, ridge: float = RIDGE
+) -> tuple[Tensor, Tensor | None] | None:
+    """Wqer: round a weight, half of what is left at a time, the other half and the bias making up for it.
+
+    Args:
+        weight: ``[o, d]``.
+        bias: ``[o]``, or None.
+        square: ``X^^T X^ / N``, ``[n, n]`` float64 with n = d, or d + 1 with a bias.
+        grid: What the entries can be.
+        ridge: lambda / N, relative to the mean of the diagonal of ``square``.
+
+    Returns:
+        The rounded weight, ``[o, d]`` float32 on the grid, and the bias, ``[o]`` float64; None when a system cannot be
+        solved.
+    """
+    size, width = square.shape[0], weight.shape[1]
+    columns = weight.double()
+    if bias is not None:
+        columns = torch.cat([columns, bias.double()[:, None]], dim=1)
+    rounded = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    start = 0
+    while start < width:
+        stop = min(start + max(1, (size - start) // 2), width)
+        here = columns[:, start:stop].float()
+        values = _round(here, grid.select(columns=slice(start, stop)), square[start:stop, start:stop].float())
+        rounded[:, start:stop] = values
+        if stop < size:
+            error = values.double() - columns[:, start:stop]
+            correction = ridge_solve(square[stop:, stop:], square[stop:, start:stop] @ error.T, ridge)
+            if correction is None:
+                return None
+            columns[:, stop:] -= correction.T
+        start = stop
+    return rounded, None if bias is None else columns[:, -1]
+
+
+def _round(weight: Tensor, grid: Grid, moment: Tensor) -> Tensor:
+    values = fake_quantize(weight, grid.scale, grid.zero_point, grid.format)
+    if grid.anchors is not None:
+        return torch.where(grid.anchors, weight.sign() * grid.format.qmax * grid.scale, values)
+    if not isinstance(grid.format, IntFormat):
+        return values
+    ends = [(code - grid.zero_point) * grid.scale for code in (grid.format.qmin, grid.format.qmax)]
+    refined = refine_rounding(weight, values, grid.scale, ends[0], ends[1], moment)
+    # Sums of steps are off the grid by a rounding error; once more to nearest, they are on it.
+    return fake_quantize(refined, grid.scale, grid.zero_point, grid.format)
+
+
+@register("erq", "ERQ: ridge corrections for rounded activations and rounded weights, with refined rounding")
+def erq(job: Job) -> None:
+    """ERQ on every quantized weight, block by block."""
+    begin(job)
+    own = job.protocol == "own"
+    for block in walk(job, reference=True):
+        assert block.reference is not None
+        fitted = reparametrise_block(job, block, block.reference)
+        plain = replace(block, inputs=block.reference)
+        if own:
+            observe_block(job, plain)
+        fitted.restore()
+        teacher = original(block)
+        layers = layers_of(job, block.quantizers)
+        for site, quantizer in block.quantizers.items():
+            quantizer.enabled = not own and site.what != "weight"
+        with evaluating(teacher):
+            for group in _groups(job, layers, BlockRuns(block)):
+                if own:
+                    # The teacher's quantizers are off: it runs at full precision and the rounding is done here.
+                    tokens = _rounded_here(group, BlockRuns(replace(plain, module=teacher)))
+                else:
+                    tokens = _against_reference(group, BlockRuns(block, teacher))
+                _round_group(job, group, tokens)
+    _round_outside(job)
+
+
+def _round_outside(job: Job) -> None:
+    layers = layers_of(job, outside(job))
+    if not layers:
+        return
+    try:
+        for quantizer in job.quantizers.values():
+            quantizer.enabled = True
+        for layer in layers:
+            layer.quantizer.enabled = False
+            if layer.input_quantizer is not None:
+                layer.input_quantizer.enabled = False
+        with evaluating(job.model):
+            for group in _groups(job, layers, ModelRuns(job)):
+                _round_group(job, group, _rounded_here(group, ModelRuns(job)))
+                for layer in group.layers:
+                    if layer.input_quantizer is not None:
+                        layer.input_quantizer.enabled = True
+    finally:
+        for quantizer in job.quantizers.values():
+            quantizer.enabled = False
+
+
+def _groups(job: Job, layers: list[Layer], runs: BlockRuns | ModelRuns) -> list[Group]:
+    """The layers that can be corrected, in groups; the others are rounded to nearest, and a warning says so."""
+    for layer in layers:
+        set_weight(job, layer.site, layer.quantizer, WEIGHT_PERCENTILES)
+    able = [layer for layer in layers if layer.unfolds and not layer.shared_with]
+    found = groups(able, runs)
+    reached = {layer for group in found for layer in group.layers}
+    for layer in layers:
+        if layer.shared_with:
+            # Rounded values would change the other's work; the quantizer rounds whenever this layer runs instead.
+            _warn(layer, f"shares its weight with {layer.shared_with}")
+            layer.quantizer.enabled = True
+        elif layer not in reached:
+            _to_nearest(layer, "is not reached by the first batch" if layer.unfolds else "cannot be unfolded")
+    return found
+
+
+def _rounded_here(group: Group, runs: BlockRuns | ModelRuns) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Which part, what a group's input quantizer makes of its inputs, and these inputs, ``[N, d]``."""
+    quantizer = group.layers[0].input_quantizer
+    for part, x, _ in readings(group, runs):
+        yield part, x if quantizer is None else quantizer.fake_quantize(x), x
+
+
+def _against_reference(group: Group, runs: BlockRuns) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Which part, what a group reads behind quantized layers, and what it reads at full precision, ``[N, d]``."""
+    for part, x, reference in readings(group, runs):
+        assert reference is not None
+        yield part, x, reference
+
+
+def _round_group(job: Job, group: Group, tokens: Iterable[tuple[int, Tensor, Tensor]]) -> None:
+    moments = [Moments(group.layers[0].site.name) for _ in range(group.parts)]
+    for part, rounded, x in tokens:
+        moments[part].add(rounded, x)
+    for layer in group.layers:
+        _round_layer(job, layer, moments)
+
+
+@torch.no_grad()
+def _round_layer(job: Job, layer: Layer, moments: list[Moments]) -> None:
+    """Both steps for one layer; where it has three inputs, each third of its rows on its own."""
+    weight, bias = layer.weight.detach().flatten(1).float(), _bias(layer)
+    weights = list(weight.chunk(len(moments)))
+    biases: list[Tensor | None] = [None] * len(moments) if bias is None else list(bias.detach().chunk(len(moments)))
+    sums = [moment.normalised(bias is not None) for moment in moments]
+    for index, (square, cross) in enumerate(sums):
+        delta = activation_correction(weights[index], square, cross)
+        if delta is None:
+            _to_nearest(layer, "has inputs whose second moment cannot be factored, even with more damping")
+            return
+        width = weight.shape[1]
+        weights[index] = (weights[index].double() + delta[:, :width]).float()
+        if (old := biases[index]) is not None:
+            biases[index] = old.double() + delta[:, width]
+    corrected = torch.cat(weights)
+    # The ranges of the corrected weight.
+    layer.weight.copy_(corrected.view(layer.weight.shape))
+    set_weight(job, layer.site, layer.quantizer, WEIGHT_PERCENTILES)
+    grid, first = Grid.of(layer.quantizer, corrected), 0
+    for index, (square, _) in enumerate(sums):
+        rows = slice(first, first + len(weights[index]))
+        found = round_halves(weights[index], biases[index], square, grid.select(rows=rows))
+        if found is None:
+            _to_nearest(layer, "has inputs whose second moment cannot be factored, even with more damping")
+            return
+        weights[index], biases[index] = found
+        first = rows.stop
+    _write(layer, torch.cat(weights))
+    if bias is not None:
+        bias.copy_(torch.cat([part for part in biases if part is not None]))
+
+
+def _bias(layer: Layer) -> nn.Parameter | None:
+    name = "in_proj_bias" if isinstance(layer.module, nn.MultiheadAttention) else "bias"
+    return layer.module._parameters.get(name)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def _write(layer: Layer, values: Tensor) -> None:
+    """Put the final weight in place, exactly as its quantizer gives it back."""
+    layer.weight.copy_(layer.quantizer.fake_quantize(values.view(layer.weight.shape).to(layer.weight.dtype)))
+
+
+def _to_nearest(layer: Layer, reason: str) -> None:
+    _warn(layer, reason)
+    _write(layer, layer.weight.detach())
+
+
+def _warn(layer: Layer, reason: str) -> None:
+    shape = "x".join(str(size) for size in layer.weight.shape)
+    warnings.warn(f"erq: {layer.site.name} [{shape}] {reason}; rounded to nearest, without correction", stacklevel=2)

@@ -1,0 +1,190 @@
+"""SVDQuant: the strongest singular directions of a weight are kept beside it at 16 bits, the rest is rounded.
+
+Li et al., "SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models", ICLR 2025, arXiv
+2411.05007, section 4. With inputs smoothed by s (a grid of strengths, the best per layer) and the top 32 singular triplets
+of the smoothed weight:
+
+    X^ = X / s,   W^ = W s,   W^ ~ U D  (rank r),        Y = X^ (U D)^T [16 bits] + Q(X^) Q(W^ - U D)^T
+
+The smoothing happens where the input is rounded, so it needs no norm in front and works on every family and layer. The
+branch costs r (I + O) products a token against I O. It is the counterpart of conditioning: here the top directions are
+moved out of the rounding's way, there they are made smaller.
+
+Factors are rounded to bfloat16 before they are taken out of the weight, so what is left makes up for that; the
+branch's inputs stay at the model's own precision, which 16-bit kernels round. The strength is chosen for the error of
+the layer's output with input and weight rounded to nearest, on up to 512 tokens of the calibration data.
+
+Shapes: I inputs of a layer, O outputs, N tokens, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s2d.errors import InputError
+from s2d.quant.blocks import outside, walk
+from s2d.quant.calibration import Job, evaluating, real_tokens, run, token_mask
+from s2d.quant.channels import function_kept
+from s2d.quant.modules import QuantizedLinear
+from s2d.quant.online import make_online, refuse_low_rank
+from s2d.quant.ptq import register
+from s2d.quant.ptq.smoothquant import smoothing_scale
+from s2d.quant.ptq.trial import rounded_input, rounded_weight
+
+RANK = 32
+STRENGTHS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TOKENS = 512
+
+
+class TokenSample:
+    """Up to `TOKENS` rows out of all that pass, each equally likely, and the largest magnitude of every channel."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        """Start empty; ``generator`` draws the rows."""
+        self.generator = generator
+        self.rows: Tensor | None = None
+        self.keys = torch.empty(0, dtype=torch.float64)
+        self.largest: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Take in tokens ``[N, I]``."""
+        if not len(x):
+            return
+        top = x.abs().amax(0)
+        self.largest = top if self.largest is None else torch.maximum(self.largest, top)
+        # The rows with the largest of one random key each are a uniform sample, however they come.
+        keys = torch.cat([self.keys, torch.rand(len(x), generator=self.generator, dtype=torch.float64)])
+        rows = x if self.rows is None else torch.cat([self.rows, x])
+        chosen = keys.topk(min(TOKENS, len(keys))).indices.sort().values
+        self.rows, self.keys = rows[chosen.to(rows.device)].clone(), keys[chosen]
+
+
+def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation ``up @ down`` of a weight with that rank, factors of equal size, rounded to bfloat16.
+
+    Args:
+        weight: ``[O, I]``.
+        rank: At most ``min(O, I)``.
+
+    Returns:
+        down ``[r, I]`` and up ``[O, r]``, float64.
+    """
+    # The eigenvectors of the smaller product: faster than an SVD and exact enough for factors of 16 bits.
+    weight = weight.double()
+    wide = weight.shape[1] > weight.shape[0]
+    tall = weight.T if wide else weight
+    values, vectors = torch.linalg.eigh(tall.T @ tall)
+    right = vectors[:, -rank:]
+    root = values[-rank:].clamp(min=0.0).pow(0.25)
+    inverse = torch.where(root > 0, 1.0 / root.clamp(min=1e-30), torch.zeros_like(root))
+    first, second = (tall @ right) * inverse, (right * root).T
+    up, down = (second.T, first.T) if wide else (first, second)
+    return down.bfloat16().double(), up.bfloat16().double()
+
+
+@register("svdquant", f"a 16-bit branch of rank {RANK} beside each smoothed, rounded weight", stage="transform")
+def svdquant(job: Job) -> None:
+    """Smooth and split every quantized Linear whose weight is larger than its branch; reads the data once or twice.
+
+    The fused projection of an `nn.MultiheadAttention` is no Linear and is left to the rounding alone.
+
+    Raises:
+        InputError: No quantized Linear is large enough for a branch.
+    """
+    refuse_low_rank(job.model, "svdquant")
+    done = 0
+    with function_kept(job, "svdquant"):
+        for block in walk(job):
+            modules = {name: module for name, module in block.linears().items() if _worth_it(module)}
+            samples = {name: TokenSample(job.generator(name)) for name in modules}
+            hooks = block.watch_inputs(modules, lambda name, x, samples=samples: samples[name].add(x))  # pyright: ignore[reportArgumentType]
+            try:
+                for _ in block.stream(block.inputs):
+                    pass
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            for name, module in modules.items():
+                done += split(job, name, module, samples[name])
+        for name, module, sample in _outside(job):
+            done += split(job, name, module, sample)
+    if not done:
+        raise InputError(
+            f"svdquant finds no quantized Linear of more than {2 * RANK} inputs and outputs in "
+            f"{type(job.model).__name__}; use another method"
+        )
+
+
+def split(job: Job, name: str, module: QuantizedLinear, sample: TokenSample) -> bool:
+    """Smooth a layer's input and take the low-rank branch out of its weight, in place; False where no data came by."""
+    if sample.rows is None or sample.largest is None:
+        return False
+    weight = module.weight.detach()
+    wanted = F.linear(sample.rows, weight)
+    best: tuple[float, Tensor, Tensor, Tensor] | None = None
+    for strength in STRENGTHS:
+        scale = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
+        if strength:
+            scale = smoothing_scale(sample.largest, [weight], strength)
+            # Only ratios matter to the weight's rounding; centred scales keep both factors in range.
+            scale = scale / (scale.max() * scale.min()).sqrt()
+        smoothed = weight.double() * scale
+        down, up = low_rank(smoothed, RANK)
+        error = _error(job, name, sample.rows, wanted, (smoothed, scale, down, up))
+        if best is None or error < best[0]:
+            best = (error, scale, down, up)
+    assert best is not None
+    online = make_online(module)
+    online.smooth_input(best[1])
+    online.split_off(best[2], best[3])
+    return True
+
+
+def _error(job: Job, name: str, rows: Tensor, wanted: Tensor, branch: tuple[Tensor, Tensor, Tensor, Tensor]) -> float:
+    """Squared error of the layer's output on the sample, input and remaining weight rounded to nearest."""
+    smoothed, scale, down, up = branch
+    x = (rows.double() / scale).to(rows.dtype)
+    rest = (smoothed - up @ down).to(rows.dtype)
+    output = F.linear(F.linear(x, down.to(x)), up.to(x))
+    for site, quantizer in job.quantizers.items():
+        if site.module == name and site.what == "weight":
+            rest = rounded_weight(site, quantizer, rest)
+        elif site.module == name:
+            x = rounded_input(site, quantizer, x)
+    return float((F.linear(x, rest) + output - wanted).double().square().sum())
+
+
+def _worth_it(module: QuantizedLinear) -> bool:
+    return module.weight_quantizer is not None and min(module.weight.shape) > 2 * RANK
+
+
+def _outside(job: Job) -> Iterator[tuple[str, QuantizedLinear, TokenSample]]:
+    """The quantized Linears outside the blocks with samples of their inputs, from a pass over the data."""
+    names = list(dict.fromkeys(site.module for site in outside(job)))
+    modules = {name: module for name in names if isinstance(module := job.model.get_submodule(name), QuantizedLinear)}
+    modules = {name: module for name, module in modules.items() if _worth_it(module)}
+    if not modules:
+        return
+    samples = {name: TokenSample(job.generator(name)) for name in modules}
+    with token_mask(job.model) as mask, evaluating(job.model):
+
+        def hook(name: str):  # noqa: ANN202 - a closure for a hook
+            def before(module: QuantizedLinear, args: tuple[Tensor, ...]) -> None:
+                x = module.transform_input(args[0].detach())
+                samples[name].add(real_tokens(x, mask(), "input").flatten(0, -2))
+
+            return before
+
+        hooks = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]  # pyright: ignore
+        try:
+            for index, batch in enumerate(job.batches):
+                run(job.model, batch, index)
+        finally:
+            for handle in hooks:
+                handle.remove()
+    for name, module in modules.items():
+        yield name, module, samples[name]

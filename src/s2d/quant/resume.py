@@ -1,0 +1,169 @@
+"""A calibration that can be interrupted: every finished block is kept in a folder, and a second call starts after it.
+
+The folder holds ``resume.json`` (what the work belongs to: model, data, spec, method, seed) and one safetensors file a
+block: its final weights and the state of its quantizers. Each file appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+
+VERSION = 1
+INDEX = "resume.json"
+
+
+class Snapshot:
+    """What a model's parameters and buffers were, to put them back when a call fails."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Copy all parameters and buffers (memory: the model once more)."""
+        self._held = [
+            (held, [(name, value, None if value is None else value.detach().clone()) for name, value in held.items()])
+            for module in model.modules()
+            for held in (module._parameters, module._buffers)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The same tensors under the same names, with the values they had; what was added is gone."""
+        for held, members in self._held:
+            held.clear()
+            for name, value, was in members:
+                if value is not None and was is not None:
+                    value.data = was
+                held[name] = value
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """A hash of every parameter and buffer, with its name, type and shape."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(name.encode())
+            _add(digest, value)
+    return digest.hexdigest()
+
+
+def fingerprint_batches(batches: Iterable[Any]) -> str:
+    """A hash of every tensor of every batch; other values count by their text."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(b"batch")
+        _add(digest, batch)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b"")
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            digest.update(f"{key}:".encode())
+            _add(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _add(digest, item)
+    else:
+        digest.update(repr(value).encode())
+
+
+class Store:
+    """The finished blocks of one call."""
+
+    def __init__(self, folder: str | os.PathLike[str], belongs: Mapping[str, str]) -> None:
+        """Open a folder, or begin one.
+
+        Args:
+            folder: Made if needed.
+            belongs: What the work depends on; each value must be what it was when the folder was begun.
+
+        Raises:
+            InputError: It was begun for other work, or cannot be written.
+        """
+        self.folder = Path(folder)
+        self.walks = 0
+        index = self.folder / INDEX
+        wanted = {"format": "s2d.resume", "version": VERSION, "belongs": dict(belongs)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fresh = not index.exists()
+            foreign = fresh and any(not path.name.startswith(".saving-") for path in self.folder.iterdir())
+            if fresh and not foreign:
+                self._write(index, lambda path: path.write_text(json.dumps(wanted, indent=1)))
+            text = "" if foreign else index.read_text()
+        except OSError as error:
+            raise InputError(f"cannot keep the calibration in {self.folder}: {error}") from error
+        if foreign:
+            raise InputError(f"{self.folder} is not empty and holds no {INDEX}; give resume an empty folder")
+        try:
+            found = json.loads(text)
+            begun = found["belongs"] if found["version"] == VERSION else None
+        except (ValueError, KeyError, TypeError):
+            begun = None
+        if begun is None:
+            raise InputError(f"{index} is damaged or of another version; delete {self.folder} to start anew")
+        for key, value in belongs.items():
+            if begun.get(key) != value:
+                short = f" ({begun.get(key)} there, {value} now)" if len(value) < 32 else ""
+                raise InputError(
+                    f"{self.folder} was begun with another {key}{short}; give resume an empty folder, or delete it"
+                )
+
+    def load(self, walk: int, name: str, module: nn.Module) -> bool:
+        """Put the kept state of a block into it; False when there is none.
+
+        Raises:
+            InputError: The file is damaged or does not fit.
+        """
+        path = self._path(walk, name)
+        if not path.is_file():
+            return False
+        try:
+            module.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
+            raise InputError(f"{path} is damaged or does not fit ({first}); delete it to redo this block") from None
+        return True
+
+    def save(self, walk: int, name: str, module: nn.Module) -> None:
+        """Keep the state of a finished block.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        tensors = {
+            key: value.detach().clone(memory_format=torch.contiguous_format)
+            for key, value in module.state_dict().items()
+            if isinstance(value, Tensor)
+        }
+        try:
+            self._write(self._path(walk, name), lambda path: save_file(tensors, path))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot keep the calibration in {self.folder}: {error}") from error
+
+    def _path(self, walk: int, name: str) -> Path:
+        return self.folder / f"{walk}-{name}.safetensors"
+
+    def _write(self, target: Path, write: Any) -> None:
+        """Make a file visible under its name when it is whole and safely on disk."""
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=self.folder) as scratch:
+            temporary = Path(scratch) / target.name
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)

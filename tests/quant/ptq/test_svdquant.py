@@ -1,0 +1,109 @@
+"""SVDQuant: the branch, every family's function kept, better where channels are large, saved and taken out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.quant.tiny_families import FAMILIES, apart, build, job, outlying
+from torch import nn
+
+from s2d.errors import InputError
+from s2d.quant import load, quantize, remove, save
+from s2d.quant.online import OnlineLinear
+from s2d.quant.ptq import svdquant as module
+from s2d.quant.ptq.svdquant import TokenSample, low_rank, svdquant
+
+
+@pytest.fixture(autouse=True)
+def small_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of width 48 have room for a branch of rank 4."""
+    monkeypatch.setattr(module, "RANK", 4)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30)])
+def test_the_branch_is_the_best_of_its_rank(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    down, up = low_rank(weight, 5)
+    assert (down.shape, up.shape) == ((5, shape[1]), (shape[0], 5))
+    U, S, V = np.linalg.svd(weight.numpy(), full_matrices=False)
+    best = np.linalg.norm(weight.numpy() - (U[:, :5] * S[:5]) @ V[:5])
+    assert np.linalg.norm(weight.numpy() - (up @ down).numpy()) < 1.001 * best
+    assert torch.equal(down, down.bfloat16().double()) and torch.equal(up, up.bfloat16().double())
+    down, up = low_rank(torch.zeros(shape), 3)
+    assert not bool(down.any()) and not bool(up.any())
+
+
+def test_a_sample_is_uniform_and_knows_the_largest_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOKENS", 50)
+    sample = TokenSample(torch.Generator().manual_seed(0))
+    for start in range(0, 1000, 100):
+        sample.add(torch.arange(start, start + 100.0)[:, None])
+    assert sample.rows is not None and sample.largest is not None
+    assert len(sample.rows) == 50 == len(sample.rows.unique()) and sample.largest.item() == 999
+    assert 400 < sample.rows.mean().item() < 600
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_function_is_kept_on_every_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STRENGTHS", (0.0, 0.5))
+    case = build(name)
+    plain = case.output()
+    work = job(case)
+    svdquant(work)
+    layers = [m for m in work.model.modules() if isinstance(m, OnlineLinear) and m.down is not None]
+    assert len(layers) >= 4
+    assert apart(case.output(work.model), plain) < 1e-5
+    remove(work.model)
+    assert apart(case.output(work.model), plain) < 1e-5
+    assert work.model.state_dict().keys() == case.model.state_dict().keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["svdquant", "svdquant+gptq", "rotation+svdquant"])
+def test_better_than_rounding_alone_where_channels_are_large(method: str) -> None:
+    case = outlying()
+    plain = case.output()
+    error, rtn = (
+        float((case.output(quantize(case.model, "w4a4", calibration=case.batches, method=name)) - plain).norm())
+        for name in (method, "rtn")
+    )
+    assert error < 0.6 * rtn
+
+
+def test_saved_and_loaded_bit_identical(tmp_path: Path) -> None:
+    case = build("bert")
+    quantized = quantize(case.model, "w4a4", calibration=case.batches, method="svdquant")
+    save(quantized, tmp_path)
+    loaded = load(tmp_path, build("bert").model)
+    assert torch.equal(case.output(loaded), case.output(quantized))
+    remove(loaded)
+    assert all(type(module) is nn.Linear for module in loaded.modules() if isinstance(module, nn.Linear))
+
+
+def test_it_comes_last() -> None:
+    case = build("vit")
+    for method in ("svdquant+smoothquant", "svdquant+awq"):
+        with pytest.raises(InputError, match=rf"write {method.split('+')[1]}\+svdquant"):
+            quantize(case.model, "w4a4", calibration=case.batches, method=method)
+
+
+def test_a_model_too_small_for_a_branch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RANK", 32)
+    case = build("vit")
+    with pytest.raises(InputError, match="more than 64 inputs and outputs in ViTModel"):
+        quantize(case.model, "w4a4", calibration=case.batches, method="svdquant")
+
+
+def test_a_failed_call_in_place_leaves_the_model_as_it_was() -> None:
+    case = build("vit")
+    before = {key: value.clone() for key, value in case.model.state_dict().items()}
+    with torch.no_grad():
+        case.model.layers[1].attention.o_proj.bias[0] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        quantize(case.model, "w4a4", calibration=case.batches, method="svdquant", inplace=True)
+    after = case.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before if "layers.1.attention.o_proj.bias" not in key)
