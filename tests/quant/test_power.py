@@ -16,7 +16,6 @@ from s2d.quant.power import (
     LogSqrt2Quantizer,
     TwinQuantizer,
     log_sqrt2,
-    log_sqrt2_codes,
     log_sqrt2_shifts,
     log_sqrt2_values,
     twin,
@@ -34,7 +33,9 @@ def attention(sd: float, tokens: int, rows: int = 400) -> Tensor:
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_log_sqrt2_is_a_shift_under_two_scales_for_every_code(bits: int) -> None:
     codes, scale = torch.arange(2**bits + 3).float(), torch.tensor(0.7)
-    torch.testing.assert_close(log_sqrt2_shifts(codes, scale, bits), log_sqrt2_values(codes, scale, bits), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        log_sqrt2_shifts(codes, scale, bits), log_sqrt2_values(codes, scale, bits), rtol=1e-6, atol=0
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -82,11 +83,17 @@ def test_lost_attention_mass_is_what_the_documentation_says(
     scales = probs.max() * torch.logspace(0, -1.5, 60)
     best_log = min((kept_and_error(probs, log_sqrt2(probs, s, 4)) for s in scales), key=lambda found: found[1])
     best_uniform = min(
-        (kept_and_error(probs, fake_quantize(probs, *affine_parameters(0 * s, s, UINT4, False), UINT4)) for s in scales),
+        (
+            kept_and_error(probs, fake_quantize(probs, *affine_parameters(0 * s, s, UINT4, False), UINT4))
+            for s in scales
+        ),
         key=lambda found: found[1],
     )
     best_twin = min(
-        (kept_and_error(probs, twin(probs, torch.tensor(2.0**-m / 7), torch.tensor(1 / 7), 4, "magnitude")) for m in range(20)),
+        (
+            kept_and_error(probs, twin(probs, torch.tensor(2.0**-m / 7), torch.tensor(1 / 7), 4, "magnitude"))
+            for m in range(20)
+        ),
         key=lambda found: found[1],
     )
     for ours, wanted in ((best_log, log), (best_uniform, uniform), (best_twin, twins)):

@@ -16,6 +16,7 @@ from torch import nn
 from s2d.errors import InputError
 from s2d.quant import load, quantize, record, remove, save
 from s2d.quant.formats import FORMATS, Format
+from s2d.quant.power import LogSqrt2Quantizer, TwinQuantizer
 from s2d.quant.quantizer import affine_parameters, fake_quantize
 from s2d.quant.sites import is_quantized
 from s2d.quant.storage import decode, encode, pack, unpack
@@ -230,6 +231,44 @@ class TestForeignFiles:
         model = quantize(PlainTransformer().eval(), "w4a4", calibration=[X])
         with pytest.raises(InputError, match="quantized already"):
             load(saved, model)
+
+
+@pytest.mark.parametrize("options", [{"split": "magnitude"}, {"split": "sign", "form": "sum"}])
+def test_other_kinds_of_quantizers_come_back(options: dict[str, str], tmp_path: Path) -> None:
+    quantized = quantize(PlainTransformer().eval(), "w4a4", calibration=[X])
+    attention = quantized.blocks[0].attn.attention_quantizer
+    attention.probs = LogSqrt2Quantizer(FORMATS["uint4"], name="blocks.0.attn.probs")
+    attention.probs.set_range(torch.tensor(0.0), torch.tensor(0.6))
+    fc2 = quantized.blocks[1].fc2
+    fc2.input_quantizer = TwinQuantizer(FORMATS["uint4"], name="blocks.1.fc2.input", **options)
+    fc2.input_quantizer.set_range(torch.tensor(-0.1 if options["split"] == "sign" else 0.1), torch.tensor(2.0))
+    attention.probs.enabled = fc2.input_quantizer.enabled = True
+    save(quantized, tmp_path)
+    restored = load(tmp_path, PlainTransformer().eval())
+    assert torch.equal(restored(X), quantized(X))
+    again = restored.blocks[1].fc2.input_quantizer
+    assert isinstance(again, TwinQuantizer) and again.options() == fc2.input_quantizer.options()
+    plain = remove(restored)
+    assert not is_quantized(plain)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"blocks.0.attn.probs": {"kind": "magic", "options": {}}},
+        {"nowhere.probs": {"kind": "log_sqrt2", "options": {}}},
+        {"blocks.0.attn.probs": {"kind": "twin", "options": {"split": "sideways"}}},
+        {"blocks.0.attn.probs": {"kind": "twin", "options": {"split": "sign"}}},
+    ],
+)
+def test_kinds_that_do_not_fit_are_refused(kinds: dict[str, Any], tmp_path: Path) -> None:
+    save(quantize(PlainTransformer().eval(), "w4a4", calibration=[X]), tmp_path)
+    path = tmp_path / "quantization.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kinds": kinds}))
+    model = PlainTransformer()
+    with pytest.raises(InputError, match="does not describe its tensors"):
+        load(tmp_path, model, inplace=True)
+    assert not is_quantized(model)
 
 
 def test_every_case_is_covered() -> None:

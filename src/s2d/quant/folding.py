@@ -174,6 +174,12 @@ def gate_folds(model: nn.Module) -> list[PairFold]:
     return found
 
 
+def second_linears(model: nn.Module) -> list[str]:
+    """The Linears behind the activation functions of MLPs."""
+    role = family_of(model).role
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and role(name) == "fc2"]
+
+
 def attention_parts(model: nn.Module) -> list[AttentionParts]:
     """Every attention whose q, k, v and proj are known by their rows, with nothing between v and proj."""
     family = family_of(model)
@@ -189,8 +195,9 @@ def attention_parts(model: nn.Module) -> list[AttentionParts]:
         width = modules[proj].in_features
         rows = _projection_rows(model, parts, width)
         head_dim = _head_dim(modules[mine[0]], width)
-        bad = rows is None or head_dim is None or any(name not in ("q_norm", "k_norm") for name in inner)
-        if bad or not _own_weights(model, tuple({rows["q"][0], rows["k"][0], rows["v"][0], proj})):
+        if rows is None or head_dim is None or any(name not in ("q_norm", "k_norm") for name in inner):
+            continue
+        if not _own_weights(model, tuple({rows["q"][0], rows["k"][0], rows["v"][0], proj})):
             continue
         writer, start, stop = rows["v"]
         if width % head_dim or (stop - start) % head_dim or (width // head_dim) % ((stop - start) // head_dim):

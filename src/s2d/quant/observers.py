@@ -184,7 +184,7 @@ def value_codes(x: Tensor) -> Tensor:
 
 
 def coded_distribution(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """From counts (or sums of weights) by `value_codes`, ``[65536]``: the values that occurred, ascending, and theirs."""
+    """From counts (or sums of weights) by `value_codes`, ``[65536]``: the values found, ascending, and theirs."""
     codes = counts.nonzero().squeeze(1)
     values = (codes - 2**15).to(torch.int16).view(torch.bfloat16).float()
     order = values.argsort()
@@ -315,7 +315,9 @@ def best_percentiles(rows: Tensor, percents: tuple[float, ...], rounding: Roundi
         ``lo`` and ``hi``, each ``[rows]``.
     """
     los, his = row_quantiles(rows, percents)
-    errors = [(rounding(rows, lo[:, None], hi[:, None]) - rows).square_().sum(1) for lo, hi in zip(los, his, strict=True)]
+    errors = [
+        (rounding(rows, lo[:, None], hi[:, None]) - rows).square_().sum(1) for lo, hi in zip(los, his, strict=True)
+    ]
     best = torch.stack(errors).argmin(0, keepdim=True)
     return los.gather(0, best)[0], his.gather(0, best)[0]
 

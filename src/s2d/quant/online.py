@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.quant.folding import change_basis, streams
+from s2d.quant.folding import change_basis, merge_norm, streams
 from s2d.quant.hadamard import apply_factors
 from s2d.quant.modules import Quantized, QuantizedLinear, swap_in, swap_out, turn_into
 
@@ -68,7 +68,7 @@ class OnlineLinear(QuantizedLinear):
         """Rotate the input by H = left kron right (orthogonal, float64) and the weight's columns likewise."""
         assert self.left is None and self.smooth is None and self.down is None
         self.weight.copy_(apply_factors(self.weight.double(), left, right))
-        self.left, self.right = left.to(self.weight), right.to(self.weight)
+        self.left, self.right = left.to(self.weight).contiguous(), right.to(self.weight).contiguous()
 
     @torch.no_grad()
     def smooth_input(self, scale: Tensor) -> None:
@@ -82,8 +82,10 @@ class OnlineLinear(QuantizedLinear):
     def split_off(self, down: Tensor, up: Tensor) -> None:
         """Take ``up @ down`` out of the weight and compute it beside it."""
         assert self.down is None
-        self.down, self.up = down.to(self.weight), up.to(self.weight)
-        self.weight.copy_(self.weight.double() - self.up.double() @ self.down.double())
+        # Contiguous, as they are when loaded: the order of sums, and so the last bit, depends on it.
+        self.down, self.up = down.to(self.weight).contiguous(), up.to(self.weight).contiguous()
+        product = up.to(self.weight).double() @ down.to(self.weight).double()
+        self.weight.copy_(self.weight.double() - product)
 
     @torch.no_grad()
     def plain_weight(self) -> Tensor:
@@ -132,7 +134,7 @@ def make_online(module: nn.Module) -> OnlineLinear:
         assert isinstance(module, QuantizedLinear)
         turn_into(module, OnlineLinear)
         for name in LINEAR_BUFFERS:
-            module.register_buffer(name, None)  # pyright: ignore[reportCallIssue]
+            nn.Module.register_buffer(module, name, None)  # pyright: ignore[reportArgumentType]
     assert isinstance(module, OnlineLinear)
     return module
 
@@ -142,7 +144,7 @@ def rotate_stream(model: nn.Module, first: str, last: str, rotation: Tensor) -> 
     for name in dict.fromkeys((first, last)):
         _make_rotated(model.get_submodule(name), name)
     like = next(model.get_submodule(first).parameters())
-    model.get_submodule(first).enter = rotation.to(like)
+    model.get_submodule(first).enter = rotation.contiguous().to(like)
     model.get_submodule(last).leave = rotation.T.contiguous().to(like)
 
 
@@ -186,7 +188,7 @@ def attach(model: nn.Module, described: dict[str, dict[str, list[int]]]) -> None
             _make_rotated(module, name)
         else:
             raise InputError(f"the saved file adds {', '.join(shapes)} to {name}, where it cannot be; save it again")
-        like = next(module.parameters())
+        like = next(model.get_submodule(name).parameters())
         for key, shape in shapes.items():
             setattr(module, key, torch.zeros(shape, dtype=like.dtype, device=like.device))
 
@@ -206,6 +208,9 @@ def detach(model: nn.Module) -> None:
         for stream in streams(model, "rotation"):
             leave = rotated[stream.blocks[-1]].leave if stream.blocks[-1] in rotated else None
             if leave is not None:
+                # A method that came after the rotation may have given norms a gain, which belongs to the rotated basis.
+                for branch in stream.branches:
+                    merge_norm(model, branch)
                 change_basis(model, stream, leave.double())
         for module in rotated.values():
             swap_out(module, BLOCK_BUFFERS)  # pyright: ignore[reportArgumentType]

@@ -17,8 +17,8 @@ bits, logits N(0, sd^2), best of 60 scales (`tests/quant/test_power.py` measures
     1.5   576      .84  .019      .67  .111     .62  .186
     1.5   1024     .81  .022      .65  .123     .47  .235
 
-Dividing the rows by their new sums is no cure: it doubles or triples the error. At 576 tokens or more prefer 6 or 8 bits
-for the probabilities: the override ``"*.probs": {"attention": {"bits": 8}}``.
+Dividing the rows by their new sums is no cure: it doubles or triples the error. At 576 tokens or more prefer 6 or 8
+bits for the probabilities: the override ``"*.probs": {"attention": {"bits": 8}}``.
 
 Twin (PTQ4ViT, arXiv 2111.12293, section 3.2): one bit says which of two ranges, the other bits are the code inside it,
 0..K-1 with K = 2**(bits - 1).
@@ -167,7 +167,7 @@ class TwinQuantizer(Quantizer):
         return 2 ** (self.format.bits - 1)
 
     def set_range(self, lo: Tensor, hi: Tensor) -> None:
-        """Cover ``[lo, hi]`` (scalars): by sign, each range its own end; by magnitude, ``lo`` is the low range's end."""
+        """Cover ``[lo, hi]`` (scalars): by sign, each range its own end; by magnitude, ``lo`` ends the low range."""
         self.scale.copy_(torch.stack(self.steps(lo, hi)))
 
     def steps(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ Scale and zero point broadcast against x:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -300,9 +300,10 @@ class Quantizer(nn.Module):
 
 
 _KINDS: dict[str, type[Quantizer]] = {}
+Kind = TypeVar("Kind", bound=Quantizer)
 
 
-def register_kind(kind: type[Quantizer]) -> type[Quantizer]:
+def register_kind(kind: type[Kind]) -> type[Kind]:
     """Make a kind of quantizer known to those who build quantizers by name (loading a model)."""
     assert kind.kind not in _KINDS and kind.kind != Quantizer.kind, f"quantizer kind {kind.kind} is registered twice"
     _KINDS[kind.kind] = kind

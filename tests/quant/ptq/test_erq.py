@@ -20,9 +20,10 @@ from s2d.quant.ptq.erq import (
     refine_rounding,
     ridge_solve,
     round_halves,
+    within_range,
 )
 from s2d.quant.ptq.gptq import Grid
-from s2d.quant.quantizer import WeightQuantizer, affine_parameters, fake_quantize
+from s2d.quant.quantizer import Quantizer, WeightQuantizer, affine_parameters, fake_quantize
 
 INT4 = FORMATS["int4"]
 
@@ -99,6 +100,18 @@ def test_a_matrix_without_full_rank_is_damped_and_a_broken_one_is_given_up() -> 
     solution = ridge_solve(flat, torch.ones(6, 2, dtype=torch.float64), 1e-6)
     assert solution is not None and torch.isfinite(solution).all()
     assert ridge_solve(-torch.eye(4, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64), 0.01) is None
+
+
+def test_what_a_range_cuts_off_is_not_learned() -> None:
+    quantizer = Quantizer(FORMATS["uint4"], "tensor", name="x")
+    quantizer.set_range(torch.tensor(-2.0), torch.tensor(4.0))
+    x = torch.linspace(-2.0, 4.0, 301)
+    x[[7, 9]] = torch.tensor([38.0, -20.0])
+    rounded = quantizer.fake_quantize(x)
+    held = within_range(x, rounded, quantizer)
+    assert held[7] == rounded[7] and held[9] == rounded[9]
+    inside = (x > -2.0) & (x < 4.0)
+    assert torch.equal(held[inside], x[inside])
 
 
 def loss(error: Tensor, moment: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ def test_the_probes_squares_are_the_fisher_diagonal() -> None:
         for kind in sums:
             point = x.clone().requires_grad_(True)
             logits = model(point)
-            loss, found = probe_loss(model, SimpleNamespace(logits=logits) if kind == "categorical" else logits, None, draw)
+            loss, found = probe_loss(
+                model, SimpleNamespace(logits=logits) if kind == "categorical" else logits, None, draw
+            )
             assert found == kind
             sums[kind] += torch.autograd.grad(loss, point)[0][0].square() / 1500
     jacobian, p = model.weight.detach(), model(x).detach().softmax(-1)[0]

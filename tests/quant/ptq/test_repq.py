@@ -152,7 +152,9 @@ def held_out_errors(methods: tuple[str, ...], spec: str, protocol: Any = "own") 
     with torch.no_grad():
         plain = case.output(batch=unseen)
         outputs = {
-            method: case.output(quantize(case.model, spec, calibration=batches, method=method, protocol=protocol), unseen)
+            method: case.output(
+                quantize(case.model, spec, calibration=batches, method=method, protocol=protocol), unseen
+            )
             for method in methods
         }
         return {method: ((output - plain).norm() / plain.norm()).item() for method, output in outputs.items()}
@@ -185,7 +187,9 @@ def test_post_norm_models_keep_their_norms_by_name_and_the_rest_runs() -> None:
     torch.manual_seed(0)
     case = bert()
     before = {key: value.clone() for key, value in case.model.state_dict().items()}
-    with pytest.warns(UserWarning, match=r"repq: embeddings.LayerNorm, .*LayerNorm and \d+ more also feed the residual"):
+    with pytest.warns(
+        UserWarning, match=r"repq: embeddings.LayerNorm, .*LayerNorm and \d+ more also feed the residual"
+    ):
         quantized = quantize(case.model, "w4a4", calibration=case.batches, method="repq")
     assert all(torch.equal(value, quantized.state_dict()[key]) for key, value in before.items())
     assert any(isinstance(q, LogSqrt2Quantizer) for q in quantizers_of(quantized))

@@ -14,6 +14,8 @@ from s2d.quant.channels import channel_statistics
 from s2d.quant.online import OnlineLinear
 from s2d.quant.ptq.smoothquant import smoothing_scale, smoothquant
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is post-norm")
+
 
 def test_the_scale_is_equation_4() -> None:
     weights = [torch.tensor([[1.0, -4.0, 0.0, 2.0]]), torch.tensor([[-9.0, 1.0, 0.0, 1.0], [0.0, 2.0, 0.0, 0.5]])]

@@ -16,6 +16,7 @@ Shapes: I inputs of a layer, O outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from s2d.quant.ptq.trial import rounded_weight
 from s2d.quant.sites import Site
 
 STEPS = 20
+# As many batches as hold this many tokens judge a scale; a batch is never taken apart.
+SEARCH_TOKENS = 512
 SMALLEST = 1e-4
 
 
@@ -64,11 +67,23 @@ def awq(job: Job) -> None:
             mine = [pair for pair in chosen if pair.readers[0].startswith(f"{block.name}.")]
             if not mine:
                 continue
-            wanted = block.run(block.inputs)
+            judge = few_calls(block)
+            wanted = judge.run(judge.inputs)
             for pair in mine:
-                scale = best_scale(job, block, pair, input_statistics(pair, statistics), wanted)
+                scale = best_scale(job, judge, pair, input_statistics(pair, statistics), wanted)
                 if scale is not None:
                     apply(job.model, pair, scale)
+
+
+def few_calls(block: Block) -> Block:
+    """The same block with the first of its calls, as many as it takes to see `SEARCH_TOKENS` tokens."""
+    tokens = count = 0
+    for call in block.inputs:
+        hidden = next(value for value in call.slots().values() if isinstance(value, Tensor))
+        tokens, count = tokens + hidden[..., 0].numel(), count + 1
+        if tokens >= SEARCH_TOKENS:
+            break
+    return replace(block, inputs=block.inputs[:count], masks=block.masks[:count], reference=None, outputs=None)
 
 
 def best_scale(

@@ -3,15 +3,15 @@
 Yuan et al., "PTQ4ViT: Post-Training Quantization for Vision Transformers with Twin Uniform Quantization", ECCV 2022,
 arXiv 2111.12293. Twin ranges (section 3.2) are in `quant/power.py`, here in their piecewise form.
 
-Scales (section 3.3). For a layer with output O, and O^ when weight and input are rounded, the range is taken that minimises
+Scales (section 3.3). For a layer with output O, and O^ when weight and input are rounded, the range minimises
 
     sum (g * (O - O^))^2,    g = d loss / d O                                                              (eq. 11)
 
 out of 100 multiples 0.01 .. 1.19 of the observed one: three rounds of first the weight's, then the input's.
 
 The gradient. The paper's loss compares the quantized model with the full-precision one; in its code both are the
-full-precision one when gradients are taken, so the loss is at its minimum, the exact gradient is 0, and what is left is
-floating-point noise. Here g is that of a Fisher probe, which is never 0 at the optimum and whose squares are the diagonal
+full-precision one when gradients are taken, so the loss is at its minimum, the exact gradient is 0, what is left is
+floating-point noise. Here g is that of a Fisher probe, never 0 at the optimum, whose squares are the diagonal
 of the curvature:
 
     models with class logits    loss = -log p(y), y drawn from the model's own prediction ("categorical")
@@ -25,11 +25,11 @@ Where this differs from the release besides that:
 - q, k, v and the probabilities are searched by their own rounding error, every value weighted by its squared gradient,
   in one round; the paper takes the error of the product they enter.
 - Which inputs are behind a GELU is seen by their floor: a minimum of -0.3 or above and a maximum three times as far up.
-  The negative range ends at that minimum, so QuickGELU and SiLU are right too; gated products, which have no floor, stay
+  The negative range ends at that minimum, so QuickGELU and SiLU are right too; gated products have no floor and stay
   as they are.
 
 Both protocols begin with the ranges of the spec's observers (the paper's are min-max). Cost: one backward pass, and 600
-products of 256 tokens with every weight. When not to use it: at 4 bits and below methods that change weights are better.
+products of 256 tokens with every weight. When not to use it: at 4 bits and below, methods that change weights win.
 
 Shapes: n sampled tokens, o outputs, d inputs.
 """
@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from s2d.quant.blocks import blocks_of
 from s2d.quant.calibration import Job, evaluating, observe, real_tokens, token_mask
+from s2d.quant.formats import IntFormat
 from s2d.quant.layers import Layer, layers_of
 from s2d.quant.modules import QuantizedLinear
 from s2d.quant.observers import Rounding, affine_rounding, coded_distribution, value_codes, weight_range
@@ -103,7 +104,9 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() and output.requires_grad else []
     if isinstance(output, Mapping):
-        return [t for key, value in output.items() if key not in ("hidden_states", "attentions") for t in _tensors(value)]
+        return [
+            t for key, value in output.items() if key not in ("hidden_states", "attentions") for t in _tensors(value)
+        ]
     return [t for value in output for t in _tensors(value)] if isinstance(output, (tuple, list)) else []
 
 
@@ -212,9 +215,7 @@ def search_weight(
     quantizer.set_range(best * lo, best * hi)
 
 
-def search_input(
-    quantizer: Quantizer, x: Tensor, weight: Tensor, target: Tensor, gradient: Tensor | None
-) -> None:
+def search_input(quantizer: Quantizer, x: Tensor, weight: Tensor, target: Tensor, gradient: Tensor | None) -> None:
     """Give an input's quantizer the best multiple of its range; a twin keeps its negative side.
 
     Args:
@@ -247,6 +248,7 @@ def _search_operand(job: Job, site: Site, values: Tensor, weights: Tensor) -> No
         twin.set_range(*best_range(values, weights, ends, torch.ones(SPLITS), twin.rounding))
         job.replace_quantizer(site, twin)
         return
+    assert isinstance(quantizer.format, IntFormat)
     lo = quantizer.scale * (quantizer.format.qmin - quantizer.zero_point)
     hi = quantizer.scale * (quantizer.format.qmax - quantizer.zero_point)
     multiples = torch.tensor(MULTIPLES, device=lo.device)
@@ -278,7 +280,9 @@ def _look(job: Job, samples: Mapping[Layer, Sample], operands: Mapping[Site, Ten
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
-            handles += [block.register_forward_pre_hook(_begin_graph, with_kwargs=True) for block in blocks_of(model).values()]
+            handles += [
+                block.register_forward_pre_hook(_begin_graph, with_kwargs=True) for block in blocks_of(model).values()
+            ]
             handles += [
                 layer.module.register_forward_hook(_sampler(layer, sample, mask, generator), with_kwargs=True)
                 for layer, sample in samples.items()
@@ -360,7 +364,9 @@ def _weigher(site: Site, counts: Tensor, mask: Any) -> Any:
 def _pieces(batch: Any, device: torch.device) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """A batch as calls of a few samples each; as one call where its tensors do not share their first dimension."""
     keys = list(batch) if isinstance(batch, Mapping) else None
-    values = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else list(batch)
+    values = (
+        list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else list(batch)
+    )
     sizes = {value.shape[0] if value.ndim else 0 for value in values if isinstance(value, Tensor)}
     size = sizes.pop() if len(sizes) == 1 else 0
     for start in range(0, size or 1, PIECE):

@@ -20,11 +20,11 @@ Where this differs from the released code:
 - A norm or a reader without a bias cannot take a shift; then all channels share the zero point and t is 0.
 - Blocks see inputs behind quantized blocks; inside a block all ranges come from one pass, where the release lets each
   quantizer see the rounding of those before it in the block.
-- Above 6 bits the probabilities keep uniform steps: neighbours on the log scale are a factor of sqrt2 apart whatever the
+- Above 6 bits the probabilities keep uniform steps: neighbours on the log scale are a factor sqrt2 apart whatever the
   bits. The paper has no more than 6.
 - Weights keep the spec's format. The paper's rows are asymmetric: ``{"base": "w4a4", "weight": {"format": "uint4"}}``.
 
-In post-norm models the norm's output is the residual too, so its channels cannot be scaled: there the norms stay as they
+In post-norm models the norm's output is the residual too, so its channels cannot be scaled: there norms stay as they
 are, with a warning, and only log-sqrt2 and the percentiles remain. Cost: three passes of every block.
 
 When not to use it: one giant channel behind a norm moves into a giant column of W', and low-bit weights fail instead.
@@ -190,8 +190,8 @@ def warn_about_residuals(job: Job) -> None:
     if kept:
         more = f" and {len(kept) - 2} more" if len(kept) > 2 else ""
         warnings.warn(
-            f"{job.method}: {', '.join(kept[:2])}{more} also feed the residual sum (post-norm), so their channels keep one "
-            "range for all; the rest of the method runs",
+            f"{job.method}: {', '.join(kept[:2])}{more} also feed the residual sum (post-norm), so their channels keep "
+            "one range for all; the rest of the method runs",
             stacklevel=2,
         )
 
@@ -243,7 +243,9 @@ def reparametrise_block(job: Job, block: Block, calls: Sequence[Call]) -> Fitted
     for fold, targets in folds:
         site, quantizer = next(iter(targets.items()))
         if not seen[site]:
-            raise InputError(f"the calibration data never reached {site.name}; feed data that does, or override it with keep")
+            raise InputError(
+                f"the calibration data never reached {site.name}; feed data that does, or override it with keep"
+            )
         channels = torch.cat(seen.pop(site)).float().T.contiguous()  # [D, N]
         found = _reparametrisation(job, fold, site, channels)
         apply_reparametrisation(job.model, fold, found)

@@ -33,7 +33,6 @@ import torch
 from torch import nn
 
 from s2d.errors import InputError
-from s2d.models.family import family_of
 from s2d.quant.calibration import Job
 from s2d.quant.channels import function_kept
 from s2d.quant.folding import (
@@ -44,6 +43,7 @@ from s2d.quant.folding import (
     matrix,
     merge_norm,
     norm_folds,
+    second_linears,
     streams,
 )
 from s2d.quant.hadamard import factors, random_rotation
@@ -119,12 +119,6 @@ def rotate_values(model: nn.Module, parts: AttentionParts, rotation: torch.Tenso
     with torch.no_grad():
         turned = weight.double().unflatten(1, (values.heads, values.head_dim)) @ rotation
         weight.copy_(turned.flatten(1))
-
-
-def second_linears(model: nn.Module) -> list[str]:
-    """The Linears behind the activation functions of MLPs."""
-    role = family_of(model).role
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and role(name) == "fc2"]
 
 
 @torch.no_grad()

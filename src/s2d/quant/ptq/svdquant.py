@@ -1,8 +1,8 @@
 """SVDQuant: the strongest singular directions of a weight are kept beside it at 16 bits, the rest is rounded.
 
 Li et al., "SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models", ICLR 2025, arXiv
-2411.05007, section 4. With inputs smoothed by s (a grid of strengths, the best per layer) and the top 32 singular triplets
-of the smoothed weight:
+2411.05007, section 4. With inputs smoothed by s (a grid of strengths, the best per layer) and the top 32 singular
+triplets of the smoothed weight:
 
     X^ = X / s,   W^ = W s,   W^ ~ U D  (rank r),        Y = X^ (U D)^T [16 bits] + Q(X^) Q(W^ - U D)^T
 
