@@ -147,7 +147,9 @@ def allocate(
         budget: Bits a weight may have on average over the quantized layers: ``"4.5 bits"``, ``"4.5"`` or ``4.5``.
         calibration: Batches, as for `quantize`; they are run ``len(choices)`` times for every layer.
         choices: The widths to choose from, 2 to 8.
-        base: Which layers, and everything but the widths: granularity, observers, the attention operands.
+        base: Which layers, and everything but the widths: granularity, observers, the attention operands. Give it the
+            observers that the model will be quantized with (`QuantSpec.with_observer`): what costs least with one
+            calibrator can be the worst choice with another.
         activations: ``"follow"``: a layer's input has as many bits as its weight. ``"base"``: inputs stay as the base
             has them, and only weights count.
         loss: ``loss(model, batch)``, a scalar, to measure by its rise instead of by the error of the output.

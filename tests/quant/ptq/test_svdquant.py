@@ -14,7 +14,7 @@ from s2d.errors import InputError
 from s2d.quant import load, quantize, remove, save
 from s2d.quant.online import OnlineLinear
 from s2d.quant.ptq import svdquant as module
-from s2d.quant.ptq.svdquant import TokenSample, low_rank, svdquant
+from s2d.quant.ptq.svdquant import TokenSample, low_rank, low_rank_quickly, svdquant
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,14 @@ def test_the_branch_is_the_best_of_its_rank(shape: tuple[int, int]) -> None:
     assert torch.equal(down, down.bfloat16().double()) and torch.equal(up, up.bfloat16().double())
     down, up = low_rank(torch.zeros(shape), 3)
     assert not bool(down.any()) and not bool(up.any())
+
+
+def test_the_quick_branch_is_nearly_as_good() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(60, 80, generator=generator) * torch.linspace(3, 0.1, 80)
+    start = torch.randn(80, 5, generator=generator)
+    (down, up), (exact_down, exact_up) = low_rank_quickly(weight, start), low_rank(weight, 5)
+    assert (weight - up @ down).norm() < 1.05 * (weight.double() - exact_up @ exact_down).norm()
 
 
 def test_a_sample_is_uniform_and_knows_the_largest_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

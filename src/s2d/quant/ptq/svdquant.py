@@ -38,6 +38,7 @@ from s2d.quant.ptq.trial import rounded_input, rounded_weight
 RANK = 32
 STRENGTHS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TOKENS = 512
+ROUNDS = 3
 
 
 class TokenSample:
@@ -86,6 +87,20 @@ def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return down.bfloat16().double(), up.bfloat16().double()
 
 
+def low_rank_quickly(weight: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """About what `low_rank` gives, by a few rounds of subspace iteration; good enough to compare strengths with.
+
+    Args:
+        weight: ``[O, I]``.
+        start: ``[I, r]`` random, of the weight's type.
+    """
+    basis = start
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(weight.T @ (weight @ basis)).Q
+    up = weight @ basis
+    return basis.T.bfloat16().to(weight), up.bfloat16().to(weight)
+
+
 @register("svdquant", f"a 16-bit branch of rank {RANK} beside each smoothed, rounded weight", stage="transform")
 def svdquant(job: Job) -> None:
     """Smooth and split every quantized Linear whose weight is larger than its branch; reads the data once or twice.
@@ -125,31 +140,30 @@ def split(job: Job, name: str, module: QuantizedLinear, sample: TokenSample) -> 
         return False
     weight = module.weight.detach()
     wanted = F.linear(sample.rows, weight)
-    best: tuple[float, Tensor, Tensor, Tensor] | None = None
+    best: tuple[float, Tensor] | None = None
+    start = torch.randn(weight.shape[1], RANK, generator=sample.generator).to(weight)
     for strength in STRENGTHS:
         scale = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
         if strength:
             scale = smoothing_scale(sample.largest, [weight], strength)
             # Only ratios matter to the weight's rounding; centred scales keep both factors in range.
             scale = scale / (scale.max() * scale.min()).sqrt()
-        smoothed = weight.double() * scale
-        down, up = low_rank(smoothed, RANK)
-        error = _error(job, name, sample.rows, wanted, (smoothed, scale, down, up))
+        scale = scale.to(weight)
+        smoothed = weight * scale
+        error = _error(job, name, sample.rows / scale, wanted, smoothed, *low_rank_quickly(smoothed, start))
         if best is None or error < best[0]:
-            best = (error, scale, down, up)
+            best = (error, scale)
     assert best is not None
     online = make_online(module)
     online.smooth_input(best[1])
-    online.split_off(best[2], best[3])
+    online.split_off(*low_rank(online.weight, RANK))
     return True
 
 
-def _error(job: Job, name: str, rows: Tensor, wanted: Tensor, branch: tuple[Tensor, Tensor, Tensor, Tensor]) -> float:
-    """Squared error of the layer's output on the sample, input and remaining weight rounded to nearest."""
-    smoothed, scale, down, up = branch
-    x = (rows.double() / scale).to(rows.dtype)
-    rest = (smoothed - up @ down).to(rows.dtype)
-    output = F.linear(F.linear(x, down.to(x)), up.to(x))
+def _error(job: Job, name: str, x: Tensor, wanted: Tensor, smoothed: Tensor, down: Tensor, up: Tensor) -> float:
+    """Squared error of a layer's output on (smoothed) inputs, input and remaining weight rounded to nearest."""
+    rest = smoothed - up @ down
+    output = F.linear(F.linear(x, down), up)
     for site, quantizer in job.quantizers.items():
         if site.module == name and site.what == "weight":
             rest = rounded_weight(site, quantizer, rest)
