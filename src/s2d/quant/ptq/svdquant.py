@@ -138,8 +138,8 @@ def split(job: Job, name: str, module: QuantizedLinear, sample: TokenSample) -> 
     """Smooth a layer's input and take the low-rank branch out of its weight, in place; False where no data came by."""
     if sample.rows is None or sample.largest is None:
         return False
-    weight = module.weight.detach()
-    wanted = F.linear(sample.rows, weight)
+    weight, rows = module.weight.detach().float(), sample.rows.float()
+    wanted = F.linear(rows, weight)
     best: tuple[float, Tensor] | None = None
     start = torch.randn(weight.shape[1], RANK, generator=sample.generator).to(weight)
     for strength in STRENGTHS:
@@ -150,7 +150,7 @@ def split(job: Job, name: str, module: QuantizedLinear, sample: TokenSample) -> 
             scale = scale / (scale.max() * scale.min()).sqrt()
         scale = scale.to(weight)
         smoothed = weight * scale
-        error = _error(job, name, sample.rows / scale, wanted, smoothed, *low_rank_quickly(smoothed, start))
+        error = _error(job, name, rows / scale, wanted, smoothed, *low_rank_quickly(smoothed, start))
         if best is None or error < best[0]:
             best = (error, scale)
     assert best is not None
