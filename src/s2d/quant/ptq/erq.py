@@ -90,7 +90,8 @@ class Moments:
         rounded, x = rounded.float(), x.float()
         extended = torch.cat([rounded, rounded.new_ones(len(rounded), 1)], dim=1)
         square, cross = (extended.T @ extended).double(), (extended.T @ (x - rounded)).double()
-        if not bool(torch.isfinite(square).all() & torch.isfinite(cross).all()):
+        # Anything that is not finite reaches these sums.
+        if not bool(torch.isfinite(square.trace()) & torch.isfinite(cross.sum())):
             raise InputError(f"{self.name} received NaN or infinite values; check the weights and the calibration data")
         self.count += len(x)
         self.square = square if self.square is None else self.square.add_(square)
@@ -160,19 +161,18 @@ def refine_rounding(
     error = rounded - weight
     slope = 2.0 * error @ moment
     own = moment.diagonal()
-    half = 0.5 * scale
+    # An entry only ever changes between its two neighbours, so whether the other one exists is known beforehand.
+    other = rounded - error.sign() * scale
+    exists = ((other >= lowest - 0.5 * scale) & (other <= highest + 0.5 * scale)).to(slope.dtype)
     for _ in range(flips):
-        # Down where it was rounded up and the other way round; neighbours outside the codes do not exist.
-        step = -error.sign() * scale
-        target = rounded + step
-        possible = (slope * step < 0) & (target >= lowest - half) & (target <= highest + half)
-        best = torch.where(possible, slope.abs(), -1.0).argmax(1, keepdim=True)
-        change = step.gather(1, best)
-        lowers = possible.gather(1, best) & (change * slope.gather(1, best) + change.square() * own[best] < 0)
-        rows = lowers.squeeze(1).nonzero().squeeze(1)
+        # Down where it was rounded up and the other way round: the error and the slope agree in sign.
+        steepest, best = slope.abs().mul_(slope * error > 0).mul_(exists).max(1)
+        step = -(error.gather(1, best[:, None]).sign() * scale.gather(1, best[:, None])).squeeze(1)
+        # L changes by step * slope + step^2 C_jj, and step * slope is -|step| |slope|.
+        rows = (steepest > step.abs() * own[best]).nonzero().squeeze(1)
         if not len(rows):
             break
-        columns, change = best[rows, 0], change[rows, 0]
+        columns, change = best[rows], step[rows]
         rounded[rows, columns] += change
         error[rows, columns] += change
         slope.index_add_(0, rows, 2.0 * change[:, None] * moment[columns])
