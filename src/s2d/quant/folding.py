@@ -191,8 +191,9 @@ def attention_parts(model: nn.Module) -> list[AttentionParts]:
         proj = _only(parts, "proj")
         if len(mine) != 1 or proj is None or not isinstance(modules[proj], nn.Linear):
             continue
+        proj_weight, _ = matrix(model, proj)
         inner = [name.rpartition(".")[2] for name in parts.get("norm_inner", []) if name.startswith(f"{mine[0]}.")]
-        width = modules[proj].in_features
+        width = proj_weight.shape[1]
         rows = _projection_rows(model, parts, width)
         head_dim = _head_dim(modules[mine[0]], width)
         if rows is None or head_dim is None or any(name not in ("q_norm", "k_norm") for name in inner):
@@ -252,9 +253,9 @@ def matrix(model: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | No
     """Weight ``[out, in]`` and bias of a Linear, or of the fused projection of an `nn.MultiheadAttention`."""
     module = model.get_submodule(name)
     if isinstance(module, nn.MultiheadAttention):
-        return module.in_proj_weight, module.in_proj_bias
+        return module.get_parameter("in_proj_weight"), module._parameters["in_proj_bias"]
     assert isinstance(module, nn.Linear)
-    return module.weight, module.bias
+    return module.get_parameter("weight"), module._parameters["bias"]
 
 
 @torch.no_grad()

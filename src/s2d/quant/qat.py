@@ -28,7 +28,7 @@ from s2d.quant.formats import IntFormat
 from s2d.quant.learned import LearnedQuantizer, lsq_step
 from s2d.quant.oscillation import Oscillations, threshold_at
 from s2d.quant.ptq.rtn import set_weight_range
-from s2d.quant.quantizer import quantize_codes
+from s2d.quant.quantizer import Quantizer, quantize_codes
 from s2d.quant.sites import Site, weight_name
 from s2d.quant.spec import QuantSpec
 from s2d.quant.state import Record, peek, record, switch_on
@@ -91,7 +91,7 @@ def prepare_qat(
     )
     kept = record(model)
     for holder, name, child in list(_children(model)):
-        if LearnedQuantizer.suits(child):
+        if isinstance(child, Quantizer) and LearnedQuantizer.suits(child):
             setattr(holder, name, LearnedQuantizer(child))
     switch_on(model, Record(kept.spec, "qat", kept.sites, training=True))
     if start == "lsq":

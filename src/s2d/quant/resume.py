@@ -44,7 +44,7 @@ class Snapshot:
             for name, value, was in members:
                 if value is not None and was is not None:
                     value.data = was
-                held[name] = value
+                held[name] = value  # pyright: ignore[reportArgumentType] -- parameters and buffers alike
 
 
 def fingerprint_weights(model: nn.Module) -> str:

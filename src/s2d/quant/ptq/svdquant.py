@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.quant.blocks import outside, walk
@@ -154,6 +154,7 @@ def split(job: Job, name: str, module: QuantizedLinear, sample: TokenSample) -> 
         if best is None or error < best[0]:
             best = (error, scale)
     assert best is not None
+    assert isinstance(module, nn.Module)
     online = make_online(module)
     online.smooth_input(best[1])
     online.split_off(*low_rank(online.weight, RANK))
