@@ -29,7 +29,7 @@ FEWEST_OUTLIERS = 16
 
 # One pass reduces this many bytes of an activation at a time, so that they stay in the cache; an accelerator gets the
 # activation in one piece, as launches cost more there.
-_PIECE_BYTES_CPU = 3 << 18
+_PIECE_BYTES_CPU = 1 << 20
 
 
 def token_rows(x: Tensor, mask: Tensor | None = None) -> Tensor:
