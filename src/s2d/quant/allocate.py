@@ -17,7 +17,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from s2d.errors import InputError
 from s2d.quant.calibration import Batches, evaluating, real_tokens, run, token_mask
 from s2d.quant.distillation import main_output
 from s2d.quant.formats import IntFormat, integer_format
-from s2d.quant.quantizer import Quantizer
+from s2d.quant.quantizer import Quantizer, switched_on
 from s2d.quant.sites import quantizers_of
 from s2d.quant.spec import QuantSpec, TensorSpec
 from s2d.quant.state import record
@@ -91,9 +90,7 @@ class Sensitivity:
         Raises:
             InputError: The budget is no number of bits, or below the smallest width.
         """
-        bits = parse_budget(budget)
-        if bits < self.choices[0]:
-            raise InputError(f"a budget of {bits:g} bits is below the smallest choice, {self.choices[0]}; raise it")
+        bits = affordable(budget, self.choices)
         errors = [[layer.errors[b] for b in self.choices] for layer in self.layers]
         chosen = knapsack(errors, [layer.weights for layer in self.layers], self.choices, bits)
         return self._spec({layer.name: b for layer, b in zip(self.layers, chosen, strict=True)})
@@ -161,9 +158,7 @@ def allocate(
     Raises:
         InputError: An impossible budget or width; a base whose weights are no integers; anything `quantize` refuses.
     """
-    bits = parse_budget(budget)
-    if choices and bits < min(choices):
-        raise InputError(f"a budget of {bits:g} bits is below the smallest choice, {min(choices)}; raise it")
+    bits = affordable(budget, choices)  # before the measurement, which takes time
     found = sensitivity(
         model,
         calibration=calibration,
@@ -186,6 +181,18 @@ def parse_budget(budget: str | float) -> float:
     if isinstance(budget, bool) or match is None or not 0 < float(match[1]) < math.inf:
         raise InputError(f'a budget is a number of bits a weight, such as "4.5 bits", not {budget!r}')
     return float(match[1])
+
+
+def affordable(budget: str | float, choices: Sequence[int]) -> float:
+    """`parse_budget` of a budget that the narrowest of these widths fits.
+
+    Raises:
+        InputError: It is no budget, or too small.
+    """
+    bits = parse_budget(budget)
+    if choices and bits < min(choices):
+        raise InputError(f"a budget of {bits:g} bits is below the smallest choice, {min(choices)}; raise it")
+    return bits
 
 
 def knapsack(
@@ -355,7 +362,7 @@ class _Measure:
         self.spread = float((rows - rows.mean(0)).square().sum())
 
     def error(self, model: nn.Module, quantizers: Iterable[Quantizer]) -> float:
-        with _switched_on(quantizers):
+        with switched_on(quantizers):
             if self.loss is not None:
                 return self._loss(model) - self.before
             outputs = self._outputs(model)
@@ -385,18 +392,6 @@ class _Measure:
 
 def _finite(error: float) -> float:
     return min(error, _HOPELESS) if math.isfinite(error) else _HOPELESS
-
-
-@contextmanager
-def _switched_on(quantizers: Iterable[Quantizer]) -> Iterator[None]:
-    members = list(quantizers)
-    for quantizer in members:
-        quantizer.enabled = True
-    try:
-        yield
-    finally:
-        for quantizer in members:
-            quantizer.enabled = False
 
 
 def _reason(layer: LayerCost, share: float, width: int) -> str:

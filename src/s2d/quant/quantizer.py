@@ -15,7 +15,8 @@ Scale and zero point broadcast against x:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
@@ -297,6 +298,19 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.format.name}, per {self.granularity}{'' if self.enabled else ', off'}"
+
+
+@contextmanager
+def switched_on(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """While active, these quantizers are on; afterwards they are off."""
+    members = list(quantizers)
+    for quantizer in members:
+        quantizer.enabled = True
+    try:
+        yield
+    finally:
+        for quantizer in members:
+            quantizer.enabled = False
 
 
 _KINDS: dict[str, type[Quantizer]] = {}

@@ -33,6 +33,7 @@ from s2d.quant.formats import IntFormat
 from s2d.quant.layers import Layer, layers_of
 from s2d.quant.learned import LearnedQuantizer
 from s2d.quant.ptq import register
+from s2d.quant.ptq.correcting import write
 from s2d.quant.ptq.rtn import set_weight_range
 from s2d.quant.quantizer import WeightQuantizer
 from s2d.quant.sites import Site, weight_name
@@ -151,9 +152,7 @@ def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
         _descend(job, block, list(soft.values()), learned, steps)
         rounded = {layer: module.values((rectified(module.V) >= 0.5).float()) for layer, module in soft.items()}
     for layer, values in rounded.items():
-        with torch.no_grad():
-            # Through the quantizer once more, so that it gives back exactly what stands there.
-            layer.weight.copy_(layer.quantizer.fake_quantize(values.to(layer.weight.dtype)))
+        write(layer, values)
 
 
 def _descend(job: Job, block: Block, soft: list[SoftRounding], learned: list[LearnedQuantizer], steps: int) -> None:

@@ -51,18 +51,18 @@ from s2d.errors import InputError
 from s2d.quant.blocks import observe_block, original, outside, walk
 from s2d.quant.calibration import Job, evaluating
 from s2d.quant.formats import IntFormat
-from s2d.quant.layers import BlockRuns, Group, Layer, ModelRuns, groups, layers_of, readings
+from s2d.quant.layers import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
 from s2d.quant.ptq import register
+from s2d.quant.ptq.correcting import correctable, dampings, to_nearest, write
 from s2d.quant.ptq.gptq import Grid
 from s2d.quant.ptq.repq import begin, plain_integer, reparametrise_block, set_weight
-from s2d.quant.quantizer import Quantizer, fake_quantize
+from s2d.quant.quantizer import Quantizer, fake_quantize, switched_on
 
 # The list of the released code.
 WEIGHT_PERCENTILES = "percentiles:97,98,99,99.5,99.95,99.97,99.99,99.995,99.999,100"
 RIDGE = 0.01
 FLIPS = 100
-# A system that cannot be solved gets more damping, this many times as much in turn.
-MORE_DAMPING = (1.0, 10.0, 100.0)
+_UNSOLVED = "has inputs whose second moment cannot be factored, even with more damping"
 
 
 @dataclass
@@ -112,10 +112,7 @@ def ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor | None:
         right: ``[n, o]`` float64.
         ridge: Relative to the mean of the diagonal.
     """
-    mean = square.diagonal().mean().clamp(min=torch.finfo(square.dtype).tiny)
-    for times in MORE_DAMPING:
-        damped = square.clone()
-        damped.diagonal().add_(times * ridge * mean)
+    for damped in dampings(square, ridge):
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             solution = torch.cholesky_solve(right, lower)
@@ -259,39 +256,23 @@ def _round_outside(job: Job) -> None:
     layers = layers_of(job, outside(job))
     if not layers:
         return
-    try:
-        for quantizer in job.quantizers.values():
-            quantizer.enabled = True
+    with switched_on(job.quantizers.values()), evaluating(job.model):
         for layer in layers:
             layer.quantizer.enabled = False
             if layer.input_quantizer is not None:
                 layer.input_quantizer.enabled = False
-        with evaluating(job.model):
-            for group in _groups(job, layers, ModelRuns(job)):
-                _round_group(job, group, _rounded_here(group, ModelRuns(job)))
-                for layer in group.layers:
-                    if layer.input_quantizer is not None:
-                        layer.input_quantizer.enabled = True
-    finally:
-        for quantizer in job.quantizers.values():
-            quantizer.enabled = False
+        for group in _groups(job, layers, ModelRuns(job)):
+            _round_group(job, group, _rounded_here(group, ModelRuns(job)))
+            for layer in group.layers:
+                if layer.input_quantizer is not None:
+                    layer.input_quantizer.enabled = True
 
 
 def _groups(job: Job, layers: list[Layer], runs: BlockRuns | ModelRuns) -> list[Group]:
-    """The layers that can be corrected, in groups; the others are rounded to nearest, and a warning says so."""
+    """The layers that can be corrected, in groups, all with the ranges of their weights; see `correctable`."""
     for layer in layers:
         set_weight(job, layer.site, layer.quantizer, WEIGHT_PERCENTILES)
-    able = [layer for layer in layers if layer.unfolds and not layer.shared_with]
-    found = groups(able, runs)
-    reached = {layer for group in found for layer in group.layers}
-    for layer in layers:
-        if layer.shared_with:
-            # Rounded values would change the other's work; the quantizer rounds whenever this layer runs instead.
-            _warn(layer, f"shares its weight with {layer.shared_with}")
-            layer.quantizer.enabled = True
-        elif layer not in reached:
-            _to_nearest(layer, "is not reached by the first batch" if layer.unfolds else "cannot be unfolded")
-    return found
+    return correctable(layers, runs, _warn)
 
 
 def _rounded_here(group: Group, runs: BlockRuns | ModelRuns) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -335,7 +316,7 @@ def _round_layer(job: Job, layer: Layer, moments: list[Moments]) -> None:
     for index, (square, cross) in enumerate(sums):
         delta = activation_correction(weights[index], square, cross)
         if delta is None:
-            _to_nearest(layer, "has inputs whose second moment cannot be factored, even with more damping")
+            to_nearest(layer, _UNSOLVED, _warn)
             return
         width = weight.shape[1]
         weights[index] = (weights[index].double() + delta[:, :width]).float()
@@ -350,11 +331,11 @@ def _round_layer(job: Job, layer: Layer, moments: list[Moments]) -> None:
         rows = slice(first, first + len(weights[index]))
         found = round_halves(weights[index], biases[index], square, grid.select(rows=rows))
         if found is None:
-            _to_nearest(layer, "has inputs whose second moment cannot be factored, even with more damping")
+            to_nearest(layer, _UNSOLVED, _warn)
             return
         weights[index], biases[index] = found
         first = rows.stop
-    _write(layer, torch.cat(weights))
+    write(layer, torch.cat(weights))
     if bias is not None:
         bias.copy_(torch.cat([part for part in biases if part is not None]))
 
@@ -362,17 +343,6 @@ def _round_layer(job: Job, layer: Layer, moments: list[Moments]) -> None:
 def _bias(layer: Layer) -> nn.Parameter | None:
     name = "in_proj_bias" if isinstance(layer.module, nn.MultiheadAttention) else "bias"
     return layer.module._parameters.get(name)  # pyright: ignore[reportReturnType]
-
-
-@torch.no_grad()
-def _write(layer: Layer, values: Tensor) -> None:
-    """Put the final weight in place, exactly as its quantizer gives it back."""
-    layer.weight.copy_(layer.quantizer.fake_quantize(values.view(layer.weight.shape).to(layer.weight.dtype)))
-
-
-def _to_nearest(layer: Layer, reason: str) -> None:
-    _warn(layer, reason)
-    _write(layer, layer.weight.detach())
 
 
 def _warn(layer: Layer, reason: str) -> None:

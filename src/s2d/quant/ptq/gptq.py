@@ -36,10 +36,11 @@ from s2d.errors import InputError
 from s2d.quant.blocks import observe_block, observe_outside, original, outside, walk
 from s2d.quant.calibration import Job, evaluating, observe
 from s2d.quant.formats import BlockFormat, Format
-from s2d.quant.layers import BlockRuns, Group, Layer, ModelRuns, groups, layers_of, readings
+from s2d.quant.layers import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
 from s2d.quant.ptq import register
+from s2d.quant.ptq.correcting import correctable, dampings, to_nearest, write
 from s2d.quant.ptq.rtn import set_weight_range
-from s2d.quant.quantizer import Quantizer, block_scales, fake_quantize, to_blocks
+from s2d.quant.quantizer import Quantizer, block_scales, fake_quantize, switched_on, to_blocks
 
 LAZY_BLOCK = 128
 DAMPING = 0.01  # section 3.3, step 3
@@ -47,8 +48,6 @@ GPTAQ_DAMPING = 0.10  # the released code for vision transformers
 # The released code for vision transformers. The derivation has 1, which is better on one layer alone; through MiniLM's
 # six blocks 0.25 is (W4A8, distance of embeddings from full precision: alpha 1 0.236, alpha 0.25 0.216; one draw).
 GPTAQ_ALPHA = 0.25
-# A Hessian that cannot be factored gets more damping, this many times as much in turn.
-MORE_DAMPING = (1.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,7 @@ def upper_factor(hessian: Tensor) -> Tensor | None:
 
 def damped_factor(hessian: Tensor, damping: float) -> Tensor | None:
     """`upper_factor` of ``H + damping * mean(diag H) * I``, with more damping when that fails; None when all fails."""
-    mean = hessian.diagonal().mean()
-    for times in MORE_DAMPING:
-        damped = hessian.clone()
-        damped.diagonal().add_(times * damping * mean)
+    for damped in dampings(hessian, damping):
         factor = upper_factor(damped)
         if factor is not None:
             return factor
@@ -286,43 +282,20 @@ def _go(job: Job, *, reference: bool, damping: float) -> None:
         )
     rest = layers_of(job, outside(job))
     if rest:
-        for quantizer in job.quantizers.values():
-            quantizer.enabled = True
-        for layer in rest:
-            layer.quantizer.enabled = False
-        try:
-            with evaluating(job.model):
-                _round_layers(rest, ModelRuns(job), damping)
-        finally:
-            for quantizer in job.quantizers.values():
-                quantizer.enabled = False
+        with switched_on(job.quantizers.values()), evaluating(job.model):
+            for layer in rest:
+                layer.quantizer.enabled = False
+            _round_layers(rest, ModelRuns(job), damping)
 
 
 def _round_layers(layers: list[Layer], runs: BlockRuns | ModelRuns, damping: float) -> None:
     """Round the weights of some layers in the order in which they run, each on what the ones before now give."""
     for layer in layers:
         set_weight_range(layer.site, layer.quantizer, layer.weight.detach())
-    alone = [layer for layer in layers if _possible(layer)]
-    found = groups(alone, runs)
-    reached = {layer for group in found for layer in group.layers}
-    for layer in alone:
-        if layer not in reached:
-            _to_nearest(layer, "is not reached by the first batch")
-    for group in found:
+    for group in correctable(layers, runs, _warn):
         moments = _moments(group, runs)
         for layer in group.layers:
             _round_layer(layer, moments, damping)
-
-
-def _possible(layer: Layer) -> bool:
-    """Whether GPTQ can round this weight; if not, it is rounded to nearest, and a warning says so."""
-    if layer.shared_with:
-        # Rounded values would change the other's work; the quantizer rounds whenever this layer runs instead.
-        _warn(layer, f"shares its weight with {layer.shared_with}")
-        layer.quantizer.enabled = True
-    elif not layer.unfolds:
-        _to_nearest(layer, f"is a {type(layer.module).__name__} whose patches cannot be unfolded")
-    return not layer.shared_with and layer.unfolds
 
 
 def _moments(group: Group, runs: BlockRuns | ModelRuns) -> list[Moments]:
@@ -345,21 +318,10 @@ def _round_layer(layer: Layer, moments: list[Moments], damping: float) -> None:
             weight[rows], moment.hessian(), grid.select(rows=rows), damping=damping, cross=moment.drift()
         )
         if rounded is None:
-            _to_nearest(layer, "has inputs whose Hessian cannot be factored, even with more damping")
+            to_nearest(layer, "has inputs whose Hessian cannot be factored, even with more damping", _warn)
             return
         parts.append(rounded)
-    _write(layer, torch.cat(parts))
-
-
-def _to_nearest(layer: Layer, reason: str) -> None:
-    _warn(layer, reason)
-    _write(layer, layer.weight.detach())
-
-
-@torch.no_grad()
-def _write(layer: Layer, values: Tensor) -> None:
-    """Put the final weight in place, exactly as its quantizer gives it back."""
-    layer.weight.copy_(layer.quantizer.fake_quantize(values.view(layer.weight.shape).to(layer.weight.dtype)))
+    write(layer, torch.cat(parts))
 
 
 def _warn(layer: Layer, reason: str) -> None:
