@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -113,7 +112,7 @@ def train_quantized(
         InputError: As `prepare_qat` and `train`.
     """
     settings, qat = settings or TrainSettings(), qat or QATSettings()
-    student = prepare_qat(copy.deepcopy(model), spec, calibration=calibration, seed=seed, inplace=True)
+    student = prepare_qat(model, spec, calibration=calibration, seed=seed)
     teacher = Distiller(student, model, calibration) if qat.distill > 0 else None
     companion = RangeTraining(student, teacher, qat, settings.steps)
     done = train(student, task, settings, seed=seed, decay=decay, companion=companion, state=state, on_step=on_step)

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.models.family import FALLBACK, family_of
-from s2d.quant.calibration import Job, evaluating, observe, observing, real_tokens, refuse_unplanned, run, token_mask
+from s2d.quant.calibration import (
+    Job,
+    evaluating,
+    observe,
+    observing,
+    refuse_unplanned,
+    run,
+    token_mask,
+    watch_inputs,
+)
 from s2d.quant.modules import QuantizedLinear
 from s2d.quant.probe import watch_attention
 from s2d.quant.quantizer import Quantizer
@@ -100,21 +109,8 @@ class Block:
     def watch_inputs(
         self, modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
     ) -> list[torch.utils.hooks.RemovableHandle]:
-        """Show ``see`` the name and the real tokens ``[N, in]`` of the input of each Linear, as often as it runs.
-
-        The inputs are what the Linear's own input quantizer would see. Remove the returned hooks in the end.
-        """
-
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0] if args else kwargs["input"]
-                if isinstance(module, QuantizedLinear):
-                    x = module.transform_input(x)
-                see(name, real_tokens(x.detach(), self.mask, "input").flatten(0, -2))
-
-            return before
-
-        return [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
+        """`calibration.watch_inputs` with the padding mask of the call that is running."""
+        return watch_inputs(modules, see, lambda: self.mask)
 
 
 def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.quant.formats import Format
+from s2d.quant.modules import QuantizedLinear
 from s2d.quant.observers import Observer, Rounding, make_observer
 from s2d.quant.probe import watch_attention
 from s2d.quant.quantizer import Quantizer
 from s2d.quant.resume import Store
-from s2d.quant.sites import OPERANDS, Site, What, replace_quantizer
+from s2d.quant.sites import OPERANDS, Site, What, replace_quantizer, weight_name
 from s2d.quant.spec import QuantSpec
 
 Stage = Literal["transform", "rounding"]
@@ -105,10 +105,9 @@ class Job:
         named = site.observer != "minmax" or site.granularity == "block"
         return site.observer if named or self.published is None else self.published
 
-    @property
-    def resume(self) -> Path | None:
-        """The folder of the finished blocks."""
-        return None if self.store is None else self.store.folder
+    def weight(self, site: Site) -> Tensor:
+        """The weight of a ``weight`` site as it is now, detached."""
+        return self.model.get_parameter(weight_name(self.model, site)).detach()
 
     def replace_quantizer(self, site: Site, quantizer: Quantizer) -> None:
         """Put another kind of quantizer at a site that has one."""
@@ -229,6 +228,32 @@ def real_tokens(x: Tensor, mask: Tensor | None, what: What) -> Tensor:
     if x.ndim == 2 and x.shape[0] == batch * tokens:
         return x[mask.flatten()]
     return x
+
+
+def watch_inputs(
+    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None], mask: Callable[[], Tensor | None]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Show ``see`` the name and the real tokens ``[N, in]`` of the input of each module, as often as it runs.
+
+    The inputs are what a Linear's own input quantizer would see, or the queries of an `nn.MultiheadAttention`. Remove
+    the returned hooks in the end.
+
+    Args:
+        modules: By the names that ``see`` gets.
+        see: Called in every forward.
+        mask: Gives the padding mask of the running forward.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["query" if isinstance(module, nn.MultiheadAttention) else "input"]
+            if isinstance(module, QuantizedLinear):
+                x = module.transform_input(x)
+            see(name, real_tokens(x.detach(), mask(), "input").flatten(0, -2))
+
+        return before
+
+    return [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
 
 
 def observe(job: Job, only: Container[Site] | None = None) -> None:

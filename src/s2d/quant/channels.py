@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from s2d.errors import InputError
-from s2d.quant.calibration import Job, evaluating, real_tokens, run, token_mask
-from s2d.quant.modules import QuantizedLinear
+from s2d.quant.calibration import Job, evaluating, run, token_mask, watch_inputs
 
 # What rounding in the weights' own type may do to the outputs, relative to their norm.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -55,7 +54,7 @@ def channel_statistics(job: Job, names: Sequence[str]) -> dict[str, ChannelStati
     found: dict[str, ChannelStatistics] = {}
 
     def see(name: str, x: Tensor) -> None:
-        magnitudes = x.detach().abs().flatten(0, -2)
+        magnitudes = x.abs()
         if not len(magnitudes):
             return
         largest = magnitudes.amax(0).float()
@@ -69,7 +68,7 @@ def channel_statistics(job: Job, names: Sequence[str]) -> dict[str, ChannelStati
         found[name] = ChannelStatistics(largest, total, tokens)
 
     with token_mask(job.model) as mask, evaluating(job.model):
-        hooks = [_watch(job.model.get_submodule(name), name, see, mask) for name in dict.fromkeys(names)]
+        hooks = watch_inputs({name: job.model.get_submodule(name) for name in names}, see, mask)
         try:
             total = len(job.batches) or None
             batches = track(job.batches, "channels", total=total, disable=not job.progress, transient=True)
@@ -84,16 +83,6 @@ def channel_statistics(job: Job, names: Sequence[str]) -> dict[str, ChannelStati
             f"the calibration data never reached {missed[0]}; feed data that does, or override it with keep"
         )
     return found
-
-
-def _watch(module: nn.Module, name: str, see: Any, mask: Any) -> torch.utils.hooks.RemovableHandle:
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["query" if isinstance(module, nn.MultiheadAttention) else "input"]
-        if isinstance(module, QuantizedLinear):
-            x = module.transform_input(x)
-        see(name, real_tokens(x, mask(), "input"))
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,9 +83,7 @@ def estimate(model: nn.Module, sites: Sequence[Site], method: str = "rtn", calib
 def weight_bytes(site: Site) -> int:
     """What a quantized weight takes in the file: its codes, and its scales and zero points."""
     assert site.format is not None and site.shape
-    numbers = 1
-    for size in site.shape:
-        numbers *= size
+    numbers = math.prod(site.shape)
     codes = (numbers + 1) // 2 if site.format.bits <= 4 else numbers
     if isinstance(site.format, BlockFormat):
         blocks = numbers // site.shape[-1] * -(-site.shape[-1] // site.format.block)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from s2d.quant.attention import QuantizedAttention
 from s2d.quant.blocks import Block, Call, invoke
 from s2d.quant.calibration import Job, real_tokens, run, token_mask
-from s2d.quant.modules import QuantizedConv, QuantizedLinear
+from s2d.quant.modules import QuantizedConv, QuantizedLayer, QuantizedLinear
 from s2d.quant.online import LINEAR_BUFFERS, OnlineLinear
 from s2d.quant.quantizer import Quantizer, WeightQuantizer
 from s2d.quant.sites import Site, weight_name
@@ -48,7 +48,7 @@ class Layer:
         """The quantizer of the input, None when it is kept."""
         if isinstance(self.module, QuantizedAttention):
             return self.module.attention_quantizer.input
-        assert isinstance(self.module, (QuantizedLinear, QuantizedConv))
+        assert isinstance(self.module, QuantizedLayer)
         return self.module.input_quantizer
 
     @property
@@ -69,7 +69,7 @@ class Layer:
 
     def transformed(self, x: Tensor) -> Tensor:
         """One of the `inputs` as the input quantizer sees it: a rotation or a scaling that runs online is done."""
-        return self.module.transform_input(x) if isinstance(self.module, OnlineLinear) else x
+        return self.module.transform_input(x) if isinstance(self.module, QuantizedLinear) else x
 
     def rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """One of the `inputs` as vectors ``[N, in]`` (flattened patches for a convolution), padding left out."""

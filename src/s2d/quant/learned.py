@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.quant.formats import IntFormat
-from s2d.quant.quantizer import SMALLEST_SCALE, Quantizer, WeightQuantizer, fake_quantize
+from s2d.quant.quantizer import SMALLEST_SCALE, Quantizer, WeightQuantizer, fake_quantize, spread
 
 
 def lsq_step(x: Tensor, format: IntFormat) -> Tensor:
@@ -159,15 +159,14 @@ class LearnedQuantizer(Quantizer):
     @torch.no_grad()
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The present scale and zero point, shaped to broadcast against ``x``."""
-        shape = (-1,) + (1,) * (x.ndim - 1) if self.scale.ndim else ()
         step = self.step
-        return step.view(shape), zero_point_of(step, self.lowest, self.format).view(shape)
+        return spread(step, x.shape), spread(zero_point_of(step, self.lowest, self.format), x.shape)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """``x`` (any shape) as its codes hold it, with gradients for the range."""
-        shape = (-1,) + (1,) * (x.ndim - 1) if self.scale.ndim else ()
         lowest = self.lowest
-        return learned_quantize(x, self.step.view(shape), None if lowest is None else lowest.view(shape), self.format)
+        lowest = None if lowest is None else spread(lowest, x.shape)
+        return learned_quantize(x, spread(self.step, x.shape), lowest, self.format)
 
     @torch.no_grad()
     def plain(self) -> Quantizer:

@@ -27,13 +27,23 @@ class Quantized:
         return _rebuild, (mixin, self.plain_class), self.__dict__
 
 
-class QuantizedLinear(Quantized):
-    """A Linear that quantizes its weight, its input, or both."""
+class QuantizedLayer(Quantized):
+    """A layer with a weight that quantizes its weight, its input, or both."""
 
     weight: Tensor
     bias: Tensor | None
     weight_quantizer: WeightQuantizer | None
     input_quantizer: Quantizer | None
+
+    def quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and the weight as their quantizers hold them."""
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        return input, self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+
+class QuantizedLinear(QuantizedLayer):
+    """A Linear that quantizes its weight, its input, or both."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., in]`` to ``[..., out]``, as the plain Linear."""
@@ -45,26 +55,15 @@ class QuantizedLinear(Quantized):
 
     def quantized_product(self, input: Tensor) -> Tensor:
         """The product of the quantized weight with the quantized (transformed) input, and the bias."""
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return F.linear(input, weight, self.bias)
+        return F.linear(*self.quantized(input), self.bias)
 
 
-class QuantizedConv(Quantized):
+class QuantizedConv(QuantizedLayer):
     """A convolution that quantizes its weight, its input, or both."""
-
-    weight: Tensor
-    bias: Tensor | None
-    weight_quantizer: WeightQuantizer | None
-    input_quantizer: Quantizer | None
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [B, in, ...]`` to ``[B, out, ...]``, as the plain convolution."""
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return self._conv_forward(input, weight, self.bias)  # pyright: ignore[reportAttributeAccessIssue]
+        return self._conv_forward(*self.quantized(input), self.bias)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache

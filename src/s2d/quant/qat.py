@@ -14,7 +14,6 @@ everything is, and steps and weights learn together; at last the steps are held 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -77,15 +76,13 @@ def prepare_qat(
     parsed = QuantSpec.parse(spec)
     if not any(_learnable(part) for part in (parsed, *(override for _, override in parsed.overrides))):
         raise InputError(f"{parsed} has no range to learn: it needs integers per tensor or channel, for example w4a4")
-    if not inplace:
-        model = copy.deepcopy(model)
-    quant.quantize(
+    model = quant.quantize(
         model,
         parsed,
         calibration=calibration,
         method=method,
         observer=observer,
-        inplace=True,
+        inplace=inplace,
         progress=progress,
         **options,
     )

@@ -24,7 +24,7 @@ from s2d.models.family import family_of
 from s2d.quant import online
 from s2d.quant.attention import AttentionQuantizer, QuantizedAttention
 from s2d.quant.formats import Format
-from s2d.quant.modules import QuantizedConv, QuantizedLinear, swap_in, swap_out
+from s2d.quant.modules import QuantizedConv, QuantizedLayer, QuantizedLinear, swap_in, swap_out
 from s2d.quant.quantizer import Granularity, Quantizer, WeightQuantizer
 from s2d.quant.spec import FULL_BITS, Group, QuantSpec, TensorSpec, matches
 
@@ -175,7 +175,7 @@ def remove(model: nn.Module) -> None:
     online.detach(model)
     _fast_paths(model, on=True)
     for module in list(model.modules()):
-        if isinstance(module, (QuantizedLinear, QuantizedConv)):
+        if isinstance(module, QuantizedLayer):
             swap_out(module, ("weight_quantizer", "input_quantizer"))  # pyright: ignore[reportArgumentType]
         elif isinstance(module, QuantizedAttention):
             swap_out(module, ("attention_quantizer",))  # pyright: ignore[reportArgumentType]

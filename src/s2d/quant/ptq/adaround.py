@@ -36,7 +36,7 @@ from s2d.quant.ptq import register
 from s2d.quant.ptq.correcting import write
 from s2d.quant.ptq.rtn import set_weight_range
 from s2d.quant.quantizer import WeightQuantizer
-from s2d.quant.sites import Site, weight_name
+from s2d.quant.sites import Site
 
 STEPS = 100  # twice as many gained 0.1 points on MiniLM at W3A3, in twice the time
 TRAVEL = 10.0  # how far Adam can move a V in all steps, from the papers' 20,000 * 1e-3 / 2 (the rate falls linearly)
@@ -234,5 +234,4 @@ def _by_error(job: Job, site: Site) -> Site:
 
 
 def _set_weight_range(job: Job, site: Site) -> None:
-    weight = job.model.get_parameter(weight_name(job.model, site)).detach()
-    set_weight_range(_by_error(job, site), job.quantizers[site], weight)
+    set_weight_range(_by_error(job, site), job.quantizers[site], job.weight(site))

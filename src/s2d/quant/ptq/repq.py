@@ -51,7 +51,7 @@ from s2d.quant.power import LogSqrt2Quantizer
 from s2d.quant.ptq import register
 from s2d.quant.ptq.rtn import set_weight_range
 from s2d.quant.quantizer import SMALLEST_SCALE, Quantizer
-from s2d.quant.sites import Site, weight_name
+from s2d.quant.sites import Site
 
 PUBLISHED = "percentiles:99.9,99.99,99.999"
 PERCENTS = (99.9, 99.99, 99.999)
@@ -180,8 +180,7 @@ def set_weight(job: Job, site: Site, quantizer: Quantizer, published: str = PUBL
     if site.what != "weight":
         return
     own = job.protocol == "own" and site.observer == "minmax" and site.granularity != "block"
-    weight = job.model.get_parameter(weight_name(job.model, site)).detach()
-    set_weight_range(replace(site, observer=published) if own else site, quantizer, weight)
+    set_weight_range(replace(site, observer=published) if own else site, quantizer, job.weight(site))
 
 
 def warn_about_residuals(job: Job) -> None:

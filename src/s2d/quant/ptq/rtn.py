@@ -8,7 +8,7 @@ from s2d.quant.calibration import Job, observe
 from s2d.quant.observers import weight_range
 from s2d.quant.ptq import register
 from s2d.quant.quantizer import Quantizer
-from s2d.quant.sites import Site, weight_name
+from s2d.quant.sites import Site
 
 
 @register("rtn", "round to nearest: ranges by min-max, percentile or MSE, weights rounded as they are")
@@ -22,7 +22,7 @@ def set_weight_ranges(job: Job) -> None:
     """Give every weight quantizer the range that its site's observer finds in the weight."""
     for site, quantizer in job.quantizers.items():
         if site.what == "weight":
-            set_weight_range(site, quantizer, job.model.get_parameter(weight_name(job.model, site)).detach())
+            set_weight_range(site, quantizer, job.weight(site))
 
 
 def set_weight_range(site: Site, quantizer: Quantizer, weight: Tensor) -> None:

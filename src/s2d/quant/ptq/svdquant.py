@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.quant.blocks import outside, walk
-from s2d.quant.calibration import Job, evaluating, real_tokens, run, token_mask
+from s2d.quant.calibration import Job, evaluating, run, token_mask, watch_inputs
 from s2d.quant.channels import function_kept
 from s2d.quant.modules import QuantizedLinear
 from s2d.quant.online import make_online, refuse_low_rank
@@ -186,15 +186,7 @@ def _outside(job: Job) -> Iterator[tuple[str, QuantizedLinear, TokenSample]]:
         return
     samples = {name: TokenSample(job.generator(name)) for name in modules}
     with token_mask(job.model) as mask, evaluating(job.model):
-
-        def hook(name: str):  # noqa: ANN202 - a closure for a hook
-            def before(module: QuantizedLinear, args: tuple[Tensor, ...]) -> None:
-                x = module.transform_input(args[0].detach())
-                samples[name].add(real_tokens(x, mask(), "input").flatten(0, -2))
-
-            return before
-
-        hooks = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]  # pyright: ignore
+        hooks = watch_inputs(modules, lambda name, x: samples[name].add(x), mask)  # pyright: ignore[reportArgumentType]
         try:
             for index, batch in enumerate(job.batches):
                 run(job.model, batch, index)
