@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_text import make_data, make_model
+from tests.tiny_text import equal, make_data, make_model, make_task
 from torch import nn
 
 from s2d import quant, runner
@@ -16,7 +16,7 @@ from s2d.models import Loaded, load
 from s2d.quantized_training import QATSettings, train_quantized
 from s2d.recipe import Recipe, make_recipe
 from s2d.runner import Runner
-from s2d.tasks import Task, create
+from s2d.tasks import Task
 from s2d.training import TrainSettings, read_state, train
 
 pytest.importorskip("accelerate")
@@ -32,9 +32,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory, loaded: Loaded) -> Task:
-    made = create("text-classification", data=make_data(tmp_path_factory.mktemp("data") / "words"), max_length=24)
-    made.prepare(loaded)
-    return made
+    return make_task(tmp_path_factory.mktemp("data") / "words", loaded)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +44,6 @@ def trained(loaded: Loaded, task: Task) -> nn.Module:
 
 def calibration(task: Task) -> list[dict[str, torch.Tensor]]:
     return task.inputs(next(task.batches("train", batch_size=32)))
-
-
-def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def test_it_beats_rounding_at_few_bits(trained: nn.Module, task: Task, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_text import make_data, make_model
+from tests.tiny_text import equal, make_model, make_task
 from torch import nn
 
 from s2d.errors import InputError
 from s2d.models import Loaded, load
-from s2d.tasks import Task, create
+from s2d.tasks import Task
 from s2d.training import (
     TrainSettings,
     parameter_groups,
@@ -43,13 +43,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory, loaded: Loaded) -> Task:
-    made = create("text-classification", data=make_data(tmp_path_factory.mktemp("data") / "words"), max_length=24)
-    made.prepare(loaded)
-    return made
-
-
-def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return make_task(tmp_path_factory.mktemp("data") / "words", loaded)
 
 
 # -- schedule, groups, batches -----------------------------------------------------------------------------------------

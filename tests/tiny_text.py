@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+from s2d.models import Loaded
+from s2d.tasks import Task, create
 
 CLASSES = ("fruit", "tools", "birds")
 WORDS = {
@@ -57,3 +61,15 @@ def make_data(folder: Path, *, train: int = 120, test: int = 45) -> Path:
                 generator.shuffle(words)
                 writer.writerow([" ".join(words), label])
     return folder
+
+
+def make_task(folder: Path, loaded: Loaded) -> Task:
+    """The classification of `make_data`, made ready for a model."""
+    made = create("text-classification", data=make_data(folder), max_length=24)
+    made.prepare(loaded)
+    return made
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models have the same state, bit for bit."""
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from tests import builders
 from torch import nn
 
 from s2d.models import ROLES, TextClassifier, families, family_of
@@ -100,12 +101,7 @@ def check(model: nn.Module, family: str, blocks: int, attentions: int) -> Counte
 def test_every_weight_of_transformers_models_has_a_role(
     model_class: str, config_class: str, config: dict[str, Any], family: str, blocks: int, attentions: int
 ) -> None:
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, model_class):
-        pytest.skip(f"this transformers has no {model_class}")
-    counts = check(
-        getattr(transformers, model_class)(getattr(transformers, config_class)(**config)), family, blocks, attentions
-    )
+    counts = check(builders.transformers_model(model_class, config_class, config), family, blocks, attentions)
     assert counts["q"] + counts["qkv"] == attentions
     assert counts["proj"] == attentions and counts["fc2"] >= blocks
 
@@ -114,18 +110,11 @@ def test_every_weight_of_transformers_models_has_a_role(
 def test_every_weight_of_timm_models_has_a_role(
     name: str, options: dict[str, Any], blocks: int, attentions: int
 ) -> None:
-    timm = pytest.importorskip("timm", reason='timm is not installed: pip install "s2d[timm]"')
-    check(timm.create_model(name, pretrained=False, **options), "timm_vit", blocks, attentions)
+    check(builders.timm_model(name, options), "timm_vit", blocks, attentions)
 
 
 def test_every_weight_of_open_clip_models_has_a_role() -> None:
-    open_clip = pytest.importorskip("open_clip", reason='open_clip is not installed: pip install "s2d[openclip]"')
-    model = open_clip.CLIP(
-        embed_dim=16,
-        vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 2},
-        text_cfg={"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 2},
-    )
-    assert check(model, "open_clip", 4, 4)["qkv"] == 4
+    assert check(builders.open_clip_model(), "open_clip", 4, 4)["qkv"] == 4
 
 
 def test_a_model_on_top_of_a_known_one_is_of_its_family() -> None:

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
+from tests import builders
 from tests.quant.tiny_models import Case, PlainTransformer
 from torch import Tensor, nn
 
@@ -69,28 +69,17 @@ def ids(**more: Any) -> dict[str, Any]:
 
 
 def transformers_model(model: str, config: str, options: dict[str, Any], batch: Callable[[], dict[str, Any]]) -> Family:
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, model):
-        pytest.skip(f"this transformers has no {model}")
-    built = getattr(transformers, model)(getattr(transformers, config)(**options))
-    return Family(liven(built), [batch() for _ in range(3)])
+    return Family(liven(builders.transformers_model(model, config, options)), [batch() for _ in range(3)])
 
 
 def timm_model(name: str, options: dict[str, Any], key: str = "x", size: int = 32) -> Family:
-    timm = pytest.importorskip("timm")
-    model = timm.create_model(name, pretrained=False, num_classes=5, **options)
+    model = builders.timm_model(name, {"num_classes": 5, **options})
     return Family(liven(model), [{key: torch.randn(2, 3, size, size)} for _ in range(3)])
 
 
 def open_clip_model() -> Family:
-    open_clip = pytest.importorskip("open_clip")
-    model = open_clip.CLIP(
-        embed_dim=16,
-        vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 2},
-        text_cfg={"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 2},
-    )
     batches = [{"image": torch.randn(2, 3, 32, 32), "text": torch.randint(64, (2, 8))} for _ in range(3)]
-    return Family(liven(model), batches)
+    return Family(liven(builders.open_clip_model()), batches)
 
 
 def encoder_layers(norm_first: bool) -> Family:

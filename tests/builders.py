@@ -1,0 +1,29 @@
+"""Random models of the libraries that models come from; without the library, or the model in it, a test is skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+
+def transformers_model(model_class: str, config_class: str, config: dict[str, Any]) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, model_class):
+        pytest.skip(f"this transformers has no {model_class}")
+    return getattr(transformers, model_class)(getattr(transformers, config_class)(**config))
+
+
+def timm_model(name: str, options: dict[str, Any]) -> nn.Module:
+    timm = pytest.importorskip("timm", reason='timm is not installed: pip install "s2d[timm]"')
+    return timm.create_model(name, pretrained=False, **options)
+
+
+def open_clip_model() -> nn.Module:
+    open_clip = pytest.importorskip("open_clip", reason='open_clip is not installed: pip install "s2d[openclip]"')
+    return open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 2},
+        text_cfg={"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 2},
+    )
