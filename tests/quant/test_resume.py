@@ -13,9 +13,10 @@ from tests.quant.tiny_models import Case
 from torch import nn
 
 from s2d.errors import InputError
+from s2d.models import fingerprint
 from s2d.quant import quantize
 from s2d.quant.ptq import gptq
-from s2d.quant.resume import Snapshot, fingerprint_batches, fingerprint_weights
+from s2d.quant.resume import Snapshot, fingerprint_batches
 
 
 def call(case: Case, folder: Path | None = None, **changed: Any) -> nn.Module:
@@ -116,11 +117,11 @@ def test_folders_of_others_are_left_alone(make: Callable[[str], Case], tmp_path:
 
 def test_fingerprints_see_every_value() -> None:
     model = nn.Linear(4, 3)
-    before = fingerprint_weights(model)
-    assert before == fingerprint_weights(model)
+    before = fingerprint(model)
+    assert before == fingerprint(model)
     with torch.no_grad():
         model.bias[2] += 1e-6
-    assert fingerprint_weights(model) != before
+    assert fingerprint(model) != before
     batches = [{"x": torch.zeros(2, 3), "mask": None}]
     assert fingerprint_batches(batches) == fingerprint_batches([{"mask": None, "x": torch.zeros(2, 3)}])
     for other in (

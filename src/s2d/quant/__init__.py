@@ -11,10 +11,11 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from s2d.errors import InputError
+from s2d.models.checkpoints import fingerprint
 from s2d.quant.calibration import Batches, Job, Protocol, find_attention
 from s2d.quant.estimate import Estimate, estimate
 from s2d.quant.ptq import get_methods, methods, stages
-from s2d.quant.resume import Snapshot, Store, fingerprint_batches, fingerprint_weights
+from s2d.quant.resume import Snapshot, Store, fingerprint_batches
 from s2d.quant.sites import Site, describe, insert, is_quantized, plan, refuse_quantized
 from s2d.quant.spec import QuantSpec
 from s2d.quant.state import Record, record, remove, switch_on
@@ -119,7 +120,7 @@ def _belongs(
         "method": method,
         "protocol": protocol,
         "seed": str(seed),
-        "model": fingerprint_weights(model),
+        "model": fingerprint(model),
         "calibration data": fingerprint_batches(batches),
     }
 

@@ -47,16 +47,6 @@ class Snapshot:
                 held[name] = value  # pyright: ignore[reportArgumentType] -- parameters and buffers alike
 
 
-def fingerprint_weights(model: nn.Module) -> str:
-    """A hash of every parameter and buffer, with its name, type and shape."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(name.encode())
-            _add(digest, value)
-    return digest.hexdigest()
-
-
 def fingerprint_batches(batches: Iterable[Any]) -> str:
     """A hash of every tensor of every batch; other values count by their text."""
     digest = hashlib.sha256()
