@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.results import write_atomic, write_json
 
 VERSION = 1
 INDEX = "resume.json"
@@ -92,9 +93,10 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             fresh = not index.exists()
-            foreign = fresh and any(not path.name.startswith(".saving-") for path in self.folder.iterdir())
+            left = f".{INDEX}-"  # by a write that was interrupted
+            foreign = fresh and any(not path.name.startswith(left) for path in self.folder.iterdir())
             if fresh and not foreign:
-                self._write(index, lambda path: path.write_text(json.dumps(wanted, indent=1)))
+                write_json(index, wanted)
             text = "" if foreign else index.read_text()
         except OSError as error:
             raise InputError(f"cannot keep the calibration in {self.folder}: {error}") from error
@@ -141,19 +143,11 @@ class Store:
             for key, value in module.state_dict().items()
             if isinstance(value, Tensor)
         }
-        try:
-            self._write(self._path(walk, name), lambda path: save_file(tensors, path))
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot keep the calibration in {self.folder}: {error}") from error
+
+        def write(file: BinaryIO) -> None:
+            file.write(to_bytes(tensors))
+
+        write_atomic(self._path(walk, name), write)
 
     def _path(self, walk: int, name: str) -> Path:
         return self.folder / f"{walk}-{name}.safetensors"
-
-    def _write(self, target: Path, write: Any) -> None:
-        """Make a file visible under its name when it is whole and safely on disk."""
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=self.folder) as scratch:
-            temporary = Path(scratch) / target.name
-            write(temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
