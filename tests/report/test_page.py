@@ -166,3 +166,17 @@ def test_neither_import_nor_page_needs_torch() -> None:
         "render_report({'kind': 'audit', 'records': [{'weight': 'w', 'output_ratio': 3.0}]})"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_page_says_which_rule_selected_a_weight() -> None:
+    audit = sample.audit()
+    chosen = [row for row in audit["records"] if row["selected"]]
+    for row in chosen:
+        row["selected_by"] = "data"
+    words = " ".join(Page(render_report(audit)).words)
+    assert "A few principal directions make this model's outliers" in words
+    assert "not by singular components of the weight" in words and "selected (by its outputs' directions)" in words
+    chosen[0]["selected_by"] = "weight"
+    words = " ".join(Page(render_report(audit)).words)
+    assert "A few singular values make" in words
+    assert f"Of the {len(chosen)} selected weights, {len(chosen) - 1} are selected by principal directions" in words

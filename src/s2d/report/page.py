@@ -250,10 +250,15 @@ def _close_up(
         "shown": shown,
         "shape": present[0][1].shape if present else "",
         "labels": [checkpoint for checkpoint, _ in present],
-        "selected": ["selected" if weight.selected else "not selected" for _, weight in present],
+        "selected": [_decay_words(weight) for _, weight in present],
         "table": table,
         "pictures": pictures,
     }
+
+
+def _decay_words(weight: Weight) -> str:
+    rule = {"data": " (by its outputs' directions)", "weight": " (by its singular values)"}.get(weight.selected_by, "")
+    return f"selected{rule}" if weight.selected else "not selected"
 
 
 def _record_row(record: Record) -> dict[str, Any]:

@@ -87,13 +87,18 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of an audit. ``values`` holds every measure that was taken, by its key in ``MEASURES`` and a few more."""
+    """One row of an audit. ``values`` holds every measure that was taken, by its key in ``MEASURES`` and a few more.
+
+    ``selected_by`` names the rule that selected it: ``"weight"`` (singular components of the weight), ``"data"``
+    (principal directions of its outputs), or nothing.
+    """
 
     name: str
     role: str
     depth: int | None
     shape: str
     selected: bool
+    selected_by: str
     values: Mapping[str, float]
     histogram: Histogram | None
 
@@ -244,6 +249,7 @@ def _weight(row: object, where: str) -> Weight:
         depth=depth if isinstance(depth, int) and not isinstance(depth, bool) else None,
         shape=" × ".join(visible(side) for side in shape) if isinstance(shape, (list, tuple)) else "",
         selected=bool(row.get("selected")),
+        selected_by=visible(row.get("selected_by") or ""),
         values={key: value for key, value in values.items() if not math.isnan(value)},
         histogram=_histogram(histogram, where) if histogram else None,
     )

@@ -267,17 +267,18 @@ def audit_verdict(audits: Sequence[Audit]) -> Verdict:
             continue
         tiles.append((ratio(worst.values["output_ratio"]), f"worst output, largest / RMS{suffix}"))
         sentences.append(_audit_sentence(audit, worst, selected, name=audit.label if len(audits) > 1 else audit.model))
-    flagged = sum(weight.selected for audit in audits for weight in audit.weights)
+    flagged = [weight for audit in audits for weight in audit.weights if weight.selected]
     if len(audits) > 1:
         return Verdict("How the outliers differ between checkpoints", "plain", tuple(tiles), tuple(sentences))
     if flagged:
+        makers = "principal directions" if all(row.selected_by == "data" for row in flagged) else "singular values"
         headline = (
-            "A few singular values make this model's outliers"
-            if flagged > 1
+            f"A few {makers} make this model's outliers"
+            if len(flagged) > 1
             else "One weight makes this model's outliers"
         )
         return Verdict(headline, "bad", tuple(tiles), tuple(sentences))
-    return Verdict("No weight's outliers come from a few singular values", "good", tuple(tiles), tuple(sentences))
+    return Verdict("No weight's outliers come from a few components", "good", tuple(tiles), tuple(sentences))
 
 
 def audit_change(audits: Sequence[Audit]) -> tuple[str, ...]:
@@ -299,7 +300,7 @@ def audit_change(audits: Sequence[Audit]) -> tuple[str, ...]:
     )
     sentences = [
         f"The worst outliers, the outputs of {worst.name}, relative to their RMS: {ratios}.",
-        f"Weights whose outliers come from a few singular components: {counts}.",
+        f"Weights whose outliers come from a few components: {counts}.",
     ]
     if remaining.name != worst.name:
         size = ratio(remaining.values["output_ratio"])
@@ -328,6 +329,14 @@ def _audit_sentence(audit: Audit, worst: Weight, selected: Sequence[Weight], nam
     if "w4a4_error" in worst.values:
         error = percent(worst.values["w4a4_error"])
         text += f"; quantizing this weight and its input alone to W4A4 changes its output by {error}"
+    by_data = sum(weight.selected_by == "data" for weight in selected)
+    if by_data:
+        text += (
+            f". Of the {len(selected)} selected weights, {by_data} {'is' if by_data == 1 else 'are'} selected by "
+            "principal directions of the outputs, the rest by singular components of the weight"
+            if by_data < len(selected)
+            else ". Selected by principal directions of the outputs, not by singular components of the weight"
+        )
     return text + "." + ("" if selected else " None passes the threshold for decay.")
 
 
