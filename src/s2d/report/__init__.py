@@ -11,7 +11,8 @@ What is read (further keys are allowed and ignored):
   ``role``, ``depth``, ``shape``, ``sigma`` ``[s1, s2, s3]``, ``sigma_over_median``, ``stable_rank``, ``pcdr``
   ``[p1, p2, p3]``, ``pcdr_data``, ``output_max``, ``output_ratio`` (max / RMS), ``input_max``, ``input_ratio``,
   ``selected``, ``selected_by`` ("weight" | "data"), ``w4a4_error``, and ``histogram``: ``{"edges": [n + 1],
-  "counts": [n], "grid": [the quantizer's levels], "of": "input" | "output"}`` (bins may differ in width: fine in the middle and coarse in the tails shows most).
+  "counts": [n], "grid": [the quantizer's levels], "of": "input" | "output"}``
+  (bins may differ in width: fine in the middle and coarse in the tails shows most).
 * A **run**: ``{"run": {…}, "records": [{"task", "model", "conditioning", "seed", "spec", "method", "metric", "value",
   "higher_is_better", …}]}``, optionally with ``"audits": {"adamw": audit, "s2d": audit}`` and ``"history"``: a list of
   ``{"step", "weight", "sigma": […], "output_ratio", "pcdr": […], "selected"}``, one per refresh and weight.
