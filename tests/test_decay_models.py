@@ -143,8 +143,32 @@ def test_modules_that_never_run_are_listed() -> None:
         warnings.simplefilter("error")
         still_step(model, optimizer, X)
         assert "used.first.weight" not in decay.skipped
-        for name in ("unused.weight", "attention.in_proj_weight[0:32]", "attention.out_proj.weight"):
+        for name in ("unused.weight", "attention.out_proj.weight"):
             assert "was not called" in decay.skipped[name]
+        assert "attention.in_proj_weight[0:32]" not in decay.skipped
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torchs_own_attention_is_seen_though_its_projections_are_no_modules(batch_first: bool) -> None:
+    block = nn.TransformerEncoderLayer(64, 4, 128, 0.0, "gelu", norm_first=True, batch_first=batch_first)
+    with torch.no_grad():
+        block.norm1.weight[5] = 60.0  # read by the attention's projections alone
+        block.self_attn.in_proj_weight[128 + 9] *= 60.0  # a value channel
+    optimizer = torch.optim.SGD(block.parameters(), lr=1e-9)  # only the decay moves weights
+    decay = SelectiveSpectralDecay(block, optimizer, strength=0.05, outlier_ratio=8.0)
+    before = weights(block)
+    for _ in range(40):
+        block(torch.randn(8, 16, 64)).sum().backward()
+        optimizer.step()
+    first = {row["weight"]: row["outlier_ratio"] for row in list(decay.history)[:8]}
+    decay.remove()
+    after = block.state_dict()
+    assert first["norm1.weight"] > 8 and first["self_attn.in_proj_weight[128:192]"] > 8
+    for name, channel in (("norm1.weight", 5), ("self_attn.in_proj_weight", 128 + 9)):
+        shrunk = (after[name] / before[name]).reshape(len(before[name]), -1)[:, 0]
+        assert shrunk[channel] < 0.5
+        others = torch.arange(len(shrunk)) != channel
+        torch.testing.assert_close(shrunk[others], torch.ones(len(shrunk) - 1), atol=0.05, rtol=0)
 
 
 def test_a_model_that_does_not_run_at_all_is_warned_about() -> None:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.errors import InputError
-from s2d.selection import METRICS, Components, Finding, bias_of, bias_parameter, call_views
+from s2d.selection import METRICS, Components, Finding, bias_of, bias_parameter, call_views, projection_input
 from s2d.shrink import penalty_gradient, shrink_directions, shrink_rows, shrink_singular
 from s2d.targets import KINDS, Kind, Selector, Target, find_targets
 
@@ -394,7 +394,10 @@ class SelectiveSpectralDecay:
         for module in self._mask_sources:
             self._handles.append(module.register_forward_pre_hook(self._remember_mask, with_kwargs=True))
         for module, targets in by_module.items():
-            self._handles.append(module.register_forward_hook(self._look(targets)))
+            if isinstance(module, nn.MultiheadAttention):
+                self._handles.append(module.register_forward_hook(self._look_inside(targets), with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(self._look(targets)))
         if self._eager:
             self._stance = torch.compiler.set_stance("force_eager")  # compiled code does not run hooks added later
 
@@ -433,6 +436,29 @@ class SelectiveSpectralDecay:
                     x, y = call_views(target, module, args[0], output)
                     mask = self._mask if self._mask is not None and self._mask.numel() == y[..., 0].numel() else None
                     self._metric.observe(target, x, y, mask)
+
+        return hook
+
+    def _look_inside(self, targets: list[Target]) -> Callable[..., None]:
+        """For torch's own attention, whose projections are no modules: their outputs are computed once more."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch.compiler.is_compiling() or module is not targets[0].module:
+                return
+            if not (module.training or output[0].requires_grad):
+                return
+            self._saw_any = True
+            with torch._C.DisableTorchFunction(), torch.no_grad(), self._exact_arithmetic():
+                for target in targets:
+                    x = projection_input(target, module, args, kwargs)
+                    if x is None:
+                        continue
+                    self._ran.add(target.name)
+                    W = target.matrix()
+                    y = nn.functional.linear(x.detach().to(W.dtype), W, bias_of(target))
+                    mask = self._mask if module.batch_first else None  # tokens come first: no mask of this shape fits
+                    fits = mask is not None and mask.numel() == y[..., 0].numel()
+                    self._metric.observe(target, x, y, mask if fits else None)
 
         return hook
 

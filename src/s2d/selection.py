@@ -17,6 +17,7 @@ Shapes: N tokens, O outputs, I inputs, K components.
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,6 +50,7 @@ SAME_COMPONENT = 0.7
 RELEASE_CHANNEL = 0.9
 # For the same reason at most this share of a site's channels is shrunk at a time, the largest ones.
 MOST_CHANNELS = 0.25
+_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 # Extra components looked at beyond max_rank, so that one that lost its rank is still found.
 SPARE = 3
 
@@ -431,7 +433,10 @@ class SiteMetric(Metric):
     def __init__(self, targets: list[Target], **settings: Any) -> None:
         super().__init__(targets, **settings)
         self.writers: dict[str, str] = {}
-        self.operands: set[str] = set()
+        # Torch's own attention multiplies with out_proj's weight without calling it, so that no input of out_proj is
+        # seen: its values are watched where they are made, as queries and keys are.
+        self._fused = {target.name for target in targets if isinstance(target.module, nn.MultiheadAttention)}
+        self.operands: set[str] = set(self._fused)
         self._by_name = {target.name: target for target in targets}
         self._sums: dict[str, _Sums] = {}
         self._calls: list[Call] = []
@@ -486,7 +491,7 @@ class SiteMetric(Metric):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
-        self.writers, self.operands = dict(state["writers"]), set(state["operands"])
+        self.writers, self.operands = dict(state["writers"]), set(state["operands"]) | self._fused
 
 
 METRICS: dict[str, type[Metric]] = {"site": SiteMetric, "data": DataMetric, "weight": WeightMetric}
@@ -571,6 +576,24 @@ def call_views(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> tuple
         if channels_first or y.shape[-1] != target.parameter.numel():
             y = y.movedim(1, -1)
     return x, (y[..., target.rows] if target.rows is not None else y)
+
+
+def projection_input(target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a projection multiplies that is a bare parameter of an attention module, ``[..., I]``.
+
+    Torch's own attention is given queries, keys and values apart; other classes are given one tensor.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        bound = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
+        return (bound["query"], bound["key"], bound["value"])[projection_of(target)]
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def projection_of(target: Target) -> int:
+    """0, 1 or 2: whether a part of an attention's input projection makes queries, keys or values."""
+    if target.parameter_name in _PROJECTIONS:
+        return _PROJECTIONS.index(target.parameter_name)
+    return 0 if target.rows is None else target.rows.start // (target.rows.stop - target.rows.start)
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

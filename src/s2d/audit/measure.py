@@ -19,13 +19,14 @@ from torch import nn
 
 from s2d.audit.results import Audit, AuditRow, Trend
 from s2d.audit.streams import Judgement, Survey
-from s2d.audit.watching import MaskOf, batches_twice, projection_of, unreadable, watching, with_progress
+from s2d.audit.watching import MaskOf, batches_twice, unreadable, watching, with_progress
 from s2d.dominance import OUTLIER_FRACTION
 from s2d.errors import InputError
 from s2d.models import Family, family_of, fingerprint
 from s2d.quant.sites import refuse_quantized
 from s2d.quant.spec import QuantSpec, TensorSpec
 from s2d.results import run_metadata
+from s2d.selection import projection_of
 from s2d.spectrum import Triplets, median_singular, top_singular
 from s2d.targets import Kind, Selector, Target, find_targets
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -18,7 +17,7 @@ from s2d.errors import InputError
 from s2d.quant.attention import AttentionQuantizer, QuantizedAttention
 from s2d.quant.calibration import evaluating, real_tokens, run, token_mask
 from s2d.quant.modules import swap_in, swap_out
-from s2d.selection import bias_of, call_views
+from s2d.selection import bias_of, call_views, projection_input
 from s2d.targets import Target
 
 Rows: TypeAlias = Callable[[Target, Tensor, Tensor], None]
@@ -27,7 +26,6 @@ _Show: TypeAlias = Callable[[Target, Tensor, Tensor | None], None]
 
 # The output of these is x W^T + bias, nothing more.
 _PLAIN_FORWARDS = frozenset({nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward})
-_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def batches_twice(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
@@ -131,13 +129,6 @@ def unreadable(target: Target) -> str:
     return ""
 
 
-def projection_of(target: Target) -> int:
-    """0, 1 or 2: whether a part of an attention's input projection makes queries, keys or values."""
-    if target.parameter_name in _PROJECTIONS:
-        return _PROJECTIONS.index(target.parameter_name)
-    return 0 if target.rows is None else target.rows.start // (target.rows.stop - target.rows.start)
-
-
 def _after_call(targets: Sequence[Target], show: _Show) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -159,13 +150,10 @@ def _before_call(targets: Sequence[Target], show: _Show) -> Callable[..., None]:
     """For projections that are bare parameters of an attention module: their inputs are the module's own."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)][:1]
-        if isinstance(module, nn.MultiheadAttention):
-            bound = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
-            given = [bound["query"], bound["key"], bound["value"]]
         for target in targets:
-            if given:
-                show(target, given[min(projection_of(target), len(given) - 1)], None)
+            x = projection_input(target, module, args, kwargs)
+            if x is not None:
+                show(target, x, None)
 
     return hook
 
