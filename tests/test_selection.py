@@ -23,9 +23,9 @@ from s2d.selection import (
     SiteMetric,
     WeightMetric,
     bias_of,
-    call_views,
 )
 from s2d.targets import Target, find_targets
+from s2d.views import call_views
 
 ALL_KINDS = ("linear", "conv", "embedding", "norm")
 

@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.errors import InputError
-from s2d.selection import METRICS, Components, Finding, bias_of, bias_parameter, call_views, projection_input
+from s2d.selection import METRICS, Components, Finding, bias_of, bias_parameter
 from s2d.shrink import penalty_gradient, shrink_directions, shrink_rows, shrink_singular
 from s2d.targets import KINDS, Kind, Selector, Target, find_targets
+from s2d.views import call_views, is_compiled, modules_with_mask, projection_input, tells_padding
 
 MetricName = Literal["site", "data", "weight"]
 Mode = Literal["decoupled", "coupled"]
@@ -212,10 +213,10 @@ class SelectiveSpectralDecay:
         self._mask: Tensor | None = None
         self._handles: list[Any] = []
         self._stance: Any = None
-        self._eager = _compiled(model)
+        self._eager = is_compiled(model)
         self._saw_any = False
         self._model = model
-        self._mask_sources = _modules_with_mask(model)
+        self._mask_sources = modules_with_mask(model)
         self._step_hooks: list[Any] = []
         for index, each in enumerate(self.optimizers):
             last = index == len(self.optimizers) - 1
@@ -417,7 +418,7 @@ class SelectiveSpectralDecay:
             mask = args[position] if position < len(args) else None
         if mask is None:
             self._mask = None  # of an earlier call
-        elif isinstance(mask, Tensor) and mask.ndim == 2 and _tells_padding(mask):
+        elif isinstance(mask, Tensor) and mask.ndim == 2 and tells_padding(mask):
             self._mask = mask.detach()
 
     def _look(self, targets: list[Target]) -> Callable[..., None]:
@@ -456,15 +457,14 @@ class SelectiveSpectralDecay:
                     self._ran.add(target.name)
                     W = target.matrix()
                     y = nn.functional.linear(x.detach().to(W.dtype), W, bias_of(target))
-                    mask = self._mask if module.batch_first else None  # tokens come first: no mask of this shape fits
-                    fits = mask is not None and mask.numel() == y[..., 0].numel()
-                    self._metric.observe(target, x, y, mask if fits else None)
+                    fits = module.batch_first and self._mask is not None and self._mask.numel() == y[..., 0].numel()
+                    self._metric.observe(target, x, y, self._mask if fits else None)
 
         return hook
 
     def _refresh(self) -> None:
         """Turn what the hooks saw into the new selection."""
-        if not self._eager and (not self._saw_any or _compiled(self._model)):
+        if not self._eager and (not self._saw_any or is_compiled(self._model)):
             self._eager = True  # perhaps the model was compiled after this decay was made: look again, eagerly
             return self._arm()
         self._disarm()
@@ -586,24 +586,6 @@ class SelectiveSpectralDecay:
             f"SelectiveSpectralDecay({len(self.targets)} weights, metric={s.metric}, mode={s.mode}, power={s.power}, "
             f"strength={s.strength}, step {self.step_count}, shrinking {sum(self.selected.values())} components)"
         )
-
-
-def _modules_with_mask(model: nn.Module) -> list[nn.Module]:
-    return [
-        m
-        for m in model.modules()
-        if type(m).__name__ != "OptimizedModule" and "attention_mask" in inspect.signature(m.forward).parameters
-    ]
-
-
-def _tells_padding(mask: Tensor) -> bool:
-    """A mask of 0 and 1; some models hand a 2-D one of what is *added* to the attention scores to their layers."""
-    return not mask.is_floating_point() or bool(((mask == 0) | (mask == 1)).all() & mask.any())
-
-
-def _compiled(model: nn.Module) -> bool:
-    """Some of its modules are compiled, as far as can be seen from inside."""
-    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _innermost(optimizer: Any) -> Any:

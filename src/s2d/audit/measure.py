@@ -26,9 +26,9 @@ from s2d.models import Family, family_of, fingerprint
 from s2d.quant.sites import refuse_quantized
 from s2d.quant.spec import QuantSpec, TensorSpec
 from s2d.results import run_metadata
-from s2d.selection import projection_of
 from s2d.spectrum import Triplets, median_singular, top_singular
 from s2d.targets import Kind, Selector, Target, find_targets
+from s2d.views import projection_of
 
 # The paper's selection: the smallest k <= 3 whose PCDR_k reaches tau = 0.95 (arXiv 2602.14432).
 THRESHOLD = 0.95

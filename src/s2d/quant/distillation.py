@@ -58,6 +58,7 @@ class Distiller:
         calibration: Iterable[Any],
         *,
         variance: float = VARIANCE,
+        outputs: bool = True,
     ) -> None:
         """Measure the teacher's features on calibration data, and watch the student from now on.
 
@@ -66,6 +67,7 @@ class Distiller:
             teacher: The same model at full precision; it is put into evaluation mode and stays as it is.
             calibration: Batches, as for `prepare_qat`.
             variance: See `principal_directions`.
+            outputs: Compare the models' outputs too, not only their features.
 
         Raises:
             InputError: The teacher is quantized, is the student, or has other blocks; an impossible share.
@@ -75,6 +77,7 @@ class Distiller:
         if not 0.0 < variance <= 1.0:
             raise InputError(f"variance={variance!r} is a share, above 0 and at most 1")
         self._teacher = teacher.eval()
+        self._outputs = outputs
         names = _last_of_each_tower(blocks_of(student))
         if not set(names) <= {name for name, _ in teacher.named_modules()}:
             raise InputError(f"the teacher has no {names[0]}; it must be the student's model at full precision")
@@ -147,7 +150,8 @@ class Distiller:
         for args, kwargs, output, features in calls:
             expected, wanted, mask = self._ask(args, kwargs)
             y_s, y_t = (real_tokens(y, mask, "input") for y in (main_output(output), expected))
-            total = total + _share(y_s, y_t, self._spread[""])
+            if self._outputs:
+                total = total + _share(y_s, y_t, self._spread[""])
             for name, feature in features.items():
                 h_s, h_t = (real_tokens(h, mask, "input").flatten(0, -2).float() for h in (feature, wanted[name]))
                 P = self._directions[name].to(h_s.device)

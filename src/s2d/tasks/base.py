@@ -41,6 +41,7 @@ class Task(ABC):
     name: ClassVar[str]
     primary: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
+    adds_head: ClassVar[bool] = False  # `build` puts new, untrained outputs on the model
 
     @property
     @abstractmethod

@@ -74,6 +74,7 @@ class TextClassification(Task):
     """
 
     primary = "accuracy"
+    adds_head = True
 
     def __init__(
         self, data: str | os.PathLike[str], text: str | None = None, label: str | None = None, max_length: int = 64

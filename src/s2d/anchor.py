@@ -1,0 +1,72 @@
+"""Holding a model near where it started while it is fine-tuned: the frozen original teaches along with the task.
+
+A few contrastive or class labels say little about what the decay disturbs; the original's own features, token by
+token, say it at every step. The distance is that of :mod:`s2d.quant.distillation` (GPLQ, arXiv 2506.11784), in shares
+of variance.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.quant.distillation import Distiller
+from s2d.tasks.base import Task
+
+# Texts or images by which the spread of the original's features is measured.
+_SAMPLES, _BATCH = 128, 32
+
+
+class Anchor:
+    """The companion of a training that adds ``weight * distance(model, original)`` to the task's loss.
+
+    Heads that the task has put on the model are new, so that only features are compared there.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, weight: float) -> None:
+        """Copy the model as it is now, and watch it from now on.
+
+        Args:
+            model: From ``task.build``, before its first step.
+            task: Its training split says how far the original's features spread.
+            weight: Of the distance, above 0.
+
+        Raises:
+            InputError: The model has no blocks that are known, or is quantized.
+        """
+        batches = islice(task.batches("train", batch_size=_BATCH, seed=0, shuffle=True), _SAMPLES // _BATCH)
+        inputs = [each for batch in batches for each in task.inputs(batch)]
+        original = copy.deepcopy(model).requires_grad_(False)
+        self._weight = weight
+        self._distiller = Distiller(model, original, inputs, outputs=not task.adds_head)
+
+    @property
+    def key(self) -> Any:
+        """Nothing beyond the training's own settings."""
+        return None
+
+    def groups(self) -> list[dict[str, Any]]:
+        """It trains nothing of its own."""
+        return []
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """It has no schedule."""
+
+    def loss(self) -> Tensor:
+        """The weighted distance of this step's forward passes."""
+        return self._weight * self._distiller.loss()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the original is the model that the training began with."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to continue."""
+
+    def remove(self) -> None:
+        """Let go of the model."""
+        self._distiller.remove()

@@ -1,0 +1,74 @@
+"""What a running model shows: a module's input and output brought to rows of a target, and masks of padding."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from s2d.targets import Target
+
+_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def call_views(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring a module's input and output to ``[..., I]`` and ``[..., O]`` of the target.
+
+    Channels come last; the input of a convolution is unfolded to the patches that its matrix multiplies.
+    """
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _patches(module, x.detach()), y.movedim(-1 - len(module.kernel_size), -1)
+    if target.kind == "norm" and y.ndim > 2:
+        channels_first = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
+        if channels_first or y.shape[-1] != target.parameter.numel():
+            y = y.movedim(1, -1)
+    return x, (y[..., target.rows] if target.rows is not None else y)
+
+
+def projection_input(target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a projection multiplies that is a bare parameter of an attention module, ``[..., I]``.
+
+    Torch's own attention is given queries, keys and values apart; other classes are given one tensor.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        bound = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
+        return (bound["query"], bound["key"], bound["value"])[projection_of(target)]
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def projection_of(target: Target) -> int:
+    """0, 1 or 2: whether a part of an attention's input projection makes queries, keys or values."""
+    if target.parameter_name in _PROJECTIONS:
+        return _PROJECTIONS.index(target.parameter_name)
+    return 0 if target.rows is None else target.rows.start // (target.rows.stop - target.rows.start)
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """``[..., I, *S]`` to ``[..., *S', I * prod(kernel)]``, in the order of the flattened weight."""
+    dims = len(module.kernel_size)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    first = x.ndim - dims  # of the spatial dimensions; each unfolded one leaves its window at the end
+    for d, (size, stride, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        x = x.unfold(first + d, gap * (size - 1) + 1, stride)[..., ::gap]
+    return x.movedim(first - 1, -1 - dims).flatten(-1 - dims)
+
+
+def modules_with_mask(model: nn.Module) -> list[nn.Module]:
+    """Those that are given an attention mask."""
+    return [
+        m
+        for m in model.modules()
+        if type(m).__name__ != "OptimizedModule" and "attention_mask" in inspect.signature(m.forward).parameters
+    ]
+
+
+def tells_padding(mask: Tensor) -> bool:
+    """A mask of 0 and 1; some models hand a 2-D one of what is *added* to the attention scores to their layers."""
+    return not mask.is_floating_point() or bool(((mask == 0) | (mask == 1)).all() & mask.any())
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Some of its modules are compiled, as far as can be seen from inside."""
+    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())
