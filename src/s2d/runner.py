@@ -34,14 +34,24 @@ from s2d.training import train
 
 # Which rooms decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
 # are left out of training and judging; the weights' fingerprint stands for them.
-_TRAINING = ("training.py", "tasks", "models/heads.py")
-_DECAY = ("decay.py", "shrink.py", "selection.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
+_TRAINING = ("training.py", "tasks", "models/heads.py", "anchor.py", "quant")
+_DECAY = (
+    "decay.py",
+    "shrink.py",
+    "selection.py",
+    "views.py",
+    "writers.py",
+    "dominance.py",
+    "spectrum.py",
+    "targets.py",
+)
 _JUDGING = ("evaluation.py", "tasks", "models/heads.py")
 _QUANTIZING = ("quant", "models")
 _QAT = ("quantized_training.py", *_QUANTIZING, *_TRAINING)
 _AUDITING = (
     "audit",
     "selection.py",
+    "views.py",
     "writers.py",
     "dominance.py",
     "spectrum.py",
