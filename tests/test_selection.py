@@ -22,10 +22,9 @@ from s2d.selection import (
     Metric,
     SiteMetric,
     WeightMetric,
-    bias_of,
 )
 from s2d.targets import Target, find_targets
-from s2d.views import call_views
+from s2d.views import bias_of, call_views
 
 ALL_KINDS = ("linear", "conv", "embedding", "norm")
 

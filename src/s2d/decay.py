@@ -35,10 +35,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.errors import InputError
-from s2d.selection import METRICS, Components, Finding, bias_of, bias_parameter
+from s2d.selection import METRICS, Components, Finding
 from s2d.shrink import penalty_gradient, shrink_directions, shrink_rows, shrink_singular
 from s2d.targets import KINDS, Kind, Selector, Target, find_targets
-from s2d.views import call_views, is_compiled, modules_with_mask, projection_input, tells_padding
+from s2d.views import (
+    bias_of,
+    bias_parameter,
+    call_views,
+    is_compiled,
+    modules_with_mask,
+    projection_views,
+    tells_padding,
+)
 
 MetricName = Literal["site", "data", "weight"]
 Mode = Literal["decoupled", "coupled"]
@@ -395,10 +403,7 @@ class SelectiveSpectralDecay:
         for module in self._mask_sources:
             self._handles.append(module.register_forward_pre_hook(self._remember_mask, with_kwargs=True))
         for module, targets in by_module.items():
-            if isinstance(module, nn.MultiheadAttention):
-                self._handles.append(module.register_forward_hook(self._look_inside(targets), with_kwargs=True))
-            else:
-                self._handles.append(module.register_forward_hook(self._look(targets)))
+            self._handles.append(module.register_forward_hook(self._look(targets), with_kwargs=True))
         if self._eager:
             self._stance = torch.compiler.set_stance("force_eager")  # compiled code does not run hooks added later
 
@@ -422,43 +427,27 @@ class SelectiveSpectralDecay:
             self._mask = mask.detach()
 
     def _look(self, targets: list[Target]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if torch.compiler.is_compiling() or module is not targets[0].module:
                 return  # being traced; or a copy of the model, which has the hooks as well
-            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            attention = isinstance(module, nn.MultiheadAttention)
+            made = output[0] if attention else output
+            if not isinstance(made, Tensor) or not (attention or (args and isinstance(args[0], Tensor))):
                 return
-            if not (module.training or output.requires_grad):
+            if not (module.training or made.requires_grad):
                 return  # an evaluation between two steps
             self._saw_any = True
+            given = self._mask if not attention or module.batch_first else None  # no mask has its tokens first
             # Looking is not part of the model: a function mode that is on (quantized attention) must not see it.
             with torch._C.DisableTorchFunction(), self._exact_arithmetic():
                 for target in targets:
                     self._ran.add(target.name)
-                    x, y = call_views(target, module, args[0], output)
-                    mask = self._mask if self._mask is not None and self._mask.numel() == y[..., 0].numel() else None
+                    if attention:
+                        x, y = projection_views(target, module, args, kwargs)
+                    else:
+                        x, y = call_views(target, module, args[0], made)
+                    mask = given if given is not None and given.numel() == y[..., 0].numel() else None
                     self._metric.observe(target, x, y, mask)
-
-        return hook
-
-    def _look_inside(self, targets: list[Target]) -> Callable[..., None]:
-        """For torch's own attention, whose projections are no modules: their outputs are computed once more."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if torch.compiler.is_compiling() or module is not targets[0].module:
-                return
-            if not (module.training or output[0].requires_grad):
-                return
-            self._saw_any = True
-            with torch._C.DisableTorchFunction(), torch.no_grad(), self._exact_arithmetic():
-                for target in targets:
-                    x = projection_input(target, module, args, kwargs)
-                    if x is None:
-                        continue
-                    self._ran.add(target.name)
-                    W = target.matrix()
-                    y = nn.functional.linear(x.detach().to(W.dtype), W, bias_of(target))
-                    fits = module.batch_first and self._mask is not None and self._mask.numel() == y[..., 0].numel()
-                    self._metric.observe(target, x, y, self._mask if fits else None)
 
         return hook
 

@@ -37,6 +37,7 @@ from s2d.dominance import (
 )
 from s2d.spectrum import Triplets, top_singular_many
 from s2d.targets import Target
+from s2d.views import bias_of
 from s2d.writers import Call, find_writer, same_tensor
 
 # How far a component's share of the outliers, or a site's outlier ratio, must fall below the value that selects it
@@ -546,17 +547,3 @@ def _followed(W: Tensor, old: Components, found: Triplets, k: int) -> tuple[Tens
     lost = (best < SAME_COMPONENT) & ~covered
     U, V = (torch.cat([new[:, spare], kept[:, lost]], 1) for new, kept in ((found.U, old.U), (found.V, old.V)))
     return ((W.to(U.dtype) @ V) * U).sum(0), U, V
-
-
-def bias_parameter(target: Target) -> nn.Parameter | None:
-    """The bias that belongs to a target, whole; None where there is none."""
-    name = "in_proj_bias" if target.parameter_name == "in_proj_weight" else "bias"
-    return None if target.kind == "embedding" else target.module._parameters.get(name)
-
-
-def bias_of(target: Target) -> Tensor | None:
-    """The bias that belongs to a target's rows, detached; a view, so writing to it writes to the model."""
-    bias = bias_parameter(target)
-    if bias is None:
-        return None
-    return bias.detach()[target.rows] if target.rows is not None else bias.detach()

@@ -1,4 +1,4 @@
-"""What a running model shows: a module's input and output brought to rows of a target, and masks of padding."""
+"""What a running model shows: what a target reads, makes and adds, as rows of the target, and masks of padding."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from s2d.targets import Target
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_ATTENTION = inspect.signature(nn.MultiheadAttention.forward)
 
 
 def call_views(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,9 +33,19 @@ def projection_input(target: Target, module: nn.Module, args: tuple[Any, ...], k
     Torch's own attention is given queries, keys and values apart; other classes are given one tensor.
     """
     if isinstance(module, nn.MultiheadAttention):
-        bound = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs).arguments
+        bound = _ATTENTION.bind(module, *args, **kwargs).arguments
         return (bound["query"], bound["key"], bound["value"])[projection_of(target)]
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def projection_views(
+    target: Target, attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """As `call_views`, for a projection of torch's own attention; its output is computed, as no module returns it."""
+    x = projection_input(target, attention, args, kwargs)
+    assert x is not None  # torch's own attention cannot be called without
+    W = target.matrix()
+    return x, nn.functional.linear(x.detach().to(W.dtype), W, bias_of(target))
 
 
 def projection_of(target: Target) -> int:
@@ -42,6 +53,20 @@ def projection_of(target: Target) -> int:
     if target.parameter_name in _PROJECTIONS:
         return _PROJECTIONS.index(target.parameter_name)
     return 0 if target.rows is None else target.rows.start // (target.rows.stop - target.rows.start)
+
+
+def bias_parameter(target: Target) -> nn.Parameter | None:
+    """The bias that belongs to a target, whole; None where there is none."""
+    name = "in_proj_bias" if target.parameter_name == "in_proj_weight" else "bias"
+    return None if target.kind == "embedding" else target.module._parameters.get(name)
+
+
+def bias_of(target: Target) -> Tensor | None:
+    """The bias that belongs to a target's rows, detached; a view, so writing to it writes to the model."""
+    bias = bias_parameter(target)
+    if bias is None:
+        return None
+    return bias.detach()[target.rows] if target.rows is not None else bias.detach()
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

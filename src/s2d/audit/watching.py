@@ -17,9 +17,8 @@ from s2d.errors import InputError
 from s2d.quant.attention import AttentionQuantizer, QuantizedAttention
 from s2d.quant.calibration import evaluating, real_tokens, run, token_mask
 from s2d.quant.modules import swap_in, swap_out
-from s2d.selection import bias_of
 from s2d.targets import Target
-from s2d.views import call_views, projection_input
+from s2d.views import bias_of, call_views, projection_input
 
 Rows: TypeAlias = Callable[[Target, Tensor, Tensor], None]
 MaskOf: TypeAlias = Callable[[Any], Tensor | None]
