@@ -264,24 +264,28 @@ def test_a_model_without_trainable_weights_is_refused(loaded: Loaded, task: Task
         train(task.build(loaded).requires_grad_(False), task, SETTINGS)
 
 
+@torch.no_grad()
+def features(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model.eval().encoder(**inputs).last_hidden_state  # type: ignore[union-attr, operator]
+
+
 @pytest.mark.parametrize("decay", [None, DECAYS["default"]])
 def test_distillation_keeps_the_features_near_the_original(
     loaded: Loaded, task: Task, decay: dict[str, Any] | None
 ) -> None:
-    batch = next(task.batches("train", batch_size=32))
-    moved, states = [], []
+    inputs = task.inputs(next(task.batches("train", batch_size=32)))[0]
+    moved = []
     for weight in (0.0, 20.0):
         model = task.build(loaded)
-        found: list[torch.Tensor] = []
-        handle = model.encoder.register_forward_hook(lambda *call, out=found: out.append(call[2].last_hidden_state))  # type: ignore[union-attr, operator]
-        with torch.no_grad():
-            model.eval()(**task.inputs(batch)[0])
-            with torch.enable_grad():
-                train(model, task, SETTINGS.model_copy(update={"distill": weight}), decay=decay)
-            found[1:] = []
-            model(**task.inputs(batch)[0])
-        handle.remove()
-        moved.append((found[1] - found[0]).square().mean().item())
-        states.append(len(model._forward_hooks))
+        before = features(model, inputs)
+        train(model, task, SETTINGS.model_copy(update={"distill": weight}), decay=decay)
+        moved.append((features(model, inputs) - before).square().mean().item())
+        assert not any(module._forward_hooks for module in model.modules())
     assert moved[1] < 0.7 * moved[0]
-    assert states == [0, 0]
+
+
+def test_distillation_leaves_no_hooks_behind_when_the_decay_is_refused(loaded: Loaded, task: Task) -> None:
+    model = task.build(loaded)
+    with pytest.raises(InputError):
+        train(model, task, SETTINGS.model_copy(update={"distill": 1.0}), decay={"strength": -1.0})
+    assert not any(module._forward_hooks for module in model.modules())

@@ -34,32 +34,15 @@ from s2d.training import train
 
 # Which rooms decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
 # are left out of training and judging; the weights' fingerprint stands for them.
-_TRAINING = ("training.py", "tasks", "models/heads.py", "anchor.py", "quant")
-_DECAY = (
-    "decay.py",
-    "shrink.py",
-    "selection.py",
-    "views.py",
-    "writers.py",
-    "dominance.py",
-    "spectrum.py",
-    "targets.py",
-)
+# Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
+_ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
+_TRAINING = ("training.py", "tasks", "models/heads.py", *_ANCHORING)
+_SEEING = ("selection.py", "views.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
+_DECAY = ("decay.py", "shrink.py", *_SEEING)
 _JUDGING = ("evaluation.py", "tasks", "models/heads.py")
 _QUANTIZING = ("quant", "models")
 _QAT = ("quantized_training.py", *_QUANTIZING, *_TRAINING)
-_AUDITING = (
-    "audit",
-    "selection.py",
-    "views.py",
-    "writers.py",
-    "dominance.py",
-    "spectrum.py",
-    "targets.py",
-    "quant",
-    "tasks",
-    "models",
-)
+_AUDITING = ("audit", *_SEEING, "quant", "tasks", "models")
 
 
 class Watcher(Protocol):

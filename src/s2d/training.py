@@ -156,8 +156,6 @@ def train(
         KeyboardInterrupt: Ctrl-C (or a termination signal); with `state`, everything was saved first.
     """
     settings = settings or TrainSettings()
-    if settings.distill and companion is None:
-        companion = Anchor(model, task, settings.distill)
     place = next(model.parameters()).device
     key = _key(model, task, settings, seed, decay, companion)
     accelerator = _accelerator(place)
@@ -167,12 +165,15 @@ def train(
     devices = [place.index or 0] if place.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
         torch.manual_seed(seed)
+        if settings.distill and companion is None:
+            companion = Anchor(model, task, settings.distill)
+        if companion is not None:
+            stack.callback(companion.remove)
         spectral = None
         if decay is not None:
             spectral = SelectiveSpectralDecay(model, raw, seed=seed, **decay)
             stack.callback(spectral.remove)
         if companion is not None:
-            stack.callback(companion.remove)
             companion.attach(raw)
         if not settings.dropout:
             stack.enter_context(without_dropout(model))
