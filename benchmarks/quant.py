@@ -43,7 +43,7 @@ from s2d.models import Loaded, fingerprint
 from s2d.quant import QuantSpec
 from s2d.recipe import FULL, Cell, QuantizeSection, Recipe, read_recipe
 from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, write_json
-from s2d.runner import Runner, calibration_inputs, device_of
+from s2d.runner import Runner, calibration_inputs, device_of, records_of
 from s2d.tasks import Task, create
 from s2d.terminal import Watch
 
@@ -184,26 +184,12 @@ def compute(loaded: Loaded, task: Task, recipe: Recipe, job: Job, seed: int) -> 
 
 
 def record_of(arm: Arm, task: Task, recipe: Recipe, job: Job, found: JSON) -> JSON:
-    """A record as all results of s2d have them."""
-    value = found["metrics"][task.primary]
-    return {
-        "task": recipe.task.label,
-        "model": recipe.model,
-        "conditioning": arm.name,
-        "seed": arm.seed,
-        "spec": str(job.cell.spec),
-        "method": job.cell.method or "none",
-        "observer": job.cell.observer,
-        "protocol": job.protocol,
-        "metric": task.primary,
-        "value": float("nan") if value is None else value,
-        "higher_is_better": task.higher_is_better,
-        "seconds": found["seconds"],
-        "cpu_seconds": found["cpu_seconds"],
-        "peak_mb": found["added_mb"],
-        "split": recipe.split,
-        "code": found["code"],
-    }
+    """A record as a run has it, of the task's own metric, with what is only measured here."""
+    cell = {**found, "peak_mb": found["added_mb"]}
+    record = records_of(
+        recipe, task, arm.name, arm.seed, job.cell.spec, job.cell.method or "none", job.cell.observer, cell
+    )[0]
+    return {**record, "protocol": job.protocol, "cpu_seconds": found["cpu_seconds"], "code": found["code"]}
 
 
 def markdown(records: Sequence[JSON]) -> Iterator[str]:

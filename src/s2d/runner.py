@@ -231,7 +231,9 @@ class Runner:
             self.watcher.advance(len(cells))
         records, shown = [], []
         for cell, path in zip(cells, paths, strict=True):
-            found = self._records(arm, seed, cell.spec, cell.method or "none", cell.observer, read_json(path))
+            found = records_of(
+                self.recipe, self.task, arm, seed, cell.spec, cell.method or "none", cell.observer, read_json(path)
+            )
             shown += [f"{_cell_name(cell)} {r['value']:.2f}" for r in found if r["metric"] == self.task.primary]
             records += found
         self.watcher.say(f"{arm}, seed {seed}: {self.task.primary}: {', '.join(shown)}")
@@ -269,29 +271,6 @@ class Runner:
         stem = "-".join([arm, str(seed), *_cell_name(cell).replace(":", "").split()])
         return self.folder / "cells" / f"{stem}-{digest(content)}.json"
 
-    def _records(
-        self, arm: str, seed: int, spec: str | dict[str, Any], method: str, observer: str, cell: JSON
-    ) -> list[JSON]:
-        recipe = self.recipe
-        return [
-            {
-                "task": recipe.task.label,
-                "model": recipe.model,
-                "conditioning": arm,
-                "seed": seed,
-                "spec": _spec_name(spec),
-                "method": method,
-                "observer": observer,
-                "metric": metric,
-                "value": float("nan") if value is None else value,
-                "higher_is_better": self.task.higher_is_better,
-                "seconds": cell["seconds"],
-                "peak_mb": cell["peak_mb"],
-                "split": recipe.split,
-            }
-            for metric, value in sorted(cell["metrics"].items(), key=lambda item: item[0] != self.task.primary)
-        ]
-
     # -- quantization-aware training
 
     def _trained_cells(self, arm: str, seed: int) -> list[JSON]:
@@ -314,7 +293,7 @@ class Runner:
             if not path.is_file():
                 write_json(path, self._train_quantized(arm, seed, spec, decay, path.with_suffix(".pt")))
                 path.with_suffix(".pt").unlink(missing_ok=True)
-            found = self._records(arm, seed, spec, "qat", "", read_json(path))
+            found = records_of(self.recipe, self.task, arm, seed, spec, "qat", "", read_json(path))
             records += found
             self.watcher.say(f"{arm}, seed {seed}: {_spec_name(spec)} trained: {found[0]['value']:.2f}")
         return records
@@ -359,6 +338,44 @@ class Runner:
         settings = self.recipe.model_dump(exclude={"about"})
         settings["arms"] = {arm: self._decay_key(arm) if arm != UNTRAINED else None for arm in self.recipe.arms}
         return settings
+
+
+def records_of(
+    recipe: Recipe,
+    task: Task,
+    arm: str,
+    seed: int,
+    spec: str | dict[str, Any],
+    method: str,
+    observer: str,
+    cell: JSON,
+) -> list[JSON]:
+    """The records of one finished cell, one for each metric, the task's own first.
+
+    Args:
+        recipe, task: What was run.
+        arm, seed: How the model was trained, and from which seed.
+        spec, method, observer: How it was quantized; ``"none"`` where no method was.
+        cell: ``metrics`` by name, ``seconds`` and ``peak_mb``.
+    """
+    return [
+        {
+            "task": recipe.task.label,
+            "model": recipe.model,
+            "conditioning": arm,
+            "seed": seed,
+            "spec": _spec_name(spec),
+            "method": method,
+            "observer": observer,
+            "metric": metric,
+            "value": float("nan") if value is None else value,
+            "higher_is_better": task.higher_is_better,
+            "seconds": cell["seconds"],
+            "peak_mb": cell["peak_mb"],
+            "split": recipe.split,
+        }
+        for metric, value in sorted(cell["metrics"].items(), key=lambda item: item[0] != task.primary)
+    ]
 
 
 def calibration_inputs(task: Task, settings: Calibration, seed: int) -> list[dict[str, Any]]:
