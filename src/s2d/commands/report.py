@@ -1,0 +1,46 @@
+"""s2d report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from s2d.commands.shared import (
+    Quiet,
+    app,
+    command,
+    say,
+)
+from s2d.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+
+@command(app, example="s2d report runs/demo/results.json --out report.html")
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON files of runs and audits.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+    quiet: Quiet = False,
+) -> None:
+    """Make one self-contained HTML page of the results of runs and audits."""
+    from s2d.report import write_report
+
+    contents: list[Any] = []
+    for path in results:
+        content = _read_any(path)
+        contents += content if isinstance(content, list) else [content]
+    write_report(contents, out)
+    say(quiet, f"{out}: written from {len(results)} file{'s' if len(results) > 1 else ''}")
+
+
+def _read_any(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the name") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a JSON file ({error}); name a results.json of s2d") from error

@@ -1,0 +1,85 @@
+"""s2d demo, s2d run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from s2d.commands.shared import (
+    JsonFile,
+    Overrides,
+    Quiet,
+    app,
+    check_file,
+    command,
+    save_json,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+@command(app, example="s2d demo")
+def demo(
+    o: Overrides = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The run's folder.")] = Path("runs/demo"),
+    no_open: Annotated[bool, typer.Option("--no-open", help="Do not open the report.")] = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Show on a real, published sentence encoder what S2D does, in about ten minutes.
+
+    MiniLM is fine-tuned twice from the same start, with AdamW and with AdamW and S2D, on docstrings of installed
+    packages; both are quantized to 8, 6 and 4 bits and compared. Interrupt it at any time: the same command continues.
+    """
+    _run("minilm-docstrings", o, out, json_file, quiet)
+    if not no_open and _has_display():
+        import webbrowser
+
+        webbrowser.open((out / "report.html").resolve().as_uri())
+
+
+@command(app, example="s2d run minilm-banking77 -o 'seeds=[0]' -o split=validation --out runs/try")
+def run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A name from [bold]s2d recipes list[/bold], or a file.")
+    ],
+    o: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; runs/RECIPE by default.")] = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe: audit, fine-tune every arm, quantize, evaluate, report.
+
+    Every finished stage is kept in the run's folder. A run that was interrupted, or repeated with other settings,
+    computes only what is missing.
+    """
+    _run(recipe, o, out, json_file, quiet)
+
+
+def _run(recipe: str, overrides: list[str] | None, out: Path | None, json_file: Path | None, quiet: bool) -> None:
+    check_file(json_file)
+    from s2d.recipe import read_recipe
+    from s2d.runner import Runner
+    from s2d.terminal import Watch, comparison
+
+    name, content = read_recipe(recipe, overrides or ())
+    with Watch(Console(stderr=True), quiet=quiet) as watch:
+        results = Runner(name, content, out or Path("runs") / name, watch).run()
+    if json_file is not None:
+        save_json(json_file, results)
+    if not quiet:
+        for table in comparison(results):
+            Console().print(table)
+
+
+def _has_display() -> bool:
+    if os.environ.get("CI") or not sys.stdout.isatty():
+        return False
+    on_linux = sys.platform not in ("darwin", "win32")
+    return not on_linux or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -1,0 +1,117 @@
+"""What all commands share: the application, their options, and the small checks before and after the work.
+
+Heavy libraries are imported inside the commands, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from s2d.errors import InputError
+
+if TYPE_CHECKING:
+    from s2d.recipe import Recipe
+
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def command(of: typer.Typer, name: str | None = None, *, example: str) -> Callable[[Callable[..., None]], Callable]:
+    """Register a command; its docstring is the help, its paragraphs without the line breaks of the source."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(function.__doc__ or ""))
+        return of.command(name, help=text, epilog=f"Example: {example}")(function)
+
+    return register
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder or file, an installed package with a model, timm:NAME, open_clip:NAME, or a name on the hub.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override", "-o", metavar="KEY=VALUE", help="Change a setting, e.g. -o train.steps=100. Repeatable."
+    ),
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor tables.")]
+TaskName = Annotated[str | None, typer.Option("--task", help="What the model is for: see [bold]s2d doctor[/bold].")]
+Data = Annotated[str | None, typer.Option("--data", metavar="PATH", help="File or folder with the data.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ... or auto.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
+
+
+def settings(model: str, task: str | None, data: str | None, overrides: list[str] | None, **more: Any) -> Recipe:
+    """What the options of a command stand for, as a recipe."""
+    from s2d.recipe import make_recipe, move
+    from s2d.tasks import tasks
+
+    if task is None:
+        raise InputError(f"what is the model for? add --task, one of {', '.join(tasks())}")
+    content = {"model": model, "task": {"name": task, **({} if data is None else {"data": data})}, **more}
+    return make_recipe(
+        content, [move(override, "decay.", "arms.s2d.") for override in overrides or ()], shown="settings"
+    )
+
+
+def check_file(path: Path | None) -> None:
+    """Refuse a place that cannot be written before the work, not after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    _check_writable(path)
+
+
+def check_folder(path: Path | None) -> None:
+    """The same for a folder."""
+    if path is None:
+        return
+    if path.is_file():
+        raise InputError(f"{path} is a file; name a folder")
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(
+            f"{path} cannot be written: {place} is not a folder that you may write to; choose another place"
+        )
+
+
+def save_json(path: Path, content: Any) -> None:
+    """Write results, atomically."""
+    from s2d.results import write_json
+
+    write_json(path, content)
+
+
+def say(quiet: bool, text: str) -> None:
+    """The last word of a command."""
+    if not quiet:
+        print(text)
+
+
+def bars(quiet: bool) -> bool:
+    """Whether progress bars have somebody to look at them."""
+    return not quiet and sys.stdout.isatty() and sys.stderr.isatty()
