@@ -1,8 +1,8 @@
 """Selective Spectral Decay: make transformers survive 4 bits.
 
 The public names load on first use, so that ``import s2d`` costs nothing, and the command line's help and the report
-need no torch. ``audit`` and ``tasks`` are functions here and also modules of the package: ``s2d.audit(model, batches)``
-calls the function, ``from s2d.audit import Audit`` reads the module.
+need no torch. ``audit``, ``export`` and ``tasks`` are functions here and also modules of the package:
+``s2d.audit(model, batches)`` calls the function, ``from s2d.audit import Audit`` reads the module.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from s2d.dominance import pcdr as pcdr
     from s2d.errors import InputError as InputError
     from s2d.evaluation import evaluate as evaluate
+    from s2d.export import export as export
     from s2d.quant import methods as methods
     from s2d.quant import quantize as quantize
     from s2d.quant.allocate import allocate as allocate
@@ -46,6 +47,7 @@ _HOMES = {
     "allocate": ("s2d.quant.allocate", "allocate"),
     "audit": ("s2d.audit", "audit"),
     "evaluate": ("s2d.evaluation", "evaluate"),
+    "export": ("s2d.export", "export"),
     "finish_qat": ("s2d.quant.qat", "finish_qat"),
     "load": ("s2d.checkpoint", "load"),
     "methods": ("s2d.quant", "methods"),
@@ -68,6 +70,7 @@ __all__ = [  # written out for type checkers; the same names as _HOMES
     "allocate",
     "audit",
     "evaluate",
+    "export",
     "finish_qat",
     "load",
     "methods",

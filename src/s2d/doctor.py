@@ -14,7 +14,8 @@ _EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (("transformers", "transformers"), ("accelerate", "accelerate"), ("gguf", "gguf")),
     "timm": (("timm", "timm"),),
     "openclip": (("open_clip", "open_clip_torch"),),
-    "export": (("onnx", "onnx"), ("onnxruntime", "onnxruntime")),
+    "export": (("onnx", "onnx"), ("onnxscript", "onnxscript"), ("onnxruntime", "onnxruntime")),
+    "openvino": (("openvino", "openvino"),),
     "report": (("jinja2", "jinja2"),),
 }
 

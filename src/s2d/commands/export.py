@@ -1,0 +1,101 @@
+"""s2d export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from s2d.commands.shared import (
+    Data,
+    JsonFile,
+    Model,
+    Overrides,
+    Quiet,
+    TaskName,
+    app,
+    check_file,
+    command,
+    save_json,
+    say,
+    settings,
+)
+from s2d.errors import InputError
+
+
+@command(app, example="s2d export runs/w4a4 --out model.onnx --task docstrings")
+def export(
+    model: Model,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="NAME.onnx, or NAME.xml for OpenVINO.")] = None,
+    task: TaskName = None,
+    data: Data = None,
+    embeddings: Annotated[int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to leave them.")] = 8,
+    split: Annotated[str, typer.Option(help="On which the metric is compared.")] = "validation",
+    time_it: Annotated[bool, typer.Option("--time/--no-time", help="Measure latency against fp32.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Keep a file that does not compute the same.")] = False,
+    o: Overrides = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantized model as one file that onnxruntime and OpenVINO run with integer kernels.
+
+    Before it is handed over, every layer is compared with the simulated one, and with --task the metric too. The report
+    says what is 4-bit on disk, what in memory, and what the multiply really is; it is kept beside the file as JSON.
+    """
+    if out is None:
+        raise InputError("where should the exported model go? add --out NAME.onnx")
+    check_file(out)
+    check_file(json_file)
+    from s2d.audit import audit_batches
+    from s2d.checkpoint import load
+    from s2d.evaluation import model_for
+    from s2d.export import example_of
+    from s2d.export import export as write
+    from s2d.quant.sites import is_quantized
+    from s2d.tasks import create
+    from s2d.tasks.base import check_split
+    from s2d.terminal import Watch
+
+    recipe = settings(model, task, data, o) if task is not None or o else None
+    wanted = check_split(split)
+    with Watch(Console(stderr=True), quiet=quiet) as watch:
+        watch.stage(f"loading {model}", 1)
+        loaded = load(model)
+        if not is_quantized(loaded.model):
+            raise InputError(f"{model} is not quantized; first: s2d quantize {model} --spec w4a4 --out FOLDER")
+        made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
+        plain = loaded.model
+        inputs: Any
+        if made is None or recipe is None:
+            inputs = audit_batches(loaded, data)
+        else:
+            built = model_for(loaded, made)
+            # A model that was saved for this task is whole; else the task's parts are put on the quantized encoder.
+            plain = loaded.model if type(loaded.model) is type(built) else built
+            inputs = (each for batch in made.batches("train", batch_size=16) for each in made.inputs(batch))
+        report = write(
+            plain,
+            out,
+            example=example_of(inputs),
+            embeddings=embeddings,
+            task=made,
+            split=wanted,
+            time_it=time_it,
+            force=force,
+            notes=lambda text: watch.stage(text, 1),
+        )
+    if json_file is not None:
+        save_json(json_file, {"export": report.to_dict()})
+    parity = report.parity
+    worst = max((row.error for row in report.layers), default=0.0)
+    say(quiet, f"{out}: {report.spec} {report.method}, {'passed' if report.passed else 'FAILED, kept by --force'}")
+    say(quiet, f"layers: {len(report.layers)} compared, largest relative error {worst:.1e}")
+    say(
+        quiet,
+        f"{parity['metric']} ({parity['split']}): simulated {parity['simulated']:.4g}, exported "
+        f"{parity['exported']:.4g}; simulated and perturbed by 1e-6 {parity['perturbed']:.4g}",
+    )
+    for line in (*report.label, *report.failures):
+        say(quiet, line)

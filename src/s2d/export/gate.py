@@ -1,0 +1,199 @@
+"""What has to hold before an exported file is handed over, and what people should know about it.
+
+layers     every quantized Linear on the inputs that the runtime saw, against the simulated one
+task       the metric of the simulated model and of the file on held-out data, and the metric's own change when the
+simulated model is perturbed by 1e-6 (a network of rounded layers is chaotic)
+output     without a task: the cosine of the outputs on the example, against the same control
+kernels, bytes, latency   read back and measured, never judged
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2d.errors import MissingExtra
+from s2d.export import openvino
+from s2d.export.onnx import OnnxModel, kernels, tensors_of, write_onnx
+from s2d.export.parity import LayerParity
+from s2d.quant.state import remove
+from s2d.tasks import Split, Task
+
+POINTS = 0.3
+COSINE = 1e-3
+_ROUNDS = 7
+
+
+@dataclass
+class ExportReport:
+    """What was found out about an exported file.
+
+    Attributes:
+        path: The file.
+        spec: Bits, as in ``"w4a4"``.
+        method: The PTQ method.
+        embeddings: Bits of the embedding tables; 0 where they stayed.
+        layers: The comparison of every quantized Linear.
+        unchecked: Layers that were not found in the graph.
+        parity: The metric (or cosine) of the simulated model, of the file, and of the perturbed model.
+        kernels: Matrix products by kind, in the graph that onnxruntime will run.
+        openvino: The same for OpenVINO; empty without it.
+        file_mb: On disk, weights beside the file included.
+        memory_mb: Weights that onnxruntime holds.
+        fp32_mb: The plain model's parameters.
+        latency_ms: Median milliseconds of the example on one thread, by who ran it.
+        label: What is narrow where, in words.
+        failures: Why the gate did not pass; empty when it did.
+    """
+
+    path: str
+    spec: str
+    method: str
+    embeddings: int
+    layers: list[LayerParity] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    parity: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    openvino: dict[str, int] = field(default_factory=dict)
+    file_mb: float = 0.0
+    memory_mb: float = 0.0
+    fp32_mb: float = 0.0
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    label: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the file computes what the simulated model does."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def judge_layers(report: ExportReport, rows: list[LayerParity], missing: list[str]) -> None:
+    """Note the comparison of the layers."""
+    report.layers, report.unchecked = rows, missing
+    bad = [row for row in rows if not row.passed]
+    if bad:
+        worst = max(bad, key=lambda row: max(row.error, row.flipped))
+        report.failures.append(
+            f"{len(bad)} of {len(rows)} layers differ; worst {worst.name}: relative error {worst.error:.1e}, "
+            f"{worst.flipped:.2%} of rows"
+        )
+    if missing:
+        report.failures.append(f"{len(missing)} layers are not in the graph as integer products, such as {missing[0]}")
+
+
+def judge_task(
+    report: ExportReport, reference: nn.Module, runner: nn.Module, task: Task, split: Split, batch_size: int
+) -> None:
+    """Note the metric of the simulated model and of the file."""
+    scores = {
+        "simulated": task.evaluate(reference, split=split, batch_size=batch_size)[task.primary],
+        "exported": task.evaluate(runner, split=split, batch_size=batch_size)[task.primary],
+        "perturbed": task.evaluate(perturbed(reference), split=split, batch_size=batch_size)[task.primary],
+    }
+    report.parity = {"metric": task.primary, "split": split, **scores}
+    away, control = (abs(scores[name] - scores["simulated"]) for name in ("exported", "perturbed"))
+    if away > max(POINTS, control):
+        report.failures.append(
+            f"{task.primary} on {split} is {scores['exported']:.2f}, simulated {scores['simulated']:.2f} "
+            f"(perturbed by 1e-6: {scores['perturbed']:.2f})"
+        )
+
+
+@torch.no_grad()
+def judge_output(report: ExportReport, reference: nn.Module, runner: nn.Module, example: Mapping[str, Tensor]) -> None:
+    """Note the cosine of the outputs."""
+    expected = reference(**example)
+    control, found = cosine(perturbed(reference)(**example), expected), cosine(runner(**example), expected)
+    report.parity = {"metric": "cosine", "split": "example", "simulated": 1.0, "exported": found, "perturbed": control}
+    if 1.0 - found > max(COSINE, 10.0 * (1.0 - control)):
+        report.failures.append(f"the output's cosine to the simulated one is {found:.4f} (perturbed: {control:.4f})")
+
+
+def cosine(a: Any, b: Any) -> float:
+    """Mean cosine of the rows of the two main outputs."""
+    first, second = (next(iter(tensors_of(each).values())).float().flatten(0, -2) for each in (a, b))
+    return float(F.cosine_similarity(first, second).mean())
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """A copy whose norm gains are 1e-6 larger, relatively: what a model's own chaos makes of nothing."""
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in made.modules():
+            gain = getattr(module, "weight", None)
+            if "Norm" in type(module).__name__ and isinstance(gain, Tensor):
+                gain.mul_(1.0 + 1e-6)
+    return made
+
+
+def describe_cost(
+    report: ExportReport,
+    path: Path,
+    reference: nn.Module,
+    example: Mapping[str, Tensor],
+    *,
+    time_it: bool = True,
+) -> None:
+    """Note kernels, bytes and, against full precision in the same minute, latency."""
+    report.kernels, held = kernels(path)
+    report.memory_mb = held / 1e6
+    report.file_mb = sum(each.stat().st_size for each in path.parent.glob(f"{path.name}*")) / 1e6
+    report.fp32_mb = sum(each.numel() for each in reference.parameters()) * 4 / 1e6
+    try:
+        report.openvino = openvino.kernels(path)
+    except MissingExtra:
+        report.openvino = {}
+    if not time_it:
+        return
+    plain = remove(copy.deepcopy(reference)).eval()
+    one = {name: value[:1] for name, value in example.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        full = Path(folder) / "fp32.onnx"
+        write_onnx(plain, example, full)
+        runners: dict[str, nn.Module] = {
+            "torch fp32": plain,
+            "onnxruntime fp32": OnnxModel(full),
+            f"onnxruntime {report.spec}": OnnxModel(path),
+        }
+        if report.openvino:
+            runners["openvino fp32"] = openvino.OpenVinoModel(full)
+            runners[f"openvino {report.spec}"] = openvino.OpenVinoModel(path)
+        report.latency_ms = latencies({name: _call(runner, one) for name, runner in runners.items()})
+
+
+@torch.no_grad()
+def latencies(calls: Mapping[str, Callable[[], Any]], rounds: int = _ROUNDS) -> dict[str, float]:
+    """Median milliseconds of each call on one thread, taken in turns so that a busy machine is busy for all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    try:
+        for turn in range(rounds + 1):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                with torch.no_grad():
+                    call()
+                if turn:
+                    spent[name].append((time.perf_counter() - start) * 1e3)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+def _call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
+    return lambda: model(**inputs)

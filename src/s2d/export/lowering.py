@@ -1,0 +1,259 @@
+"""A quantized model rewritten in the operators of a runtime: integer codes in place of simulated rounding.
+
+The result is a copy for exporting: its float weights of quantized layers are gone, its quantizers are the operators of
+:mod:`s2d.export.operators`. Everything around them (norms, attention, what methods compute beside a weight) is the
+model's own forward.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.export import operators
+from s2d.export.integers import (
+    IntegerActivation,
+    IntegerWeight,
+    embedding_codes,
+    integer_activation,
+    integer_weight,
+)
+from s2d.quant.attention import QuantizedAttention
+from s2d.quant.modules import QuantizedConv, QuantizedLinear, turn_into
+from s2d.quant.online import OnlineLinear
+from s2d.quant.power import LogSqrt2Quantizer, TwinQuantizer
+from s2d.quant.quantizer import Quantizer, WeightQuantizer
+from s2d.quant.sites import is_quantized
+
+SMALLEST_TABLE = 16  # rows; below that (token types) nothing is gained
+HEADS = 1  # the dimension of heads in an attention operand [B, H, T, D]
+
+
+class Rounded(nn.Module):
+    """An activation through its codes: what a quantizer becomes."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, activation: IntegerActivation) -> None:
+        """Hold what a static activation needs."""
+        super().__init__()
+        assert activation.scale is not None and activation.zero_point is not None
+        self.bits = activation.bits
+        self.axis = HEADS if activation.scale.ndim else -1
+        self.register_buffer("scale", activation.scale)
+        self.register_buffer("zero_point", activation.zero_point.to(torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        return operators.quantize(x, self.scale, self.zero_point, self.bits, self.axis)
+
+
+class Codes(nn.Module):
+    """A weight as codes ``[in, out]``: what the weight quantizer of a fused projection becomes."""
+
+    codes: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        """Hold a weight ``[out, in]``, turned over."""
+        super().__init__()
+        self.group = weight.codes.shape[1] // weight.scale.shape[1] if weight.granularity == "group" else 0
+        self.register_buffer("codes", weight.codes.t().contiguous())
+        self.register_buffer("weight_scale", weight.scale.t().contiguous() if self.group else weight.scale)
+
+    def values(self) -> Tensor:
+        """``[in, out]`` in floating point."""
+        return operators.weight(self.codes, self.weight_scale, 0 if self.group else 1, self.group)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``[out, in]``, in place of the weight."""
+        return self.values().t()
+
+
+class _IntegerProduct:
+    """The product of a lowered Linear."""
+
+    weight_codes: Codes
+    input_quantizer: nn.Module | None
+    token: IntegerActivation | None
+    bias: Tensor | None
+
+    def quantized_product(self, input: Tensor) -> Tensor:
+        """``input [..., in]`` to ``[..., out]``."""
+        if self.token is not None:
+            codes, scale = self.weight_codes.codes, self.weight_codes.weight_scale
+            output = operators.token_product(input, codes, scale, self.token.bits, self.token.symmetric)
+        else:
+            rounded = input if self.input_quantizer is None else self.input_quantizer(input)
+            # Not the @ of Python: inside a quantized attention that would count as one of its two products.
+            output = torch.ops.aten.matmul(rounded, self.weight_codes.values())
+        # As many dimensions as the output has: where shapes are fixed, onnxruntime would turn a MatMul with a flat bias
+        # into a Gemm, whose inputs it dequantizes.
+        return output if self.bias is None else output + self.bias.view((1,) * (output.ndim - 1) + (-1,))
+
+
+class LoweredLinear(_IntegerProduct, QuantizedLinear):
+    """A Linear of integer codes."""
+
+
+class LoweredOnlineLinear(_IntegerProduct, OnlineLinear):
+    """The same under a transform of its input, or beside a low-rank branch."""
+
+
+class LoweredEmbedding(nn.Module):
+    """An embedding whose table is codes with a scale for every group of a row."""
+
+    codes: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, table: IntegerWeight) -> None:
+        """Hold the codes ``[vocabulary, D]`` and scales ``[vocabulary, G]``."""
+        super().__init__()
+        self.register_buffer("codes", table.codes)
+        self.register_buffer("weight_scale", table.scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...]`` to ``[..., D]``."""
+        rows = F.embedding(ids, self.codes).to(self.weight_scale.dtype)
+        scale = F.embedding(ids, self.weight_scale)
+        groups = self.weight_scale.shape[1]
+        return rows * scale if groups == 1 else (rows.unflatten(-1, (groups, -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def round_embeddings(model: nn.Module, bits: int) -> dict[str, nn.Module]:
+    """Round the values of a model's embedding tables, in place, as `lower` stores them.
+
+    Tables that share their parameter with another layer (a tied head) stay as they are.
+
+    Returns:
+        The lowered table of every rounded one, by module name.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    made: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or type(module) is not nn.Embedding or module.max_norm is not None:
+            continue
+        if owners[id(module.weight)] > 1 or module.num_embeddings < SMALLEST_TABLE:
+            continue
+        table = embedding_codes(module.weight, bits)
+        values = table.codes.float().unflatten(1, (table.scale.shape[1], -1)) * table.scale.unsqueeze(-1)
+        with torch.no_grad():
+            module.weight.copy_(values.flatten(1))
+        made[name] = LoweredEmbedding(table)
+    return made
+
+
+def lower(model: nn.Module, embeddings: dict[str, nn.Module] | None = None) -> nn.Module:
+    """A copy of a quantized model in integer operators.
+
+    Args:
+        model: Quantized, on the CPU; left as it is.
+        embeddings: From `round_embeddings`.
+
+    Raises:
+        InputError: It is not quantized, or a site has no integer form; the message names the site.
+    """
+    if not is_quantized(model):
+        raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
+    made = copy.deepcopy(model).eval().requires_grad_(False)
+    for name, module in list(made.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            _lower_linear(module)
+        elif isinstance(module, QuantizedConv):
+            _lower_conv(module)
+        elif isinstance(module, QuantizedAttention):
+            _lower_attention(module)
+        elif embeddings and name in embeddings:
+            made.set_submodule(name, embeddings[name])
+    return made
+
+
+def _lower_linear(module: Any) -> None:
+    online = isinstance(module, OnlineLinear)
+    quantizer = module.input_quantizer
+    token = None
+    if quantizer is not None:
+        activation = integer_activation(quantizer)
+        token = activation if activation.dynamic else None
+        module.input_quantizer = None if token else Rounded(activation)
+    weights: WeightQuantizer | None = module.weight_quantizer
+    if weights is None:
+        if quantizer is not None:
+            module.input_quantizer = _lowered(quantizer)
+        return
+    weight = integer_weight(module.weight, weights)
+    if token is not None and weight.granularity == "group":
+        raise InputError(f"{weights.name}: groups of inputs do not go with scales per token; use per-channel weights")
+    turn_into(module, LoweredOnlineLinear if online else LoweredLinear)
+    module.weight_codes, module.token = Codes(weight), token
+    module.weight_quantizer = None
+    module.weight = None
+
+
+def _lower_conv(module: Any) -> None:
+    if module.input_quantizer is not None:
+        module.input_quantizer = _lowered(module.input_quantizer)
+    if module.weight_quantizer is not None:
+        weight = integer_weight(module.weight, module.weight_quantizer)
+        module.register_buffer("codes", weight.codes)
+        module.register_buffer("weight_scale", weight.scale)
+        module.weight_quantizer = _ConvCodes(weight)
+
+
+class _ConvCodes(nn.Module):
+    """A convolution's weight as codes, in its own layout."""
+
+    codes: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__()
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("weight_scale", weight.scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight's values."""
+        return operators.weight(self.codes, self.weight_scale, 0, 0)
+
+
+def _lower_attention(module: QuantizedAttention) -> None:
+    holder: Any = module.attention_quantizer
+    for operand in holder.OPERANDS:
+        quantizer = getattr(holder, operand)
+        if quantizer is None:
+            continue
+        if operand == "weight":
+            parameter = module.in_proj_weight  # type: ignore[attr-defined]
+            setattr(holder, operand, Codes(integer_weight(parameter, quantizer)))
+        else:
+            setattr(holder, operand, _lowered(quantizer))
+
+
+def _lowered(quantizer: Quantizer) -> nn.Module:
+    # Two grids, or a range for every token: outside of a Linear these are written with torch's own operators.
+    if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
+        return _Plain(quantizer)
+    activation = integer_activation(quantizer)
+    return _Plain(quantizer) if activation.dynamic else Rounded(activation)
+
+
+class _Plain(nn.Module):
+    """A quantizer whose rounding is exported as it is computed."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        return self.quantizer.fake_quantize(x)

@@ -1,0 +1,228 @@
+"""ONNX: one file that onnxruntime and OpenVINO run with integer kernels.
+
+Weights are 4-bit codes on disk (INT4 initializers, two to a byte) that a Cast to INT8 unpacks when the session loads;
+the products are uint8 x int8 with int32 sums, because CPUs have no narrower multiply. `kernels` reads back what
+onnxruntime made of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError, require
+from s2d.export.operators import translations
+
+OPSET = 21
+TWO_GB = 2**31 - 2**20
+_BARE = "output"
+_FIRST = ("logits", "image_embeds", "text_embeds", "last_hidden_state", "pooler_output")
+
+
+class Face(nn.Module):
+    """A model with tensors in, in the order of ``names``, and a dictionary of tensors out."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Wrap a model that takes keywords."""
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+
+    def forward(self, *values: Tensor) -> dict[str, Tensor]:
+        """The outputs by name, the one that counts first."""
+        return tensors_of(self.model(**dict(zip(self.names, values, strict=True))))
+
+
+def tensors_of(output: Any) -> dict[str, Tensor]:
+    """The tensors in what a model returns, by name; a bare tensor is ``output``.
+
+    Raises:
+        InputError: There are none.
+    """
+    if isinstance(output, Tensor):
+        return {_BARE: output}
+    if isinstance(output, Mapping):
+        items = dict(output)
+    else:
+        items = {f"output_{index}": value for index, value in enumerate(output)}
+    found = {name: value for name, value in items.items() if isinstance(value, Tensor)}
+    if not found:
+        raise InputError(f"the model returns no tensor but {type(output).__name__}; export a model that does")
+    return {name: found[name] for name in sorted(found, key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))}
+
+
+def write_onnx(
+    model: nn.Module, example: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Trace a model and write it.
+
+    Args:
+        model: Lowered, or plain.
+        example: A batch of keyword inputs, at least two in the batch.
+        path: The file; over 2 GB the weights go into ``NAME.data`` beside it.
+        metadata: Kept in the file.
+
+    Raises:
+        InputError: The model cannot be traced; an extra is missing.
+    """
+    require("onnx", "export")
+    import onnx_ir as ir
+
+    with torch.no_grad():
+        outputs = list(tensors_of(model(**example)))
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                Face(model, tuple(example)).eval(),
+                tuple(example.values()),
+                input_names=list(example),
+                output_names=outputs,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table=translations(),
+                dynamic_shapes={"values": tuple(_free(value) for value in example.values())},
+            )
+        except Exception as error:
+            if isinstance(error, (InputError, MemoryError)):
+                raise
+            raise InputError(f"{type(model).__name__} cannot be traced for ONNX: {_reason(error)}") from error
+    assert program is not None
+    graph = program.model.graph
+    _store_narrow(graph, ir)
+    program.model.metadata_props.update(metadata or {})
+    size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
+    external = size > TWO_GB
+    with _quiet():
+        ir.save(program.model, path, external_data=f"{path.name}.data" if external else None)
+
+
+def _free(value: Tensor) -> dict[int, Any]:
+    """Batch and length may vary; images keep their size."""
+    dims: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if value.ndim == 2 and not value.is_floating_point():
+        dims[1] = torch.export.Dim("length")
+    return dims
+
+
+def _store_narrow(graph: Any, ir: Any) -> None:
+    """Weight codes of up to 4 bits become INT4 initializers; a Cast gives the kernels their INT8."""
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if not name.endswith("codes") or tensor is None or value.dtype != ir.DataType.INT8:
+            continue
+        codes = tensor.numpy()
+        if codes.min() < -8 or codes.max() > 7:
+            continue
+        users = [(use.node, use.idx) for use in value.uses()]
+        value.const_value = ir.tensor(codes.astype(ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4, name=name)
+        value.dtype = ir.DataType.INT4
+        cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(ir.DataType.INT8))])
+        wide = cast.outputs[0]
+        wide.name, wide.dtype, wide.shape = f"{name}.int8", ir.DataType.INT8, value.shape
+        graph.insert_before(graph[0], cast)
+        for node, index in users:
+            node.replace_input_with(index, wide)
+
+
+def session(path: Path, threads: int = 1, *, optimized: Path | None = None, content: bytes | None = None) -> Any:
+    """An onnxruntime session on the CPU.
+
+    Args:
+        path: The file.
+        threads: For one product.
+        optimized: Where the graph as it will run is written, if anywhere.
+        content: Run these bytes instead of the file.
+    """
+    runtime = require("onnxruntime", "export")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = os.fspath(optimized)
+    try:
+        return runtime.InferenceSession(
+            content if content is not None else os.fspath(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's own classes, which differ by version
+        raise InputError(f"onnxruntime cannot run {path}: {_reason(error)}") from error
+
+
+def kernels(path: Path) -> tuple[dict[str, int], int]:
+    """What onnxruntime will run: how often each kind of matrix product, and the bytes of weights that it holds."""
+    onnx = require("onnx", "export")
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session(path, optimized=optimized)
+        model = onnx.load(os.fspath(optimized))
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        if any(part in node.op_type for part in ("MatMul", "Gemm", "Conv", "Attention")):
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts, sum(len(each.raw_data) or each.ByteSize() for each in model.graph.initializer)
+
+
+class OnnxModel(nn.Module):
+    """An exported model that is called as the original was: keyword tensors in, an output with named tensors out."""
+
+    def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
+        """Open the file.
+
+        Raises:
+            InputError: onnxruntime is missing, or cannot run it.
+        """
+        super().__init__()
+        self._session = session(Path(path), threads)
+        self.names = [each.name for each in self._session.get_inputs()]
+        self.outputs = [each.name for each in self._session.get_outputs()]
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """As the exported model's forward; inputs that it does not read are left out."""
+        feed = {name: inputs[name].detach().cpu().numpy() for name in self.names if name in inputs}
+        found = self._session.run(None, feed)
+        return named({name: torch.from_numpy(value) for name, value in zip(self.outputs, found, strict=True)})
+
+
+def named(found: dict[str, Tensor]) -> Any:
+    """Undo `tensors_of`: the tensor itself when there is but one without a name of its own, else named outputs."""
+    return found[_BARE] if list(found) == [_BARE] else Output(found)
+
+
+class Output(dict[str, Tensor]):
+    """Outputs by name, as keys and as attributes."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's notes for developers stay unprinted."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

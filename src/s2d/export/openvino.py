@@ -1,0 +1,67 @@
+"""OpenVINO reads the ONNX file as it is; the same kernels serve an ``.xml`` of its own, with the weights beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError, require
+from s2d.export.onnx import named
+
+
+def convert(source: Path, path: Path) -> None:
+    """Write an ONNX file as OpenVINO's own form: ``NAME.xml`` and ``NAME.bin``."""
+    openvino = require("openvino", "openvino")
+    openvino.save_model(openvino.Core().read_model(os.fspath(source)), os.fspath(path), compress_to_fp16=False)
+
+
+def compiled(path: Path, threads: int = 1) -> Any:
+    """The model made ready for the CPU.
+
+    Raises:
+        InputError: OpenVINO is missing, or cannot read it.
+    """
+    openvino = require("openvino", "openvino")
+    config = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    try:
+        return openvino.Core().compile_model(os.fspath(path), "CPU", config)
+    except RuntimeError as error:
+        raise InputError(f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1][:300]}") from error
+
+
+def kernels(path: Path) -> dict[str, int]:
+    """How often each kind of matrix product, with the precision it runs in, in the graph as it will run."""
+    counts: dict[str, int] = {}
+    for node in compiled(path).get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        kind = str(info["layerType"].astype(str)) if "layerType" in info else ""
+        if kind in ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttentionWithKVCache"):
+            name = f"{kind} {info['primitiveType'].astype(str)}"
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+class OpenVinoModel(nn.Module):
+    """An exported model under OpenVINO, called as the original was."""
+
+    def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
+        """Read and compile the file (.onnx or .xml)."""
+        super().__init__()
+        self._compiled = compiled(Path(path), threads)
+        self.names = [each.get_any_name() for each in self._compiled.inputs]
+        self.outputs = [each.get_any_name() for each in self._compiled.outputs]
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """As the exported model's forward; inputs that it does not read are left out."""
+        found = self._compiled({name: inputs[name].detach().cpu().numpy() for name in self.names if name in inputs})
+        values = [torch.from_numpy(found[index].copy()) for index in range(len(self.outputs))]
+        return named(dict(zip(self.outputs, values, strict=True)))

@@ -1,0 +1,126 @@
+"""The operators that a lowered model is written in, and what each becomes in ONNX.
+
+Torch sees opaque operators, so that no exporter takes them apart: ``s2d::quantize`` (an activation through its codes),
+``s2d::weight`` (codes to values), ``s2d::token_product`` (a product whose activation scales come with each token).
+Their torch bodies compute the same and are the reference.
+
+The forms are those that reach integer kernels: activations go through uint8 codes, below 8 bits behind a Clip to the
+grid; weights stay signed codes under a per-channel DequantizeLinear, stored ``[in, out]`` so that no Transpose stands
+between it and the MatMul.
+
+Shapes: I inputs, O outputs, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2d.errors import require
+
+
+@torch.library.custom_op("s2d::quantize", mutates_args=())
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
+    """``x`` as its codes 0..2**bits - 1 hold it; scale and zero point (uint8) ``[]``, or ``[n]`` along ``axis``."""
+    shape = [1] * x.ndim
+    if axis >= 0:
+        shape[axis] = -1
+        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    zero = zero_point.to(x.dtype)
+    codes = torch.clamp(torch.round(x / scale) + zero, 0, 2**bits - 1)
+    return (codes - zero) * scale
+
+
+@quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("s2d::weight", mutates_args=())
+def weight(codes: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
+    """Codes (int8) times their scales: ``[]``, ``[n]`` along ``axis``, or one a block of ``block`` along ``axis``."""
+    if block:
+        return codes.to(scale.dtype) * scale.repeat_interleave(block, dim=axis)
+    shape = [1] * codes.ndim
+    if scale.ndim:
+        shape[axis] = -1
+    return codes.to(scale.dtype) * scale.view(shape)
+
+
+@weight.register_fake
+def _(codes: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
+    return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+
+
+@torch.library.custom_op("s2d::token_product", mutates_args=())
+def token_product(x: Tensor, codes: Tensor, scale: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """``x [..., I]``, rounded with a range for every token, times codes ``[I, O]`` and their scale."""
+    lo, hi = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
+    if symmetric:
+        zero = torch.full_like(lo, 2 ** (bits - 1) - 1)
+        step = (torch.maximum(-lo, hi) / (2 ** (bits - 1) - 1)).clamp(min=2.0**-40)
+        top = 2**bits - 2
+    else:
+        step = ((hi - lo) / (2**bits - 1)).clamp(min=2.0**-40)
+        zero = torch.round(-lo / step)
+        top = 2**bits - 1
+    rounded = torch.clamp(torch.round(x / step) + zero, 0, top)
+    return (rounded @ codes.to(x.dtype) - zero * codes.sum(0, dtype=torch.int32).to(x.dtype)) * step * scale
+
+
+@token_product.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, bits: int, symmetric: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[1]))
+
+
+def translations() -> dict[Any, Any]:
+    """For ``torch.onnx.export(custom_translation_table=...)``: each operator as a function of opset 21."""
+    op: Any = require("onnxscript", "export").opset21
+
+    def quantize_onnx(x: Any, scale: Any, zero_point: Any, bits: int, axis: int) -> Any:
+        if bits < 8:
+            zero = op.Cast(zero_point, to=1)
+            top = op.Constant(value_float=float(2**bits - 1))
+            low, high = op.Mul(op.Neg(zero), scale), op.Mul(op.Sub(top, zero), scale)
+            if axis >= 0:
+                shape = op.Constant(value_ints=[-1, 1, 1])
+                x = op.Max(op.Min(x, op.Reshape(high, shape)), op.Reshape(low, shape))
+            else:
+                x = op.Clip(x, low, high)
+        along = max(axis, 0)
+        codes = op.QuantizeLinear(x, scale, zero_point, axis=along)
+        return op.DequantizeLinear(codes, scale, zero_point, axis=along)
+
+    def weight_onnx(codes: Any, scale: Any, axis: int, block: int) -> Any:
+        if block:
+            return op.DequantizeLinear(codes, scale, axis=axis, block_size=block)
+        return op.DequantizeLinear(codes, scale, axis=axis)
+
+    def token_product_onnx(x: Any, codes: Any, scale: Any, bits: int, symmetric: bool) -> Any:
+        last = op.Constant(value_ints=[-1])
+        nothing = op.Constant(value_float=0.0)
+        tiny = op.Constant(value_float=2.0**-40)
+        low = op.Min(op.ReduceMin(x, last, keepdims=1), nothing)
+        high = op.Max(op.ReduceMax(x, last, keepdims=1), nothing)
+        if symmetric:
+            half = op.Constant(value_float=float(2 ** (bits - 1) - 1))
+            step = op.Max(op.Div(op.Max(op.Neg(low), high), half), tiny)
+            zero = op.Sub(op.Add(op.Sub(low, low), half), nothing)
+            top = op.Constant(value_float=float(2**bits - 2))
+        else:
+            steps = op.Constant(value_float=float(2**bits - 1))
+            step = op.Max(op.Div(op.Sub(high, low), steps), tiny)
+            zero = op.Round(op.Div(op.Neg(low), step))
+            top = steps
+        rounded = op.Cast(op.Clip(op.Add(op.Round(op.Div(x, step)), zero), nothing, top), to=2)
+        products = op.Cast(op.MatMulInteger(rounded, codes), to=1)
+        sums = op.ReduceSum(op.Cast(codes, to=1), op.Constant(value_ints=[0]), keepdims=0)
+        return op.Mul(op.Mul(op.Sub(products, op.Mul(zero, sums)), step), scale)
+
+    return {
+        torch.ops.s2d.quantize.default: quantize_onnx,
+        torch.ops.s2d.weight.default: weight_onnx,
+        torch.ops.s2d.token_product.default: token_product_onnx,
+    }

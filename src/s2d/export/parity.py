@@ -1,0 +1,131 @@
+"""Does an exported layer compute what the simulated one does? Compared on the inputs that the runtime itself saw.
+
+A whole network of rounded layers is chaotic: one code that flips in an early layer changes the output as much as a
+perturbation of 1e-6 does. So layers are compared one by one, row by row: a row either agrees to floating-point accuracy
+or holds a code that fell on the other side of a tie, and the share of those is told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import require
+from s2d.export.lowering import LoweredLinear, LoweredOnlineLinear, Rounded
+from s2d.export.onnx import session
+
+TOLERANCE = 1e-5
+FLIPS = 0.01
+_TOKEN_BEFORE = ("Cast", "Clip", "Add", "Round", "Div")
+_TOKEN_AFTER = ("Cast", "Sub", "Mul", "Mul")
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """How one layer compares.
+
+    Attributes:
+        name: The module.
+        error: Median over rows of ``max |y - y_ref| / max |y_ref|``.
+        flipped: Share of rows that differ by more than the tolerance: a code on the other side of a tie.
+    """
+
+    name: str
+    error: float
+    flipped: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether rows agree, ties aside."""
+        return self.error <= TOLERANCE and self.flipped <= FLIPS
+
+
+def compare_layers(
+    path: Path, lowered: nn.Module, reference: nn.Module, feed: dict[str, Tensor]
+) -> tuple[list[LayerParity], list[str]]:
+    """Run a file once with every layer's input and output shown, and the reference's layers on those inputs.
+
+    Args:
+        path: The ONNX file.
+        lowered: What it was written from.
+        reference: The quantized model.
+        feed: A batch.
+
+    Returns:
+        A row for every quantized Linear, and the names of those that could not be found in the graph.
+    """
+    onnx = require("onnx", "export")
+    model = onnx.load(str(path))
+    graph = model.graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    read_by: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            read_by.setdefault(name, []).append(node)
+    pairs: dict[str, tuple[str, str]] = {}
+    missing = []
+    for name, module in lowered.named_modules():
+        if isinstance(module, (LoweredLinear, LoweredOnlineLinear)):
+            found = _ends(f"model.{name}.weight_codes.codes", module, made_by, read_by)
+            if found is None:
+                missing.append(name)
+            else:
+                pairs[name] = found
+    shown = {each.name for each in graph.output}
+    for value in dict.fromkeys(value for pair in pairs.values() for value in pair):
+        if value not in shown:
+            graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
+    run = session(path, content=model.SerializeToString())
+    inputs = {each.name: feed[each.name].numpy() for each in run.get_inputs()}
+    names = [each.name for each in run.get_outputs()]
+    values = dict(zip(names, run.run(None, inputs), strict=True))
+    return [
+        _compare(name, reference.get_submodule(name), torch.from_numpy(values[x]), torch.from_numpy(values[y]))
+        for name, (x, y) in pairs.items()
+    ], missing
+
+
+@torch.no_grad()
+def _compare(name: str, layer: Any, x: Tensor, y: Tensor) -> LayerParity:
+    expected = layer.quantized_product(x).flatten(0, -2)
+    difference = (y.flatten(0, -2) - expected).abs().amax(-1) / expected.abs().amax(-1).clamp(min=1e-12)
+    return LayerParity(name, float(difference.median()), float((difference > TOLERANCE).float().mean()))
+
+
+def _ends(codes: str, module: Any, made_by: dict[str, Any], read_by: dict[str, list[Any]]) -> tuple[str, str] | None:
+    """The names of a layer's (transformed) input and of its output before any low-rank branch."""
+
+    def only(value: str, kind: str) -> Any:
+        found = [node for node in read_by.get(value, ()) if node.op_type == kind]
+        return found[0] if len(found) == 1 else None
+
+    value = codes
+    for kind in ("Cast", "DequantizeLinear"):
+        node = only(value, kind)
+        value = node.output[0] if node is not None and (kind != "Cast" or node.output[0].endswith(".int8")) else value
+    product = only(value, "MatMulInteger" if module.token is not None else "MatMul")
+    if product is None:
+        return None
+    x, y = product.input[0], product.output[0]
+    if module.token is not None:
+        before, after = _TOKEN_BEFORE, _TOKEN_AFTER
+    else:
+        rounded = isinstance(module.input_quantizer, Rounded)
+        clipped = rounded and module.input_quantizer.bits < 8
+        before = (("DequantizeLinear", "QuantizeLinear") if rounded else ()) + (("Clip",) if clipped else ())
+        after = ()
+    for kind in before:
+        node = made_by.get(x)
+        if node is None or node.op_type != kind:
+            return None
+        x = node.input[0]
+    for kind in (*after, *(("Add",) if module.bias is not None else ())):
+        node = only(y, kind)
+        if node is None:
+            return None
+        y = node.output[0]
+    return x, y
