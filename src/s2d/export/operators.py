@@ -39,10 +39,8 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Ten
 
 
 @torch.library.custom_op("s2d::weight", mutates_args=())
-def weight(codes: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
-    """Codes (int8) times their scales: ``[]``, ``[n]`` along ``axis``, or one a block of ``block`` along ``axis``."""
-    if block:
-        return codes.to(scale.dtype) * scale.repeat_interleave(block, dim=axis)
+def weight(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Codes (int8) times their scales, ``[]`` or ``[n]`` along ``axis``, for a product of integers."""
     shape = [1] * codes.ndim
     if scale.ndim:
         shape[axis] = -1
@@ -50,7 +48,21 @@ def weight(codes: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
 
 
 @weight.register_fake
-def _(codes: Tensor, scale: Tensor, axis: int, block: int) -> Tensor:
+def _(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
+    return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+
+
+@torch.library.custom_op("s2d::plain_weight", mutates_args=())
+def plain_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (int8) times scales that broadcast, for a product in floating point.
+
+    Written as a Mul: behind a DequantizeLinear onnxruntime would choose a kernel that rounds the activations to 8 bits.
+    """
+    return codes.to(scale.dtype) * scale
+
+
+@plain_weight.register_fake
+def _(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
 
 
@@ -93,10 +105,11 @@ def translations() -> dict[Any, Any]:
         codes = op.QuantizeLinear(x, scale, zero_point, axis=along)
         return op.DequantizeLinear(codes, scale, zero_point, axis=along)
 
-    def weight_onnx(codes: Any, scale: Any, axis: int, block: int) -> Any:
-        if block:
-            return op.DequantizeLinear(codes, scale, axis=axis, block_size=block)
+    def weight_onnx(codes: Any, scale: Any, axis: int) -> Any:
         return op.DequantizeLinear(codes, scale, axis=axis)
+
+    def plain_weight_onnx(codes: Any, scale: Any) -> Any:
+        return op.Mul(op.Cast(codes, to=1), scale)
 
     def token_product_onnx(x: Any, codes: Any, scale: Any, bits: int, symmetric: bool) -> Any:
         last = op.Constant(value_ints=[-1])
@@ -122,5 +135,6 @@ def translations() -> dict[Any, Any]:
     return {
         torch.ops.s2d.quantize.default: quantize_onnx,
         torch.ops.s2d.weight.default: weight_onnx,
+        torch.ops.s2d.plain_weight.default: plain_weight_onnx,
         torch.ops.s2d.token_product.default: token_product_onnx,
     }

@@ -104,9 +104,12 @@ def _ends(codes: str, module: Any, made_by: dict[str, Any], read_by: dict[str, l
         return found[0] if len(found) == 1 else None
 
     value = codes
-    for kind in ("Cast", "DequantizeLinear"):
+    # Whichever of them stand between. A product of tokens takes the codes as they are, unpacked.
+    between = ("Cast",) if module.token is not None else ("Cast", "DequantizeLinear", "Cast", "Mul", "Reshape")
+    for kind in between:
         node = only(value, kind)
-        value = node.output[0] if node is not None and (kind != "Cast" or node.output[0].endswith(".int8")) else value
+        if node is not None and (module.token is None or node.output[0].endswith(".int8")):
+            value = node.output[0]
     product = only(value, "MatMulInteger" if module.token is not None else "MatMul")
     if product is None:
         return None
