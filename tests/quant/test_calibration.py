@@ -111,6 +111,33 @@ def test_the_mask_is_found_wherever_it_is_passed() -> None:
     assert not model._forward_pre_hooks and not model.inner._forward_pre_hooks
 
 
+class Masked(nn.Module):
+    """Torch's own encoder behind a model that calls the mask by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=hidden)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_padding_of_torch_encoders_does_not_count(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(3, 6, 32)
+    hidden = torch.arange(6) >= torch.tensor([[6], [4], [2]])
+    mask = hidden if kind == "boolean" else torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    calm, wild = x.masked_fill(hidden[..., None], 0.0), x.masked_fill(hidden[..., None], 100.0)
+    found = [scales(quantize(model, "w4a4", calibration=[{"x": padded, "hidden": mask}])) for padded in (calm, wild)]
+    for name, scale in found[0].items():
+        torch.testing.assert_close(scale, found[1][name], msg=name)
+    shown = scales(quantize(model, "w4a4", calibration=[{"x": wild, "hidden": torch.zeros_like(hidden)}]))
+    first = "encoder.layers.0.self_attn.input"
+    assert shown[first] > 5 * found[1][first]
+
+
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_ranges_do_not_depend_on_batching(make: Callable[[str], Case], observer: str) -> None:
     case = make("plain-sdpa")

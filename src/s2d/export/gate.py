@@ -1,10 +1,11 @@
 """What has to hold before an exported file is handed over, and what people should know about it.
 
-layers     every quantized Linear on the inputs that the runtime saw, against the simulated one
-task       the metric of the simulated model and of the file on held-out data, and the metric's own change when the
-simulated model is perturbed by 1e-6 (a network of rounded layers is chaotic)
-output     without a task: the cosine of the outputs on the example, against the same control
-kernels, bytes, latency   read back and measured, never judged
+- layers: every quantized Linear on the inputs that the runtime saw, against the simulated one.
+- task: the metric of the simulated model and of the file on held-out data, and how far the metric moves when the simulated
+  model is perturbed by about 1e-6, three times (a network of rounded layers is chaotic). The file may be 0.3 points and
+  twice that movement away.
+- output, without a task: the cosine of the outputs on the example, against the same control.
+- kernels, bytes, latency: read back and measured, never judged.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from s2d.tasks import Split, Task
 
 POINTS = 0.3
 COSINE = 1e-3
+PERTURBATIONS = (1e-6, -1e-6, 3e-6)
 _ROUNDS = 7
 
 
@@ -100,17 +102,22 @@ def judge_task(
     report: ExportReport, reference: nn.Module, runner: nn.Module, task: Task, split: Split, batch_size: int
 ) -> None:
     """Note the metric of the simulated model and of the file."""
-    scores = {
-        "simulated": task.evaluate(reference, split=split, batch_size=batch_size)[task.primary],
-        "exported": task.evaluate(runner, split=split, batch_size=batch_size)[task.primary],
-        "perturbed": task.evaluate(perturbed(reference), split=split, batch_size=batch_size)[task.primary],
+
+    def score(model: nn.Module) -> float:
+        return task.evaluate(model, split=split, batch_size=batch_size)[task.primary]
+
+    simulated, exported = score(reference), score(runner)
+    control = max((score(perturbed(reference, size)) for size in PERTURBATIONS), key=lambda each: abs(each - simulated))
+    report.parity = {
+        "metric": task.primary,
+        "split": split,
+        "simulated": simulated,
+        "exported": exported,
+        "perturbed": control,
     }
-    report.parity = {"metric": task.primary, "split": split, **scores}
-    away, control = (abs(scores[name] - scores["simulated"]) for name in ("exported", "perturbed"))
-    if away > max(POINTS, control):
+    if abs(exported - simulated) > POINTS + 2.0 * abs(control - simulated):
         report.failures.append(
-            f"{task.primary} on {split} is {scores['exported']:.2f}, simulated {scores['simulated']:.2f} "
-            f"(perturbed by 1e-6: {scores['perturbed']:.2f})"
+            f"{task.primary} on {split} is {exported:.2f}, simulated {simulated:.2f} (perturbed by 1e-6: {control:.2f})"
         )
 
 
@@ -130,14 +137,14 @@ def cosine(a: Any, b: Any) -> float:
     return float(F.cosine_similarity(first, second).mean())
 
 
-def perturbed(model: nn.Module) -> nn.Module:
-    """A copy whose norm gains are 1e-6 larger, relatively: what a model's own chaos makes of nothing."""
+def perturbed(model: nn.Module, size: float = PERTURBATIONS[0]) -> nn.Module:
+    """A copy whose norm gains are larger by ``size``, relatively: what a model's own chaos makes of nothing."""
     made = copy.deepcopy(model)
     with torch.no_grad():
         for module in made.modules():
             gain = getattr(module, "weight", None)
             if "Norm" in type(module).__name__ and isinstance(gain, Tensor):
-                gain.mul_(1.0 + 1e-6)
+                gain.mul_(1.0 + size)
     return made
 
 

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from s2d.quant.spec import QuantSpec
 
 Stage = Literal["transform", "rounding"]
 Protocol = Literal["own", "unified"]
+_MASKS = frozenset({"attention_mask", "src_key_padding_mask", "key_padding_mask"})
 
 
 class Batches:
@@ -83,8 +84,8 @@ class Job:
             those of the spec's observers on the full-precision model, the same for every method.
         store: Where finished blocks are kept, for a call that can be interrupted; None to keep nothing.
         stage: Which kind of method is running.
-        published: The observer that the running method was published with, for activation sites whose spec names none
-            (min-max); None for methods that have none, and under the unified protocol.
+        published: The observer of the running method's own protocol, for sites whose spec names none (min-max); None
+            for methods that have none, and under the unified protocol.
     """
 
     model: nn.Module
@@ -101,9 +102,13 @@ class Job:
     published: str | None = None
 
     def observer_of(self, site: Site) -> str:
-        """The observer that finds the range of an activation site."""
+        """The observer that finds the range of a site."""
         named = site.observer != "minmax" or site.granularity == "block"
         return site.observer if named or self.published is None else self.published
+
+    def observed(self, site: Site) -> Site:
+        """The site with the observer that finds its range."""
+        return replace(site, observer=self.observer_of(site))
 
     def weight(self, site: Site) -> Tensor:
         """The weight of a ``weight`` site as it is now, detached."""
@@ -172,26 +177,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def token_mask(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
     """While active, a function gives the padding mask of the running forward.
 
-    The mask is the ``attention_mask`` ``[batch, tokens]`` (non-zero: a real token) of the outermost call that has one;
-    inner modules that receive a two-dimensional one of their own (a model that trims its batch first) replace it.
+    The mask is the ``attention_mask`` ``[batch, tokens]`` (non-zero: a real token), or what torch's own encoders and
+    self-attention call ``src_key_padding_mask`` and ``key_padding_mask`` (True or -inf: padding), of the outermost call
+    that has one; inner modules that receive a two-dimensional one of their own (a model that trims its batch first)
+    replace it.
     """
     mask: list[Tensor | None] = [None]
     signatures = {
         module: inspect.signature(module.forward)
         for module in model.modules()
-        if module is model or "attention_mask" in inspect.signature(module.forward).parameters
+        if module is model or not _MASKS.isdisjoint(inspect.signature(module.forward).parameters)
     }
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found: Any = kwargs.get("attention_mask")
-        if found is None:
-            try:
-                bound = signatures[module].bind_partial(*args, **kwargs).arguments
-            except TypeError:
-                bound = {}
-            found = bound.get("attention_mask")
-        if isinstance(found, Tensor) and found.ndim == 2 and not found.is_floating_point():
-            mask[0] = None if bool(found.all()) else found.bool()
+        found = _real(signatures[module], args, kwargs)
+        if found is not None:
+            mask[0] = None if bool(found.all()) else found
         elif module is model:
             mask[0] = None
 
@@ -201,6 +202,23 @@ def token_mask(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _real(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Which tokens a call says are real, ``[B, T]`` boolean; None when it does not say."""
+    given: Mapping[str, Any] = kwargs
+    with suppress(TypeError):
+        given = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+    shown = given.get("attention_mask")
+    if isinstance(shown, Tensor) and shown.ndim == 2 and not shown.is_floating_point():
+        return shown.bool()
+    hidden = given.get("src_key_padding_mask")
+    # Behind a query of its own the mask is that of other tokens.
+    if hidden is None and given.get("query") is given.get("key"):
+        hidden = given.get("key_padding_mask")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 2:
+        return None
+    return hidden > -torch.inf if hidden.is_floating_point() else ~hidden.bool()
 
 
 def real_tokens(x: Tensor, mask: Tensor | None, what: What) -> Tensor:

@@ -27,6 +27,7 @@ from s2d.quant.channels import ChannelStatistics, channel_statistics, function_k
 from s2d.quant.folding import matrix
 from s2d.quant.online import refuse_low_rank
 from s2d.quant.ptq import register
+from s2d.quant.ptq.rtn import least_error
 from s2d.quant.ptq.smoothquant import Pair, apply, input_statistics, pairs, shared_scale
 from s2d.quant.ptq.trial import rounded_weight
 from s2d.quant.sites import Site
@@ -56,7 +57,11 @@ def awq_scale(mean: Tensor, weights: Sequence[Tensor], ratio: float) -> Tensor:
 
 @register("awq", "weights of large input channels scaled up before rounding (searched per block)", stage="transform")
 def awq(job: Job) -> None:
-    """Search and apply a scale for every pair of the model; reads the data twice, a generator will not do."""
+    """Search and apply a scale for every pair of the model; reads the data twice, a generator will not do.
+
+    Own protocol: ranges of least squared error (the paper clips weights by a search and leaves activations whole).
+    """
+    least_error(job)
     refuse_low_rank(job.model, "awq")
     chosen = [pair for pair in pairs(job) if _weights_of(job, pair)]
     within = tuple(f"{name}." for name in blocks_of(job.model))
@@ -109,7 +114,7 @@ def best_scale(
                 quantizer = None if site is None else job.quantizers[site]
                 scaled = (kept[reader].double() * scale).to(weight.dtype)
                 if site is not None:
-                    scaled = rounded_weight(site, quantizer, scaled)
+                    scaled = rounded_weight(job.observed(site), quantizer, scaled)
                 with torch.no_grad():
                     weight.copy_(scaled.double() / scale)
             outputs = block.stream(block.inputs)

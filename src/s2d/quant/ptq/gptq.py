@@ -39,7 +39,7 @@ from s2d.quant.formats import BlockFormat, Format
 from s2d.quant.layers import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
 from s2d.quant.ptq import register
 from s2d.quant.ptq.correcting import correctable, dampings, to_nearest, write
-from s2d.quant.ptq.rtn import set_weight_range
+from s2d.quant.ptq.rtn import least_error, set_weight_range
 from s2d.quant.quantizer import Quantizer, block_scales, fake_quantize, switched_on, to_blocks
 
 LAZY_BLOCK = 128
@@ -257,13 +257,20 @@ class Moments:
 
 @register("gptq", "GPTQ: columns rounded one by one, each one's error compensated by those that follow", passes=5)
 def gptq(job: Job) -> None:
-    """GPTQ on every quantized weight, block by block, on inputs behind quantized blocks."""
+    """GPTQ on every quantized weight, block by block, on inputs behind quantized blocks.
+
+    Own protocol: ranges of least squared error. The paper leaves inputs whole; where they are rounded to one static
+    range, min-max costs more than any rounding of weights can make up for.
+    """
     _go(job, reference=False, damping=DAMPING)
 
 
 @register("gptaq", "GPTAQ: GPTQ that also corrects what quantized layers before have changed in the inputs", passes=8)
 def gptaq(job: Job) -> None:
-    """GPTAQ in the blocks; weights outside, which have no second stream to compare with, get GPTQ."""
+    """GPTAQ in the blocks; weights outside, which have no second stream to compare with, get GPTQ.
+
+    Own protocol: ranges as in `gptq` (the paper's are each token's own, clipped).
+    """
     _go(job, reference=True, damping=GPTAQ_DAMPING)
 
 
@@ -271,6 +278,7 @@ def _go(job: Job, *, reference: bool, damping: float) -> None:
     if job.protocol == "unified":
         observe(job)
     else:
+        least_error(job)
         observe_outside(job)
     for block in walk(job, reference=reference):
         if job.protocol == "own":
@@ -278,20 +286,20 @@ def _go(job: Job, *, reference: bool, damping: float) -> None:
         for site, quantizer in block.quantizers.items():
             quantizer.enabled = site.what != "weight"
         _round_layers(
-            layers_of(job, block.quantizers), BlockRuns(block, original(block) if reference else None), damping
+            job, layers_of(job, block.quantizers), BlockRuns(block, original(block) if reference else None), damping
         )
     rest = layers_of(job, outside(job))
     if rest:
         with switched_on(job.quantizers.values()), evaluating(job.model):
             for layer in rest:
                 layer.quantizer.enabled = False
-            _round_layers(rest, ModelRuns(job), damping)
+            _round_layers(job, rest, ModelRuns(job), damping)
 
 
-def _round_layers(layers: list[Layer], runs: BlockRuns | ModelRuns, damping: float) -> None:
+def _round_layers(job: Job, layers: list[Layer], runs: BlockRuns | ModelRuns, damping: float) -> None:
     """Round the weights of some layers in the order in which they run, each on what the ones before now give."""
     for layer in layers:
-        set_weight_range(layer.site, layer.quantizer, layer.weight.detach())
+        set_weight_range(job.observed(layer.site), layer.quantizer, layer.weight.detach())
     for group in correctable(layers, runs, _warn):
         moments = _moments(group, runs)
         for layer in group.layers:

@@ -50,6 +50,7 @@ from s2d.quant.hadamard import factors, random_rotation
 from s2d.quant.modules import QuantizedLinear
 from s2d.quant.online import OnlineLinear, make_online, rotate_stream
 from s2d.quant.ptq import register
+from s2d.quant.ptq.rtn import least_error
 
 _ROTARY = re.compile(r"rotary|rope", re.IGNORECASE)
 
@@ -58,10 +59,13 @@ _ROTARY = re.compile(r"rotary|rope", re.IGNORECASE)
 def rotation(job: Job) -> None:
     """Rotate the model; the data are only looked at to check that its function was kept.
 
+    Own protocol: ranges of least squared error (the paper's are each token's own, clipped, and searched for weights).
+
     Raises:
         InputError: No blocks that a family knows, a part of a block whose place in the residual stream is not known, or
             work that another method has added to a layer's input already.
     """
+    least_error(job)
     if any(isinstance(module, OnlineLinear) for module in job.model.modules()):
         raise InputError("rotation comes before methods that scale or split layers; write rotation first")
     post = is_post_norm(job.model)

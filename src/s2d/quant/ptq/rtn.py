@@ -18,11 +18,22 @@ def rtn(job: Job) -> None:
     set_weight_ranges(job)
 
 
+def least_error(job: Job) -> None:
+    """For transforms, and GPTQ: ranges whose observer nobody named are those of least squared error.
+
+    Their papers leave activations whole or round to ranges found anew for each token, and most of them search how far
+    to clip weights. Min-max over all calibration data, the default of ``rtn``, is no part of them and lets a single
+    extreme decide. Not under the unified protocol.
+    """
+    if job.protocol == "own":
+        job.published = "mse"
+
+
 def set_weight_ranges(job: Job) -> None:
     """Give every weight quantizer the range that its site's observer finds in the weight."""
     for site, quantizer in job.quantizers.items():
         if site.what == "weight":
-            set_weight_range(site, quantizer, job.weight(site))
+            set_weight_range(job.observed(site), quantizer, job.weight(site))
 
 
 def set_weight_range(site: Site, quantizer: Quantizer, weight: Tensor) -> None:

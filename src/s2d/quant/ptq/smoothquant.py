@@ -37,6 +37,7 @@ from s2d.quant.folding import (
 from s2d.quant.modules import QuantizedLinear
 from s2d.quant.online import OnlineLinear, make_online, refuse_low_rank
 from s2d.quant.ptq import register
+from s2d.quant.ptq.rtn import least_error
 
 ALPHA = 0.5
 
@@ -119,7 +120,11 @@ def apply(model: nn.Module, pair: Pair, scale: Tensor) -> None:
     "smoothquant", "large input channels moved into the weights (alpha 0.5), then any rounding", stage="transform"
 )
 def smoothquant(job: Job) -> None:
-    """Scale every pair of the model; reads the data once."""
+    """Scale every pair of the model; reads the data once.
+
+    Own protocol: ranges of least squared error (the paper's are min-max, at 8 bits, where they do).
+    """
+    least_error(job)
     refuse_low_rank(job.model, "smoothquant")
     chosen = pairs(job)
     with function_kept(job, "smoothquant"):

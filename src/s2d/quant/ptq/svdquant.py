@@ -32,6 +32,7 @@ from s2d.quant.channels import function_kept
 from s2d.quant.modules import QuantizedLinear
 from s2d.quant.online import make_online, refuse_low_rank
 from s2d.quant.ptq import register
+from s2d.quant.ptq.rtn import least_error
 from s2d.quant.ptq.smoothquant import smoothing_scale
 from s2d.quant.ptq.trial import rounded_input, rounded_weight
 
@@ -107,9 +108,12 @@ def svdquant(job: Job) -> None:
 
     The fused projection of an `nn.MultiheadAttention` is no Linear and is left to the rounding alone.
 
+    Own protocol: ranges of least squared error (the paper's are those of groups of 64, found anew in every forward).
+
     Raises:
         InputError: No quantized Linear is large enough for a branch.
     """
+    least_error(job)
     refuse_low_rank(job.model, "svdquant")
     done = 0
     with function_kept(job, "svdquant"):
@@ -167,9 +171,9 @@ def _error(job: Job, name: str, x: Tensor, wanted: Tensor, smoothed: Tensor, dow
     output = F.linear(F.linear(x, down), up)
     for site, quantizer in job.quantizers.items():
         if site.module == name and site.what == "weight":
-            rest = rounded_weight(site, quantizer, rest)
+            rest = rounded_weight(job.observed(site), quantizer, rest)
         elif site.module == name:
-            x = rounded_input(site, quantizer, x)
+            x = rounded_input(job.observed(site), quantizer, x)
     return float((F.linear(x, rest) + output - wanted).double().square().sum())
 
 
