@@ -1,9 +1,9 @@
 """What has to hold before an exported file is handed over, and what people should know about it.
 
 - layers: every quantized Linear on the inputs that the runtime saw, against the simulated one.
-- task: the metric of the simulated model and of the file on held-out data, and how far the metric moves when the simulated
-  model is perturbed by about 1e-6, three times (a network of rounded layers is chaotic). The file may be 0.3 points and
-  twice that movement away.
+- task: the metric of the simulated model and of the file on held-out data, and how far the metric moves when the
+  simulated model is perturbed by about 1e-6, three times (a network of rounded layers is chaotic). The file may be 0.3
+  points and twice that movement away.
 - output, without a task: the cosine of the outputs on the example, against the same control.
 - kernels, bytes, latency: read back and measured, never judged.
 """
