@@ -18,11 +18,22 @@ import typer
 
 # In the order of the help.
 from s2d.commands import runs  # isort: skip
-from s2d.commands import audit, condition, quantize, evaluate, export, report, recipes, doctor  # isort: skip
+from s2d.commands import audit, condition, quantize, evaluate, export, bench, report, recipes, doctor  # isort: skip
 from s2d.commands.shared import app
 from s2d.errors import InputError
 
-COMMANDS = (runs, audit, condition, quantize, evaluate, export, report, recipes, doctor)  # each has registered itself
+COMMANDS = (
+    runs,
+    audit,
+    condition,
+    quantize,
+    evaluate,
+    export,
+    bench,
+    report,
+    recipes,
+    doctor,
+)  # each has registered itself
 
 _INTERRUPTED = 130  # the shell's code for Ctrl-C
 

@@ -146,7 +146,7 @@ def session(path: Path, threads: int = 1, *, optimized: Path | None = None, cont
     runtime = require("onnxruntime", "export")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised as well
     if optimized is not None:
         options.optimized_model_filepath = os.fspath(optimized)
     try:
@@ -184,6 +184,11 @@ class OnnxModel(nn.Module):
         self._session = session(Path(path), threads)
         self.names = [each.name for each in self._session.get_inputs()]
         self.outputs = [each.name for each in self._session.get_outputs()]
+        # Whether integers, and the sizes; None where any will do.
+        self.shapes: dict[str, tuple[bool, tuple[int | None, ...]]] = {
+            each.name: ("int" in each.type, tuple(size if isinstance(size, int) else None for size in each.shape))
+            for each in self._session.get_inputs()
+        }
 
     def forward(self, **inputs: Tensor) -> Any:
         """As the exported model's forward; inputs that it does not read are left out."""

