@@ -51,6 +51,7 @@ def test_activations_begin_at_zero_whether_signed_or_not() -> None:
         found = integer_activation(quantizer)  # type: ignore[arg-type]
         assert found.scale is not None and found.zero_point is not None
         x = torch.randn(4, 5, 64) * 3
+        assert found.top == top
         codes = (torch.round(x / found.scale) + found.zero_point).clamp(0, top)
         torch.testing.assert_close((codes - found.zero_point) * found.scale, quantizer(x))  # type: ignore[operator]
 

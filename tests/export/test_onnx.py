@@ -74,12 +74,14 @@ def test_every_layer_of_every_family_computes_the_same_with_integer_kernels(name
     [
         ("w8a8", "rtn"),
         ("w4a16", "rtn"),
+        ({"weight": {"bits": 4}, "activation": {"format": "int4"}}, "rtn"),
+        ({"weight": {"bits": 8}, "activation": {"format": "int8", "granularity": "token"}}, "rtn"),
         ({"weight": {"bits": 4}, "activation": {"bits": 8, "granularity": "token"}}, "rtn"),
         ({"weight": {"bits": 4, "granularity": "group-16"}, "activation": {"bits": 8}}, "rtn"),
         ("w4a4", "rotation+svdquant"),
         ("w4a4", "repq"),
     ],
-    ids=["w8a8", "w4a16", "token", "group", "rotation+svdquant", "repq"],
+    ids=["w8a8", "w4a16", "signed", "signed-token", "token", "group", "rotation+svdquant", "repq"],
 )
 def test_every_kind_of_spec_and_method_computes_the_same(spec: Any, method: str, tmp_path: Path) -> None:
     model, batches = case("outlying", spec, method)

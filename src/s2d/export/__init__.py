@@ -19,13 +19,14 @@ from s2d.export.lowering import lower, round_embeddings
 from s2d.export.onnx import OnnxModel, write_onnx
 from s2d.export.openvino import OpenVinoModel
 from s2d.export.parity import compare_layers
+from s2d.export.torch_int import integer_model
 from s2d.models.checkpoints import fingerprint
 from s2d.quant.sites import is_quantized
 from s2d.quant.state import Record, peek, record
 from s2d.results import run_metadata, write_json
 from s2d.tasks import Split, Task
 
-__all__ = ["ExportReport", "OnnxModel", "OpenVinoModel", "export", "formats", "open_exported"]
+__all__ = ["ExportReport", "OnnxModel", "OpenVinoModel", "export", "formats", "integer_model", "open_exported"]
 
 _FORMATS = {
     ".onnx": "ONNX for onnxruntime and OpenVINO",

@@ -45,18 +45,20 @@ class IntegerWeight:
 
 @dataclass(frozen=True)
 class IntegerActivation:
-    """How an activation becomes codes 0..2**bits - 1.
+    """How an activation becomes codes 0..top.
 
     Attributes:
         scale: float32 ``[]``, or one a head ``[H]``; None when every token brings its own.
         zero_point: int32, the shape of ``scale``; None with it.
         bits: Of a code.
+        top: The last code; symmetric grids use one code less than there are.
         symmetric: The range is centred on 0.
     """
 
     scale: Tensor | None
     zero_point: Tensor | None
     bits: int
+    top: int
     symmetric: bool
 
     @property
@@ -88,11 +90,12 @@ def integer_activation(quantizer: Quantizer) -> IntegerActivation:
     if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
         raise InputError(f"{quantizer.name} is rounded on two grids ({quantizer.kind}), which is not one grid of codes")
     format = _integers(quantizer)
+    top = int(format.qmax - format.qmin)
     if quantizer.granularity == "token":
-        return IntegerActivation(None, None, format.bits, format.symmetric)
+        return IntegerActivation(None, None, format.bits, top, format.symmetric)
     zero_point = quantizer.zero_point - format.qmin
-    bits = format.bits
-    return IntegerActivation(quantizer.scale.detach().clone(), zero_point.detach().clone(), bits, format.symmetric)
+    scale = quantizer.scale.detach().clone()
+    return IntegerActivation(scale, zero_point.detach().clone(), format.bits, top, format.symmetric)
 
 
 def integer_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv]:

@@ -45,14 +45,14 @@ class Rounded(nn.Module):
         """Hold what a static activation needs."""
         super().__init__()
         assert activation.scale is not None and activation.zero_point is not None
-        self.bits = activation.bits
+        self.top = activation.top
         self.axis = HEADS if activation.scale.ndim else -1
         self.register_buffer("scale", activation.scale)
         self.register_buffer("zero_point", activation.zero_point.to(torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape."""
-        return operators.quantize(x, self.scale, self.zero_point, self.bits, self.axis)
+        return operators.quantize(x, self.scale, self.zero_point, self.top, self.axis)
 
 
 class Codes(nn.Module):

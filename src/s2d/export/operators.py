@@ -22,19 +22,19 @@ from s2d.errors import require
 
 
 @torch.library.custom_op("s2d::quantize", mutates_args=())
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
-    """``x`` as its codes 0..2**bits - 1 hold it; scale and zero point (uint8) ``[]``, or ``[n]`` along ``axis``."""
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
+    """``x`` as its codes 0..top hold it; scale and zero point (uint8) ``[]``, or ``[n]`` along ``axis``."""
     shape = [1] * x.ndim
     if axis >= 0:
         shape[axis] = -1
         scale, zero_point = scale.view(shape), zero_point.view(shape)
     zero = zero_point.to(x.dtype)
-    codes = torch.clamp(torch.round(x / scale) + zero, 0, 2**bits - 1)
+    codes = torch.clamp(torch.round(x / scale) + zero, 0, top)
     return (codes - zero) * scale
 
 
 @quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -91,11 +91,11 @@ def translations() -> dict[Any, Any]:
     """For ``torch.onnx.export(custom_translation_table=...)``: each operator as a function of opset 21."""
     op: Any = require("onnxscript", "export").opset21
 
-    def quantize_onnx(x: Any, scale: Any, zero_point: Any, bits: int, axis: int) -> Any:
-        if bits < 8:
+    def quantize_onnx(x: Any, scale: Any, zero_point: Any, top: int, axis: int) -> Any:
+        if top < 255:
             zero = op.Cast(zero_point, to=1)
-            top = op.Constant(value_float=float(2**bits - 1))
-            low, high = op.Mul(op.Neg(zero), scale), op.Mul(op.Sub(top, zero), scale)
+            last = op.Constant(value_float=float(top))
+            low, high = op.Mul(op.Neg(zero), scale), op.Mul(op.Sub(last, zero), scale)
             if axis >= 0:
                 shape = op.Constant(value_ints=[-1, 1, 1])
                 x = op.Max(op.Min(x, op.Reshape(high, shape)), op.Reshape(low, shape))

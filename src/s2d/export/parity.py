@@ -118,7 +118,7 @@ def _ends(codes: str, module: Any, made_by: dict[str, Any], read_by: dict[str, l
         before, after = _TOKEN_BEFORE, _TOKEN_AFTER
     else:
         rounded = isinstance(module.input_quantizer, Rounded)
-        clipped = rounded and module.input_quantizer.bits < 8
+        clipped = rounded and module.input_quantizer.top < 255
         before = (("DequantizeLinear", "QuantizeLinear") if rounded else ()) + (("Clip",) if clipped else ())
         after = ()
     for kind in before:
