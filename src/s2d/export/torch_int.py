@@ -32,7 +32,7 @@ class _TorchProduct:
         shift = _shift(rounding)
         codes = torch.round(input.reshape(-1, input.shape[-1]) / rounding.scale).add_(rounding.zero_point)
         codes = codes.clamp_(0, rounding.top).sub_(shift).to(torch.int8)
-        sums = torch._int_mm(codes, self.integer_codes).to(input.dtype)
+        sums = torch.ops.aten._int_mm(codes, self.integer_codes).to(input.dtype)
         return sums.mul_(self.output_scale).add_(self.offset).reshape(*input.shape[:-1], -1)
 
 
