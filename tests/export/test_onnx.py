@@ -213,6 +213,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert "passed" in said and "accuracy (validation): simulated" in said and "no CPU multiplies 4 by 4 bits" in said
     assert out.is_file() and out.with_suffix(".json").is_file()
+    assert (out.with_suffix(".inputs") / "tokenizer.json").is_file()
     for arguments, message in (
         ([str(tmp_path / "q")], "add --out NAME.onnx"),
         ([str(model), "--out", str(out)], "is not quantized; first: s2d quantize"),

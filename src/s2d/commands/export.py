@@ -42,7 +42,8 @@ def export(
     """Write a quantized model as one file that onnxruntime and OpenVINO run with integer kernels.
 
     Before it is handed over, every layer is compared with the simulated one, and with --task the metric too. The report
-    says what is 4-bit on disk, what in memory, and what the multiply really is; it is kept beside the file as JSON.
+    says what is 4-bit on disk, what in memory, and what the multiply really is; it is kept beside the file as JSON, and
+    the tokenizer or image processor in the folder NAME.inputs.
     """
     if out is None:
         raise InputError("where should the exported model go? add --out NAME.onnx")
@@ -86,6 +87,9 @@ def export(
             force=force,
             notes=lambda text: watch.stage(text, 1),
         )
+    for part in (loaded.tokenizer, loaded.processor):
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(out.with_suffix(".inputs"))  # type: ignore[union-attr]
     if json_file is not None:
         save_json(json_file, {"export": report.to_dict()})
     parity = report.parity
