@@ -95,6 +95,6 @@ def condition(
         state.parent.rmdir()
     if json_file is not None:
         training = {"steps": done.steps, "seconds": done.seconds, "peak_mb": done.peak_mb, "losses": done.losses}
-        run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, seed=seed, **notes)
+        run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
     say(quiet, f"{out}: conditioned in {done.steps} steps, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}")
