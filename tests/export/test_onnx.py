@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,25 @@ def test_openvino_runs_the_same_file_and_its_own(bert: Any, tmp_path: Path) -> N
         expected = model(**batches[0])
     for runner in (open_exported(tmp_path / "own.xml"), open_exported(tmp_path / "model.onnx", runtime="openvino")):
         assert cosine(runner(**batches[0]), expected) > 0.95
+
+
+def test_ctrl_c_is_no_crash_after_models_of_openvino_closed_in_any_order(bert: Any, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason='openvino is not installed: pip install "s2d[openvino]"')
+    model, batches = bert
+    write_onnx(lower(model), batches[0], tmp_path / "model.onnx")
+    code = f"""
+import os, signal
+from s2d.export import OpenVinoModel
+first, second = OpenVinoModel({str(tmp_path / "model.onnx")!r}), OpenVinoModel({str(tmp_path / "model.onnx")!r})
+del first
+del second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_bad_input(bert: Any, tmp_path: Path) -> None:

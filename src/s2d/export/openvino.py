@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +37,35 @@ def compiled(path: Path, threads: int = 1) -> Any:
         "INFERENCE_PRECISION_HINT": "f32",
     }
     try:
-        return openvino.Core().compile_model(os.fspath(path), "CPU", config)
+        with _signal_stack_kept():
+            return openvino.Core().compile_model(os.fspath(path), "CPU", config)
     except RuntimeError as error:
         raise InputError(f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1][:300]}") from error
+
+
+class _SignalStack(ctypes.Structure):
+    """``stack_t`` of Linux."""
+
+    _fields_ = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@contextlib.contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Leave this thread the signal stack that it had.
+
+    OpenVINO sets one of its own while a model is open, and on closing puts back what it found. Of two models that close
+    in the order in which they opened, the second puts back the first one's, which is gone: the next signal, such as
+    Ctrl-C, is then a segmentation fault. This way each finds, and puts back, what was there before any of them.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library, before = ctypes.CDLL(None), _SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)
 
 
 def kernels(path: Path) -> dict[str, int]:
