@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from s2d.checkpoint import load
-from s2d.errors import InputError, MissingExtra
-from s2d.export import OnnxModel, OpenVinoModel, open_exported
+from s2d.errors import InputError, MissingExtra, require
+from s2d.export import OnnxModel, OpenVinoModel, formats, open_exported
+from s2d.export.turns import take_turns
 from s2d.models.heads import encoder_of
 
-FILES = (".onnx", ".xml")
 _IDS = 30  # ids stay below it, so that they are in every vocabulary
 
 
@@ -86,6 +87,9 @@ def bench(
     for name, values in (("batch", batches), ("threads", threads), ("length", (length,)), ("rounds", (rounds,))):
         if not values or any(value < 1 for value in values):
             raise InputError(f"{name} must be 1 or more, not {', '.join(map(str, values)) or 'nothing'}")
+    for model in map(str, models):
+        if Path(model).suffix in formats() and not Path(model).is_file():
+            raise InputError(f"there is no file {model}; write it with s2d export")
     found: list[Timing] = []
     before = torch.get_num_threads()
     try:
@@ -116,14 +120,12 @@ class _Runner:
 
 def _runtimes(model: str) -> list[str]:
     suffix = Path(model).suffix
-    if suffix not in FILES:
+    if suffix not in formats():
         return ["torch"]
     return ["openvino"] if suffix == ".xml" else ["onnxruntime", *(["openvino"] if _has_openvino() else [])]
 
 
 def _has_openvino() -> bool:
-    from s2d.errors import require
-
     try:
         require("openvino", "openvino")
     except MissingExtra:
@@ -185,31 +187,13 @@ def _values(name: str, shape: Sequence[int], integer: bool) -> Tensor:
 
 
 def _race(runners: Sequence[_Runner], threads: int, batch: int, length: int, rounds: int) -> list[Timing]:
-    inputs = [runner.inputs(batch, length) for runner in runners]
-    spent: list[list[float]] = [[] for _ in runners]
-    for turn in range(rounds + 1):
-        for runner, given, times in zip(runners, inputs, spent, strict=True):
-            start = time.perf_counter()
-            _call(runner.module, given, runner.model)
-            if turn:
-                times.append((time.perf_counter() - start) * 1e3)
+    calls = [partial(_call, runner.module, runner.inputs(batch, length), runner.model) for runner in runners]
     rows = []
-    for runner, times in zip(runners, spent, strict=True):
-        times.sort()
+    for runner, times in zip(runners, take_turns(calls, rounds), strict=True):
         p50, p95 = times[len(times) // 2], times[min(math.ceil(0.95 * len(times)), len(times)) - 1]
-        rows.append(
-            Timing(
-                runner.model,
-                runner.runtime,
-                threads,
-                batch,
-                runner.cold_ms,
-                p50,
-                p95,
-                1e3 * batch / p50,
-                runner.grown_mb,
-            )
-        )
+        speed = 1e3 * batch / p50
+        timing = Timing(runner.model, runner.runtime, threads, batch, runner.cold_ms, p50, p95, speed, runner.grown_mb)
+        rows.append(timing)
     return rows
 
 

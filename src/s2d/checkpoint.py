@@ -18,6 +18,7 @@ from torch import nn
 from s2d import models, quant
 from s2d.errors import InputError
 from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_model
+from s2d.models.checkpoints import save_parts
 from s2d.models.huggingface import load_parts
 from s2d.quant.storage import CONFIG
 from s2d.results import read_json, write_json
@@ -64,9 +65,7 @@ def save(
             new, old = scratch / "new", scratch / "old"
             quant.save(model, new)
             write_json(new / ARCHITECTURE, content)
-            for part in (tokenizer, processor):
-                if hasattr(part, "save_pretrained"):
-                    part.save_pretrained(new)
+            save_parts(new, tokenizer, processor)
             if folder.exists():
                 folder.rename(old)
             new.rename(folder)

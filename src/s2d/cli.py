@@ -16,24 +16,13 @@ from typing import Annotated, Any
 
 import typer
 
-# In the order of the help.
+# Importing a command registers it; in the order of the help.
 from s2d.commands import runs  # isort: skip
 from s2d.commands import audit, condition, quantize, evaluate, export, bench, report, recipes, doctor  # isort: skip
 from s2d.commands.shared import app
 from s2d.errors import InputError
 
-COMMANDS = (
-    runs,
-    audit,
-    condition,
-    quantize,
-    evaluate,
-    export,
-    bench,
-    report,
-    recipes,
-    doctor,
-)  # each has registered itself
+COMMANDS = (runs, audit, condition, quantize, evaluate, export, bench, report, recipes, doctor)
 
 _INTERRUPTED = 130  # the shell's code for Ctrl-C
 

@@ -8,7 +8,8 @@ from torch import nn
 
 import s2d
 from s2d.errors import InputError
-from s2d.export.integers import embedding_codes, integer_activation, integer_layers, integer_weight
+from s2d.export.integers import embedding_codes, integer_activation, integer_weight
+from s2d.quant.modules import QuantizedLinear
 from s2d.quant.quantizer import spread
 
 
@@ -21,6 +22,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.blocks[0](x)
+
+
+def integer_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
 def quantized(spec: object) -> nn.Module:

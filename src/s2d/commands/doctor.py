@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,9 +13,6 @@ from s2d.commands.shared import (
     command,
     save_json,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @command(app, example="s2d doctor")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -22,9 +22,6 @@ from s2d.commands.shared import (
     save_json,
     settings,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @command(app, example="s2d evaluate runs/w4a4 --task docstrings")

@@ -54,6 +54,7 @@ def export(
     from s2d.evaluation import model_for
     from s2d.export import example_of
     from s2d.export import export as write
+    from s2d.models.checkpoints import save_parts
     from s2d.quant.sites import is_quantized
     from s2d.tasks import create
     from s2d.tasks.base import check_split
@@ -87,9 +88,7 @@ def export(
             force=force,
             notes=lambda text: watch.stage(text, 1),
         )
-    for part in (loaded.tokenizer, loaded.processor):
-        if hasattr(part, "save_pretrained"):
-            part.save_pretrained(out.with_suffix(".inputs"))  # type: ignore[union-attr]
+    save_parts(out.with_suffix(".inputs"), loaded.tokenizer, loaded.processor)
     if json_file is not None:
         save_json(json_file, {"export": report.to_dict()})
     parity = report.parity

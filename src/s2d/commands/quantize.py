@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -26,9 +26,6 @@ from s2d.commands.shared import (
     settings,
 )
 from s2d.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 @command(app, example="s2d quantize runs/conditioned --spec w4a4 --observer mse --out runs/w4a4")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,10 +16,6 @@ from s2d.commands.shared import (
     command,
     save_json,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 recipes_app = typer.Typer(help="The recipes that come with s2d.", rich_markup_mode="rich")
 app.add_typer(recipes_app, name="recipes")

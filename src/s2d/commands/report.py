@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +15,6 @@ from s2d.commands.shared import (
     say,
 )
 from s2d.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 @command(app, example="s2d report runs/demo/results.json --out report.html")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,9 +19,6 @@ from s2d.commands.shared import (
     command,
     save_json,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @command(app, example="s2d demo")

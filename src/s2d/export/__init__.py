@@ -21,7 +21,6 @@ from s2d.export.openvino import OpenVinoModel
 from s2d.export.parity import compare_layers
 from s2d.export.torch_int import integer_model
 from s2d.models.checkpoints import fingerprint
-from s2d.quant.sites import is_quantized
 from s2d.quant.state import Record, peek, record
 from s2d.results import run_metadata, write_json
 from s2d.tasks import Split, Task
@@ -81,8 +80,6 @@ def export(
         raise InputError(f"{target}: unknown kind of file; name it {' or '.join(f'NAME{each}' for each in _FORMATS)}")
     if target.is_dir():
         raise InputError(f"{target} is a folder; name a file")
-    if not is_quantized(model):
-        raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
     if embeddings != 0 and not 2 <= embeddings <= 8:
         raise InputError(f"embeddings={embeddings!r} is a number of bits, 2 to 8, or 0 to leave the tables")
     require("onnxruntime", "export")
@@ -90,17 +87,16 @@ def export(
         require("openvino", "openvino")
     if not example or any(len(value) < 2 for value in example.values()):
         raise InputError("the example needs a batch of two or more, so that the file takes any number")
-    kept = _record_within(model)
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    report = ExportReport(str(target), str(kept.spec), kept.method, 0)
     tables = round_embeddings(reference, embeddings) if embeddings else {}
-    report.embeddings = embeddings if tables else 0
     lowered = lower(reference, tables)
+    kept, weights = _record_within(model), fingerprint(model)
+    report = ExportReport(str(target), str(kept.spec), kept.method, embeddings if tables else 0)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         made = Path(scratch) / f"{target.stem}.onnx"
         notes("tracing")
-        metadata = {"s2d.spec": report.spec, "s2d.method": kept.method, "s2d.weights": fingerprint(model)}
+        metadata = {"s2d.spec": report.spec, "s2d.method": kept.method, "s2d.weights": weights}
         write_onnx(lowered, example, made, metadata)
         notes("comparing every layer")
         gate.judge_layers(report, *compare_layers(made, lowered, reference, dict(example)))
@@ -115,7 +111,6 @@ def export(
             gate.judge_task(report, reference, runner, task, split, batch_size)
         notes("measuring")
         gate.describe_cost(report, made, reference, example, time_it=time_it)
-        report.label = label(report)
         if report.failures and not force:
             raise InputError(
                 f"{target} was not written: {'; '.join(report.failures)}; force (--force) keeps the file anyway"
@@ -123,7 +118,7 @@ def export(
         for each in Path(scratch).iterdir():
             if target.suffix == ".onnx" or each.suffix in (".xml", ".bin"):
                 os.replace(each, target.parent / each.name)
-    about = run_metadata(model_fingerprint=fingerprint(model))
+    about = run_metadata(model_fingerprint=weights)
     write_json(target.with_suffix(".json"), {"run": about, "export": report.to_dict()})
     return report
 
@@ -154,27 +149,6 @@ def _record_within(model: nn.Module) -> Record:
     """How the model, or the encoder that it was built on, was quantized."""
     known = [module for module in model.modules() if peek(module) is not None]
     return record(known[0] if known else model)
-
-
-def label(report: ExportReport) -> list[str]:
-    """What is narrow on disk, in memory and in the product, in words for people."""
-    counted = ", ".join(f"{count} {name}" for name, count in sorted(report.kernels.items()))
-    tables = f" (embeddings at {report.embeddings} bits)" if report.embeddings else ""
-    lines = [
-        f"on disk: {report.file_mb:.1f} MB, {report.fp32_mb / max(report.file_mb, 1e-9):.1f} times smaller than the "
-        f"plain model's {report.fp32_mb:.1f} MB{tables}",
-        f"in memory: {report.memory_mb:.1f} MB of weights in onnxruntime, where codes of 4 bits become int8",
-        f"the multiply: uint8 x int8 with int32 sums; no CPU multiplies 4 by 4 bits ({counted})",
-    ]
-    for runtime in ("onnxruntime", "openvino"):
-        low, full = (report.latency_ms.get(f"{runtime} {each}") for each in (report.spec, "fp32"))
-        if low and full:
-            torch_ms = report.latency_ms["torch fp32"]
-            lines.append(
-                f"speed, one thread, batch 1: {runtime} {low:.1f} ms, {full / low:.2f} times as fast as its own fp32, "
-                f"{torch_ms / low:.2f} times as fast as torch"
-            )
-    return lines
 
 
 def example_of(batches: Iterable[Any]) -> dict[str, Tensor]:

@@ -9,18 +9,14 @@ weight codes are signed. Formats that are not integers have no such form and are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s2d.errors import InputError
 from s2d.quant.formats import IntFormat
-from s2d.quant.modules import QuantizedConv, QuantizedLinear
 from s2d.quant.power import LogSqrt2Quantizer, TwinQuantizer
 from s2d.quant.quantizer import Quantizer, WeightQuantizer, quantize_codes, spread
-
-Rounding = Literal["affine", "log_sqrt2", "twin"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +26,10 @@ class IntegerWeight:
     Attributes:
         codes: int8, the weight's shape ``[out, ...]``.
         scale: float32: ``[]``, one a channel ``[out]``, or one a group of inputs ``[out, groups]``.
-        bits: Of a code.
     """
 
     codes: Tensor
     scale: Tensor
-    bits: int
 
     @property
     def granularity(self) -> str:
@@ -48,18 +42,19 @@ class IntegerActivation:
     """How an activation becomes codes 0..top.
 
     Attributes:
+        format: Of the codes before they are shifted.
         scale: float32 ``[]``, or one a head ``[H]``; None when every token brings its own.
         zero_point: int32, the shape of ``scale``; None with it.
-        bits: Of a code.
-        top: The last code; symmetric grids use one code less than there are.
-        symmetric: The range is centred on 0.
     """
 
-    scale: Tensor | None
-    zero_point: Tensor | None
-    bits: int
-    top: int
-    symmetric: bool
+    format: IntFormat
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+    @property
+    def top(self) -> int:
+        """The last code; signed grids use one code less than there are."""
+        return int(self.format.qmax - self.format.qmin)
 
     @property
     def dynamic(self) -> bool:
@@ -78,7 +73,7 @@ def integer_weight(weight: Tensor, quantizer: WeightQuantizer) -> IntegerWeight:
         raise InputError(f"{quantizer.name} has unsigned weights ({format.name}); runtimes take signed ones: use w4a4")
     scale, zero_point = quantizer.scale, quantizer.zero_point
     codes = quantize_codes(weight.detach(), spread(scale, weight.shape), spread(zero_point, weight.shape), format)
-    return IntegerWeight(codes, scale.detach().clone(), format.bits)
+    return IntegerWeight(codes, scale.detach().clone())
 
 
 def integer_activation(quantizer: Quantizer) -> IntegerActivation:
@@ -90,21 +85,9 @@ def integer_activation(quantizer: Quantizer) -> IntegerActivation:
     if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
         raise InputError(f"{quantizer.name} is rounded on two grids ({quantizer.kind}), which is not one grid of codes")
     format = _integers(quantizer)
-    top = int(format.qmax - format.qmin)
     if quantizer.granularity == "token":
-        return IntegerActivation(None, None, format.bits, top, format.symmetric)
-    zero_point = quantizer.zero_point - format.qmin
-    scale = quantizer.scale.detach().clone()
-    return IntegerActivation(scale, zero_point.detach().clone(), format.bits, top, format.symmetric)
-
-
-def integer_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv]:
-    """The layers whose weight is quantized, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedConv)) and module.weight_quantizer is not None
-    }
+        return IntegerActivation(format)
+    return IntegerActivation(format, quantizer.scale.detach().clone(), quantizer.zero_point.detach() - format.qmin)
 
 
 def _integers(quantizer: Quantizer) -> IntFormat:
@@ -142,4 +125,4 @@ def embedding_codes(table: Tensor, bits: int, group: int = 32) -> IntegerWeight:
         error = torch.minimum(found, error)
     step = best / qmax
     codes = (blocks / step).round().clamp(-qmax, qmax).to(torch.int8)
-    return IntegerWeight(codes.flatten(1), step.squeeze(-1), bits)
+    return IntegerWeight(codes.flatten(1), step.squeeze(-1))

@@ -28,7 +28,7 @@ from s2d.quant.attention import QuantizedAttention
 from s2d.quant.modules import QuantizedConv, QuantizedLinear, turn_into
 from s2d.quant.online import OnlineLinear
 from s2d.quant.power import LogSqrt2Quantizer, TwinQuantizer
-from s2d.quant.quantizer import Quantizer, WeightQuantizer
+from s2d.quant.quantizer import Quantizer, WeightQuantizer, spread
 from s2d.quant.sites import is_quantized
 
 SMALLEST_TABLE = 16  # rows; below that (token types) nothing is gained
@@ -100,7 +100,7 @@ class _IntegerProduct:
         """``input [..., in]`` to ``[..., out]``."""
         if self.token is not None:
             codes, scale = self.weight_codes.codes, self.weight_codes.weight_scale
-            output = operators.token_product(input, codes, scale, self.token.bits, self.token.symmetric)
+            output = operators.token_product(input, codes, scale, self.token.format.name)
         else:
             rounded = input if self.input_quantizer is None else self.input_quantizer(input)
             # Not the @ of Python: inside a quantized attention that would count as one of its two products.
@@ -133,10 +133,7 @@ class LoweredEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The table's values ``[vocabulary, D]``, for models that read it themselves."""
-        groups = self.weight_scale.shape[1]
-        return (
-            self.codes.to(self.weight_scale.dtype).unflatten(1, (groups, -1)) * self.weight_scale[..., None]
-        ).flatten(1)
+        return self.codes * spread(self.weight_scale, self.codes.shape)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[...]`` to ``[..., D]``."""
@@ -223,10 +220,7 @@ def _lower_conv(module: Any) -> None:
     if module.input_quantizer is not None:
         module.input_quantizer = _lowered(module.input_quantizer)
     if module.weight_quantizer is not None:
-        weight = integer_weight(module.weight, module.weight_quantizer)
-        module.register_buffer("codes", weight.codes)
-        module.register_buffer("weight_scale", weight.scale)
-        module.weight_quantizer = _ConvCodes(weight)
+        module.weight_quantizer = _ConvCodes(integer_weight(module.weight, module.weight_quantizer))
 
 
 class _ConvCodes(nn.Module):

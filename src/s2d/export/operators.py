@@ -1,14 +1,14 @@
 """The operators that a lowered model is written in, and what each becomes in ONNX.
 
 Torch sees opaque operators, so that no exporter takes them apart: ``s2d::quantize`` (an activation through its codes),
-``s2d::weight`` (codes to values), ``s2d::token_product`` (a product whose activation scales come with each token).
-Their torch bodies compute the same and are the reference.
+``s2d::weight`` and ``s2d::plain_weight`` (codes to values), ``s2d::token_product`` (a product whose activation scales
+come with each token). Their torch bodies compute the same and are the reference.
 
 The forms are those that reach integer kernels: activations go through uint8 codes, below 8 bits behind a Clip to the
 grid; weights stay signed codes under a per-channel DequantizeLinear, stored ``[in, out]`` so that no Transpose stands
 between it and the MatMul.
 
-Shapes: I inputs, O outputs, G groups.
+Shapes: I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from s2d.errors import require
+from s2d.quant.formats import FORMATS, IntFormat
+from s2d.quant.quantizer import SMALLEST_SCALE, affine_parameters
 
 
 @torch.library.custom_op("s2d::quantize", mutates_args=())
@@ -67,23 +69,18 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("s2d::token_product", mutates_args=())
-def token_product(x: Tensor, codes: Tensor, scale: Tensor, bits: int, symmetric: bool) -> Tensor:
+def token_product(x: Tensor, codes: Tensor, scale: Tensor, format: str) -> Tensor:
     """``x [..., I]``, rounded with a range for every token, times codes ``[I, O]`` and their scale."""
-    lo, hi = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
-    if symmetric:
-        zero = torch.full_like(lo, 2 ** (bits - 1) - 1)
-        step = (torch.maximum(-lo, hi) / (2 ** (bits - 1) - 1)).clamp(min=2.0**-40)
-        top = 2**bits - 2
-    else:
-        step = ((hi - lo) / (2**bits - 1)).clamp(min=2.0**-40)
-        zero = torch.round(-lo / step)
-        top = 2**bits - 1
-    rounded = torch.clamp(torch.round(x / step) + zero, 0, top)
+    grid = FORMATS[format]
+    assert isinstance(grid, IntFormat)
+    step, zero_point = affine_parameters(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), grid, grid.symmetric)
+    zero = (zero_point - grid.qmin).to(x.dtype)
+    rounded = torch.clamp(torch.round(x / step) + zero, 0, grid.qmax - grid.qmin)
     return (rounded @ codes.to(x.dtype) - zero * codes.sum(0, dtype=torch.int32).to(x.dtype)) * step * scale
 
 
 @token_product.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, bits: int, symmetric: bool) -> Tensor:
+def _(x: Tensor, codes: Tensor, scale: Tensor, format: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[1]))
 
 
@@ -111,22 +108,21 @@ def translations() -> dict[Any, Any]:
     def plain_weight_onnx(codes: Any, scale: Any) -> Any:
         return op.Mul(op.Cast(codes, to=1), scale)
 
-    def token_product_onnx(x: Any, codes: Any, scale: Any, bits: int, symmetric: bool) -> Any:
+    def token_product_onnx(x: Any, codes: Any, scale: Any, format: str) -> Any:
+        grid = FORMATS[format]
+        assert isinstance(grid, IntFormat)
         last = op.Constant(value_ints=[-1])
         nothing = op.Constant(value_float=0.0)
-        tiny = op.Constant(value_float=2.0**-40)
+        tiny = op.Constant(value_float=SMALLEST_SCALE)
+        top = op.Constant(value_float=float(grid.qmax - grid.qmin))
         low = op.Min(op.ReduceMin(x, last, keepdims=1), nothing)
         high = op.Max(op.ReduceMax(x, last, keepdims=1), nothing)
-        if symmetric:
-            half = op.Constant(value_float=float(2 ** (bits - 1) - 1))
-            step = op.Max(op.Div(op.Max(op.Neg(low), high), half), tiny)
-            zero = op.Sub(op.Add(op.Sub(low, low), half), nothing)
-            top = op.Constant(value_float=float(2**bits - 2))
+        if grid.symmetric:
+            zero = op.Constant(value_float=float(grid.qmax))
+            step = op.Max(op.Div(op.Max(op.Neg(low), high), zero), tiny)
         else:
-            steps = op.Constant(value_float=float(2**bits - 1))
-            step = op.Max(op.Div(op.Sub(high, low), steps), tiny)
+            step = op.Max(op.Div(op.Sub(high, low), top), tiny)
             zero = op.Round(op.Div(op.Neg(low), step))
-            top = steps
         rounded = op.Cast(op.Clip(op.Add(op.Round(op.Div(x, step)), zero), nothing, top), to=2)
         products = op.Cast(op.MatMulInteger(rounded, codes), to=1)
         sums = op.ReduceSum(op.Cast(codes, to=1), op.Constant(value_ints=[0]), keepdims=0)

@@ -130,9 +130,7 @@ def save_model(
             save_safetensors(model, str(temporary / WEIGHTS_NAME), metadata={"format": "pt"})
             if description["architecture"] == "transformers":
                 model.config.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
-            for part in (tokenizer, processor):
-                if hasattr(part, "save_pretrained"):
-                    part.save_pretrained(temporary)
+            save_parts(temporary, tokenizer, processor)
             (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _move_into_place(temporary, destination)
         finally:
@@ -143,6 +141,13 @@ def save_model(
             "free some space or choose another folder"
         ) from error
     return destination
+
+
+def save_parts(folder: Path, *parts: Any) -> None:
+    """Save tokenizers and processors into a folder; those that are None, or cannot be saved, are left out."""
+    for part in parts:
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(folder)
 
 
 def _move_into_place(temporary: Path, destination: Path) -> None:
