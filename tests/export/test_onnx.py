@@ -76,6 +76,7 @@ def test_every_layer_of_every_family_computes_the_same_with_integer_kernels(name
     [
         ("w8a8", "rtn"),
         ("w4a16", "rtn"),
+        ({"weight": {"bits": 4}, "activation": {"bits": 4}, "ends": "w8a8"}, "rtn"),
         ({"weight": {"bits": 4}, "activation": {"format": "int4"}}, "rtn"),
         ({"weight": {"bits": 8}, "activation": {"format": "int8", "granularity": "token"}}, "rtn"),
         ({"weight": {"bits": 4}, "activation": {"bits": 8, "granularity": "token"}}, "rtn"),
@@ -83,7 +84,7 @@ def test_every_layer_of_every_family_computes_the_same_with_integer_kernels(name
         ("w4a4", "rotation+svdquant"),
         ("w4a4", "repq"),
     ],
-    ids=["w8a8", "w4a16", "signed", "signed-token", "token", "group", "rotation+svdquant", "repq"],
+    ids=["w8a8", "w4a16", "ends", "signed", "signed-token", "token", "group", "rotation+svdquant", "repq"],
 )
 def test_every_kind_of_spec_and_method_computes_the_same(spec: Any, method: str, tmp_path: Path) -> None:
     model, batches = case("outlying", spec, method)
@@ -172,6 +173,8 @@ def test_openvino_runs_the_same_file_and_its_own(bert: Any, tmp_path: Path) -> N
     report = s2d.export(model, tmp_path / "own.xml", example=batches[0], embeddings=0, time_it=False)
     assert report.passed and {each.name for each in tmp_path.glob("own*")} == {"own.xml", "own.bin", "own.json"}
     assert any("I8" in kind for kind in report.openvino)
+    written = sum((tmp_path / name).stat().st_size for name in ("own.xml", "own.bin"))
+    assert report.file_mb == pytest.approx(written / 1e6)
     with torch.no_grad():
         expected = model(**batches[0])
     for runner in (open_exported(tmp_path / "own.xml"), open_exported(tmp_path / "model.onnx", runtime="openvino")):

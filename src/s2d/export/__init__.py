@@ -104,6 +104,8 @@ def export(
         if target.suffix == ".xml":
             openvino.convert(made, made.with_suffix(".xml"))
         runner = open_exported(made.with_suffix(target.suffix))
+        files = [each for each in Path(scratch).iterdir() if target.suffix == ".onnx" or each.suffix != ".onnx"]
+        report.file_mb = sum(each.stat().st_size for each in files) / 1e6
         if task is None:
             gate.judge_output(report, reference, runner, example)
         else:
@@ -115,9 +117,8 @@ def export(
             raise InputError(
                 f"{target} was not written: {'; '.join(report.failures)}; force (--force) keeps the file anyway"
             )
-        for each in Path(scratch).iterdir():
-            if target.suffix == ".onnx" or each.suffix in (".xml", ".bin"):
-                os.replace(each, target.parent / each.name)
+        for each in files:
+            os.replace(each, target.parent / each.name)
     about = run_metadata(model_fingerprint=weights)
     write_json(target.with_suffix(".json"), {"run": about, "export": report.to_dict()})
     return report

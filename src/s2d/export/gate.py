@@ -180,7 +180,6 @@ def describe_cost(
     """Note kernels, bytes and, against full precision in the same minute, latency."""
     report.kernels, held = kernels(path)
     report.memory_mb = held / 1e6
-    report.file_mb = sum(each.stat().st_size for each in path.parent.glob(f"{path.name}*")) / 1e6
     report.fp32_mb = sum(each.numel() for each in reference.parameters()) * 4 / 1e6
     try:
         report.openvino = openvino.kernels(path)
