@@ -316,6 +316,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before, "nothing half-written"
 
 
+def test_conditioning_tells_its_settings_and_history_as_json(model: Path, data: Path, tmp_path: Path) -> None:
+    told = tmp_path / "told.json"
+    settings = ("--seed", "3", "--steps", "2", "-o", "train.batch_size=16", "-o", "task.max_length=24")
+    arguments = ["condition", str(model), *TASK, str(data), "--out", str(tmp_path / "out"), *settings]
+    assert main([*arguments, "--json", str(told), "-q"]) == 0
+    content = json.loads(told.read_text())
+    assert content["run"]["seed"] == 3 and content["training"]["steps"] == 2 and len(content["training"]["losses"]) == 2
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
 def test_a_folder_that_cannot_be_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tmp_path.chmod(0o500)
