@@ -188,6 +188,7 @@ def test_ctrl_c_is_no_crash_after_models_of_openvino_closed_in_any_order(bert: A
     code = f"""
 import os, signal
 from s2d.export import OpenVinoModel
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs in the background has it ignored
 first, second = OpenVinoModel({str(tmp_path / "model.onnx")!r}), OpenVinoModel({str(tmp_path / "model.onnx")!r})
 del first
 del second
