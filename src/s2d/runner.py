@@ -36,10 +36,11 @@ from s2d.training import train
 # are left out of training and judging; the weights' fingerprint stands for them.
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
 _ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
-_TRAINING = ("training.py", "tasks", "models/heads.py", *_ANCHORING)
+_HEADS = ("models/heads.py", "models/image_heads.py", "models/preprocessing.py")
+_TRAINING = ("training.py", "tasks", *_HEADS, *_ANCHORING)
 _SEEING = ("selection.py", "views.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
 _DECAY = ("decay.py", "shrink.py", *_SEEING)
-_JUDGING = ("evaluation.py", "tasks", "models/heads.py")
+_JUDGING = ("evaluation.py", "tasks", *_HEADS)
 _QUANTIZING = ("quant", "models")
 _QAT = ("quantized_training.py", *_QUANTIZING, *_TRAINING)
 _AUDITING = ("audit", *_SEEING, "quant", "tasks", "models")
@@ -99,6 +100,8 @@ class Runner:
         self.loaded: Loaded = load(recipe.model, device=device_of(recipe.device))
         self.watcher.advance(2)
         self._rehearse()
+        for note in self.task.notes():
+            self.watcher.say(note)
         write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
         self.watcher.advance(3)
 
@@ -176,8 +179,9 @@ class Runner:
             decay=self.recipe.arms[arm],
             state=folder / "state.pt",
             on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
+            on_checkpoint=lambda step: self._save(model, folder / "checkpoints" / str(step), arm),
         )
-        save_model(model, folder / "model", tokenizer=self.loaded.tokenizer, notes={"recipe": self.name, "arm": arm})
+        self._save(model, folder / "model", arm)
         content = {**asdict(done), "arm": arm, "seed": seed, "decay": self._decay_key(arm)}
         write_json(notes, content)
         (folder / "state.pt").unlink(missing_ok=True)  # only now is everything it holds safe elsewhere
@@ -185,6 +189,11 @@ class Runner:
             f"{arm}, seed {seed}: {done.steps} steps in {done.seconds:.0f} s, last loss {done.losses[-1]:.3f}"
         )
         return content
+
+    def _save(self, model: nn.Module, folder: Path, arm: str) -> None:
+        loaded = self.loaded
+        notes = {"recipe": self.name, "arm": arm}
+        save_model(model, folder, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
 
     def _arm_folder(self, arm: str, seed: int) -> Path:
         return self.folder / "arms" / f"{arm}-{seed}-{self._arm_key(arm, seed)}"
@@ -196,7 +205,7 @@ class Runner:
         content: JSON = {"model": self.loaded.fingerprint, "task": [self.task.fingerprint, task]}
         if arm != UNTRAINED:
             content |= {
-                "train": recipe.train.model_dump(exclude={"save_every"}),
+                "train": recipe.train.model_dump(exclude={"save_every", "checkpoints"}),
                 "seed": seed,
                 "decay": self._decay_key(arm),
                 "code": [self.code["training"], self.code["decay"] if recipe.arms[arm] is not None else ""],
@@ -282,7 +291,7 @@ class Runner:
         key: JSON = {
             "arm": self._arm_key(arm, seed),
             "qat": qat.model_dump(exclude={"specs"}),
-            "train": self.recipe.train.model_dump(exclude={"save_every"}),
+            "train": self.recipe.train.model_dump(exclude={"save_every", "checkpoints"}),
             "calibration": self.recipe.quantize.calibration.model_dump(),
             "split": self.recipe.split,
             "code": [self.code["qat"], self.code["judging"], self.code["decay"] if decay is not None else ""],

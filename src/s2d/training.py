@@ -56,6 +56,7 @@ class TrainSettings(BaseModel):
         distill: Weight of the distance from the model as it was before training, in shares of variance (see
             `s2d.anchor`); 0 leaves it out. Costs a forward pass a step. Quantized training has a weight of its own.
         precision: ``fp32``, or ``bf16`` for the computation; weights stay as they are.
+        checkpoints: Steps after which the model is kept as it is then, to see how it changes over the training.
         save_every: Seconds between two saved states, where a place for them is given.
     """
 
@@ -72,6 +73,7 @@ class TrainSettings(BaseModel):
     group_by_length: bool = True
     distill: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoints: tuple[int, ...] = ()
     save_every: float = Field(default=120.0, ge=0)
 
 
@@ -137,6 +139,7 @@ def train(
     companion: Companion | None = None,
     state: str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
+    on_checkpoint: Callable[[int], None] | None = None,
 ) -> Training:
     """Fine-tune a model in place; it ends in evaluation mode.
 
@@ -150,6 +153,7 @@ def train(
         state: A file to keep the training's state in. Where it exists already, training continues from it. It is
             written every ``settings.save_every`` seconds, on Ctrl-C and at the end; remove it when the model is saved.
         on_step: Called with the number of steps taken and the last loss.
+        on_checkpoint: Called with the number of steps taken at each of ``settings.checkpoints``, in evaluation mode.
 
     Raises:
         InputError: Impossible settings, a loss that is no number, a state of other settings, or a disk that refuses.
@@ -206,6 +210,10 @@ def train(
             run.seconds = before + time.monotonic() - started
             if on_step is not None:
                 on_step(run.step, value)
+            if on_checkpoint is not None and run.step in settings.checkpoints:
+                model.eval()
+                on_checkpoint(run.step)
+                model.train()
             if interrupt is not None and interrupt.is_set():
                 run.save()
                 raise KeyboardInterrupt
@@ -274,7 +282,7 @@ def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator
     """Batches without end, every epoch in another order; the last, smaller batch of an epoch is left out."""
     for epoch in itertools.count():
         epoch_seed = seed * 1_000_003 + epoch
-        if not settings.group_by_length:
+        if not (settings.group_by_length and task.ragged):
             whole = task.batches("train", batch_size=settings.batch_size, seed=epoch_seed, shuffle=True)
         else:
             megas = task.batches("train", batch_size=settings.batch_size * MEGA_BATCH, seed=epoch_seed, shuffle=True)
@@ -411,7 +419,7 @@ def _key(
     parts = [
         fingerprint(model),
         {"task": task.name, "data": task.fingerprint, **options},
-        settings.model_dump(exclude={"save_every"}),
+        settings.model_dump(exclude={"save_every", "checkpoints"}),
         seed,
         None if decay is None else dict(decay),
         *([] if companion is None else [companion.key]),

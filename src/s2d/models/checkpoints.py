@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, require
 from s2d.models.family import import_families
+from s2d.models.preprocessing import preprocessing_of
 from s2d.targets import clean_name
 
 CONFIG_NAME = "s2d_config.json"
@@ -144,8 +145,13 @@ def save_model(
 
 
 def save_parts(folder: Path, *parts: Any) -> None:
-    """Save tokenizers and processors into a folder; those that are None, or cannot be saved, are left out."""
+    """Save tokenizers and processors into a folder; those that are None, or cannot be saved, are left out.
+
+    The image processors of timm and open_clip are saved as transformers' own, which `load` reads.
+    """
     for part in parts:
+        if isinstance(part, dict) or hasattr(part, "transforms"):
+            part = preprocessing_of(part, "the model")
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)
 

@@ -42,6 +42,7 @@ class Task(ABC):
     primary: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     adds_head: ClassVar[bool] = False  # `build` puts new, untrained outputs on the model
+    ragged: ClassVar[bool] = True  # examples differ in length, so that batches of like length save time
 
     @property
     @abstractmethod
@@ -74,6 +75,10 @@ class Task(ABC):
 
         Tensors are on the CPU and padded to the longest of the batch only.
         """
+
+    def notes(self) -> list[str]:
+        """What the user should know about the data, one line each, such as files that were left out."""
+        return []
 
     def num_batches(self, split: Split, batch_size: int) -> int:
         """How many batches one pass has; the last may be smaller."""

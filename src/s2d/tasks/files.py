@@ -8,7 +8,7 @@ from pathlib import Path
 from s2d.errors import InputError
 from s2d.tasks.base import Split
 
-_NAMES: dict[Split, tuple[str, ...]] = {
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
@@ -27,7 +27,7 @@ def split_files(data: Path, suffixes: Sequence[str]) -> dict[Split, Path]:
         return {"train": data}
     files: dict[Split, Path] = {}
     present = sorted(file for file in data.iterdir() if file.is_file())
-    for split, names in _NAMES.items():
+    for split, names in SPLIT_NAMES.items():
         found = [file for file in present if file.stem.lower() in names and file.suffix.lower() in suffixes]
         if len(found) > 1:
             raise InputError(f"{data} has several {split} files: {', '.join(file.name for file in found)}; keep one")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from s2d.tasks.base import (
     register,
     to_device,
 )
+from s2d.tasks.carving import CARVED, carve
 from s2d.tasks.files import split_files
 from s2d.tasks.tables import TABLE_SUFFIXES, Table, find_columns, read_table
 from s2d.tasks.tokens import (
@@ -41,10 +41,6 @@ from s2d.tasks.tokens import (
     tokenize,
     tokenizer_key,
 )
-
-# Shares taken from train for splits that have no file of their own.
-_CARVED: tuple[tuple[Split, float], ...] = (("test", 0.2), ("validation", 0.1))
-
 
 @dataclass(frozen=True)
 class Example:
@@ -168,7 +164,7 @@ def _splits(data: Path, text: str | None, label: str | None) -> dict[Split, list
     if "train" not in files:
         raise InputError(f"{data} has no train file ({' or '.join('train' + suffix for suffix in TABLE_SUFFIXES)})")
     examples = {split: _examples(read_table(file, (text, label)), text, label) for split, file in files.items()}
-    for split, share in _CARVED:
+    for split, share in CARVED:
         if split not in examples:
             examples["train"], examples[split] = _carve(examples["train"], share, split, files["train"])
     return {split: examples[split] for split in SPLITS}
@@ -204,15 +200,8 @@ def _class_names(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def _carve(examples: list[Example], share: float, split: Split, path: Path) -> tuple[list[Example], list[Example]]:
-    """What stays and what is taken, both in the old order; equal texts stay together wherever the cut allows."""
-    by_class: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        by_class.setdefault(example.label, []).append(index)
-    taken: set[int] = set()
-    for indices in by_class.values():
-        indices.sort(key=lambda index: (hashlib.sha256(examples[index].text.encode()).digest(), index))
-        taken.update(indices[: max(1, round(share * len(indices))) if len(indices) > 1 else 0])
+    """What stays and what is taken."""
+    stay, taken = carve([example.label for example in examples], [example.text.encode() for example in examples], share)
     if not taken:
         raise InputError(f"{path} has too few rows to take a {split} split out of it; add a {split} file")
-    stay = [example for index, example in enumerate(examples) if index not in taken]
-    return stay, [example for index, example in enumerate(examples) if index in taken]
+    return [examples[index] for index in stay], [examples[index] for index in taken]

@@ -1,0 +1,118 @@
+"""Models with random weights: ``new:NAME`` builds one from a packaged configuration, ``new:FILE`` from one's own.
+
+For training from scratch, and for trying a whole recipe offline with a tiny model of the same architecture. A
+configuration is a JSON file: ``config`` is transformers' own (with ``model_type`` and ``architectures``), ``image`` the
+preprocessing (a transformers image processor's settings), and ``bytes: true`` asks for a tokenizer whose tokens are the
+bytes of the text. ``new:NAME?seed=1`` draws other weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from s2d.errors import InputError, require
+from s2d.models.family import register_loader
+from s2d.models.preprocessing import Preprocessing
+
+BYTES = 256
+_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
+
+
+def configurations() -> list[str]:
+    """Names of the packaged configurations."""
+    return sorted(f.name.removesuffix(".json") for f in _shelf().iterdir() if f.name.endswith(".json"))
+
+
+@register_loader("new")
+def load_new(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Preprocessing | None]:
+    """A model with random weights, its byte tokenizer and its preprocessing, where the configuration asks for them."""
+    name, _, query = name.partition("?")
+    seed = _seed(query, name)
+    content = _read(name)
+    transformers = require("transformers", "hf")
+    try:
+        config = transformers.AutoConfig.for_model(**content["config"])
+        architecture = content["config"]["architectures"][0]
+        kind = getattr(transformers, architecture)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = kind(config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"new:{name}: transformers cannot build this configuration: {error}") from error
+    image = content.get("image")
+    try:
+        preprocessing = None if image is None else Preprocessing(**{k: _plain(v) for k, v in image.items()})
+    except TypeError as error:
+        raise InputError(f"new:{name}: the settings under image are wrong: {error}") from error
+    return model, byte_tokenizer() if content.get("bytes") else None, preprocessing
+
+
+def byte_tokenizer(max_length: int = 2048) -> Any:
+    """A fast transformers tokenizer of 256 bytes and five special tokens; it ends every text with ``<eos>``.
+
+    Ids: ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2, ``<unk>`` 3, ``<image>`` 4, then the bytes.
+    """
+    tokenizers = require("tokenizers", "hf")
+    transformers = require("transformers", "hf")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*_SPECIAL, *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 2)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        model_max_length=max_length,
+        padding_side="right",
+    )
+
+
+def _seed(query: str, name: str) -> int:
+    if not query:
+        return 0
+    key, _, value = query.partition("=")
+    if key != "seed" or not value.isdecimal():
+        raise InputError(f"new:{name}?{query}: only a seed can be given, as in new:{name}?seed=1")
+    return int(value)
+
+
+def _shelf() -> Any:
+    return importlib.resources.files("s2d") / "models" / "configs"
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name).expanduser()
+    if path.suffix == ".json" or path.is_file():
+        if not path.is_file():
+            raise InputError(f"there is no configuration file {name!r}")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    elif name in configurations():
+        text = (_shelf() / f"{name}.json").read_text(encoding="utf-8")
+    else:
+        known = configurations()
+        close = difflib.get_close_matches(name, known, n=2)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
+        raise InputError(f"there is no configuration new:{name}; {hint} (or name a .json file)")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"new:{name} is not JSON: line {error.lineno}: {error.msg}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise InputError(f'new:{name} should hold an object with transformers\' configuration under "config"')
+    return content
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

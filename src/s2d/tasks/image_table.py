@@ -1,0 +1,82 @@
+"""Images as byte tensors: decoded once when they fit in memory, else as they are asked for, by several threads."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from s2d.errors import require
+from s2d.models.preprocessing import Preprocessing
+
+# What decoded images of one split may take; 350,000 of 32x32, 7,000 of 224x224.
+MEMORY = 1 << 30
+
+
+class ImageTable:
+    """The images of one split, prepared for one model.
+
+    Attributes:
+        unreadable: Index and reason of each image that could not be decoded so far.
+    """
+
+    def __init__(self, sources: Sequence[Path | bytes], preprocessing: Preprocessing) -> None:
+        """Decode everything now if it fits in memory; images that cannot be read are noted and left out."""
+        self._sources, self._preprocessing = sources, preprocessing
+        self.unreadable: dict[int, str] = {}
+        self._decoded: Tensor | None = None
+        size = (3, preprocessing.height, preprocessing.width)
+        if len(sources) * size[0] * size[1] * size[2] <= MEMORY:
+            decoded = torch.empty(len(sources), *size, dtype=torch.uint8)
+            for start in range(0, len(sources), 4096):
+                rows = range(start, min(start + 4096, len(sources)))
+                for row, pixels in zip(rows, self._decode(rows), strict=True):
+                    if pixels is not None:
+                        decoded[row] = pixels
+            self._decoded = decoded
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Some images, by index `[rows]`.
+
+        Returns:
+            Bytes `[kept, 3, height, width]`, and which of the rows they are `[kept]`: unreadable ones are left out.
+        """
+        if self._decoded is not None:
+            kept = rows if not self.unreadable else rows[[int(row) not in self.unreadable for row in rows]]
+            return self._decoded[kept], kept
+        numbers = rows.tolist()
+        found = [(row, pixels) for row, pixels in zip(numbers, self._decode(numbers), strict=True) if pixels is not None]
+        size = (0, 3, self._preprocessing.height, self._preprocessing.width)
+        pixels = torch.stack([each for _, each in found]) if found else torch.empty(size, dtype=torch.uint8)
+        return pixels, torch.tensor([row for row, _ in found], dtype=torch.long)
+
+    def _decode(self, rows: Sequence[int]) -> list[Tensor | None]:
+        return list(_threads().map(self._one, rows))
+
+    def _one(self, row: int) -> Tensor | None:
+        image = require("PIL.Image", "vision")
+        source = self._sources[row]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PIL's about large images and odd metadata
+                with image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                    return self._preprocessing.pixels(opened)
+        except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+            self.unreadable[row] = str(error).replace("\n", " ")[:120] or type(error).__name__
+            return None
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    """Decoding lets go of Python's lock."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="s2d-images")
