@@ -12,6 +12,7 @@ from typing import Any
 # extra of s2d -> what it brings (name to import, name to install)
 _EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (("transformers", "transformers"), ("accelerate", "accelerate"), ("gguf", "gguf")),
+    "vision": (("PIL", "pillow"), ("datasets", "datasets")),
     "timm": (("timm", "timm"),),
     "openclip": (("open_clip", "open_clip_torch"),),
     "export": (("onnx", "onnx"), ("onnxscript", "onnxscript"), ("onnxruntime", "onnxruntime")),

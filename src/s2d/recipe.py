@@ -161,6 +161,18 @@ class QATSection(QATSettings):
         return QATSettings(**{name: getattr(self, name) for name in QATSettings.model_fields})
 
 
+class SmokeSection(_Section):
+    """What stands in for the model and the data when a recipe is only tried out; see `s2d.smoke`.
+
+    Attributes:
+        model: A tiny one of the same architecture.
+        data: Which kind of data is made up: ``images`` of classes, or ``texts`` of classes.
+    """
+
+    model: str
+    data: Literal["images", "texts"]
+
+
 class Recipe(_Section):
     """An experiment.
 
@@ -178,6 +190,7 @@ class Recipe(_Section):
         audit: Look at every weight before and after.
         device: ``auto`` takes an accelerator where there is one.
         batch_size: Of evaluations.
+        smoke: What a trial of the recipe takes instead of model and data.
     """
 
     about: str = ""
@@ -192,6 +205,7 @@ class Recipe(_Section):
     audit: bool = True
     device: str = "auto"
     batch_size: int = Field(default=32, ge=1)
+    smoke: SmokeSection | None = None
 
     @field_validator("arms")
     @classmethod

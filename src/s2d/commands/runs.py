@@ -48,6 +48,9 @@ def run(
     ],
     o: Overrides = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; runs/RECIPE by default.")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Try the whole recipe offline in a minute: a tiny model, made-up data.")
+    ] = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -56,18 +59,25 @@ def run(
     Every finished stage is kept in the run's folder. A run that was interrupted, or repeated with other settings,
     computes only what is missing.
     """
-    _run(recipe, o, out, json_file, quiet)
+    _run(recipe, o, out, json_file, quiet, smoke=smoke)
 
 
-def _run(recipe: str, overrides: list[str] | None, out: Path | None, json_file: Path | None, quiet: bool) -> None:
+def _run(
+    recipe: str, overrides: list[str] | None, out: Path | None, json_file: Path | None, quiet: bool, *, smoke: bool = False
+) -> None:
     check_file(json_file)
     from s2d.recipe import read_recipe
     from s2d.runner import Runner
     from s2d.terminal import Watch, comparison
 
     name, content = read_recipe(recipe, overrides or ())
+    folder = out or Path("runs") / (f"{name}-smoke" if smoke else name)
+    if smoke:
+        from s2d.smoke import smoke_test
+
+        content = smoke_test(content, folder / "data")
     with Watch(Console(stderr=True), quiet=quiet) as watch:
-        results = Runner(name, content, out or Path("runs") / name, watch).run()
+        results = Runner(name, content, folder, watch).run()
     if json_file is not None:
         save_json(json_file, results)
     if not quiet:

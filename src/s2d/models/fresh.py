@@ -21,7 +21,6 @@ from s2d.errors import InputError, require
 from s2d.models.family import register_loader
 from s2d.models.preprocessing import Preprocessing
 
-BYTES = 256
 _SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 
 
@@ -66,7 +65,9 @@ def byte_tokenizer(max_length: int = 2048) -> Any:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 2)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 2)]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -4,111 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.image_heads import ImageClassifier, class_names, image_encoder, number_of_classes
-from s2d.models.preprocessing import Preprocessing, preprocessing_of
 from s2d.tasks.augmentation import augment
-from s2d.tasks.base import (
-    SPLITS,
-    Batch,
-    Split,
-    Task,
-    check_batch_size,
-    check_split,
-    device_of,
-    register,
-    to_device,
-)
-from s2d.tasks.image_files import ImageExample, read_labelled_images
-from s2d.tasks.image_table import ImageTable
-from s2d.tasks.tokens import digest, row_batches
-
-
-class LabelledImages(Task):
-    """What tasks on labelled images share: the data, their batches, and what is said about images left out."""
-
-    ragged = False
-
-    def __init__(
-        self, data: str | os.PathLike[str], image: str | None, label: str | None, classes: Sequence[str] | None
-    ) -> None:
-        self._examples, found = read_labelled_images(os.fspath(data), image, label)
-        if classes is not None and len(classes) != len(found):
-            raise InputError(f"{data} has {len(found)} classes, but classes names {len(classes)}: {', '.join(found[:6])}")
-        self.labels: tuple[str, ...] = found if classes is None else tuple(str(name) for name in classes)
-        numbers = {name: number for number, name in enumerate(found)}
-        self._classes = {
-            split: torch.tensor([numbers[example.label] for example in examples])
-            for split, examples in self._examples.items()
-        }
-        self._tables: dict[Split, ImageTable] = {}
-        self._preprocessing: Preprocessing | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """Short SHA-256 of all splits: labels, and the images' bytes or the names of their files."""
-        return digest(
-            part
-            for split in SPLITS
-            for example in self._examples[split]
-            for part in (split, example.label, digest([example.content().hex()]))
-        )
-
-    def sizes(self) -> dict[str, int]:
-        """Number of images of each split, without those known to be unreadable."""
-        bad = {split: len(table.unreadable) for split, table in self._tables.items()}
-        return {split: len(examples) - bad.get(split, 0) for split, examples in self._examples.items()}
-
-    def prepare(self, loaded: Loaded) -> None:
-        """Decode the images to the model's size."""
-        preprocessing = preprocessing_of(loaded.processor, loaded.source)
-        if preprocessing == self._preprocessing:
-            return
-        for split, examples in self._examples.items():
-            self._tables[split] = ImageTable([example.source for example in examples], preprocessing)
-            if len(self._tables[split].unreadable) == len(examples):
-                raise InputError(f"none of the {len(examples)} images of {split} can be read; {self.notes()[-1]}")
-        self._preprocessing = preprocessing
-
-    def notes(self) -> list[str]:
-        """One line for each split with unreadable images: how many, and the first ones."""
-        lines = []
-        for split, table in self._tables.items():
-            bad = sorted(table.unreadable.items())
-            if bad:
-                listed = "; ".join(f"{self._examples[split][row].place}: {reason}" for row, reason in bad[:3])
-                lines.append(f"{split}: {len(bad)} of {len(table)} images cannot be read and are left out ({listed})")
-        return lines
-
-    def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
-        """Batches of ``pixels`` `[batch, 3, height, width]` (bytes) and ``labels`` `[batch]`."""
-        table = self._table(split)
-        readable = torch.tensor([row for row in range(len(table)) if row not in table.unreadable])
-        for rows in row_batches(len(readable), check_batch_size(batch_size), seed=seed, shuffle=shuffle):
-            pixels, kept = table.take(readable[rows])
-            if len(kept):
-                yield {"pixels": pixels, "labels": self._classes[split][kept]}
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """What the model reads."""
-        assert self._preprocessing is not None
-        return self._preprocessing.normalize(pixels)
-
-    def examples(self, split: Split) -> list[ImageExample]:
-        """The images of a split, as they are stored."""
-        return self._examples[split]
-
-    def _table(self, split: Split) -> ImageTable:
-        if check_split(split) not in self._tables:
-            raise RuntimeError("the images are not decoded yet: call build(loaded) or prepare(loaded) first")
-        return self._tables[split]
+from s2d.tasks.base import Batch, Split, device_of, register, to_device
+from s2d.tasks.labelled_images import LabelledImages
 
 
 @register("image-classification")
@@ -174,23 +80,9 @@ class ImageClassification(LabelledImages):
         scores = model(pixel_values=self.normalize(pixels))
         return F.cross_entropy(scores, batch["labels"], label_smoothing=self.smoothing)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """``accuracy`` (and ``top5``) on all readable images of the split."""
-        device, was_training = device_of(model), model.training
-        model.eval()
-        first = fifth = seen = 0
-        try:
-            for batch in self.batches(split, batch_size=batch_size):
-                scores = model(pixel_values=self.normalize(batch["pixels"].to(device))).float().cpu()
-                # NaN scores are no answer; ranking would take them for the largest.
-                ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == batch["labels"].unsqueeze(1)
-                ranked &= scores.isfinite().all(1, keepdim=True)
-                first, fifth, seen = first + int(ranked[:, 0].sum()), fifth + int(ranked.sum()), seen + len(ranked)
-        finally:
-            model.train(was_training)
-        metrics = {"accuracy": 100 * first / seen}
-        return metrics if len(self.labels) <= 10 else {**metrics, "top5": 100 * fifth / seen}
+        return self.score(lambda pixels: model(pixel_values=pixels), model, split, batch_size)
 
     def _fits(self, model: nn.Module, source: str) -> bool:
         """Whether the model's own head is for these classes, in this order as far as names tell."""

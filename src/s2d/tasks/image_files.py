@@ -67,7 +67,7 @@ def read_labelled_images(
             splits["train"], splits[split] = _carve(splits["train"], share, split, data)
     classes = names or _sorted({example.label for example in splits["train"]})
     if len(classes) < 2:
-        raise InputError(f"{data}: all images of train are of class {classes[0]!r}; two classes are needed")
+        raise InputError(f"{data}: all images of train are of one class ({''.join(classes)}); two classes are needed")
     for split in SPLITS:
         for example in splits[split]:
             if example.label not in classes:
@@ -122,7 +122,7 @@ def _tables(path: Path) -> dict[Split, list[Path]]:
     if path.is_file():
         return {"train": [path]} if path.suffix.lower() == ".parquet" else {}
     files = sorted(path.glob("*.parquet")) + sorted(path.glob("data/*.parquet"))
-    found = {
+    found: dict[Split, list[Path]] = {
         split: [file for file in files if file.stem.lower().partition("-")[0] in names]
         for split, names in SPLIT_NAMES.items()
     }
@@ -219,7 +219,9 @@ def _from_datasets(
         names = names or tuple(getattr(table.features[kind], "names", None) or ()) or None
         table = table.select_columns([pick, kind]).cast_column(pick, library.Image(decode=False))
         splits[split] = [
-            ImageExample(_source(row[pick], f"{data}, {split} {number}"), _label(row[kind], names, data), f"{split} {number}")
+            ImageExample(
+                _source(row[pick], f"{data}, {split} {number}"), _label(row[kind], names, data), f"{split} {number}"
+            )
             for number, row in enumerate(table, 1)
         ]
     return splits, names

@@ -55,7 +55,9 @@ class ImageTable:
             kept = rows if not self.unreadable else rows[[int(row) not in self.unreadable for row in rows]]
             return self._decoded[kept], kept
         numbers = rows.tolist()
-        found = [(row, pixels) for row, pixels in zip(numbers, self._decode(numbers), strict=True) if pixels is not None]
+        found = [
+            (row, pixels) for row, pixels in zip(numbers, self._decode(numbers), strict=True) if pixels is not None
+        ]
         size = (0, 3, self._preprocessing.height, self._preprocessing.width)
         pixels = torch.stack([each for _, each in found]) if found else torch.empty(size, dtype=torch.uint8)
         return pixels, torch.tensor([row for row, _ in found], dtype=torch.long)

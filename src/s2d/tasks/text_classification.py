@@ -42,6 +42,7 @@ from s2d.tasks.tokens import (
     tokenizer_key,
 )
 
+
 @dataclass(frozen=True)
 class Example:
     """One labelled text, and where it stands."""

@@ -1,0 +1,84 @@
+"""A recipe in small: the same stages, methods and task, on a tiny random model and made-up data, offline in a minute.
+
+It shows that a recipe runs from end to end here before hours are spent on it; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from s2d.errors import InputError, require
+from s2d.recipe import Recipe
+from s2d.results import write_atomic
+
+CLASSES = ("circle", "square", "cross")
+_PER_CLASS = {"train": 16, "validation": 4, "test": 8}
+_EDGE = 40  # of an image; the models' own size differs, so that resizing is tried too
+
+
+def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with a few steps of few examples, a tiny model, and data that are written into a folder.
+
+    Raises:
+        InputError: The recipe does not say what its trial takes.
+    """
+    if recipe.smoke is None:
+        raise InputError("this recipe has no smoke section; it needs smoke.model and smoke.data to be tried out")
+    made = _images(folder) if recipe.smoke.data == "images" else _texts(folder)
+    options = {name: value for name, value in recipe.task.options.items() if name not in ("image", "label", "classes")}
+    train = {"steps": 4, "batch_size": 8, "checkpoints": ()}
+    content = recipe.model_dump() | {
+        "about": f"Only a trial: {recipe.about}",
+        "model": recipe.smoke.model,
+        "task": {"name": recipe.task.name, **options, "data": str(made)},
+        "train": recipe.train.model_dump() | train,
+        "seeds": recipe.seeds[:1],
+        "batch_size": 16,
+    }
+    content["quantize"]["calibration"] = {"samples": 8, "batch_size": 8}
+    if recipe.qat is not None:
+        content["qat"] |= {"steps": 3}
+    return Recipe.model_validate(content)
+
+
+def _images(folder: Path) -> Path:
+    """Coloured shapes, a folder for each class and split."""
+    image = require("PIL.Image", "vision")
+    draw = require("PIL.ImageDraw", "vision")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in _PER_CLASS.items():
+        for name in CLASSES:
+            place = folder / split / name
+            place.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                colour, back = torch.randint(0, 256, (2, 3), generator=generator).tolist()
+                x, y, r = torch.randint(8, 16, (3,), generator=generator).tolist()
+                picture = image.new("RGB", (_EDGE, _EDGE), tuple(back))
+                pen = draw.Draw(picture)
+                box = (x, y, x + 2 * r - 6, y + 2 * r - 6)
+                if name == "circle":
+                    pen.ellipse(box, fill=tuple(colour))
+                elif name == "square":
+                    pen.rectangle(box, fill=tuple(colour))
+                else:
+                    pen.line(box, fill=tuple(colour), width=4)
+                    pen.line((box[0], box[3], box[2], box[1]), fill=tuple(colour), width=4)
+                write_atomic(place / f"{number:03}.png", lambda file, picture=picture: picture.save(file, "PNG"))
+    return folder
+
+
+def _texts(folder: Path) -> Path:
+    """Sentences that name their class among other words."""
+    generator = torch.Generator().manual_seed(0)
+    words = ("the", "a", "red", "blue", "small", "large", "there", "is", "on", "under")
+    for split, count in _PER_CLASS.items():
+        lines = ["text,label"]
+        for name in CLASSES:
+            for _ in range(count):
+                chosen = [words[i] for i in torch.randint(0, len(words), (5,), generator=generator).tolist()]
+                lines.append(f"{' '.join([*chosen[:2], name, *chosen[2:]])},{name}")
+        text = "\n".join(lines) + "\n"
+        write_atomic(folder / f"{split}.csv", lambda file, text=text: file.write(text.encode()))
+    return folder
