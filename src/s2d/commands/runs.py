@@ -63,7 +63,13 @@ def run(
 
 
 def _run(
-    recipe: str, overrides: list[str] | None, out: Path | None, json_file: Path | None, quiet: bool, *, smoke: bool = False
+    recipe: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    json_file: Path | None,
+    quiet: bool,
+    *,
+    smoke: bool = False,
 ) -> None:
     check_file(json_file)
     from s2d.recipe import read_recipe

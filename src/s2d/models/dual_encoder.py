@@ -73,7 +73,7 @@ class DualEncoder(nn.Module):
 
 
 def pair_loss(scores: Tensor, match: Tensor, *, sigmoid: bool) -> Tensor:
-    """The loss of image-text pairs: pairwise sigmoid (SigLIP, arXiv 2303.15343) or softmax both ways (CLIP, 2103.00020).
+    """The loss of image-text pairs: pairwise sigmoid (SigLIP, arXiv 2303.15343), or softmax both ways (CLIP).
 
     Args:
         scores: `[images, texts]`.

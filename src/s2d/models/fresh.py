@@ -21,7 +21,7 @@ from s2d.errors import InputError, require
 from s2d.models.family import register_loader
 from s2d.models.preprocessing import Preprocessing
 
-_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
+_SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>", "<image>")  # CLIP reads an end token of number 2 as "the largest"
 
 
 def configurations() -> list[str]:
@@ -56,7 +56,7 @@ def load_new(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Prepro
 def byte_tokenizer(max_length: int = 2048) -> Any:
     """A fast transformers tokenizer of 256 bytes and five special tokens; it ends every text with ``<eos>``.
 
-    Ids: ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2, ``<unk>`` 3, ``<image>`` 4, then the bytes.
+    Ids: ``<pad>`` 0, ``<bos>`` 1, ``<unk>`` 2, ``<eos>`` 3, ``<image>`` 4, then the bytes.
     """
     tokenizers = require("tokenizers", "hf")
     transformers = require("transformers", "hf")
@@ -66,7 +66,7 @@ def byte_tokenizer(max_length: int = 2048) -> Any:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A <eos>", special_tokens=[("<eos>", 2)]
+        single="$A <eos>", special_tokens=[("<eos>", 3)]
     )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

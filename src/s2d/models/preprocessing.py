@@ -49,8 +49,8 @@ class Preprocessing:
         if self.shortest is None:
             image = _resized(image, (self.width, self.height), self.filter)
         else:
-            scale = self.shortest / min(image.size)
-            width, height = (max(self.shortest, round(edge * scale)) for edge in image.size)
+            # The longer edge is rounded down, as in torchvision and transformers.
+            width, height = (self.shortest * edge // min(image.size) for edge in image.size)
             image = _resized(image, (width, height), self.filter)
             left, top = (width - self.width) // 2, (height - self.height) // 2
             image = image.crop((left, top, left + self.width, top + self.height))

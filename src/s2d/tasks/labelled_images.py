@@ -98,7 +98,7 @@ class LabelledImages(Task):
     def score(
         self, scores_of: Callable[[Tensor], Tensor], model: nn.Module, split: Split, batch_size: int
     ) -> dict[str, float]:
-        """``accuracy`` and, with more than ten classes, ``top5``, of scores `[batch, classes]` of what a model reads."""
+        """``accuracy`` and, with more than ten classes, ``top5``; `scores_of` makes `[batch, classes]` of pixels."""
         device, was_training = device_of(model), model.training
         model.eval()
         first = fifth = seen = 0
@@ -113,4 +113,3 @@ class LabelledImages(Task):
             model.train(was_training)
         metrics = {"accuracy": 100 * first / seen}
         return metrics if len(self.labels) <= 10 else {**metrics, "top5": 100 * fifth / seen}
-

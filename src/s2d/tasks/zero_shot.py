@@ -66,11 +66,12 @@ class ZeroShot(LabelledImages):
 
     def prepare(self, loaded: Loaded) -> None:
         """Decode the images, tokenize the descriptions."""
+        dual = _dual(loaded.model)
         super().prepare(loaded)
         if self._tokenized_for != loaded.fingerprint:
             tokenizer = require_tokenizer(loaded, self.name)
             texts = [template.format(name) for name in self.labels for template in self.templates]
-            self._texts = _dual(loaded.model).tokenize(tokenizer, texts)
+            self._texts = dual.tokenize(tokenizer, texts)
             self._tokenized_for = loaded.fingerprint
 
     def build(self, loaded: Loaded, seed: int = 0) -> DualEncoder:

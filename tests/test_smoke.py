@@ -1,0 +1,41 @@
+"""Every packaged recipe that can be tried out runs from end to end on a tiny model, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from s2d.errors import InputError
+from s2d.recipe import packaged, read_recipe
+from s2d.runner import Runner
+from s2d.smoke import smoke_test
+
+pytest.importorskip("PIL")
+pytest.importorskip("transformers")
+pytest.importorskip("jinja2")
+TRIED = [name for name in packaged() if read_recipe(name)[1].smoke is not None]
+
+
+def test_the_papers_recipes_are_there_and_say_what_they_do() -> None:
+    assert {"siglip2-imagenet", "siglip2-384-imagenet", "siglip-imagenet", "clip-imagenet"} <= set(TRIED)
+    recipe = read_recipe("siglip2-imagenet")[1]
+    paper = recipe.arms["s2d"]
+    assert paper == {"preset": "paper"} and {"erq", "repq", "ptq4vit"} <= set(recipe.quantize.methods)
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_the_whole_recipe_runs(name: str, tmp_path: Path) -> None:
+    """All arms, bit widths and methods; fewer bit widths here than with --smoke, for time."""
+    recipe = read_recipe(name, ["quantize.specs=[fp32,w4a4]", "quantize.observers=[mse]"])[1]
+    results = Runner(name, smoke_test(recipe, tmp_path / "data"), tmp_path / "run").run()
+    found = {(r["conditioning"], r["spec"], r["method"]) for r in results["records"]}
+    for arm in recipe.arms:
+        assert {(arm, "fp32", "none"), *((arm, "w4a4", method) for method in recipe.quantize.methods)} <= found
+    assert any(record["selected"] for record in results["history"]), "the decay had something to do"
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_recipe_without_a_smoke_section_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no smoke section"):
+        smoke_test(read_recipe("minilm-sst2")[1], tmp_path)

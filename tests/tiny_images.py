@@ -1,0 +1,55 @@
+"""Small pictures on disk, in every layout that is read."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+CLASSES = ("cat", "dog", "eel")
+
+
+def picture(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    """A PNG of random pixels around a colour that depends on `number` modulo 3."""
+    from PIL import Image
+
+    generator = np.random.default_rng(number)
+    pixels = generator.integers(0, 60, (size[1], size[0], 3))
+    pixels[..., number % 3] += 150
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_folders(path: Path, counts: dict[str, int]) -> Path:
+    """``path/SPLIT/CLASS/N.png``; the split ``""`` puts the classes directly into `path`."""
+    for split, count in counts.items():
+        for label, name in enumerate(CLASSES):
+            folder = path / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.png").write_bytes(picture(3 * number + label))
+    return path
+
+
+def make_parquet(path: Path, count: int, *, names: bool = True) -> Path:
+    """One Parquet file as the `datasets` library writes them, with or without the names of the classes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = range(3 * count)
+    table = pyarrow.table(
+        {
+            "image": [{"bytes": picture(row), "path": f"{row}.png"} for row in rows],
+            "label": pyarrow.array([row % 3 for row in rows], pyarrow.int64()),
+        }
+    )
+    if names:
+        features = {"label": {"names": list(CLASSES), "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+        info = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": info})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(table, path)
+    return path
