@@ -140,9 +140,7 @@ def test_bad_use(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> N
 def test_unknown_names_and_options(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"unknown task 'docstring'; did you mean docstrings\?"):
         create("docstring")
-    with pytest.raises(
-        InputError, match="unknown task 'zzz'; choose from docstrings, image-classification"
-    ):
+    with pytest.raises(InputError, match="unknown task 'zzz'; choose from docstrings, image-classification"):
         create("zzz")
     with pytest.raises(InputError, match="task docstrings has no option 'trian'; it has train, validation"):
         create("docstrings", trian=3)
