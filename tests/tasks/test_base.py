@@ -27,10 +27,17 @@ def language_modeling(folder: Path) -> Task:
     return create("language-modeling", data=folder / "all.txt", window=16)
 
 
+def unlabelled_text(folder: Path) -> Task:
+    lines = [f"w{i % 60} w{i % 7} w{i % 5} {'w1 ' * (i % 4)}" for i in range(400)]
+    (folder / "all.txt").write_text("\n".join(lines))
+    return create("unlabelled-text", data=folder, max_length=8)
+
+
 MAKERS = {
     "text-classification": text_classification,
     "docstrings": docstrings,
     "language-modeling": language_modeling,
+    "unlabelled-text": unlabelled_text,
 }
 
 
