@@ -51,6 +51,22 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
     return error
 
 
+def test_condition_without_labels(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("apple", "robin", "saw", "the", "old", "wren", "fig", "drill")
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(words[i >> n & 7] for n in range(4)) for i in range(64)))
+    data, out, notes = str(tmp_path / "texts.txt"), tmp_path / "model", tmp_path / "run.json"
+    settings = ("--data", data, "-o", "task.max_length=16", "-q")
+    more = ("--objective", "distill", "--minutes", "0.02", "-o", "train.batch_size=8", "--json", str(notes))
+    assert main(["condition", str(model), *settings, *more, "--out", str(out)]) == 0
+    training = json.loads(notes.read_text())["training"]
+    assert 1 <= training["steps"] < 10_000 and training["seconds"] >= 1.2, "the time decides"
+    judge = ("evaluate", str(out), "--task", "unlabelled-text", *settings, "--json", str(notes))
+    assert "is conditioned, so it cannot be its own original" in fails(capsys, *judge)
+    assert main([*judge, "-o", f"task.original={model}"]) == 0
+    values = {record["metric"]: record["value"] for record in json.loads(notes.read_text())["records"]}
+    assert 50 < values["cosine"] < 100 and values["drift"] == pytest.approx(100 - values["cosine"])
+
+
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +268,10 @@ def test_damaged_models(
         (["condition", "{model}", *TASK, "{data}", "--out", "{out}", "-o", "train.lrr=1"], "did you mean lr?"),
         (["condition", "{model}", *TASK, "{data}", "--out", "{out}", "--steps", "0"], "Invalid value for '--steps'"),
         (["condition", "{model}", *TASK, "{data}"], "add --out FOLDER"),
+        (["condition", "{model}", "--objective", "distill", "--out", "{out}"], "needs text; add --data"),
+        (["condition", "{model}", "--objective", "destill", "--out", "{out}"], "choose from task, distill"),
+        (["condition", "{model}", *TASK, "{data}", "--objective", "distill", "--out", "{out}"], "leave out --task"),
+        (["condition", "{model}", *TASK, "{data}", "--minutes", "0", "--out", "{out}"], "train.minutes=0.0"),
         (
             [
                 "condition",

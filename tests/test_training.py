@@ -115,6 +115,13 @@ def test_training_learns_and_leaves_nothing_behind(loaded: Loaded, task: Task) -
     assert torch.equal(random_state, torch.get_rng_state())
 
 
+def test_minutes_end_a_training_and_its_schedule(loaded: Loaded, task: Task) -> None:
+    settings = TrainSettings(steps=1_000_000, minutes=0.01, batch_size=4, warmup=0.5)
+    done = train(task.build(loaded), task, settings)
+    assert 0.6 <= done.seconds < 5 and 2 <= done.steps < 1000
+    assert train(task.build(loaded), task, TrainSettings(steps=2, minutes=5.0, batch_size=4)).steps == 2
+
+
 def test_a_seed_repeats_exactly_and_another_differs(loaded: Loaded, task: Task) -> None:
     def trained(seed: int) -> nn.Module:
         model = task.build(loaded, 0)

@@ -44,7 +44,9 @@ class TrainSettings(BaseModel):
     """How to fine-tune.
 
     Attributes:
-        steps: Optimizer steps.
+        steps: Optimizer steps; at most so many where `minutes` is given.
+        minutes: End after so much time in the loop, the schedule of the learning rate included; None for no limit. What
+            a run yields then depends on the machine too.
         batch_size: Examples a step.
         lr: Peak learning rate of the encoder.
         head_lr: Of everything else (a new classification head); as `lr` when None.
@@ -63,6 +65,7 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(default=200, ge=1)
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     batch_size: int = Field(default=64, ge=1)
     lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     head_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -165,7 +168,10 @@ def train(
     accelerator = _accelerator(place)
     raw = torch.optim.AdamW(parameter_groups(model, settings, companion), lr=settings.lr)
     prepared, optimizer = accelerator.prepare(model, raw)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(raw, lambda step: schedule(step, settings.steps, settings.warmup))
+    clock = _Clock(settings)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        raw, lambda step: schedule(clock.steps(step), settings.steps, settings.warmup)
+    )
     devices = [place.index or 0] if place.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
         torch.manual_seed(seed)
@@ -189,8 +195,8 @@ def train(
         model.train()
         batches = itertools.islice(training_batches(task, settings, seed), run.step, None)
         started = saved = time.monotonic()
-        before = run.seconds
-        while run.step < settings.steps:
+        before = clock.seconds = run.seconds
+        while clock.steps(run.step) < settings.steps:
             with torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = task.loss(prepared, next(batches))
                 added = None if companion is None else companion.loss()
@@ -204,10 +210,10 @@ def train(
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), settings.clip)
             optimizer.step()
+            run.seconds = clock.seconds = before + time.monotonic() - started
             scheduler.step()
             run.step += 1
             run.losses.append(value)
-            run.seconds = before + time.monotonic() - started
             if on_step is not None:
                 on_step(run.step, value)
             if on_checkpoint is not None and run.step in settings.checkpoints:
@@ -243,7 +249,20 @@ def _accelerator(place: torch.device) -> Any:
     return accelerator
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
+@dataclass
+class _Clock:
+    """How far a training is, in steps, by whichever budget is spent faster."""
+
+    settings: TrainSettings
+    seconds: float = 0.0
+
+    def steps(self, step: int) -> float:
+        if self.settings.minutes is None:
+            return step
+        return max(step, self.settings.steps * self.seconds / (60 * self.settings.minutes))
+
+
+def schedule(step: float, steps: int, warmup: float) -> float:
     """The learning rate of a step (from 0) as a share of its peak: linear up, then linear down to 0."""
     rising = round(warmup * steps)
     if step < rising:

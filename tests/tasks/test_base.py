@@ -38,12 +38,20 @@ def zero_shot(folder: Path) -> Task:
     return create("zero-shot", data=make_folders(folder / "images", {"": 10}))
 
 
+def unlabelled_text(folder: Path) -> Task:
+    folder.mkdir()
+    lines = [f"w{i % 60} w{i % 7} w{i % 5} {'w1 ' * (i % 4)}" for i in range(400)]
+    (folder / "all.txt").write_text("\n".join(lines))
+    return create("unlabelled-text", data=folder, max_length=8)
+
+
 MAKERS = {
     "text-classification": text_classification,
     "docstrings": docstrings,
     "language-modeling": language_modeling,
     "image-classification": image_classification,
     "zero-shot": zero_shot,
+    "unlabelled-text": unlabelled_text,
 }
 MODELS = {"language-modeling": "decoder", "image-classification": "vit", "zero-shot": "clip"}
 WHOLE = ("language-modeling", "image-classification", "zero-shot")  # the model keeps its own outputs

@@ -41,7 +41,11 @@ def condition(
     data: Data = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the conditioned model.")] = None,
     preset: Annotated[str | None, typer.Option(help="Settings of the decay: default or paper.")] = None,
+    objective: Annotated[
+        str, typer.Option(help="task: the loss of --task. distill: the model as it is teaches, on text without labels.")
+    ] = "task",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after so many minutes of training.")] = None,
     seed: Seed = 0,
     o: Overrides = None,
     device: Device = "auto",
@@ -57,6 +61,7 @@ def condition(
         raise InputError("where should the conditioned model go? add --out FOLDER")
     check_folder(out)
     check_file(json_file)
+    task = _task_of(objective, task, data)
     from s2d.checkpoint import load
     from s2d.models import save_model
     from s2d.results import run_metadata
@@ -70,7 +75,7 @@ def condition(
         task,
         data,
         o,
-        train={} if steps is None else {"steps": steps},
+        train=_budget(steps, minutes),
         arms={"s2d": {} if preset is None else {"preset": preset}},
     )
     state = out.with_name(f"{out.name}.training") / "state.pt"
@@ -98,3 +103,23 @@ def condition(
         run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
     say(quiet, f"{out}: conditioned in {done.steps} steps, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}")
+
+
+def _task_of(objective: str, task: str | None, data: str | None) -> str | None:
+    """The task that an objective stands for."""
+    if objective == "task":
+        return task
+    if objective != "distill":
+        raise InputError(f"unknown objective {objective!r}; choose from task, distill")
+    if task not in (None, "unlabelled-text"):
+        raise InputError(f"--objective distill needs no task, only text; leave out --task {task}")
+    if data is None:
+        raise InputError("--objective distill needs text; add --data FOLDER_OR_FILE (.txt, .jsonl, .parquet)")
+    return "unlabelled-text"
+
+
+def _budget(steps: int | None, minutes: float | None) -> dict[str, float]:
+    """Steps, minutes or both; minutes alone are not cut short by the usual number of steps."""
+    if minutes is None:
+        return {} if steps is None else {"steps": steps}
+    return {"steps": steps or 1_000_000, "minutes": minutes}

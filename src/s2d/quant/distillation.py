@@ -25,6 +25,7 @@ from s2d.quant.sites import is_quantized
 
 VARIANCE = 0.6
 _MULTIPLE = 32
+_ROWS = 256  # outputs in double precision at a time; those of language models are as wide as a vocabulary
 _OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
 
 
@@ -93,7 +94,7 @@ class Distiller:
     @torch.no_grad()
     def _measure(self, batches: Batches, variance: float) -> None:
         moments: dict[str, list[Tensor]] = {}
-        outputs: list[Tensor] = []
+        spans: list[tuple[Tensor, float]] = []  # of each output: the mean [D], and the mean squared length
 
         def feature(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -104,11 +105,13 @@ class Distiller:
 
             return hook
 
-        def tokens_of(output: Any) -> Tensor:
-            return real_tokens(main_output(output).detach(), mask(), "input")
+        def span(module: nn.Module, args: Any, output: Any) -> None:
+            rows = real_tokens(main_output(output).detach(), mask(), "input").flatten(0, -2)
+            length = sum(float(part.double().square().sum()) for part in rows.split(_ROWS))
+            spans.append((rows.mean(0, dtype=torch.float64), length / len(rows)))
 
         hooks = [module.register_forward_hook(feature(name)) for name, module in self._own.items()]
-        hooks.append(self._teacher.register_forward_hook(lambda _, __, output: outputs.append(tokens_of(output))))
+        hooks.append(self._teacher.register_forward_hook(span))
         try:
             with token_mask(self._teacher) as mask, evaluating(self._teacher):
                 for index, batch in enumerate(batches):
@@ -121,9 +124,8 @@ class Distiller:
             P = principal_directions(moment, mean, variance)
             self._directions[name] = P.float()
             self._spread[name] = float(((P.mT @ moment) * P.mT).sum() - (P.mT @ mean).square().sum())
-        rows = [output.flatten(0, -2).float() for output in outputs]
-        center = torch.cat([row.mean(0, keepdim=True) for row in rows]).mean(0)
-        self._spread[""] = float(torch.stack([(row - center).square().sum(-1).mean() for row in rows]).mean())
+        center = torch.stack([mean for mean, _ in spans]).mean(0)
+        self._spread[""] = sum(length for _, length in spans) / len(spans) - float(center.square().sum())
 
     def _note(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

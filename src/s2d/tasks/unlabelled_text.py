@@ -1,0 +1,343 @@
+"""Conditioning without labels: any pile of text, and the model as it was published as the teacher.
+
+Source of the losses: knowledge distillation (arXiv 1503.02531) at temperature 1 for language models; for encoders the
+teacher's embedding and its last features, as in MiniLM-style and sentence-embedding distillation (arXiv 2004.09813).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from s2d.errors import InputError
+from s2d.models import Loaded, SentenceEncoder, load, read_notes
+from s2d.models.checkpoints import CONFIG_NAME
+from s2d.models.heads import encoder_of
+from s2d.tasks.base import (
+    SPLITS,
+    Batch,
+    Split,
+    Task,
+    check_batch_size,
+    check_split,
+    device_of,
+    register,
+    to_device,
+)
+from s2d.tasks.text_files import read_texts
+from s2d.tasks.tokens import (
+    TokenTable,
+    check_max_length,
+    digest,
+    require_tokenizer,
+    row_batches,
+    tokenize,
+    tokenizer_key,
+)
+
+# Tokens whose scores over the vocabulary exist at a time: 50 MB for a vocabulary of 50,000.
+_CHUNK = 256
+
+
+@register("unlabelled-text")
+class UnlabelledText(Task):
+    """Stay the model that was published, on texts without labels: embeddings of an encoder, or next-token scores.
+
+    The loss of an encoder is ``embedding * (1 - cos) + features``: the mean over texts for the pooled embeddings, and
+    the mean squared distance of the last layer's tokens as a share of the original's variance. The loss of a causal
+    language model is KL(original || model) per token, in nats.
+
+    Metrics of an encoder: ``cosine``, the mean over texts of the cosine between its embedding and the original's, times
+    100, and ``drift``, 100 minus that. Of a language model: ``drift``, the mean KL per token in nats, and
+    ``agreement``, the percentage of tokens after which both expect the same next one.
+
+    Texts are the lines of .txt files and the rows of .jsonl and .parquet files; duplicates and blanks are left out. A
+    text's split depends on nothing but the text: about 5 % are validation and 5 % test.
+
+    Args:
+        data: A file, or a folder with such files.
+        original: The model that teaches, as `s2d.load` takes it. None: the first model that the task meets, which must
+            be one as published. Scoring a conditioned or quantized checkpoint by itself needs it.
+        column: Of tables, the one with the texts; None for the one named text, or the only one.
+        max_length: Texts are cut to so many tokens.
+        embedding: Weight of the embedding's distance.
+        train: Most texts in the train split.
+        heldout: Most texts in the validation and in the test split.
+    """
+
+    primary = "drift"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str],
+        original: str | None = None,
+        column: str | None = None,
+        max_length: int = 96,
+        embedding: float = 10.0,
+        train: int = 100_000,
+        heldout: int = 500,
+    ) -> None:
+        if max_length < 2:
+            raise InputError(f"max_length must be at least 2 tokens, not {max_length}")
+        if embedding < 0:
+            raise InputError(f"the weight of the embedding must not be negative, not {embedding}")
+        if train < 1 or heldout < 1:
+            raise InputError(f"train and heldout must be at least 1 text, not {train} and {heldout}")
+        self.max_length, self.embedding, self.original = max_length, embedding, original or ""
+        self._texts = split_texts(
+            read_texts(Path(data), column), {"train": train, "validation": heldout, "test": heldout}
+        )
+        for split in SPLITS:
+            if not self._texts[split]:
+                raise InputError(
+                    f"{data} holds too few different texts for a {split} split; give at least a few hundred"
+                )
+        self._tables: dict[Split, TokenTable] = {}
+        self._tokenized_by = ""
+        self._teacher: nn.Module | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Short SHA-256 of the texts of all splits."""
+        return digest(text for split in SPLITS for text in self._texts[split])
+
+    def sizes(self) -> dict[str, int]:
+        """Number of texts of each split."""
+        return {split: len(texts) for split, texts in self._texts.items()}
+
+    def prepare(self, loaded: Loaded) -> None:
+        """Tokenize the texts with the model's tokenizer."""
+        tokenizer = require_tokenizer(loaded, self.name)
+        if self._tokenized_by == (key := tokenizer_key(tokenizer)):
+            return
+        length = check_max_length(loaded, self.max_length, "max_length")
+        self._tables = {split: tokenize(tokenizer, texts, length) for split, texts in self._texts.items()}
+        self._tokenized_by = key
+
+    def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
+        """A copy of the causal language model, or a sentence encoder on a copy of the encoder; nothing is random.
+
+        Raises:
+            InputError: No original is named and this model is none; or the original is of another kind or width.
+        """
+        self.prepare(loaded)
+        if self._teacher is None:
+            self._teacher = self._find_original(loaded)
+        teacher = self._teacher
+        model = copy.deepcopy(_model_of(loaded))
+        if type(_core(model)) is not type(_core(teacher)) or _width(model) != _width(teacher):
+            raise InputError(
+                f"{loaded.source} cannot be compared with {self.original or 'the original'}: "
+                "they are models of different kinds or widths; name the model that it was made from"
+            )
+        if _head(model) is not None:
+            model.config.use_cache = False  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
+        return model.train()
+
+    def _find_original(self, loaded: Loaded) -> nn.Module:
+        """The teacher, in evaluation mode; that of the loaded model shares its weights."""
+        remedy = "name the model that it was made from: -o task.original=MODEL"
+        if self.original:
+            found = load(self.original, device=device_of(loaded.model))
+            tokenizers = [require_tokenizer(each, self.name) for each in (found, loaded)]
+            if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+                raise InputError(f"{self.original} and {loaded.source} have different tokenizers; {remedy}")
+            return _model_of(found).eval()
+        if any(type(module).__module__.startswith("s2d.quant") for module in loaded.model.modules()):
+            raise InputError(f"{loaded.source} is quantized, so it cannot be its own original; {remedy}")
+        if (Path(loaded.source) / CONFIG_NAME).is_file() and "conditioned" in read_notes(loaded.source):
+            raise InputError(f"{loaded.source} is conditioned, so it cannot be its own original; {remedy}")
+        return _model_of(loaded).eval()
+
+    def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
+        """Batches of ``input_ids`` and ``attention_mask`` `[batch, tokens]`."""
+        table = self._table(split)
+        for rows in row_batches(len(table), check_batch_size(batch_size), seed=seed, shuffle=shuffle):
+            ids, mask = table.take(rows)
+            yield {"input_ids": ids, "attention_mask": mask}
+
+    def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """The one call of the model."""
+        return [dict(batch)]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The distance from the original; see the class."""
+        batch = to_device(batch, device_of(model))
+        teacher = self._original()
+        mask = batch["attention_mask"].bool()
+        head = _head(model)
+        if head is not None:
+            found = _hidden(model, head, batch)[mask]
+            with torch.no_grad():
+                wanted = _hidden(teacher, _known_head(teacher), batch)[mask]
+            return divergence(found, wanted, head, _known_head(teacher))[0].mean()
+        embedding, features = _embed(model, batch)
+        with torch.no_grad():
+            wanted_embedding, wanted_features = _embed(teacher, batch)
+        distance = 1 - F.cosine_similarity(embedding.float(), wanted_embedding.float(), dim=-1).mean()
+        return self.embedding * distance + variance_share(features[mask], wanted_features[mask])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
+        """``drift``, and ``cosine`` of an encoder or ``agreement`` of a language model; see the class."""
+        teacher = self._original()
+        was_training = model.training
+        model.eval()
+        head = _head(model)
+        first, second, count = 0.0, 0.0, 0
+        try:
+            for batch in self.batches(split, batch_size=batch_size):
+                batch = to_device(batch, device_of(model))
+                mask = batch["attention_mask"].bool()
+                if head is None:
+                    found, wanted = _embed(model, batch)[0], _embed(teacher, batch)[0]
+                    parts = F.cosine_similarity(found.double(), wanted.double(), dim=-1), torch.zeros(1)
+                else:
+                    known = _known_head(teacher)
+                    parts = divergence(
+                        _hidden(model, head, batch)[mask], _hidden(teacher, known, batch)[mask], head, known
+                    )
+                first, second = first + parts[0].sum().item(), second + parts[1].sum().item()
+                count += len(parts[0])
+        finally:
+            model.train(was_training)
+        if not math.isfinite(first):  # a broken model agrees with nothing
+            return {"drift": math.inf, "cosine" if head is None else "agreement": 0.0}
+        if head is None:
+            return {"drift": 100 * (1 - first / count), "cosine": 100 * first / count}
+        return {"drift": first / count, "agreement": 100 * second / count}
+
+    def _table(self, split: Split) -> TokenTable:
+        if check_split(split) not in self._tables:
+            raise RuntimeError("the data is not tokenized yet: call build(loaded) or prepare(loaded) first")
+        return self._tables[split]
+
+    def _original(self) -> nn.Module:
+        if self._teacher is None:
+            raise RuntimeError("the original is not known yet: call build(loaded) first")
+        return self._teacher
+
+
+def split_texts(texts: list[str], most: dict[Split, int]) -> dict[Split, list[str]]:
+    """Each different text once, in the split that its own SHA-256 says: 5 % validation, 5 % test, 90 % train."""
+    found: dict[Split, list[str]] = {split: [] for split in SPLITS}
+    for text in dict.fromkeys(texts):
+        share = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:4], "big") / 2**32
+        split: Split = "validation" if share < 0.05 else "test" if share < 0.1 else "train"
+        if len(found[split]) < most[split]:
+            found[split].append(text)
+    return found
+
+
+def variance_share(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared distance of vectors `[n, D]` as a share of the wanted ones' variance, a scalar in fp32."""
+    found, wanted = found.float(), wanted.float()
+    spread = (wanted - wanted.mean(0)).square().mean()
+    return (found - wanted).square().mean() / spread.clamp(min=1e-12)
+
+
+def divergence(
+    found: Tensor,
+    wanted: Tensor,
+    head: Callable[[Tensor], Tensor],
+    original_head: Callable[[Tensor], Tensor],
+    chunk: int = _CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """KL(original || model) of the next-token distributions, and where both have the same most likely token.
+
+    The scores over the vocabulary exist for `chunk` tokens at a time, in the backward pass too, where they are computed
+    again.
+
+    Args:
+        found: The model's last hidden states `[tokens, width]`.
+        wanted: The original's.
+        head: Hidden states `[1, n, width]` to scores `[1, n, vocabulary]`.
+        original_head: The original's.
+        chunk: See above.
+
+    Returns:
+        `[tokens]` in nats, and `[tokens]` booleans.
+    """
+
+    def compare(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            expected = original_head(h_t.unsqueeze(0))[0].float().log_softmax(-1)
+        scores = head(h_s.unsqueeze(0))[0].float().log_softmax(-1)
+        return (expected.exp() * (expected - scores)).sum(-1), scores.argmax(-1) == expected.argmax(-1)
+
+    pairs = list(zip(found.split(chunk), wanted.split(chunk), strict=True))
+    if torch.is_grad_enabled():
+        parts = [checkpoint(compare, h_s, h_t, use_reentrant=False) for h_s, h_t in pairs]
+    else:
+        parts = [compare(h_s, h_t) for h_s, h_t in pairs]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+@contextmanager
+def _noting_features(encoder: nn.Module, notes: list[Tensor]) -> Iterator[None]:
+    hook = encoder.register_forward_hook(lambda _, __, output: notes.append(output.last_hidden_state))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _embed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Embeddings `[batch, width]` and the last layer's tokens `[batch, tokens, width]`."""
+    notes: list[Tensor] = []
+    with _noting_features(_core(model), notes):
+        return model(**batch), notes[-1]
+
+
+def _hidden(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
+    """What the head sees, `[batch, tokens, width]`; the head itself sees only one token of each text."""
+    notes: list[Tensor] = []
+
+    def shorten(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        notes.append(args[0])
+        return (args[0][:, :1], *args[1:])
+
+    hook = head.register_forward_pre_hook(shorten)
+    try:
+        model(**batch)
+    finally:
+        hook.remove()
+    return notes[-1]
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """A causal language model's output layer; None of an encoder."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def _known_head(model: nn.Module) -> nn.Module:
+    head = _head(model)
+    assert head is not None
+    return head
+
+
+def _model_of(loaded: Loaded) -> nn.Module:
+    """What is compared: the causal language model as it is, or the encoder with mean pooling."""
+    if _head(loaded.model) is not None:
+        return loaded.model
+    return SentenceEncoder(encoder_of(loaded.model))
+
+
+def _core(model: nn.Module) -> nn.Module:
+    return model.encoder if isinstance(model, SentenceEncoder) else model
+
+
+def _width(model: nn.Module) -> tuple[object, object]:
+    config = getattr(_core(model), "config", None)
+    return getattr(config, "hidden_size", None), getattr(config, "vocab_size", None)

@@ -1,0 +1,176 @@
+"""Staying the original: what is read, the distances against plain formulas, and who may be the original."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from s2d.errors import InputError
+from s2d.evaluation import evaluate
+from s2d.models import Loaded, save_model
+from s2d.tasks import SPLITS, Task, create
+from s2d.tasks.text_files import read_texts
+from s2d.tasks.unlabelled_text import divergence, split_texts, variance_share
+
+LINES = [f"w{i % 60} w{i % 7} w{i * i % 11} " + "w1 " * (i % 4) for i in range(400)]
+
+
+@pytest.fixture()
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "all.txt").write_text("\n".join([*LINES, "", LINES[0]]))
+    return tmp_path / "texts"
+
+
+@pytest.fixture()
+def task(data: Path) -> Task:
+    return create("unlabelled-text", data=data, max_length=12)
+
+
+def disturbed(model: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter += 0.05 * noise
+    return model
+
+
+def test_texts_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" one \n\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('{"id": 1, "text": "three"}\n{"id": 2, "text": null}\n')
+    (tmp_path / "c.md").write_text("not read")
+    assert read_texts(tmp_path) == ["one", "two", "three"]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    parquet.write_table(arrow.table({"n": [1, 2], "body": ["four", " "]}), tmp_path / "d.parquet")
+    assert read_texts(tmp_path / "d.parquet", "body") == ["four"]
+
+
+def test_a_text_has_one_split_whatever_stands_beside_it() -> None:
+    most = dict.fromkeys(SPLITS, 10_000)
+    texts = [f"text {i}" for i in range(4000)]
+    whole = split_texts([*texts, *texts], most)
+    assert sorted(sum(whole.values(), [])) == sorted(texts), "each once"
+    assert 140 < len(whole["validation"]) < 260 and 140 < len(whole["test"]) < 260
+    half = split_texts(texts[::-2], most)
+    assert all(set(half[split]) <= set(whole[split]) for split in SPLITS)
+
+
+def test_an_encoder_s_measures_are_those_of_the_formulas(encoder: Loaded, task: Task) -> None:
+    model = task.build(encoder)
+    assert task.evaluate(model)["drift"] == pytest.approx(0.0, abs=1e-6)
+    original = task.build(encoder).eval()
+    disturbed(model)
+    batch = next(task.batches("test", batch_size=1000))
+    model.eval()
+    with torch.no_grad():
+        found, wanted = model(**batch), original(**batch)
+        mask = batch["attention_mask"].bool()
+        h_s, h_t = (m.encoder(**batch).last_hidden_state[mask] for m in (model, original))  # type: ignore[operator]
+    cosine = (found * wanted).sum(1).mean()  # unit vectors
+    assert evaluate(model, task, batch_size=3) == pytest.approx(
+        {"cosine": 100 * cosine.item(), "drift": 100 - 100 * cosine.item()}, abs=1e-4
+    )
+    share = ((h_s - h_t) ** 2).sum() / ((h_t - h_t.mean(0)) ** 2).sum()
+    assert task.loss(model, batch).item() == pytest.approx((10 * (1 - cosine) + share).item(), rel=1e-4)
+    assert variance_share(h_t.mean(0).expand_as(h_t), h_t).item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_language_model_s_measures_are_those_of_the_formulas(decoder: Loaded, task: Task) -> None:
+    model = task.build(decoder)
+    assert task.evaluate(model) == pytest.approx({"drift": 0.0, "agreement": 100.0}, abs=1e-5)
+    disturbed(model)
+    batch = next(task.batches("test", batch_size=1000))
+    with torch.no_grad():
+        mask = batch["attention_mask"].bool()
+        found, wanted = (m(**batch).logits[mask].log_softmax(-1) for m in (model, decoder.model))
+    kl = F.kl_div(found, wanted, log_target=True, reduction="batchmean").item()
+    same = 100 * (found.argmax(1) == wanted.argmax(1)).double().mean().item()
+    assert kl > 1e-3
+    assert task.evaluate(model, batch_size=3) == pytest.approx({"drift": kl, "agreement": same}, rel=1e-4)
+    assert task.loss(model, batch).item() == pytest.approx(kl, rel=1e-4)
+
+
+def test_the_gradient_in_chunks_is_the_gradient() -> None:
+    torch.manual_seed(0)
+    head, other = torch.nn.Linear(8, 30), torch.nn.Linear(8, 30)
+    hidden, wanted = torch.randn(50, 8, requires_grad=True), torch.randn(50, 8)
+    sizes: list[int] = []
+    head.register_forward_hook(lambda _, args, output: sizes.append(output.shape[1]))
+    divergence(hidden, wanted, head, other, chunk=16)[0].mean().backward()
+    assert hidden.grad is not None and head.weight.grad is not None
+    found = hidden.grad.clone(), head.weight.grad.clone()
+    assert max(sizes) == 16 and len(sizes) == 8, "never more than a chunk, and again for the gradient"
+    hidden.grad, head.weight.grad = None, None
+    target = other(wanted).log_softmax(-1).detach()
+    F.kl_div(head(hidden).log_softmax(-1), target, log_target=True, reduction="batchmean").backward()
+    assert torch.allclose(found[0], hidden.grad, atol=1e-6)  # type: ignore[arg-type]
+    assert torch.allclose(found[1], head.weight.grad, atol=1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_the_loss_trains_the_model_and_not_the_original(kind: str, request: pytest.FixtureRequest, task: Task) -> None:
+    loaded: Loaded = request.getfixturevalue(kind)
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    model = disturbed(task.build(loaded))
+    start = task.evaluate(model, "validation")["drift"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for batch in task.batches("train", batch_size=16):
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()
+        optimizer.step()
+    assert task.evaluate(model, "validation")["drift"] < start / 2
+    assert all(torch.equal(before[name], value) for name, value in loaded.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+
+
+def test_a_conditioned_model_is_not_its_own_original(encoder: Loaded, task: Task, tmp_path: Path) -> None:
+    save_model(encoder.model, tmp_path / "m", tokenizer=encoder.tokenizer, notes={"conditioned": {"model": "x"}})
+    source = Loaded(encoder.model, encoder.family, str(tmp_path / "m"), encoder.tokenizer, None, "0")
+    with pytest.raises(InputError, match=r"m is conditioned, .*-o task.original=MODEL"):
+        task.build(source)
+    named = create("unlabelled-text", data=tmp_path / "texts", max_length=12, original=str(tmp_path / "m"))
+    assert named.evaluate(named.build(source))["cosine"] == pytest.approx(100.0)
+
+
+def test_an_original_of_another_kind_is_refused(encoder: Loaded, decoder: Loaded, task: Task) -> None:
+    task.build(encoder)
+    with pytest.raises(InputError, match="cannot be compared with the original"):
+        task.build(decoder)
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        ({}, {}, "has no texts .*; it holds no files"),
+        ({"a.csv": "text\nx"}, {}, "it holds a.csv"),
+        ({"a.txt": " \n \n"}, {}, "only blanks"),
+        ({"a.txt": "one\ntwo"}, {}, "too few different texts for a"),
+        ({"a.jsonl": '{"a": "x", "b": "y"}'}, {}, "which column is the text\\? .*the columns are a, b"),
+        ({"a.jsonl": '{"a": 3}'}, {}, "column 'a' holds int, not text"),
+        ({"a.jsonl": '{"a": "x"}'}, {"column": "c"}, "has no column 'c'"),
+        ({"a.txt": "one"}, {"max_length": 1}, "at least 2 tokens"),
+        ({"a.txt": "one"}, {"heldout": 0}, "at least 1 text"),
+        ({"a.txt": "one"}, {"embedding": -1.0}, "must not be negative"),
+    ],
+)
+def test_bad_input(tmp_path: Path, files: dict[str, str], options: dict[str, object], message: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        create("unlabelled-text", data=tmp_path, **options)
+
+
+def test_text_that_is_no_utf8_and_a_place_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good\n\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8 text"):
+        read_texts(tmp_path)
+    with pytest.raises(InputError, match="no folder or file"):
+        read_texts(tmp_path / "none")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x"}) + "\n{")
+    with pytest.raises(InputError, match="cannot read .* as JSON lines"):
+        read_texts(tmp_path / "b.jsonl")
