@@ -155,7 +155,8 @@ def test_an_original_of_another_kind_is_refused(encoder: Loaded, decoder: Loaded
         ({"a.jsonl": '{"a": "x"}'}, {"column": "c"}, "has no column 'c'"),
         ({"a.txt": "one"}, {"max_length": 1}, "at least 2 tokens"),
         ({"a.txt": "one"}, {"heldout": 0}, "at least 1 text"),
-        ({"a.txt": "one"}, {"embedding": -1.0}, "must not be negative"),
+        ({"a.txt": "one"}, {"embedding": -1.0}, "are weights, one of them at least above 0"),
+        ({"a.txt": "one"}, {"embedding": 0, "features": 0}, "are weights, one of them at least above 0"),
     ],
 )
 def test_bad_input(tmp_path: Path, files: dict[str, str], options: dict[str, object], message: str) -> None:

@@ -53,9 +53,9 @@ _CHUNK = 256
 class UnlabelledText(Task):
     """Stay the model that was published, on texts without labels: embeddings of an encoder, or next-token scores.
 
-    The loss of an encoder is ``embedding * (1 - cos) + features``: the mean over texts for the pooled embeddings, and
-    the mean squared distance of the last layer's tokens as a share of the original's variance. The loss of a causal
-    language model is KL(original || model) per token, in nats.
+    The loss of an encoder is ``embedding * (1 - cos) + features * distance``: the mean over texts for the pooled
+    embeddings, and the mean squared distance of the last layer's tokens as a share of the original's variance. The loss
+    of a causal language model is KL(original || model) per token, in nats.
 
     Metrics of an encoder: ``cosine``, the mean over texts of the cosine between its embedding and the original's, times
     100, and ``drift``, 100 minus that. Of a language model: ``drift``, the mean KL per token in nats, and
@@ -70,7 +70,8 @@ class UnlabelledText(Task):
             be one as published. Scoring a conditioned or quantized checkpoint by itself needs it.
         column: Of tables, the one with the texts; None for the one named text, or the only one.
         max_length: Texts are cut to so many tokens.
-        embedding: Weight of the embedding's distance.
+        embedding: Weight of an embedding's distance.
+        features: Weight of the distance of the last layer's tokens.
         train: Most texts in the train split.
         heldout: Most texts in the validation and in the test split.
     """
@@ -85,16 +86,20 @@ class UnlabelledText(Task):
         column: str | None = None,
         max_length: int = 96,
         embedding: float = 10.0,
+        features: float = 1.0,
         train: int = 100_000,
         heldout: int = 500,
     ) -> None:
         if max_length < 2:
             raise InputError(f"max_length must be at least 2 tokens, not {max_length}")
-        if embedding < 0:
-            raise InputError(f"the weight of the embedding must not be negative, not {embedding}")
+        if min(embedding, features) < 0 or not 0 < embedding + features < math.inf:
+            raise InputError(
+                f"embedding and features are weights, one of them at least above 0, not {embedding} and {features}"
+            )
         if train < 1 or heldout < 1:
             raise InputError(f"train and heldout must be at least 1 text, not {train} and {heldout}")
-        self.max_length, self.embedding, self.original = max_length, embedding, original or ""
+        self.max_length, self.original = max_length, original or ""
+        self.embedding, self.features = embedding, features
         self._texts = split_texts(
             read_texts(Path(data), column), {"train": train, "validation": heldout, "test": heldout}
         )
@@ -186,7 +191,7 @@ class UnlabelledText(Task):
         with torch.no_grad():
             wanted_embedding, wanted_features = _embed(teacher, batch)
         distance = 1 - F.cosine_similarity(embedding.float(), wanted_embedding.float(), dim=-1).mean()
-        return self.embedding * distance + variance_share(features[mask], wanted_features[mask])
+        return self.embedding * distance + self.features * variance_share(features[mask], wanted_features[mask])
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
