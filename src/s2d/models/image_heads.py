@@ -76,8 +76,9 @@ def image_encoder(model: nn.Module) -> nn.Module:
         if isinstance(tower, nn.Module):
             return copy.deepcopy(tower)
     model = copy.deepcopy(model)
-    if hasattr(model, "reset_classifier"):  # timm
-        model.reset_classifier(0)
+    reset: Any = getattr(model, "reset_classifier", None)
+    if reset is not None:  # timm
+        reset(0)
         return model
     backbone = getattr(model, "base_model", None)
     model = backbone if isinstance(backbone, nn.Module) else model

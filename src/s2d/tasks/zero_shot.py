@@ -93,6 +93,7 @@ class ZeroShot(LabelledImages):
         scores = model(pixel_values=self.normalize(pixels), **to_device(texts, device))
         match = batch["labels"].unsqueeze(1) == present.to(device)
         dual = getattr(model, "module", model)
+        assert isinstance(dual, DualEncoder)
         return pair_loss(scores, match, sigmoid=dual.sigmoid)
 
     @torch.no_grad()
