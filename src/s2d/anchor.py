@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError
 from s2d.quant.distillation import Distiller
 from s2d.tasks.base import Task
 
@@ -28,29 +27,22 @@ class Anchor:
     Heads that the task has put on the model are new, so that only features are compared there.
     """
 
-    def __init__(self, model: nn.Module, task: Task, weight: float, *, features: bool = True) -> None:
+    def __init__(self, model: nn.Module, task: Task, weight: float) -> None:
         """Copy the model as it is now, and watch it from now on.
 
         Args:
             model: From ``task.build``, before its first step.
             task: Its training split says how far the original's features spread.
             weight: Of the distance, above 0.
-            features: Compare the tokens behind the last blocks, not the outputs alone.
 
         Raises:
-            InputError: The task puts a new head on the model, so that outputs alone say nothing; the model has no
-                blocks that are known, or is quantized.
+            InputError: The model has no blocks that are known, or is quantized.
         """
-        if task.adds_head and not features:
-            raise InputError(
-                f"task {task.name} puts new outputs on the model, which have no original to compare with; "
-                "set train.distill_features: true"
-            )
         batches = islice(task.batches("train", batch_size=_BATCH, seed=0, shuffle=True), _SAMPLES // _BATCH)
         inputs = [each for batch in batches for each in task.inputs(batch)]
         original = copy.deepcopy(model).requires_grad_(False)
         self._weight = weight
-        self._distiller = Distiller(model, original, inputs, outputs=not task.adds_head, features=features)
+        self._distiller = Distiller(model, original, inputs, outputs=not task.adds_head)
 
     @property
     def key(self) -> Any:

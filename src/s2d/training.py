@@ -57,7 +57,6 @@ class TrainSettings(BaseModel):
         group_by_length: Put texts of like length into one batch, which halves the time on short texts.
         distill: Weight of the distance from the model as it was before training, in shares of variance (see
             `s2d.anchor`); 0 leaves it out. Costs a forward pass a step. Quantized training has a weight of its own.
-        distill_features: Compare the tokens behind the last block, not the model's outputs alone.
         precision: ``fp32``, or ``bf16`` for the computation; weights stay as they are.
         checkpoints: Steps after which the model is kept as it is then, to see how it changes over the training.
         save_every: Seconds between two saved states, where a place for them is given.
@@ -76,7 +75,6 @@ class TrainSettings(BaseModel):
     dropout: bool = False
     group_by_length: bool = True
     distill: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    distill_features: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoints: tuple[int, ...] = ()
     save_every: float = Field(default=120.0, ge=0)
@@ -178,7 +176,7 @@ def train(
     with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
         torch.manual_seed(seed)
         if settings.distill and companion is None:
-            companion = Anchor(model, task, settings.distill, features=settings.distill_features)
+            companion = Anchor(model, task, settings.distill)
         if companion is not None:
             stack.callback(companion.remove)
         spectral = None

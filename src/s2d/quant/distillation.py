@@ -60,7 +60,6 @@ class Distiller:
         *,
         variance: float = VARIANCE,
         outputs: bool = True,
-        features: bool = True,
     ) -> None:
         """Measure the teacher's features on calibration data, and watch the student from now on.
 
@@ -69,8 +68,7 @@ class Distiller:
             teacher: The same model at full precision; it is put into evaluation mode and stays as it is.
             calibration: Batches, as for `prepare_qat`.
             variance: See `principal_directions`.
-            outputs: Compare the models' outputs.
-            features: Compare their features.
+            outputs: Compare the models' outputs too, not only their features.
 
         Raises:
             InputError: The teacher is quantized, is the student, or has other blocks; an impossible share.
@@ -80,7 +78,7 @@ class Distiller:
         if not 0.0 < variance <= 1.0:
             raise InputError(f"variance={variance!r} is a share, above 0 and at most 1")
         self._teacher = teacher.eval()
-        self._outputs, self._features = outputs, features
+        self._outputs = outputs
         names = _last_of_each_tower(blocks_of(student))
         if not set(names) <= {name for name, _ in teacher.named_modules()}:
             raise InputError(f"the teacher has no {names[0]}; it must be the student's model at full precision")
@@ -156,7 +154,7 @@ class Distiller:
             y_s, y_t = (real_tokens(y, mask, "input") for y in (main_output(output), expected))
             if self._outputs:
                 total = total + _share(y_s, y_t, self._spread[""])
-            for name, feature in features.items() if self._features else ():
+            for name, feature in features.items():
                 h_s, h_t = (real_tokens(h, mask, "input").flatten(0, -2).float() for h in (feature, wanted[name]))
                 P = self._directions[name].to(h_s.device)
                 total = total + _share(h_s @ P, h_t @ P, self._spread[name]) / len(features)
