@@ -66,7 +66,7 @@ def main() -> None:
     task = create(arguments.task, data=arguments.data, **options)
     path = arguments.json or arguments.run / "paradox.json"
     known = read_json(path)["rows"] if path.is_file() else {}
-    steps = sorted((arguments.run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    steps = sorted((arguments.run / "checkpoints").iterdir())
     for folder in [*steps, arguments.run / "model"]:
         if folder.name not in known:
             known[folder.name] = row_of(folder, task, arguments.split)

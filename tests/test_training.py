@@ -291,6 +291,22 @@ def test_distillation_keeps_the_features_near_the_original(
     assert moved[1] < 0.7 * moved[0]
 
 
+def test_the_model_is_kept_along_the_way_and_ends_the_same(loaded: Loaded, task: Task) -> None:
+    plain, kept = task.build(loaded), task.build(loaded)
+    train(plain, task, SETTINGS)
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(step: int) -> None:
+        assert not kept.training
+        seen[step] = {name: tensor.clone() for name, tensor in kept.state_dict().items()}
+
+    train(kept, task, SETTINGS.model_copy(update={"checkpoints": (1, SETTINGS.steps)}), on_checkpoint=keep)
+    assert list(seen) == [1, SETTINGS.steps]
+    last = plain.state_dict()
+    assert all(torch.equal(tensor, last[name]) for name, tensor in seen[SETTINGS.steps].items())
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in seen[1].items())
+
+
 def test_distillation_leaves_no_hooks_behind_when_the_decay_is_refused(loaded: Loaded, task: Task) -> None:
     model = task.build(loaded)
     with pytest.raises(InputError):

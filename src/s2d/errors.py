@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -16,6 +18,13 @@ class InputError(S2DError, ValueError):
 
 class MissingExtra(InputError):
     """An optional dependency is not installed; the message holds the install line."""
+
+
+def choices(name: str, known: Iterable[str]) -> str:
+    """The end of a line about an unknown name: the names that are close to it, else all there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -7,7 +7,6 @@ seeds, data and budget.
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import inspect
 import re
@@ -20,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from s2d.decay import PRESETS, DecaySettings, SelectiveSpectralDecay
-from s2d.errors import InputError
+from s2d.errors import InputError, choices
 from s2d.quant import QuantSpec
 from s2d.quant.observers import ObserverSpec
 from s2d.quant.ptq import get_methods
@@ -161,18 +160,6 @@ class QATSection(QATSettings):
         return QATSettings(**{name: getattr(self, name) for name in QATSettings.model_fields})
 
 
-class SmokeSection(_Section):
-    """What stands in for the model and the data when a recipe is only tried out; see `s2d.smoke`.
-
-    Attributes:
-        model: A tiny one of the same architecture.
-        data: Which kind of data is made up: ``images`` of classes, or ``texts`` of classes.
-    """
-
-    model: str
-    data: Literal["images", "texts"]
-
-
 class Recipe(_Section):
     """An experiment.
 
@@ -190,7 +177,7 @@ class Recipe(_Section):
         audit: Look at every weight before and after.
         device: ``auto`` takes an accelerator where there is one.
         batch_size: Of evaluations.
-        smoke: What a trial of the recipe takes instead of model and data.
+        smoke: The tiny model that stands in when the recipe is only tried out on made-up pictures; see `s2d.smoke`.
     """
 
     about: str = ""
@@ -205,7 +192,7 @@ class Recipe(_Section):
     audit: bool = True
     device: str = "auto"
     batch_size: int = Field(default=32, ge=1)
-    smoke: SmokeSection | None = None
+    smoke: str | None = None
 
     @field_validator("arms")
     @classmethod
@@ -236,7 +223,7 @@ def decay_settings(decay: Mapping[str, Any]) -> DecaySettings:
     accepted = [name for name in inspect.signature(SelectiveSpectralDecay).parameters if name not in _NOT_FOR_RECIPES]
     for name in decay:
         if name not in accepted:
-            raise InputError(f"the decay has no setting {name!r}; {_close(name, accepted)}")
+            raise InputError(f"the decay has no setting {name!r}; {choices(name, accepted)}")
     preset = decay.get("preset") or "default"
     if preset not in PRESETS:
         raise InputError(f"preset={preset!r} is unknown; choose from {', '.join(PRESETS)}")
@@ -293,7 +280,7 @@ def read_text(source: str) -> tuple[str, str]:
             raise InputError(f"cannot read the recipe {source}: {reason}") from error
     names = list(packaged())
     if source not in names:
-        raise InputError(f"there is no recipe {source!r}; {_close(source, names)} (or name a .yaml file)")
+        raise InputError(f"there is no recipe {source!r}; {choices(source, names)} (or name a .yaml file)")
     return source, (_shelf() / f"{source}.yaml").read_text(encoding="utf-8")
 
 
@@ -369,15 +356,10 @@ def _explain(error: ValidationError) -> str:
             inner = next((part for part in get_args(inner) if part is not type(None)), inner)  # of an optional one
             assert isinstance(inner, type) and issubclass(inner, BaseModel)
             section = inner
-        return f"unknown key {where}; {_close(key, list(section.model_fields))}"
+        return f"unknown key {where}; {choices(key, list(section.model_fields))}"
     if first["type"] == "missing":
         return f"{where} is missing"
     message = first["msg"].removeprefix("Value error, ")
     if "ctx" in first and isinstance(first["ctx"].get("error"), InputError):
         return f"{where}: {message}"
     return f"{where}={first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _close(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=2)
-    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"

@@ -179,7 +179,7 @@ class Runner:
             decay=self.recipe.arms[arm],
             state=folder / "state.pt",
             on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
-            on_checkpoint=lambda step: self._save(model, folder / "checkpoints" / str(step), arm),
+            on_checkpoint=lambda step: self._save(model, folder / "checkpoints" / f"{step:07}", arm),
         )
         self._save(model, folder / "model", arm)
         content = {**asdict(done), "arm": arm, "seed": seed, "decay": self._decay_key(arm)}
@@ -205,7 +205,7 @@ class Runner:
         content: JSON = {"model": self.loaded.fingerprint, "task": [self.task.fingerprint, task]}
         if arm != UNTRAINED:
             content |= {
-                "train": recipe.train.model_dump(exclude={"save_every", "checkpoints"}),
+                "train": recipe.train.outcome(),
                 "seed": seed,
                 "decay": self._decay_key(arm),
                 "code": [self.code["training"], self.code["decay"] if recipe.arms[arm] is not None else ""],
@@ -291,7 +291,7 @@ class Runner:
         key: JSON = {
             "arm": self._arm_key(arm, seed),
             "qat": qat.model_dump(exclude={"specs"}),
-            "train": self.recipe.train.model_dump(exclude={"save_every", "checkpoints"}),
+            "train": self.recipe.train.outcome(),
             "calibration": self.recipe.quantize.calibration.model_dump(),
             "split": self.recipe.split,
             "code": [self.code["qat"], self.code["judging"], self.code["decay"] if decay is not None else ""],

@@ -79,6 +79,10 @@ class TrainSettings(BaseModel):
     checkpoints: tuple[int, ...] = ()
     save_every: float = Field(default=120.0, ge=0)
 
+    def outcome(self) -> dict[str, Any]:
+        """The settings that the trained model depends on; what is kept on the way makes no difference to it."""
+        return self.model_dump(exclude={"checkpoints", "save_every"})
+
 
 class Companion(Protocol):
     """What trains along with a model; the loop knows no more about it than this."""
@@ -438,7 +442,7 @@ def _key(
     parts = [
         fingerprint(model),
         {"task": task.name, "data": task.fingerprint, **options},
-        settings.model_dump(exclude={"save_every", "checkpoints"}),
+        settings.outcome(),
         seed,
         None if decay is None else dict(decay),
         *([] if companion is None else [companion.key]),

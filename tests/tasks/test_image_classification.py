@@ -11,6 +11,7 @@ import torch
 from tests.tiny_images import CLASSES, make_folders, make_parquet, picture
 from torch import nn
 
+from s2d.audit import audit_batches
 from s2d.errors import InputError
 from s2d.models import Loaded, family_of, load, save_model
 from s2d.models.image_heads import ImageClassifier
@@ -198,3 +199,12 @@ def test_bad_input_has_its_line(folders: Path, vit: Loaded, tmp_path: Path) -> N
         load("new:vit-tiy")
     with pytest.raises(InputError, match="only a seed"):
         load("new:vit-tiny?depth=3")
+
+
+def test_a_model_with_random_weights_is_audited_on_a_folder_of_images(folders: Path, vit: Loaded) -> None:
+    (batch,) = audit_batches(vit, folders / "test")
+    made = task(folders)
+    made.prepare(vit)
+    assert isinstance(batch, dict)
+    expected = made.inputs(next(made.batches("test", batch_size=100)))[0]["pixel_values"]
+    torch.testing.assert_close(batch["pixel_values"].sum(0), expected.sum(0))

@@ -85,3 +85,9 @@ def test_bad_input_has_its_line(folders: Path) -> None:
     with pytest.raises(InputError, match="no image and text tower"):
         task(folders).build(load("new:vit-tiny"))
     assert task(folders).labels == CLASSES
+
+
+def test_other_descriptions_are_other_data(folders: Path) -> None:
+    """So that a training with other templates or names is never continued as if it were this one."""
+    marks = [task(folders), task(folders, templates=["a {}."]), task(folders, classes=["tom", "rex", "moray"])]
+    assert len({made.fingerprint for made in marks}) == 3

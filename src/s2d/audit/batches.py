@@ -17,6 +17,7 @@ from s2d.errors import InputError, require
 from s2d.models import Loaded
 from s2d.tasks.docstring_corpus import STDLIB, collect
 from s2d.tasks.files import split_files
+from s2d.tasks.image_files import IMAGE_SUFFIXES
 from s2d.tasks.language_modeling import cut_windows
 from s2d.tasks.tables import TABLE_SUFFIXES, Table, read_table
 from s2d.tasks.tokens import TokenTable, check_max_length, require_tokenizer, tokenize
@@ -28,7 +29,6 @@ _BATCH = 16
 # Of a long text so many characters are read per token wanted; tokens of real text are shorter.
 _CHARACTERS_PER_TOKEN = 10
 _TEXT_COLUMNS = ("text", "sentence", "question", "query", "utterance", "review", "content", "document", "title")
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 Batches = list[dict[str, Tensor]] | list[Tensor]
 
@@ -228,13 +228,13 @@ def _images(path: Path) -> Iterator[Any]:
             raise InputError(f"{place} is not an image that can be read: {error}") from error
         found = True
     if not found:
-        raise InputError(f"{path} holds no images ({', '.join(_IMAGE_SUFFIXES[:3])}, ...); name a folder that does")
+        raise InputError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES[:3])}, ...); name a folder that does")
 
 
 def _image_contents(path: Path) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         # Every so many, so that a folder sorted by class gives more than its first class.
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         step = max(1, len(files) // IMAGES)
         yield from ((str(file), file) for start in range(step) for file in files[start::step])
     elif path.suffix.lower() == ".parquet":

@@ -8,7 +8,6 @@ bytes of the text. ``new:NAME?seed=1`` draws other weights.
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import json
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError, choices, require
 from s2d.models.family import register_loader
 from s2d.models.preprocessing import Preprocessing
 
-_SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>", "<image>")  # CLIP reads an end token of number 2 as "the largest"
+_SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # CLIP reads an end token of number 2 as "the largest"
 
 
 def configurations() -> list[str]:
@@ -54,9 +53,9 @@ def load_new(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Prepro
 
 
 def byte_tokenizer(max_length: int = 2048) -> Any:
-    """A fast transformers tokenizer of 256 bytes and five special tokens; it ends every text with ``<eos>``.
+    """A fast transformers tokenizer of 256 bytes and four special tokens; it ends every text with ``<eos>``.
 
-    Ids: ``<pad>`` 0, ``<bos>`` 1, ``<unk>`` 2, ``<eos>`` 3, ``<image>`` 4, then the bytes.
+    Ids: ``<pad>`` 0, ``<bos>`` 1, ``<unk>`` 2, ``<eos>`` 3, then the bytes.
     """
     tokenizers = require("tokenizers", "hf")
     transformers = require("transformers", "hf")
@@ -74,7 +73,6 @@ def byte_tokenizer(max_length: int = 2048) -> Any:
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>"],
         model_max_length=max_length,
         padding_side="right",
     )
@@ -102,10 +100,9 @@ def _read(name: str) -> dict[str, Any]:
     elif name in configurations():
         text = (_shelf() / f"{name}.json").read_text(encoding="utf-8")
     else:
-        known = configurations()
-        close = difflib.get_close_matches(name, known, n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
-        raise InputError(f"there is no configuration new:{name}; {hint} (or name a .json file)")
+        raise InputError(
+            f"there is no configuration new:{name}; {choices(name, configurations())} (or name a .json file)"
+        )
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:

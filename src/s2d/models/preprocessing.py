@@ -56,6 +56,10 @@ class Preprocessing:
             image = image.crop((left, top, left + self.width, top + self.height))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
+    def __call__(self, image: Image) -> Tensor:
+        """What the model reads of one image, `[3, height, width]`."""
+        return self.normalize(self.pixels(image))
+
     def normalize(self, pixels: Tensor) -> Tensor:
         """Bytes `[..., 3, height, width]` to what the model reads, on their device, float32."""
         mean, std = (torch.tensor(x, device=pixels.device).view(-1, 1, 1) for x in (self.mean, self.std))

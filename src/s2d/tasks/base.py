@@ -6,7 +6,6 @@ tasks are first asked for, so adding the file is all there is to do.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError
+from s2d.errors import InputError, choices
 from s2d.models import Loaded
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -138,9 +137,7 @@ def create(name: str, **options: Any) -> Task:
     """
     known = tasks()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
-        raise InputError(f"unknown task {name!r}; {hint}")
+        raise InputError(f"unknown task {name!r}; {choices(name, known)}")
     accepted = inspect.signature(_TASKS[name]).parameters
     for option in options:
         if option not in accepted:

@@ -1,4 +1,4 @@
-"""Which file of a folder holds which split."""
+"""Which file of a folder holds which split, and what stands in a text file."""
 
 from __future__ import annotations
 
@@ -38,3 +38,17 @@ def split_files(data: Path, suffixes: Sequence[str]) -> dict[Split, Path]:
         endings = ", ".join(suffixes)
         raise InputError(f"{data} has no files named train, validation or test ({endings}); it holds {listed}")
     return files
+
+
+def read_utf8(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text (byte {error.start}); convert it or check the file") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error

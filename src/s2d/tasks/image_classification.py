@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.image_heads import ImageClassifier, class_names, image_encoder, number_of_classes
-from s2d.tasks.augmentation import augment
 from s2d.tasks.base import Batch, Split, device_of, register, to_device
 from s2d.tasks.labelled_images import LabelledImages
 
@@ -51,8 +50,8 @@ class ImageClassification(LabelledImages):
     ) -> None:
         if not 0 <= smoothing < 1:
             raise InputError(f"smoothing must be from 0 to below 1, not {smoothing}")
-        super().__init__(data, image, label, classes)
-        self.augment, self.smoothing, self.probe = augment, smoothing, probe
+        super().__init__(data, image, label, classes, augment)
+        self.smoothing, self.probe = smoothing, probe
 
     def build(self, loaded: Loaded, seed: int = 0) -> ImageClassifier:
         """A classifier on a copy of the model; a trained head for these classes is kept."""
@@ -76,8 +75,7 @@ class ImageClassification(LabelledImages):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy on augmented images."""
         batch = to_device(batch, device_of(model))
-        pixels = augment(batch["pixels"]) if self.augment and model.training else batch["pixels"]
-        scores = model(pixel_values=self.normalize(pixels))
+        scores = model(pixel_values=self.training_pixels(model, batch["pixels"]))
         return F.cross_entropy(scores, batch["labels"], label_smoothing=self.smoothing)
 
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:

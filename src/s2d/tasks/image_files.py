@@ -68,9 +68,10 @@ def read_labelled_images(
     classes = names or _sorted({example.label for example in splits["train"]})
     if len(classes) < 2:
         raise InputError(f"{data}: all images of train are of one class ({''.join(classes)}); two classes are needed")
+    known = set(classes)
     for split in SPLITS:
         for example in splits[split]:
-            if example.label not in classes:
+            if example.label not in known:
                 raise InputError(f"{example.place}: class {example.label!r} does not occur in train")
     return {split: splits[split] for split in SPLITS}, classes
 

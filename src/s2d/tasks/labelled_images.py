@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.preprocessing import Preprocessing, preprocessing_of
+from s2d.tasks.augmentation import augment
 from s2d.tasks.base import SPLITS, Batch, Split, Task, check_batch_size, check_split, device_of
 from s2d.tasks.image_files import read_labelled_images
 from s2d.tasks.image_table import ImageTable
@@ -23,31 +24,38 @@ class LabelledImages(Task):
     ragged = False
 
     def __init__(
-        self, data: str | os.PathLike[str], image: str | None, label: str | None, classes: Sequence[str] | None
+        self,
+        data: str | os.PathLike[str],
+        image: str | None,
+        label: str | None,
+        classes: Sequence[str] | None,
+        augment: bool,
     ) -> None:
         self._examples, found = read_labelled_images(os.fspath(data), image, label)
         if classes is not None and len(classes) != len(found):
             raise InputError(
                 f"{data} has {len(found)} classes, but classes names {len(classes)}: {', '.join(found[:6])}"
             )
+        self.augment = augment
         self.labels: tuple[str, ...] = found if classes is None else tuple(str(name) for name in classes)
         numbers = {name: number for number, name in enumerate(found)}
         self._classes = {
             split: torch.tensor([numbers[example.label] for example in examples])
             for split, examples in self._examples.items()
         }
+        self._fingerprint = digest(
+            part
+            for split in SPLITS
+            for example in self._examples[split]
+            for part in (split, example.label, digest([example.content().hex()]))
+        )
         self._tables: dict[Split, ImageTable] = {}
         self._preprocessing: Preprocessing | None = None
 
     @property
     def fingerprint(self) -> str:
         """Short SHA-256 of all splits: labels, and the images' bytes or the names of their files."""
-        return digest(
-            part
-            for split in SPLITS
-            for example in self._examples[split]
-            for part in (split, example.label, digest([example.content().hex()]))
-        )
+        return self._fingerprint
 
     def sizes(self) -> dict[str, int]:
         """Number of images of each split, without those known to be unreadable."""
@@ -88,6 +96,10 @@ class LabelledImages(Task):
         """What the model reads."""
         assert self._preprocessing is not None
         return self._preprocessing.normalize(pixels)
+
+    def training_pixels(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """What the model reads of bytes while it is trained: flipped and shifted at random, where that is asked for."""
+        return self.normalize(augment(pixels) if self.augment and model.training else pixels)
 
     def _table(self, split: Split) -> ImageTable:
         if check_split(split) not in self._tables:

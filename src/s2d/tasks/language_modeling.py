@@ -25,7 +25,7 @@ from s2d.tasks.base import (
     register,
     to_device,
 )
-from s2d.tasks.files import split_files
+from s2d.tasks.files import read_utf8, split_files
 from s2d.tasks.tokens import check_max_length, digest, require_tokenizer, row_batches, tokenizer_key
 
 _SUFFIXES = (".txt",)
@@ -212,12 +212,7 @@ def _cut(lines: list[str], share: float, file: Path) -> int:
 
 
 def _read_lines(file: Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text (byte {error.start}); convert it or check the file") from error
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    text = read_utf8(file)
     if not text.strip():
         raise InputError(f"{file} is empty")
     return text.splitlines(keepends=True)

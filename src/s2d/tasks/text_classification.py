@@ -21,7 +21,6 @@ from s2d.tasks.base import (
     SPLITS,
     Batch,
     Split,
-    Task,
     check_batch_size,
     check_split,
     device_of,
@@ -31,15 +30,11 @@ from s2d.tasks.base import (
 from s2d.tasks.carving import CARVED, carve
 from s2d.tasks.files import split_files
 from s2d.tasks.tables import TABLE_SUFFIXES, Table, find_columns, read_table
+from s2d.tasks.tokenized_texts import TokenizedTexts
 from s2d.tasks.tokens import (
-    TokenTable,
     by_length,
-    check_max_length,
     digest,
-    require_tokenizer,
     row_batches,
-    tokenize,
-    tokenizer_key,
 )
 
 
@@ -53,7 +48,7 @@ class Example:
 
 
 @register("text-classification")
-class TextClassification(Task):
+class TextClassification(TokenizedTexts):
     """Assign texts to classes, from CSV, TSV, JSON lines or Parquet with a text and a label column.
 
     The encoder's mean-pooled tokens go through one linear layer; cross-entropy; the metric is ``accuracy`` in points.
@@ -76,31 +71,19 @@ class TextClassification(Task):
     def __init__(
         self, data: str | os.PathLike[str], text: str | None = None, label: str | None = None, max_length: int = 64
     ) -> None:
-        self.max_length = max_length
+        super().__init__(max_length)
         self._examples = _splits(Path(data), text, label)
         self.labels = _class_names(self._examples["train"])
         self._classes = {split: self._class_numbers(split) for split in SPLITS}
-        self._tables: dict[Split, TokenTable] = {}
-        self._tokenized_by = ""
 
     @property
     def fingerprint(self) -> str:
         """Short SHA-256 of all texts and labels of all splits."""
         return digest(part for split in SPLITS for ex in self._examples[split] for part in (split, ex.text, ex.label))
 
-    def sizes(self) -> dict[str, int]:
-        """Number of texts of each split."""
-        return {split: len(examples) for split, examples in self._examples.items()}
-
-    def prepare(self, loaded: Loaded) -> None:
-        """Tokenize all texts with the model's tokenizer."""
-        tokenizer = require_tokenizer(loaded, self.name)
-        if self._tokenized_by == (key := tokenizer_key(tokenizer)):
-            return
-        length = check_max_length(loaded, self.max_length, "max_length")
-        for split, examples in self._examples.items():
-            self._tables[split] = tokenize(tokenizer, [example.text for example in examples], length)
-        self._tokenized_by = key
+    def texts(self, split: Split) -> list[str]:
+        """The texts of a split."""
+        return [example.text for example in self._examples[split]]
 
     def build(self, loaded: Loaded, seed: int = 0) -> TextClassifier:
         """A classifier on a copy of the encoder. One that was loaded with this task's classes keeps its head."""
@@ -143,11 +126,6 @@ class TextClassification(Task):
         finally:
             model.train(was_training)
         return {"accuracy": 100 * hits / len(table)}
-
-    def _table(self, split: Split) -> TokenTable:
-        if check_split(split) not in self._tables:
-            raise RuntimeError("the data is not tokenized yet: call build(loaded) or prepare(loaded) first")
-        return self._tables[split]
 
     def _class_numbers(self, split: Split) -> Tensor:
         numbers = {name: number for number, name in enumerate(self.labels)}

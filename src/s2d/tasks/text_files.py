@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from s2d.errors import InputError
+from s2d.tasks.files import read_utf8
 from s2d.tasks.tables import read_table
 
 _TABLES = (".jsonl", ".parquet")
@@ -54,9 +55,4 @@ def _read(file: Path, column: str | None) -> list[str]:
         return [cell or "" for cell in cells]
     if suffix != ".txt":
         raise InputError(f"{file} is not a text file that can be read; use {', '.join(TEXT_SUFFIXES)}")
-    try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text (byte {error.start}); convert it or check the file") from error
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    return read_utf8(file).splitlines()

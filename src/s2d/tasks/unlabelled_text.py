@@ -27,22 +27,17 @@ from s2d.tasks.base import (
     SPLITS,
     Batch,
     Split,
-    Task,
     check_batch_size,
-    check_split,
     device_of,
     register,
     to_device,
 )
 from s2d.tasks.text_files import read_texts
+from s2d.tasks.tokenized_texts import TokenizedTexts
 from s2d.tasks.tokens import (
-    TokenTable,
-    check_max_length,
     digest,
     require_tokenizer,
     row_batches,
-    tokenize,
-    tokenizer_key,
 )
 
 # Tokens whose scores over the vocabulary exist at a time: 50 MB for a vocabulary of 50,000.
@@ -50,7 +45,7 @@ _CHUNK = 256
 
 
 @register("unlabelled-text")
-class UnlabelledText(Task):
+class UnlabelledText(TokenizedTexts):
     """Stay the model that was published, on texts without labels: embeddings of an encoder, or next-token scores.
 
     The loss of an encoder is ``embedding * (1 - cos) + features * distance``: the mean over texts for the pooled
@@ -98,7 +93,8 @@ class UnlabelledText(Task):
             )
         if train < 1 or heldout < 1:
             raise InputError(f"train and heldout must be at least 1 text, not {train} and {heldout}")
-        self.max_length, self.original = max_length, original or ""
+        super().__init__(max_length)
+        self.original = original or ""
         self.embedding, self.features = embedding, features
         self._texts = split_texts(
             read_texts(Path(data), column), {"train": train, "validation": heldout, "test": heldout}
@@ -108,8 +104,6 @@ class UnlabelledText(Task):
                 raise InputError(
                     f"{data} holds too few different texts for a {split} split; give at least a few hundred"
                 )
-        self._tables: dict[Split, TokenTable] = {}
-        self._tokenized_by = ""
         self._teacher: nn.Module | None = None
 
     @property
@@ -117,18 +111,9 @@ class UnlabelledText(Task):
         """Short SHA-256 of the texts of all splits."""
         return digest(text for split in SPLITS for text in self._texts[split])
 
-    def sizes(self) -> dict[str, int]:
-        """Number of texts of each split."""
-        return {split: len(texts) for split, texts in self._texts.items()}
-
-    def prepare(self, loaded: Loaded) -> None:
-        """Tokenize the texts with the model's tokenizer."""
-        tokenizer = require_tokenizer(loaded, self.name)
-        if self._tokenized_by == (key := tokenizer_key(tokenizer)):
-            return
-        length = check_max_length(loaded, self.max_length, "max_length")
-        self._tables = {split: tokenize(tokenizer, texts, length) for split, texts in self._texts.items()}
-        self._tokenized_by = key
+    def texts(self, split: Split) -> list[str]:
+        """The texts of a split."""
+        return self._texts[split]
 
     def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
         """A copy of the causal language model, or a sentence encoder on a copy of the encoder; nothing is random.
@@ -222,11 +207,6 @@ class UnlabelledText(Task):
         if head is None:
             return {"drift": 100 * (1 - first / count), "cosine": 100 * first / count}
         return {"drift": first / count, "agreement": 100 * second / count}
-
-    def _table(self, split: Split) -> TokenTable:
-        if check_split(split) not in self._tables:
-            raise RuntimeError("the data is not tokenized yet: call build(loaded) or prepare(loaded) first")
-        return self._tables[split]
 
     def _original(self) -> nn.Module:
         if self._teacher is None:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.dual_encoder import DualEncoder, pair_loss
-from s2d.tasks.augmentation import augment
 from s2d.tasks.base import Batch, Split, device_of, register, to_device
 from s2d.tasks.labelled_images import LabelledImages
-from s2d.tasks.tokens import require_tokenizer
+from s2d.tasks.tokens import digest, require_tokenizer
 
 # Seven of CLIP's eighty, the ones its authors recommend (openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet).
 TEMPLATES = (
@@ -55,14 +54,19 @@ class ZeroShot(LabelledImages):
         templates: Sequence[str] = TEMPLATES,
         augment: bool = True,
     ) -> None:
-        super().__init__(data, image, label, classes)
+        super().__init__(data, image, label, classes, augment)
         if not templates or not all("{}" in template for template in templates):
             raise InputError(f"every template needs a {{}} for the name of the class; these are {list(templates)}")
         if all(name.isdecimal() for name in self.labels):
             raise InputError(f"the classes of {data} are numbers; name them: -o 'task.classes=[cat, dog, ...]'")
-        self.augment, self.templates = augment, tuple(templates)
+        self.templates = tuple(templates)
         self._texts: dict[str, Tensor] = {}  # [classes * templates, tokens]
         self._tokenized_for = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Short SHA-256 of the images and of the descriptions that they are compared with."""
+        return digest([super().fingerprint, *self.labels, *self.templates])
 
     def prepare(self, loaded: Loaded) -> None:
         """Decode the images, tokenize the descriptions."""
@@ -89,8 +93,8 @@ class ZeroShot(LabelledImages):
         present = batch["labels"].unique()
         texts = self._described(present, torch.randint(len(self.templates), (len(self.labels),)))
         batch, device = to_device(batch, device_of(model)), device_of(model)
-        pixels = augment(batch["pixels"]) if self.augment and model.training else batch["pixels"]
-        scores = model(pixel_values=self.normalize(pixels), **to_device(texts, device))
+        pixels = self.training_pixels(model, batch["pixels"])
+        scores = model(pixel_values=pixels, **to_device(texts, device))
         match = batch["labels"].unsqueeze(1) == present.to(device)
         dual = getattr(model, "module", model)
         assert isinstance(dual, DualEncoder)
