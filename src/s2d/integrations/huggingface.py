@@ -1,0 +1,105 @@
+"""Conditioning inside ``transformers.Trainer``.
+
+    callback = attach(trainer)          # the library's defaults; or attach(trainer, preset="paper"), ...
+    trainer.train()
+
+or, without the numbers in TensorBoard and its like, ``Trainer(..., callbacks=[SpectralDecayCallback()])``: reporters
+that the trainer adds by itself stand before the callbacks passed to it, and have written when these are asked.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2d.decay import SelectiveSpectralDecay
+from s2d.errors import InputError, require
+from s2d.integrations import summary
+from s2d.results import write_atomic
+
+transformers = require("transformers", "hf")
+
+STATE_FILE = "s2d_decay.pt"
+
+
+class SpectralDecayCallback(transformers.TrainerCallback):
+    """Delegates to :class:`s2d.SelectiveSpectralDecay`; its state is ``s2d_decay.pt`` in every checkpoint.
+
+    Attributes:
+        decay: From the beginning of the training on; its history stays when the training is over.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        """Remember how to condition.
+
+        Args:
+            settings: Keywords of :class:`s2d.SelectiveSpectralDecay`.
+        """
+        self.settings = settings
+        self.decay: SelectiveSpectralDecay | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer exists: attach to it, and continue where a resumed training stopped.
+
+        Raises:
+            InputError: The checkpoint that the trainer resumes from has no state of a decay, or that of another.
+        """
+        self._remove()
+        self.decay = SelectiveSpectralDecay(kwargs["model"], kwargs["optimizer"], **self.settings)
+        if state.global_step:
+            self.decay.load_state_dict(_read_state(args, state.global_step))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the state into the checkpoint that the trainer has just written."""
+        if self.decay is None or not state.is_world_process_zero:
+            return
+        content = self.decay.state_dict()
+        place = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+        write_atomic(place, lambda file: torch.save(content, file))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add what the decay sees to what the trainer logs of its steps."""
+        if logs is not None and self.decay is not None and "loss" in logs:
+            logs.update(summary(self.decay))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the hooks out."""
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.decay is not None:
+            self.decay.remove()
+
+
+def attach(trainer: Any, **settings: Any) -> SpectralDecayCallback:
+    """Condition while this trainer trains, and show it in its own logs.
+
+    Args:
+        trainer: A ``transformers.Trainer``, before ``train()``.
+        settings: Keywords of :class:`s2d.SelectiveSpectralDecay`.
+
+    Raises:
+        InputError: `trainer` is something else.
+    """
+    if not isinstance(trainer, transformers.Trainer):
+        raise InputError(f"trainer is {type(trainer).__name__}; pass the transformers.Trainer that will train")
+    callback = SpectralDecayCallback(**settings)
+    trainer.callback_handler.callbacks.insert(0, callback)  # before the reporters, which then see its numbers
+    return callback
+
+
+def _read_state(args: Any, step: int) -> dict[str, Any]:
+    """The state beside the checkpoint of so many steps: where the trainer resumes from, or in its own folder."""
+    named = args.resume_from_checkpoint
+    places = [Path(named)] if isinstance(named, str | os.PathLike) else []
+    places.append(Path(args.output_dir) / f"checkpoint-{step}")
+    for place in places:
+        if (place / STATE_FILE).is_file():
+            return torch.load(place / STATE_FILE, map_location="cpu", weights_only=True)
+    raise InputError(
+        f"the training is resumed at step {step}, but there is no {STATE_FILE} in {places[-1]}; resume from a "
+        "checkpoint written with this callback, or begin anew"
+    )
