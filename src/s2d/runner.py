@@ -37,7 +37,7 @@ from s2d.training import train
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
 _ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
 _HEADS = ("models/heads.py", "models/image_heads.py", "models/dual_encoder.py", "models/preprocessing.py")
-_TRAINING = ("training.py", "tasks", *_HEADS, *_ANCHORING)
+_TRAINING = ("training.py", "guard.py", "tasks", *_HEADS, *_ANCHORING)
 _SEEING = ("selection.py", "views.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
 _DECAY = ("decay.py", "shrink.py", *_SEEING)
 _JUDGING = ("evaluation.py", "tasks", *_HEADS)
@@ -185,8 +185,9 @@ class Runner:
         content = {**asdict(done), "arm": arm, "seed": seed, "decay": self._decay_key(arm)}
         write_json(notes, content)
         (folder / "state.pt").unlink(missing_ok=True)  # only now is everything it holds safe elsewhere
+        skipped = f", {len(done.skipped)} skipped" if done.skipped else ""
         self.watcher.say(
-            f"{arm}, seed {seed}: {done.steps} steps in {done.seconds:.0f} s, last loss {done.losses[-1]:.3f}"
+            f"{arm}, seed {seed}: {done.steps} steps in {done.seconds:.0f} s{skipped}, last loss {done.losses[-1]:.3f}"
         )
         return content
 
@@ -327,7 +328,13 @@ class Runner:
                 on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
             )
             metrics = evaluate(trained, self.task, split=recipe.split, batch_size=recipe.batch_size)
-        return {"metrics": metrics, "seconds": cost.seconds, "peak_mb": cost.peak_mb, "losses": done.losses}
+        return {
+            "metrics": metrics,
+            "seconds": cost.seconds,
+            "peak_mb": cost.peak_mb,
+            "losses": done.losses,
+            "skipped": done.skipped,
+        }
 
     # -- looking
 

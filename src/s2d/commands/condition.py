@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,10 +100,14 @@ def condition(
         state.unlink(missing_ok=True)
         state.parent.rmdir()
     if json_file is not None:
-        training = {"steps": done.steps, "seconds": done.seconds, "peak_mb": done.peak_mb, "losses": done.losses}
+        training = {name: value for name, value in asdict(done).items() if name != "history"}
         run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
-    say(quiet, f"{out}: conditioned in {done.steps} steps, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}")
+    skipped = f" ({len(done.skipped)} skipped)" if done.skipped else ""
+    say(
+        quiet,
+        f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}",
+    )
 
 
 def _task_of(objective: str, task: str | None, data: str | None) -> str | None:
