@@ -70,7 +70,7 @@ class StepGuard:
 
     def _diverged(self, step: int, reason: str) -> InputError:
         return InputError(
-            f"{reason} at step {step}, and the {self._row - 1} steps before it were skipped already: training diverged; "
+            f"{reason} at step {step}, and the {self._row - 1} steps before it were skipped: training diverged; "
             f"lower train.lr ({self.lr:g})"
         )
 

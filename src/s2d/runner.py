@@ -28,7 +28,7 @@ from s2d.quant import QuantSpec
 from s2d.quantized_training import train_quantized
 from s2d.recipe import FULL, UNTRAINED, Calibration, Cell, Recipe, decay_settings
 from s2d.report import write_report
-from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, write_json
+from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, sweep, write_json
 from s2d.tasks import Task, create
 from s2d.training import train
 
@@ -102,6 +102,8 @@ class Runner:
         self._rehearse()
         for note in self.task.notes():
             self.watcher.say(note)
+        for part in ("arms", "cells", "audits"):
+            sweep(folder / part)
         write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
         self.watcher.advance(3)
 

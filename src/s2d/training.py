@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import pickle
 import signal
 import threading
 import time
@@ -30,6 +29,7 @@ from s2d.decay import SelectiveSpectralDecay
 from s2d.errors import InputError, require
 from s2d.guard import StepGuard
 from s2d.models import fingerprint
+from s2d.models.checkpoints import refuse_compressed
 from s2d.results import measured, write_atomic
 from s2d.tasks import Batch, Task
 
@@ -433,8 +433,9 @@ def read_state(path: Path) -> dict[str, Any]:
         InputError: It is damaged, or of another version.
     """
     try:
+        refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # an unpickler of bytes from anywhere raises anything
         raise InputError(f"{path} is damaged and cannot be continued from; remove it to start again") from error
     if not isinstance(content, dict) or content.get("version") != _STATE_VERSION:
         raise InputError(f"{path} is not a training state of this version of s2d; remove it to start again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,7 +66,7 @@ def condition(
     task = _task_of(objective, task, data)
     from s2d.checkpoint import load
     from s2d.models import save_model
-    from s2d.results import run_metadata
+    from s2d.results import run_metadata, sweep
     from s2d.runner import device_of
     from s2d.tasks import create
     from s2d.terminal import Watch
@@ -98,7 +99,9 @@ def condition(
         notes = {"conditioned": recipe.model_dump(include={"model", "task", "train", "arms"}), "seed": seed}
         save_model(built, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
         state.unlink(missing_ok=True)
-        state.parent.rmdir()
+        sweep(state.parent, age=0.0)  # by a run that was killed while it saved
+        with suppress(OSError):  # somebody put something there
+            state.parent.rmdir()
     if json_file is not None:
         training = {name: value for name, value in asdict(done).items() if name != "history"}
         run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)

@@ -14,6 +14,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError, require
 from s2d.models.family import import_families
 from s2d.models.preprocessing import preprocessing_of
+from s2d.results import parse_json, sync_folder
 from s2d.targets import clean_name
 
 CONFIG_NAME = "s2d_config.json"
@@ -133,6 +135,7 @@ def save_model(
                 model.config.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
             save_parts(temporary, tokenizer, processor)
             (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            sync_folder(temporary)
             _move_into_place(temporary, destination)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -222,8 +225,8 @@ def _read_config(folder: Path) -> JSON:
 def read_json(path: Path) -> JSON:
     """A JSON object from a file, or one line about why not."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(content).__name__}")
@@ -258,10 +261,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         check_safetensors(path)
         return load_file(path)
     try:
+        refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(explain_unpickling(path, error)) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # an unpickler of bytes from anywhere raises anything
         raise InputError(f"{path} is damaged or not a PyTorch file: {_first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -269,6 +275,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path} does not hold a dictionary of named tensors (a state_dict)")
     return {clean_name(str(name)): value for name, value in content.items()}
+
+
+def refuse_compressed(path: Path) -> None:
+    """PyTorch stores tensors as they are; a compressed archive would unfold to any size in memory.
+
+    Raises:
+        InputError: It is such an archive.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise InputError(f"{path} is a compressed archive, which PyTorch does not write; it was not read")
 
 
 def explain_unpickling(path: Path | str, error: pickle.UnpicklingError) -> str:

@@ -9,7 +9,6 @@ bytes of the text. ``new:NAME?seed=1`` draws other weights.
 from __future__ import annotations
 
 import importlib.resources
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from s2d.errors import InputError, choices, require
 from s2d.models.family import register_loader
 from s2d.models.preprocessing import Preprocessing
+from s2d.results import parse_json
 
 _SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # CLIP reads an end token of number 2 as "the largest"
 
@@ -104,9 +104,9 @@ def _read(name: str) -> dict[str, Any]:
             f"there is no configuration new:{name}; {choices(name, configurations())} (or name a .json file)"
         )
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"new:{name} is not JSON: line {error.lineno}: {error.msg}") from None
+        content = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"new:{name} is not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise InputError(f'new:{name} should hold an object with transformers\' configuration under "config"')
     return content
