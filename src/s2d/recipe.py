@@ -333,7 +333,7 @@ def _load(text: str) -> Any:
         KeyError,
         IndexError,
         OverflowError,
-    ) as error:  # of values that are no dates, ...
+    ) as error:  # of no date
         raise ValueError(f"a value that cannot be read ({first_line(error, 80)})") from None
     left = MOST_VALUES
     pending = [(content, 0)]

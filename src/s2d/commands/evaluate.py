@@ -22,6 +22,7 @@ from s2d.commands.shared import (
     settings,
     show,
 )
+from s2d.errors import visible
 
 
 @command(app, example="s2d evaluate runs/w4a4 --task docstrings")
