@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from s2d.errors import InputError, choices, require
+from s2d.models.checkpoints import refuse_foreign_code
 from s2d.models.family import register_loader
 from s2d.models.preprocessing import Preprocessing
 from s2d.results import parse_json
@@ -37,11 +38,14 @@ def load_new(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Prepro
     transformers = require("transformers", "hf")
     try:
         config = transformers.AutoConfig.for_model(**content["config"])
+        refuse_foreign_code(config, f"new:{name}")
         architecture = content["config"]["architectures"][0]
         kind = getattr(transformers, architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = kind(config)
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"new:{name}: transformers cannot build this configuration: {error}") from error
     image = content.get("image")
