@@ -11,7 +11,8 @@ What is measured:
 * A process of its own for each attempt: forked from one that has imported the libraries, with one thread, running the
   command line's own entry. Each is killed with SIGKILL in one of three ways, in turn: after a random time; before a
   random one of its changes to the disk (a file opened to be written, renamed or removed, a folder made); or by the
-  system in the middle of a write, when a file grows past a random length (RLIMIT_FSIZE).
+  system in the middle of a write, when a file grows past a random length (RLIMIT_FSIZE). Now and then the disk is
+  full instead, by the same limit: then the process must end by itself, with exit code 2 and one line.
 * It is then started again, and killed again (up to --most times), until it is through. A restart that ends with an
   error counts as a failure, and so does an end that differs: weights are compared byte by byte, JSON files after
   seconds, peak memory and dates are taken out. What a kill left behind (temporary files) is counted, in bytes.
@@ -50,26 +51,33 @@ from s2d.results import write_json
 from s2d.runner import Runner  # noqa: F401
 from s2d.smoke import smoke_test
 
-KINDS = ("time", "disk", "write")
+KINDS = ("time", "disk", "write", "full")
 MOST_FAILURES = 5  # then something is wrong that more kills say nothing about
 VARYING = {"seconds", "peak_mb", "started", "command"}
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 WEIGHTS = (".safetensors",)
 
 
-def prepare(place: Path) -> list[list[str]]:
+def prepare(place: Path, small: bool) -> list[list[str]]:
     """Data and recipe of the run, and the commands that make it up; paths are relative to an attempt's folder."""
     _, recipe = read_recipe("vit-cifar10")
     content = smoke_test(recipe, place / "data").model_dump(mode="json")
     content["train"] |= {"steps": 10, "save_every": 0.0}
     content["quantize"] |= {"specs": ["fp32", "w4a4"], "methods": ["rtn", "repq"], "observers": ["mse"]}
     content["qat"] = {"specs": ["w4a4"], "steps": 4, "decay": True}
+    if small:
+        content["train"] |= {"steps": 4}
+        content |= {"qat": None, "audit": False, "arms": {"s2d": content["arms"]["s2d"]}}
+        content["quantize"] |= {"methods": ["rtn"]}
     file = place / "kills.yaml"
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     pictures = ["--data", str(place / "data")]
     few = ["-o", "train.steps=6", "-o", "train.batch_size=8", "-o", "train.save_every=0"]
+    run = ["run", str(file), "--out", "run", "--quiet"]
+    if small:
+        return [run]
     return [
-        ["run", str(file), "--out", "run", "--quiet"],
+        run,
         ["condition", "new:vit-tiny", "--task", "image-classification", *pictures, *few, "--out", "conditioned", "-q"],
         ["quantize", "conditioned", *pictures, "--method", "repq", "--resume", "blocks", "--out", "quantized", "-q"],
     ]
@@ -117,8 +125,8 @@ def attempt(folder: Path, commands: list[list[str]], kind: str = "", at: float =
                     os.kill(os.getpid(), signal.SIGKILL)
 
             sys.addaudithook(watch)
-            if kind == "write":
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            if kind in ("write", "full"):
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kind == "write" else signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), int(at)))
             code = work(folder, commands)
@@ -217,10 +225,10 @@ def temporaries(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.name.startswith(".")}
 
 
-def run(kills: int, seed: int, most: int, place: Path, say: Callable[[str], None]) -> Tally:
+def run(kills: int, seed: int, most: int, small: bool, place: Path, say: Callable[[str], None]) -> Tally:
     """Kill until there were so many kills, and compare every trial's end with the run that was left alone."""
     rng, tally = random.Random(seed), Tally()
-    commands = prepare(place)
+    commands = prepare(place, small)
     straight = place / "straight"
     straight.mkdir()
     began = time.monotonic()
@@ -240,12 +248,21 @@ def run(kills: int, seed: int, most: int, place: Path, say: Callable[[str], None
             at = {
                 "time": rng.uniform(0.2, seconds * 0.6),
                 "disk": float(rng.randint(1, max(2, alone.changes // 2))),
-                "write": rng.choice(sizes) * rng.uniform(0.1, 3.0) + 64,
-            }.get(kind, 0.0)
+            }.get(kind, rng.choice(sizes) * rng.uniform(0.1, 3.0) + 64)
             before = temporaries(folder)
             result = attempt(folder, commands, kind, at)
             if result.code == 0:
                 break
+            if (
+                kind == "full"
+                and result.code == 2
+                and "could not write" in result.said
+                and result.said.count("\n") == 1
+            ):
+                tally.kills += 1
+                tally.by_kind[kind] += 1
+                say(f"kill {tally.kills}: full disk: {result.said.strip()[:150]}")
+                continue
             if result.code is not None:
                 tally.failures.append(f"trial {tally.trials}: exit code {result.code}: {result.said.strip()[-300:]}")
                 break
@@ -276,13 +293,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--most", type=int, default=8, help="kills of one run before it is let through")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="one arm of a few steps, without audit: for a test")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     _warm()
     place = Path(tempfile.mkdtemp(prefix="s2d-kills-"))
-    tally = run(arguments.kills, arguments.seed, arguments.most, place, lambda text: print(text, flush=True))
+    tally = run(
+        arguments.kills, arguments.seed, arguments.most, arguments.small, place, lambda text: print(text, flush=True)
+    )
     print(
         f"{tally.kills} kills in {tally.trials} runs; by kind {dict(tally.by_kind)}; by stage {dict(tally.by_stage)}; "
         f"{tally.inside_a_save} inside a save; {tally.files_compared} files compared, {tally.weights_compared} of them "

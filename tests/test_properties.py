@@ -1,4 +1,4 @@
-"""What must hold for any weight: of any shape, rank, scale and type, with equal singular values, stored in any order."""
+"""What must hold for any weight: of any shape, rank, scale and type, with equal values, stored in any order."""
 
 from __future__ import annotations
 

@@ -33,12 +33,18 @@ _NOTED = ("s2d", "torch", "transformers", "accelerate", "timm", "open_clip_torch
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> Path:
     """Give `write` a file that takes the place of `path` once it is complete and on the disk; folders are made.
 
+    What is no regular file (``/dev/stdout``, a pipe) is written into as it is.
+
     Raises:
         InputError: The disk is full or does not let us write; what stood at `path` is untouched.
     """
     target = Path(path)
     temporary: str | None = None
     try:
+        if target.exists() and not target.is_file() and not target.is_dir():
+            with open(target, "wb") as file:  # a pipe or a device, which must not be replaced by a file
+                write(file)
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
         with os.fdopen(handle, "wb") as file:
