@@ -21,7 +21,7 @@ MEMORY = 1 << 30
 # The largest image that is decoded: 0.3 GB. A small file can claim to be any size.
 MAX_PIXELS = 100_000_000
 # No others are tried: some start programs (EPS), and nobody's data need them.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 
 class ImageTable:
