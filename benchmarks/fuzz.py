@@ -14,6 +14,7 @@ pyarrow, PIL and safetensors are compiled and are not; for them this is fuzzing 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -284,6 +285,9 @@ def main() -> int:
         return 0
     if arguments.child:
         fuzz(arguments.child, arguments.place, [*flags, f"-artifact_prefix={arguments.place}/found-"], None)
+        return 0
+    if importlib.util.find_spec("atheris") is None:
+        print("nothing was fuzzed: pip install atheris")
         return 0
     base = Path(tempfile.mkdtemp(prefix="s2d-fuzz-"))
     rows, failed = [], 0

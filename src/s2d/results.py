@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2d.errors import InputError
+from s2d.errors import InputError, first_line
 
 JSON = dict[str, Any]
 _NOTED = ("s2d", "torch", "transformers", "accelerate", "timm", "open_clip_torch", "numpy", "safetensors")
@@ -56,7 +56,11 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
         temporary = None
         _sync(target.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        while isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, RuntimeError)):
+            error = error.__context__
+        reason = getattr(error, "strerror", None) or first_line(error)
+        if "inline_container" in reason:  # torch's archive, which does not say what the disk said
+            reason = "the file did not become whole, perhaps the disk is full"
         raise InputError(
             f"could not write {target}: {reason}; nothing was changed there; free some space or choose another place"
         ) from error
