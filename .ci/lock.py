@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
-OURS = {"s2d", "pip", "setuptools", "wheel"}
+OURS = {"s2d", "pip"}
 
 
 def lines() -> list[str]:
