@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -67,6 +68,20 @@ def test_data_that_go_away_are_named_and_the_run_continues_when_they_are_back(
     (tmp_path / "elsewhere").rename(data)
     assert Runner("a", recipe, tmp_path / "run").run()["records"]
     assert steps == [1, 2, 2, 3], "from the state of step 1 on"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory as Linux tells it")
+def test_refreshes_audits_and_quantizations_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("soak", ROOT / "benchmarks/soak.py")
+    assert spec and spec.loader
+    soak = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(soak)
+    monkeypatch.setattr(soak, "POINTS", 5)
+    # 1,000 records of history are full after about 25 refreshes; the first fifth is not looked at.
+    for found in (soak.decay_cycles(150), soak.model_cycles(15)):
+        assert found["hooks_left"] == 0
+        assert found["objects_growth"] < 200, found
+        assert found["memory_growth_mb"] < 8, found
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody may write to, not even root")

@@ -168,6 +168,7 @@ class Runner:
         folder = self._arm_folder(arm, seed)
         notes = folder / "training.json"
         if notes.is_file():
+            (folder / "state.pt").unlink(missing_ok=True)  # of a run that was killed before the last line below
             self.watcher.say(f"{arm}, seed {seed}: trained already ({shown_path(folder)})")
             return read_json(notes)
         settings = self.recipe.train
@@ -304,7 +305,7 @@ class Runner:
             path = self.folder / "cells" / f"{stem}.json"
             if not path.is_file():
                 write_json(path, self._train_quantized(arm, seed, spec, decay, path.with_suffix(".pt")))
-                path.with_suffix(".pt").unlink(missing_ok=True)
+            path.with_suffix(".pt").unlink(missing_ok=True)  # also that of a run killed right here
             found = records_of(self.recipe, self.task, arm, seed, spec, "qat", "", read_json(path))
             records += found
             self.watcher.say(f"{arm}, seed {seed}: {_spec_name(spec)} trained: {found[0]['value']:.2f}")
