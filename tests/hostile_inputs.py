@@ -197,7 +197,11 @@ CASES: list[Case] = [
     ("Parquet: an image that is a number", images([1, 2], ["a", "b"]), "the image is a int"),
     ("texts: only blanks", lambda place: read_texts(written(place, "a.txt", " \n\t\n")), "holds no text"),
     ("image: 30000 x 30000 pixels in 80 bytes", picture(bomb_png), "too many|exceeds limit"),
-    ("image: EPS, which would start a program", picture(lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n"), "cannot identify"),
+    (
+        "image: EPS, which would start a program",
+        picture(lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+        "not an image of a known kind",
+    ),
     ("image: noise", picture(lambda: b"\xff\xd8\xff" + bytes(50)), "left out"),
 ]
 

@@ -80,6 +80,9 @@ class ImageTable:
                     if opened.width * opened.height > MAX_PIXELS:
                         raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
                     return self._preprocessing.pixels(opened)
+        except image.UnidentifiedImageError:
+            self.unreadable[row] = f"not an image of a known kind ({', '.join(FORMATS)}), or damaged"
+            return None
         except Exception as error:  # a decoder of bytes from anywhere raises anything
             self.unreadable[row] = first_line(error, 120)
             return None
