@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -60,3 +62,28 @@ def test_files_that_do_not_parse_are_named(tmp_path: Path, capsys: pytest.Captur
     assert check([str(good)]) == 0
     assert check([str(good), str(bad)]) == 1
     assert "bad.toml" in capsys.readouterr().err
+
+
+def test_constraints_are_versions_and_nothing_of_the_machine_they_were_made_on() -> None:
+    lines = (ROOT / ".ci/constraints.txt").read_text().splitlines()
+    names = [line.partition("==")[0] for line in lines[1:]]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][\w.!]*", line) for line in lines[1:])
+    assert names == sorted(names) and len(names) == len(set(names))
+    assert {"torch", "transformers", "accelerate", "numpy", "pytest", "hatchling"} <= set(names)
+    pin = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("TORCH ?= "))
+    assert pin.removeprefix("TORCH ?= ") in lines, "the Makefile and the constraints name the same torch"
+
+
+def test_a_wheel_with_too_much_or_too_little_is_found_out(tmp_path: Path) -> None:
+    check, wheel = script("check_wheel"), tmp_path / "s2d-0-py3-none-any.whl"
+    tracked = [f"src/s2d/{name}" for name in check.NEEDED]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in tracked:
+            archive.write(ROOT / path, path.removeprefix("src/"))
+        archive.writestr("s2d-0.dist-info/METADATA", "")
+    assert check.problems(wheel, tracked) == []
+    assert check.problems(wheel, tracked[1:]) == [
+        "s2d/py.typed does not belong in it",
+        "s2d/py.typed is not tracked",
+    ]
+    assert check.problems(wheel, [*tracked, "src/s2d/cli.py"]) == ["s2d/cli.py is missing"]

@@ -235,11 +235,78 @@ def test_damaged_and_dangerous_states_are_refused(loaded: Loaded, task: Task, tm
     assert not (tmp_path / "attacked").exists()
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, task: Task, factors: dict[int, float], *, gradient: bool = False) -> None:
+    """Multiply the losses (or only the gradients) of some steps, counted over all trainings from now on."""
+    right, step = type(task).loss, 0
+
+    def loss(self: Task, model: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal step
+        step += 1
+        value, factor = right(self, model, batch), factors.get(step, 1.0)
+        if not gradient:
+            return value * factor
+        value = value.clone()
+        value.register_hook(lambda grad: grad * factor)
+        return value
+
+    monkeypatch.setattr(type(task), "loss", loss)
+
+
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS.keys())
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.filterwarnings("ignore:step", "ignore:Detected call of .lr_scheduler")
+def test_a_step_that_is_no_number_is_skipped_and_told(
+    loaded: Loaded,
+    task: Task,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    decay: dict[str, Any] | None,
+    gradient: bool,
+) -> None:
+    nan = float("nan")
+    settings = SETTINGS.model_copy(update={"save_every": 0.0})
+    with monkeypatch.context() as patch:
+        spoil(patch, task, {1: nan, 4: float("inf")}, gradient=gradient)  # 1 and 4 are steps that the decay looks at
+        straight = task.build(loaded)
+        whole = train(straight, task, settings, decay=decay)
+    assert [skip["step"] for skip in whole.skipped] == [1, 4] and whole.steps == 8
+    assert ("gradient's norm" if gradient else "the loss is nan") in whole.skipped[0]["reason"]
+    assert all(torch.isfinite(tensor).all() for tensor in straight.state_dict().values())
+    assert not equal(straight, task.build(loaded)), "the other steps were taken"
+
+    def crash(step: int, loss: float) -> None:
+        if step == 6:  # the state on the disk is of step 5; the decay's refresh waits for a step that counts
+            raise Crash
+
+    state, continued = tmp_path / "state.pt", task.build(loaded)
+    with monkeypatch.context() as patch:
+        spoil(patch, task, {1: nan, 4: float("inf")}, gradient=gradient)
+        with pytest.raises(Crash):
+            train(task.build(loaded), task, settings, decay=decay, state=state, on_step=crash)
+    rest = train(continued, task, settings, decay=decay, state=state)
+    assert equal(straight, continued)
+    assert rest.skipped == whole.skipped and rest.history == whole.history
+
+
+def test_a_spike_is_skipped_where_that_is_asked_for(
+    loaded: Loaded, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS.model_copy(update={"steps": 20, "spike": 50.0})
+    spoil(monkeypatch, task, {18: 1e4, 38: 1e4}, gradient=True)
+    with pytest.warns(UserWarning, match=r"step 18 was skipped: the gradient's norm is .* times the usual"):
+        assert [skip["step"] for skip in train(task.build(loaded), task, settings).skipped] == [18]
+    assert train(task.build(loaded), task, settings.model_copy(update={"spike": 0.0})).skipped == []
+
+
+@pytest.mark.filterwarnings("ignore:step", "ignore:Detected call of .lr_scheduler")
 def test_divergence_says_so(loaded: Loaded, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = type(task).loss
-    monkeypatch.setattr(type(task), "loss", lambda self, model, batch: right(self, model, batch) * float("nan"))
-    with pytest.raises(InputError, match=r"loss is nan at step 1: training diverged; lower train\.lr \(0\.001\)"):
+    spoil(monkeypatch, task, dict.fromkeys(range(3, 99), float("nan")))
+    with pytest.raises(
+        InputError, match=r"loss is nan at step 8, and the 5 steps .* diverged; lower train\.lr \(0\.001\)"
+    ):
         train(task.build(loaded), task, SETTINGS)
+    with pytest.raises(InputError, match="training diverged"):
+        train(task.build(loaded), task, SETTINGS.model_copy(update={"steps": 2}))
 
 
 def test_a_full_disk_loses_nothing(loaded: Loaded, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

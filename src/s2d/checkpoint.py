@@ -21,7 +21,7 @@ from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_m
 from s2d.models.checkpoints import save_parts
 from s2d.models.huggingface import load_parts
 from s2d.quant.storage import CONFIG
-from s2d.results import read_json, write_json
+from s2d.results import read_json, sync_folder, write_json
 
 ARCHITECTURE = "s2d_architecture.json"
 _TYPE, _VERSION = "s2d_quantized_model", 1
@@ -66,6 +66,7 @@ def save(
             quant.save(model, new)
             write_json(new / ARCHITECTURE, content)
             save_parts(new, tokenizer, processor)
+            sync_folder(new)
             if folder.exists():
                 folder.rename(old)
             new.rename(folder)

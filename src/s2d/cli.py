@@ -20,7 +20,7 @@ import typer
 from s2d.commands import runs  # isort: skip
 from s2d.commands import audit, condition, quantize, evaluate, export, bench, report, recipes, doctor  # isort: skip
 from s2d.commands.shared import app
-from s2d.errors import InputError
+from s2d.errors import InputError, visible
 
 COMMANDS = (runs, audit, condition, quantize, evaluate, export, bench, report, recipes, doctor)
 
@@ -96,7 +96,7 @@ def _unexpected(error: Exception) -> int:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"s2d: {' '.join(text.split())}", file=sys.stderr)
+    print(f"s2d: {visible(' '.join(text.split()), 1500)}", file=sys.stderr)
     return code
 
 
@@ -109,7 +109,7 @@ def _again(arguments: Sequence[str] | None) -> str:
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
     """Warnings of s2d as one line each; those that libraries address to developers are left out."""
     if issubclass(category, UserWarning) and f"{os.sep}s2d{os.sep}" in filename:
-        print(f"s2d: note: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"s2d: note: {visible(' '.join(str(message).split()), 1500)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -562,6 +562,11 @@ class SelectiveSpectralDecay:
         if self.step_count % self.settings.refresh_every == 0:
             self._arm()
 
+    def forget(self) -> None:
+        """Call it instead of the optimizer's step when that is skipped: what its passes showed plays no part later."""
+        if self._handles:
+            self._arm()
+
     def remove(self) -> None:
         """Take every hook out. The model, its state dict and the optimizer are as if the decay had never been."""
         self._disarm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -18,6 +19,22 @@ class InputError(S2DError, ValueError):
 
 class MissingExtra(InputError):
     """An optional dependency is not installed; the message holds the install line."""
+
+
+# Control characters (terminal escapes among them) and marks that turn the direction of text have no place in a line.
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+
+def visible(text: object, most: int = 300) -> str:
+    """``text`` with what cannot be seen written out as an escape, and cut at so many characters."""
+    shown = _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What an error of another library says, in one line; its kind where it says nothing."""
+    text = str(error).strip()
+    return visible(text.splitlines()[0] if text else type(error).__name__, most)
 
 
 def choices(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.resources
 import inspect
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from s2d.decay import PRESETS, DecaySettings, SelectiveSpectralDecay
-from s2d.errors import InputError, choices
+from s2d.errors import InputError, choices, first_line
 from s2d.quant import QuantSpec
 from s2d.quant.observers import ObserverSpec
 from s2d.quant.ptq import get_methods
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 FULL = "fp32"
 UNTRAINED = "none"
+# Of a recipe; aliases count as often as they are used, so that a few lines cannot stand for more than memory holds.
+MOST_VALUES, MOST_LEVELS = 100_000, 60
 _NOT_FOR_RECIPES = ("model", "optimizer", "seed")  # parameters of the decay that a recipe does not set
 
 
@@ -314,13 +317,47 @@ def move(override: str, old: str, new: str) -> str:
     return new + override.removeprefix(old) if override.startswith(old) else override
 
 
-def _parse(text: str, shown: str) -> dict[str, Any]:
+def _load(text: str) -> Any:
+    """Plain data from YAML.
+
+    Raises:
+        ValueError: It is none, or stands for far more data than it is long (aliases of aliases).
+    """
     try:
         content = yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (
+        TypeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        OverflowError,
+    ) as error:  # of no date
+        raise ValueError(f"a value that cannot be read ({first_line(error, 80)})") from None
+    left = MOST_VALUES
+    pending = [(content, 0)]
+    while pending:
+        value, depth = pending.pop()
+        left -= 1
+        if left < 0 or depth > MOST_LEVELS:
+            raise ValueError("it stands for too much data; write it without aliases")
+        if isinstance(value, dict):
+            pending += [(item, depth + 1) for item in (*value.keys(), *value.values())]
+        elif isinstance(value, (list, tuple, set)):
+            pending += [(item, depth + 1) for item in value]
+    return content
+
+
+def _parse(text: str, shown: str) -> dict[str, Any]:
+    try:
+        content = _load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
         raise InputError(f"{shown}{place} is not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    except ValueError as error:
+        raise InputError(f"{shown} is not a recipe: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{shown} is not a recipe: it should hold keys such as model, task and train")
     return content
@@ -331,9 +368,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise InputError(f"override {override!r}: write key=value, for example train.steps=100")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not YAML; quote it") from None
+        value = _load(text)
+    except (yaml.YAMLError, ValueError):
+        raise InputError(f"override {override[:80]!r}: the value is not YAML; quote it") from None
     *parents, last = key.strip().split(".")
     place = data
     for parent in parents:
@@ -362,4 +399,4 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if "ctx" in first and isinstance(first["ctx"].get("error"), InputError):
         return f"{where}: {message}"
-    return f"{where}={first['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{where}={reprlib.repr(first['input'])}: {message[0].lower()}{message[1:]}"

@@ -13,7 +13,9 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2d.errors import InputError
+from s2d.errors import InputError, first_line
 
 JSON = dict[str, Any]
 _NOTED = ("s2d", "torch", "transformers", "accelerate", "timm", "open_clip_torch", "numpy", "safetensors")
@@ -31,12 +33,18 @@ _NOTED = ("s2d", "torch", "transformers", "accelerate", "timm", "open_clip_torch
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> Path:
     """Give `write` a file that takes the place of `path` once it is complete and on the disk; folders are made.
 
+    What is no regular file (``/dev/stdout``, a pipe) is written into as it is.
+
     Raises:
         InputError: The disk is full or does not let us write; what stood at `path` is untouched.
     """
     target = Path(path)
     temporary: str | None = None
     try:
+        if target.exists() and not target.is_file() and not target.is_dir():
+            with open(target, "wb") as file:  # a pipe or a device, which must not be replaced by a file
+                write(file)
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
         with os.fdopen(handle, "wb") as file:
@@ -46,8 +54,13 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
         os.chmod(temporary, 0o644)  # mkstemp makes files private
         os.replace(temporary, target)
         temporary = None
+        _sync(target.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        while isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, RuntimeError)):
+            error = error.__context__
+        reason = getattr(error, "strerror", None) or first_line(error)
+        if "inline_container" in reason:  # torch's archive, which does not say what the disk said
+            reason = "the file did not become whole, perhaps the disk is full"
         raise InputError(
             f"could not write {target}: {reason}; nothing was changed there; free some space or choose another place"
         ) from error
@@ -56,6 +69,32 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
     return target
+
+
+def sync_folder(folder: Path) -> None:
+    """Put every file of a folder on the disk, so that a name given to it later never stands for less than it says."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o644)  # some libraries make their files private
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some systems cannot do it with folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep(folder: Path, *, age: float = 3600.0) -> None:
+    """Remove what killed writes left in a folder: temporary files and folders that nobody touched for `age` seconds."""
+    for path in list(folder.rglob(".*-????????")):
+        with contextlib.suppress(OSError):
+            newest = max(part.lstat().st_mtime for part in [path, *path.rglob("*")])
+            if re.fullmatch(r"\..+-[a-z0-9_]{8}", path.name) and time.time() - newest >= age:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_json(path: str | os.PathLike[str], content: object) -> Path:
@@ -72,6 +111,14 @@ def write_json(path: str | os.PathLike[str], content: object) -> Path:
     return write_atomic(path, write)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says; whatever is wrong with it is a ValueError (too deep a nesting, or numbers too long)."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: str | os.PathLike[str]) -> JSON:
     """A JSON object from a file.
 
@@ -79,10 +126,10 @@ def read_json(path: str | os.PathLike[str]) -> JSON:
         InputError: It is not there, cannot be read, or is something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {os.fspath(path)}: {error.strerror}; check the name") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{os.fspath(path)} is not a JSON file: {error}; make it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{os.fspath(path)} should hold a JSON object, not a {type(content).__name__}")

@@ -28,7 +28,7 @@ from s2d.quant import QuantSpec
 from s2d.quantized_training import train_quantized
 from s2d.recipe import FULL, UNTRAINED, Calibration, Cell, Recipe, decay_settings
 from s2d.report import write_report
-from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, write_json
+from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, sweep, write_json
 from s2d.tasks import Task, create
 from s2d.training import train
 
@@ -37,7 +37,7 @@ from s2d.training import train
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
 _ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
 _HEADS = ("models/heads.py", "models/image_heads.py", "models/dual_encoder.py", "models/preprocessing.py")
-_TRAINING = ("training.py", "tasks", *_HEADS, *_ANCHORING)
+_TRAINING = ("training.py", "guard.py", "tasks", *_HEADS, *_ANCHORING)
 _SEEING = ("selection.py", "views.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
 _DECAY = ("decay.py", "shrink.py", *_SEEING)
 _JUDGING = ("evaluation.py", "tasks", *_HEADS)
@@ -102,6 +102,8 @@ class Runner:
         self._rehearse()
         for note in self.task.notes():
             self.watcher.say(note)
+        for part in ("arms", "cells", "audits"):
+            sweep(folder / part)
         write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
         self.watcher.advance(3)
 
@@ -166,6 +168,7 @@ class Runner:
         folder = self._arm_folder(arm, seed)
         notes = folder / "training.json"
         if notes.is_file():
+            (folder / "state.pt").unlink(missing_ok=True)  # of a run that was killed before the last line below
             self.watcher.say(f"{arm}, seed {seed}: trained already ({shown_path(folder)})")
             return read_json(notes)
         settings = self.recipe.train
@@ -185,8 +188,9 @@ class Runner:
         content = {**asdict(done), "arm": arm, "seed": seed, "decay": self._decay_key(arm)}
         write_json(notes, content)
         (folder / "state.pt").unlink(missing_ok=True)  # only now is everything it holds safe elsewhere
+        skipped = f", {len(done.skipped)} skipped" if done.skipped else ""
         self.watcher.say(
-            f"{arm}, seed {seed}: {done.steps} steps in {done.seconds:.0f} s, last loss {done.losses[-1]:.3f}"
+            f"{arm}, seed {seed}: {done.steps} steps in {done.seconds:.0f} s{skipped}, last loss {done.losses[-1]:.3f}"
         )
         return content
 
@@ -301,7 +305,7 @@ class Runner:
             path = self.folder / "cells" / f"{stem}.json"
             if not path.is_file():
                 write_json(path, self._train_quantized(arm, seed, spec, decay, path.with_suffix(".pt")))
-                path.with_suffix(".pt").unlink(missing_ok=True)
+            path.with_suffix(".pt").unlink(missing_ok=True)  # also that of a run killed right here
             found = records_of(self.recipe, self.task, arm, seed, spec, "qat", "", read_json(path))
             records += found
             self.watcher.say(f"{arm}, seed {seed}: {_spec_name(spec)} trained: {found[0]['value']:.2f}")
@@ -327,7 +331,13 @@ class Runner:
                 on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
             )
             metrics = evaluate(trained, self.task, split=recipe.split, batch_size=recipe.batch_size)
-        return {"metrics": metrics, "seconds": cost.seconds, "peak_mb": cost.peak_mb, "losses": done.losses}
+        return {
+            "metrics": metrics,
+            "seconds": cost.seconds,
+            "peak_mb": cost.peak_mb,
+            "losses": done.losses,
+            "skipped": done.skipped,
+        }
 
     # -- looking
 

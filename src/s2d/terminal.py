@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from s2d.errors import visible
 from s2d.report.results import read_results
 from s2d.report.summary import Group, groups, label, rivals
 
@@ -74,7 +75,7 @@ class Watch:
     def say(self, text: str) -> None:
         """A line to keep."""
         if not self.quiet:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(visible(text, 1500), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def comparison(results: Mapping[str, Any]) -> list[Table]:

@@ -11,9 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
-import pickle
 import signal
 import threading
 import time
@@ -29,13 +27,15 @@ from torch import nn
 from s2d.anchor import Anchor
 from s2d.decay import SelectiveSpectralDecay
 from s2d.errors import InputError, require
+from s2d.guard import StepGuard
 from s2d.models import fingerprint
+from s2d.models.checkpoints import refuse_compressed
 from s2d.results import measured, write_atomic
 from s2d.tasks import Batch, Task
 
 # Texts of like length share a batch: this many batches are drawn together and sorted before they are cut.
 MEGA_BATCH = 16
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 OnStep = Callable[[int, float], None]
 
@@ -53,6 +53,8 @@ class TrainSettings(BaseModel):
         weight_decay: Of AdamW; biases and norms are left out, as usual.
         warmup: Share of the steps in which the rate rises linearly from 0; it falls linearly to 0 in the others.
         clip: Largest norm of the gradient.
+        spike: Skip a step whose gradient is so many times as large as the median of the last 64; 0 takes them all. A
+            loss or gradient that is no number is skipped always (see `s2d.guard`).
         dropout: Keep the model's own dropout. Off by default: short fine-tuning ends better and repeats exactly.
         group_by_length: Put texts of like length into one batch, which halves the time on short texts.
         distill: Weight of the distance from the model as it was before training, in shares of variance (see
@@ -72,6 +74,7 @@ class TrainSettings(BaseModel):
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     warmup: float = Field(default=0.1, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    spike: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     dropout: bool = False
     group_by_length: bool = True
     distill: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -127,6 +130,7 @@ class Training:
         peak_mb: See `s2d.results.Cost`.
         losses: One a step.
         history: The decay's, one record a refresh and weight; empty without decay.
+        skipped: Steps that were counted and not taken, and why: their loss or gradient was no number, or a spike.
     """
 
     steps: int
@@ -134,6 +138,7 @@ class Training:
     peak_mb: float
     losses: list[float]
     history: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(
@@ -163,7 +168,7 @@ def train(
         on_checkpoint: Called with the number of steps taken at each of ``settings.checkpoints``, in evaluation mode.
 
     Raises:
-        InputError: Impossible settings, a loss that is no number, a state of other settings, or a disk that refuses.
+        InputError: Impossible settings, losses that stay no numbers, a state of other settings, or a disk that refuses.
         KeyboardInterrupt: Ctrl-C (or a termination signal); with `state`, everything was saved first.
     """
     settings = settings or TrainSettings()
@@ -192,7 +197,8 @@ def train(
         if not settings.dropout:
             stack.enter_context(without_dropout(model))
         stack.callback(model.eval)
-        run = _Run(model, raw, scheduler, spectral, companion, Path(state) if state is not None else None, key)
+        guard = StepGuard(settings.spike, settings.lr)
+        run = _Run(model, raw, scheduler, spectral, companion, guard, Path(state) if state is not None else None, key)
         run.restore()
         interrupt = stack.enter_context(_deferred_interrupt()) if run.path is not None else None
         cost = stack.enter_context(measured())
@@ -206,14 +212,16 @@ def train(
                 added = None if companion is None else companion.loss()
                 loss = loss if added is None else loss + added
             value = loss.item()
-            if not math.isfinite(value):
-                raise InputError(
-                    f"the loss is {value} at step {run.step + 1}: training diverged; lower train.lr ({settings.lr:g})"
-                )
             optimizer.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), settings.clip)
-            optimizer.step()
+            taken = guard.loss(run.step + 1, value)
+            if taken:
+                accelerator.backward(loss)
+                norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip)
+                taken = guard.gradient(run.step + 1, float(norm))
+            if taken:
+                optimizer.step()
+            elif spectral is not None:
+                spectral.forget()  # what this step showed is not its next one's
             run.seconds = clock.seconds = before + time.monotonic() - started
             scheduler.step()
             run.step += 1
@@ -230,10 +238,11 @@ def train(
             if run.path is not None and time.monotonic() - saved >= settings.save_every and run.step < settings.steps:
                 run.save()
                 saved = time.monotonic()
+    guard.check_end(run.step)
     if run.path is not None:
         run.save()
     history = list(spectral.history) if spectral is not None else []
-    return Training(run.step, run.seconds, cost.peak_mb, run.losses, history)
+    return Training(run.step, run.seconds, cost.peak_mb, run.losses, history, guard.skipped)
 
 
 def _accelerator(place: torch.device) -> Any:
@@ -369,6 +378,7 @@ class _Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     decay: SelectiveSpectralDecay | None
     companion: Companion | None
+    guard: StepGuard
     path: Path | None
     key: str
     step: int = 0
@@ -388,6 +398,7 @@ class _Run:
             "scheduler": self.scheduler.state_dict(),
             "decay": None if self.decay is None else self.decay.state_dict(),
             "companion": None if self.companion is None else self.companion.state_dict(),
+            "guard": self.guard.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         }
@@ -408,6 +419,7 @@ class _Run:
             self.decay.load_state_dict(content["decay"])
         if self.companion is not None:
             self.companion.load_state_dict(content["companion"])
+        self.guard.load_state_dict(content["guard"])
         torch.set_rng_state(content["random"])
         if content["random_cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(content["random_cuda"])
@@ -421,8 +433,9 @@ def read_state(path: Path) -> dict[str, Any]:
         InputError: It is damaged, or of another version.
     """
     try:
+        refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # an unpickler of bytes from anywhere raises anything
         raise InputError(f"{path} is damaged and cannot be continued from; remove it to start again") from error
     if not isinstance(content, dict) or content.get("version") != _STATE_VERSION:
         raise InputError(f"{path} is not a training state of this version of s2d; remove it to start again")

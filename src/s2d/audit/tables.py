@@ -11,6 +11,8 @@ from rich import box
 from rich.cells import cell_len
 from rich.table import Table
 
+from s2d.errors import visible
+
 if TYPE_CHECKING:
     from s2d.audit.results import Audit, Trend
 
@@ -90,13 +92,15 @@ def _fitting(title: str, columns: Sequence[_Column], width: int | None, bold: Se
     shown = list(columns)
     while sum(column.width for column in shown) > room and any(column.rank for column in shown):
         shown.remove(max(shown, key=lambda column: column.rank))
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+    table = Table(
+        title=visible(title), box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left"
+    )
     for column in shown:
         first = column is shown[0]
         justify = "right" if column.right else "left"
         table.add_column(column.heading, justify=justify, no_wrap=not first, overflow="fold")
     for index, heavy in enumerate(bold):
-        table.add_row(*(column.cells[index] for column in shown), style="bold" if heavy else None)
+        table.add_row(*(visible(column.cells[index]) for column in shown), style="bold" if heavy else None)
     return table
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from s2d.commands.shared import (
     Data,
@@ -18,6 +17,7 @@ from s2d.commands.shared import (
     check_file,
     command,
     save_json,
+    show,
 )
 
 
@@ -62,7 +62,7 @@ def audit(
     if html is not None:
         found.save(html)
     if not quiet:
-        Console().print(found.table(rows))
+        show(found.table(rows))
 
 
 def _chain(first: tuple[str, Any], rest: Any) -> Any:

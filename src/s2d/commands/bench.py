@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from s2d.commands.shared import JsonFile, Quiet, app, check_file, command, save_json
+from s2d.commands.shared import JsonFile, Quiet, app, check_file, command, save_json, show
 from s2d.errors import InputError
 
 
@@ -63,7 +63,7 @@ def bench(
             f"{row.cold_ms:.0f}",
             f"{row.grown_mb:.0f}",
         )
-    Console().print(table)
+    show(table)
 
 
 def _numbers(option: str, text: str) -> list[int]:

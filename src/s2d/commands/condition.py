@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,7 +66,7 @@ def condition(
     task = _task_of(objective, task, data)
     from s2d.checkpoint import load
     from s2d.models import save_model
-    from s2d.results import run_metadata
+    from s2d.results import run_metadata, sweep
     from s2d.runner import device_of
     from s2d.tasks import create
     from s2d.terminal import Watch
@@ -97,12 +99,18 @@ def condition(
         notes = {"conditioned": recipe.model_dump(include={"model", "task", "train", "arms"}), "seed": seed}
         save_model(built, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
         state.unlink(missing_ok=True)
-        state.parent.rmdir()
+        sweep(state.parent, age=0.0)  # by a run that was killed while it saved
+        with suppress(OSError):  # somebody put something there
+            state.parent.rmdir()
     if json_file is not None:
-        training = {"steps": done.steps, "seconds": done.seconds, "peak_mb": done.peak_mb, "losses": done.losses}
+        training = {name: value for name, value in asdict(done).items() if name != "history"}
         run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
-    say(quiet, f"{out}: conditioned in {done.steps} steps, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}")
+    skipped = f" ({len(done.skipped)} skipped)" if done.skipped else ""
+    say(
+        quiet,
+        f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}",
+    )
 
 
 def _task_of(objective: str, task: str | None, data: str | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -12,6 +11,7 @@ from s2d.commands.shared import (
     app,
     command,
     save_json,
+    show,
 )
 
 
@@ -29,4 +29,4 @@ def doctor(json_file: JsonFile = None, quiet: Quiet = False) -> None:
             table.add_row(key, name, Text(str(text)))
             key = ""
     if not quiet:
-        Console().print(table)
+        show(table)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from s2d.commands.shared import (
@@ -21,7 +20,9 @@ from s2d.commands.shared import (
     command,
     save_json,
     settings,
+    show,
 )
+from s2d.errors import visible
 
 
 @command(app, example="s2d evaluate runs/w4a4 --task docstrings")
@@ -73,10 +74,10 @@ def evaluate(
     if json_file is not None:
         about = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint)
         save_json(json_file, {"run": about, "records": records})
-    table = Table(title=f"{model} on {recipe.task.label} ({split})")
+    table = Table(title=visible(f"{model} on {recipe.task.label} ({split})"))
     table.add_column("metric")
     table.add_column("value", justify="right")
     for metric, value in metrics.items():
         table.add_row(metric, f"{value:.2f}")
     if not quiet:
-        Console().print(table)
+        show(table)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from s2d.commands.shared import (
     app,
     command,
     save_json,
+    show,
 )
 
 recipes_app = typer.Typer(help="The recipes that come with s2d.", rich_markup_mode="rich")
@@ -33,7 +33,7 @@ def recipes_list(json_file: JsonFile = None, quiet: Quiet = False) -> None:
     for name, about in found.items():
         table.add_row(name, Text(about))
     if not quiet:
-        Console().print(table)
+        show(table)
 
 
 @command(recipes_app, "show", example="s2d recipes show minilm-banking77 > mine.yaml")

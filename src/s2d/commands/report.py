@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from s2d.commands.shared import (
     say,
 )
 from s2d.errors import InputError
+from s2d.results import parse_json
 
 
 @command(app, example="s2d report runs/demo/results.json --out report.html")
@@ -36,8 +36,8 @@ def report(
 
 def _read_any(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check the name") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not a JSON file ({error}); name a results.json of s2d") from error

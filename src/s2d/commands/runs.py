@@ -18,6 +18,7 @@ from s2d.commands.shared import (
     check_file,
     command,
     save_json,
+    show,
 )
 
 
@@ -88,7 +89,7 @@ def _run(
         save_json(json_file, results)
     if not quiet:
         for table in comparison(results):
-            Console().print(table)
+            show(table)
 
 
 def _has_display() -> bool:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from s2d.errors import InputError
+from s2d.errors import InputError, visible
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from s2d.recipe import Recipe
 
 
@@ -109,7 +111,14 @@ def save_json(path: Path, content: Any) -> None:
 def say(quiet: bool, text: str) -> None:
     """The last word of a command."""
     if not quiet:
-        print(text)
+        print("\n".join(visible(line, 1500) for line in text.split("\n")))
+
+
+def show(table: Table) -> None:
+    """Print a table. Names in it are hostile input: square brackets and colons are no markup."""
+    from rich.console import Console
+
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def bars(quiet: bool) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError, require
 from s2d.models.family import import_families
 from s2d.models.preprocessing import preprocessing_of
+from s2d.results import parse_json, sync_folder
 from s2d.targets import clean_name
 
 CONFIG_NAME = "s2d_config.json"
@@ -133,6 +136,7 @@ def save_model(
                 model.config.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
             save_parts(temporary, tokenizer, processor)
             (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            sync_folder(temporary)
             _move_into_place(temporary, destination)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -194,15 +198,36 @@ def load_saved(folder: Path) -> nn.Module:
     description = _read_config(folder)["model"]
     weights = folder / WEIGHTS_NAME
     check_safetensors(weights)
+    _check_sizes(description, weights, folder / CONFIG_NAME)
     try:
         model = rebuild(description)
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a library's constructor, given anything, raises anything
         raise InputError(f"{folder / CONFIG_NAME} does not describe a model: {_first_line(error)}") from error
     try:
         load_model(model, weights)
     except RuntimeError as error:
         raise InputError(f"{weights} does not fit {folder / CONFIG_NAME}: {_first_line(error)}") from error
     return model.eval()
+
+
+def _check_sizes(description: JSON, weights: Path, shown: Path) -> None:
+    """Refuse a description of a model far larger than its weights, before all memory is asked for to build it."""
+    with safe_open(weights, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 -- not a dictionary
+    most = {"layers|depth": max(64, len(shapes)), "size|vocab|width|dim": max(65536, sum(map(math.prod, shapes)))}
+    pending: list[Any] = [description]
+    while pending:
+        value = pending.pop()
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(item, (dict, list)):
+                pending.append(item)
+            for words, limit in most.items():
+                if isinstance(item, int) and item > limit and re.search(words, str(key)):
+                    raise InputError(
+                        f"{shown}: {key} is {item}, more than the weights beside it can have; copy both again"
+                    )
 
 
 def read_notes(folder: str | os.PathLike[str]) -> JSON:
@@ -222,8 +247,8 @@ def _read_config(folder: Path) -> JSON:
 def read_json(path: Path) -> JSON:
     """A JSON object from a file, or one line about why not."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(content).__name__}")
@@ -231,9 +256,17 @@ def read_json(path: Path) -> JSON:
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse a safetensors file that is damaged, by its header and length; the tensors are not read."""
+    """Refuse a safetensors file that is damaged or quantized, by its header and length; the tensors are not read."""
     try:
-        with safe_open(path, framework="pt"):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118 -- not a dictionary
+            kinds = {name: file.get_slice(name).get_dtype() for name in names}
+            odd = [name for name, kind in kinds.items() if kind == "BOOL" or kind.startswith(("I", "U"))]
+            if odd:
+                raise InputError(
+                    f"{path}: {odd[0]} is of type {kinds[odd[0]]}, no floating-point number; the checkpoint is "
+                    "quantized or damaged, get the original"
+                )
             return
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing") from error
@@ -258,10 +291,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         check_safetensors(path)
         return load_file(path)
     try:
+        refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(explain_unpickling(path, error)) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # an unpickler of bytes from anywhere raises anything
         raise InputError(f"{path} is damaged or not a PyTorch file: {_first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -269,6 +305,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path} does not hold a dictionary of named tensors (a state_dict)")
     return {clean_name(str(name)): value for name, value in content.items()}
+
+
+def refuse_compressed(path: Path) -> None:
+    """PyTorch stores tensors as they are; a compressed archive would unfold to any size in memory.
+
+    Raises:
+        InputError: It is such an archive.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise InputError(f"{path} is a compressed archive, which PyTorch does not write; it was not read")
 
 
 def explain_unpickling(path: Path | str, error: pickle.UnpicklingError) -> str:
@@ -279,6 +328,23 @@ def explain_unpickling(path: Path | str, error: pickle.UnpicklingError) -> str:
             "get a .safetensors version, or convert it where you trust it"
         )
     return f"{path} is damaged or not a PyTorch file; download or copy it again"
+
+
+def refuse_foreign_code(config: Any, shown: str) -> None:
+    """A transformers configuration may name attention code on the hub, which transformers would fetch and run.
+
+    Raises:
+        InputError: This one does.
+    """
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    for part in parts:
+        for key in ("_attn_implementation", "_experts_implementation"):
+            named = getattr(part, key, None)
+            texts = named.values() if isinstance(named, dict) else [named]
+            if any(isinstance(text, str) and ("/" in text or ":" in text) for text in texts):
+                raise InputError(
+                    f"{shown} names code on the hub ({key.strip('_')}: {named!r}), which is not run; remove that"
+                )
 
 
 def check_finite(model: nn.Module, source: str) -> None:
@@ -320,6 +386,7 @@ def _rebuild_transformers(description: JSON) -> nn.Module:
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise InputError(f"this transformers ({transformers.__version__}) has no model class {description['class']!r}")
     config = model_class.config_class.from_dict(description["config"])
+    refuse_foreign_code(config, CONFIG_NAME)
     return model_class(config, **description["arguments"])
 
 

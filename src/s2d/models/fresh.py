@@ -9,7 +9,6 @@ bytes of the text. ``new:NAME?seed=1`` draws other weights.
 from __future__ import annotations
 
 import importlib.resources
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ import torch
 from torch import nn
 
 from s2d.errors import InputError, choices, require
+from s2d.models.checkpoints import refuse_foreign_code
 from s2d.models.family import register_loader
 from s2d.models.preprocessing import Preprocessing
+from s2d.results import parse_json
 
 _SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # CLIP reads an end token of number 2 as "the largest"
 
@@ -37,11 +38,14 @@ def load_new(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Prepro
     transformers = require("transformers", "hf")
     try:
         config = transformers.AutoConfig.for_model(**content["config"])
+        refuse_foreign_code(config, f"new:{name}")
         architecture = content["config"]["architectures"][0]
         kind = getattr(transformers, architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = kind(config)
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"new:{name}: transformers cannot build this configuration: {error}") from error
     image = content.get("image")
@@ -104,9 +108,9 @@ def _read(name: str) -> dict[str, Any]:
             f"there is no configuration new:{name}; {choices(name, configurations())} (or name a .json file)"
         )
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"new:{name} is not JSON: line {error.lineno}: {error.msg}") from None
+        content = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"new:{name} is not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise InputError(f'new:{name} should hold an object with transformers\' configuration under "config"')
     return content

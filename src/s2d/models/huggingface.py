@@ -12,7 +12,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from s2d.errors import InputError, require
-from s2d.models.checkpoints import check_safetensors, explain_unpickling, read_json, read_weights
+from s2d.models.checkpoints import (
+    check_safetensors,
+    explain_unpickling,
+    read_json,
+    read_weights,
+    refuse_foreign_code,
+)
 from s2d.models.hub import offline
 from s2d.models.packages import WEIGHT_SUFFIXES, suggestions
 from s2d.models.quiet import no_garbage_collection, quiet
@@ -80,6 +86,7 @@ def load_transformers(
     with quiet(transformers), no_garbage_collection():
         try:
             config = transformers.AutoConfig.from_pretrained(source, **options)
+            refuse_foreign_code(config, shown)
             auto_class, arguments = _model_class(transformers, config, of_gguf=gguf_file is not None)
             arguments |= {
                 "config": config,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
-import json
 import re
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from s2d.errors import InputError
+from s2d.results import parse_json
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _DEPTH = 3
@@ -69,8 +69,8 @@ def is_transformers_folder(folder: Path) -> bool:
     if not config.is_file():
         return False
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        content = parse_json(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return True  # let the loader say what is wrong with it
     names_a_model = isinstance(content, dict) and ("model_type" in content or "architectures" in content)
     return names_a_model and any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir())

@@ -167,9 +167,9 @@ def _from_text(text: str) -> QuantSpec:
         blocks = isinstance(format, BlockFormat)
         activation = TensorSpec(format, "block" if blocks else "tensor")
         return QuantSpec(TensorSpec(format, "block" if blocks else "channel"), activation, activation)
-    match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+    match = re.fullmatch(r"w([0-9]{1,4})a([0-9]{1,4})", text.strip().lower())
     if match is None:
-        raise InputError(f"unknown quantization spec {text!r}; {_EXAMPLES}")
+        raise InputError(f"unknown quantization spec {text[:80]!r}; {_EXAMPLES}")
     weight_bits, activation_bits = int(match[1]), int(match[2])
     for bits in (weight_bits, activation_bits):
         if bits != FULL_BITS and not MIN_BITS <= bits <= MAX_BITS:
@@ -265,7 +265,7 @@ def _tensor(group: Group, form: Any, base: TensorSpec | None) -> TensorSpec | No
 
 def _granularity(group: Group, text: Any) -> tuple[Granularity, int]:
     """A granularity, and the size of its groups if it is one of groups."""
-    match = re.fullmatch(r"group-([1-9]\d*)", str(text))
+    match = re.fullmatch(r"group-([1-9][0-9]{0,8})", str(text))
     granularity = "group" if match else text
     # The bare word "group" says no size.
     if granularity not in _GRANULARITIES[group] or text == "group":

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from s2d.errors import InputError
+from s2d.errors import InputError, visible
 
 JSON = Mapping[str, Any]
-
-# Control characters (terminal escapes among them) and marks that turn the direction of text have no place in a name.
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-_MAX_NAME = 300
-
-
-def visible(text: object) -> str:
-    """``text`` with what cannot be seen written out as an escape, and cut at 300 characters."""
-    shown = _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
-    return shown if len(shown) <= _MAX_NAME else shown[: _MAX_NAME - 1] + "…"
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError, first_line, require
+from s2d.results import parse_json
 from s2d.tasks.base import SPLITS, Split
 from s2d.tasks.carving import CARVED, carve
 from s2d.tasks.files import SPLIT_NAMES
@@ -147,22 +147,27 @@ def _from_tables(
                 pick = [_column(schema.names, image, _IMAGE_NAMES, "image", str(file))]
                 pick.append(_column(schema.names, label, _LABEL_NAMES, "label", str(file)))
                 table = parquet.read_table(file, columns=pick)
-            except (OSError, arrow.ArrowException) as error:
-                raise InputError(f"cannot read {file} as Parquet: {str(error).splitlines()[0]}") from error
+                cells = [table.column(name).to_pylist() for name in pick]
+            except InputError:
+                raise
+            except (OSError, arrow.ArrowException, ValueError, TypeError, KeyError, OverflowError) as error:
+                raise InputError(f"cannot read {file} as Parquet: {first_line(error)}") from error
             names = names or _stated_names(schema.metadata, pick[1])
-            rows = zip(table.column(pick[0]).to_pylist(), table.column(pick[1]).to_pylist(), strict=True)
-            for number, (cell, value) in enumerate(rows, 1):
+            for number, (cell, value) in enumerate(zip(*cells, strict=True), 1):
                 place = f"{file}, row {number}"
-                splits[split].append(ImageExample(_source(cell, place), _label(value, names, place), place))
+                source = _source(cell, place)
+                if isinstance(source, Path):
+                    source = _beside(file.parent, source, place)
+                splits[split].append(ImageExample(source, _label(value, names, place), place))
     return splits, names
 
 
 def _stated_names(metadata: Any, column: str) -> tuple[str, ...] | None:
     """The class names that the `datasets` library writes into a Parquet file."""
     try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(metadata[b"huggingface"])["info"]["features"]
         return tuple(features[column]["names"]) or None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
@@ -183,6 +188,14 @@ def _source(cell: Any, place: str) -> bytes | Path:
     if isinstance(cell, str):
         return Path(cell)
     raise InputError(f"{place}: the image is a {type(cell).__name__}; expected encoded bytes (JPEG, PNG) or a path")
+
+
+def _beside(folder: Path, path: Path, place: str) -> Path:
+    """A file that a table names; a table that came from elsewhere may not name files all over this machine."""
+    found = (folder / path).resolve()
+    if not found.is_relative_to(folder.resolve()):
+        raise InputError(f"{place}: the image {str(path)!r} is outside of the table's folder; put it below that")
+    return found
 
 
 def _label(value: Any, names: tuple[str, ...] | None, place: str) -> str:

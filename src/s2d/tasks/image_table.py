@@ -13,11 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from s2d.errors import require
+from s2d.errors import first_line, require
 from s2d.models.preprocessing import Preprocessing
 
 # What decoded images of one split may take; 350,000 of 32x32, 7,000 of 224x224.
 MEMORY = 1 << 30
+# The largest image that is decoded: 0.3 GB. A small file can claim to be any size.
+MAX_PIXELS = 100_000_000
+# No others are tried: some start programs (EPS), and nobody's data need them.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 
 class ImageTable:
@@ -71,11 +75,24 @@ class ImageTable:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PIL's about large images and odd metadata
-                with image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                file = io.BytesIO(source) if isinstance(source, bytes) else _regular(source)
+                with image.open(file, formats=FORMATS) as opened:
+                    if opened.width * opened.height > MAX_PIXELS:
+                        raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
                     return self._preprocessing.pixels(opened)
-        except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
-            self.unreadable[row] = str(error).replace("\n", " ")[:120] or type(error).__name__
+        except image.UnidentifiedImageError:
+            self.unreadable[row] = f"not an image of a known kind ({', '.join(FORMATS)}), or damaged"
             return None
+        except Exception as error:  # a decoder of bytes from anywhere raises anything
+            self.unreadable[row] = first_line(error, 120)
+            return None
+
+
+def _regular(path: Path) -> Path:
+    """A pipe or a device in the place of an image would be waited for, or read, without end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    return path
 
 
 @lru_cache(maxsize=1)

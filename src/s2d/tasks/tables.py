@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError, first_line, require
+from s2d.results import parse_json
 
 _TEXT_NAMES = ("text", "sentence", "question", "query", "utterance", "review", "content", "sms", "tweet", "title")
 _LABEL_NAMES = ("label", "labels", "category", "intent", "class", "target", "sentiment", "topic", "emotion")
@@ -132,12 +132,12 @@ def _read_json_lines(path: Path, named: tuple[str, ...]) -> Table:
     try:
         content = path.read_text(encoding="utf-8-sig")
         if content.lstrip().startswith("["):
-            records = json.loads(content)
+            records = parse_json(content)
         else:
-            records = [json.loads(line) for line in content.splitlines() if line.strip()]
+            records = [parse_json(line) for line in content.splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it or check the file") from error
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} as JSON lines: {error}") from error
     if not all(isinstance(record, dict) for record in records):
         raise InputError(f"{path} should hold one JSON object per line")
@@ -150,10 +150,10 @@ def _read_parquet(path: Path, named: tuple[str, ...]) -> Table:
     arrow = require("pyarrow", "hf")
     try:
         table = parquet.read_table(path)
-    except (OSError, arrow.ArrowException) as error:
-        raise InputError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from error
-    columns = tuple(table.column_names)
-    cells = [table.column(name).to_pylist() for name in columns]
+        columns = tuple(table.column_names)
+        cells = [column.to_pylist() for column in table.columns]
+    except (OSError, arrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"cannot read {path} as Parquet: {first_line(error)}") from error
     return Table(path, columns, [list(row) for row in zip(*cells, strict=True)], 1)
 
 

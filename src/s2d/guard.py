@@ -1,0 +1,83 @@
+"""Which steps of a training are not taken: those whose loss or gradient is no number, and, when asked for, spikes.
+
+One bad batch would otherwise end a run of days, or, taken, ruin its weights. What is skipped is told and counted; too
+many in a row are a training that diverged, and end it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from s2d.errors import InputError
+
+PATIENCE = 5  # steps in a row that may be skipped; the next one ends the training
+WINDOW = 64  # gradients whose median says what is usual
+WARM = 16  # of them are needed first
+
+
+class StepGuard:
+    """Judges each step by its loss and the norm of its gradient.
+
+    Attributes:
+        skipped: The steps that were not taken (counted from 1) and why, in order.
+    """
+
+    def __init__(self, spike: float, lr: float) -> None:
+        """Begin.
+
+        Args:
+            spike: Skip a step whose gradient is so many times as large as the median of the last ones; 0 for never.
+            lr: The learning rate, for the message.
+        """
+        self.spike, self.lr = spike, lr
+        self.skipped: list[dict[str, Any]] = []
+        self._row = 0
+        self._norms: list[float] = []
+
+    def loss(self, step: int, value: float) -> bool:
+        """Whether the loss of a step may be used."""
+        return math.isfinite(value) or self._skip(step, f"the loss is {value}")
+
+    def gradient(self, step: int, norm: float) -> bool:
+        """Whether the step may be taken; `norm` is that of the gradient before it is clipped."""
+        if not math.isfinite(norm):
+            return self._skip(step, f"the gradient's norm is {norm}")
+        if self.spike and len(self._norms) >= WARM:
+            usual = statistics.median(self._norms)
+            if norm > self.spike * usual:
+                return self._skip(step, f"the gradient's norm is {norm:.3g}, {norm / usual:.3g} times the usual")
+        self._row = 0
+        if self.spike:
+            self._norms = [*self._norms, norm][-WINDOW:]
+        return True
+
+    def check_end(self, steps: int) -> None:
+        """Refuse a training of which no step was taken."""
+        if steps and len(self.skipped) == steps:
+            raise self._diverged(steps, self.skipped[-1]["reason"])
+
+    def _skip(self, step: int, reason: str) -> bool:
+        self.skipped.append({"step": step, "reason": reason})
+        self._row += 1
+        if self._row > PATIENCE:
+            raise self._diverged(step, reason)
+        warnings.warn(f"step {step} was skipped: {reason}", stacklevel=3)
+        return False
+
+    def _diverged(self, step: int, reason: str) -> InputError:
+        return InputError(
+            f"{reason} at step {step}, and the {self._row - 1} steps before it were skipped: training diverged; "
+            f"lower train.lr ({self.lr:g})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data to continue from."""
+        return {"skipped": self.skipped, "row": self._row, "norms": self._norms}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from there."""
+        self.skipped, self._row, self._norms = list(state["skipped"]), state["row"], list(state["norms"])
