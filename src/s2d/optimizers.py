@@ -66,6 +66,8 @@ def make_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict[
     """
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr)
+    if not hasattr(torch.optim, "Muon"):
+        raise InputError(f"muon needs torch 2.9 or newer, and this is {torch.__version__}; pip install -U torch")
     hidden = hidden_matrices(model)
     split: list[dict[str, Any]] = []
     for group in groups:

@@ -100,12 +100,20 @@ class Runner:
         self.loaded: Loaded = load(recipe.model, device=device_of(recipe.device))
         self.watcher.advance(2)
         self._rehearse()
-        for note in self.task.notes():
-            self.watcher.say(note)
+        self._told: list[str] = []
+        self._tell_notes()
         for part in ("arms", "cells", "audits"):
             sweep(folder / part)
         write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
         self.watcher.advance(3)
+
+    def _tell_notes(self) -> None:
+        """What the data have to say by now; damaged images that are read as they are needed show on the way."""
+        notes = self.task.notes()
+        for note in notes:
+            if note not in self._told:
+                self.watcher.say(note)
+        self._told = notes
 
     def _rehearse(self) -> None:
         """Put decay and quantizers to the model once, so that what does not fit it is not found out hours later."""
@@ -148,6 +156,8 @@ class Runner:
                 if training is not None and seed == first and not history:
                     history = training["history"]  # of the first arm that decays
                 # What is done so far can be read while the rest goes on.
+                self._tell_notes()
+                about["left_out"] = self._told
                 self._write({"run": about, "records": records, "audits": audits, "history": history})
         results = {"run": about, "records": records, "audits": audits, "history": history}
         try:
