@@ -1,4 +1,4 @@
-"""Fine-tuning: a task's loss, AdamW or Muon with linear warm-up and decay, and, when asked for, selective spectral decay.
+"""Fine-tuning: a task's loss, AdamW or Muon with a warm-up, and, when asked for, selective spectral decay.
 
 The loop runs on accelerate, which brings the device and the precision. One run is one process. What a run yields is
 determined by the model, the data, the settings and the seed; one that was interrupted and continued ends bit-identical

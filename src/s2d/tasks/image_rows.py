@@ -136,7 +136,8 @@ class ImageRows(Task):
         """One line for each split with unreadable images."""
         lines = []
         for split, table in self._tables.items():
-            places = {image: row.place for image, row in zip(self._image_of[split].tolist(), self.rows[split])}
+            images = self._image_of[split].tolist()
+            places = {image: row.place for image, row in zip(images, self.rows[split], strict=True)}
             line = table.note(split, places)
             lines += [line] if line else []
         return lines
