@@ -34,7 +34,7 @@ def question(name: str, draw: random.Random) -> tuple[str, str]:
         return "can it fly?", "yes" if name in FLYING else "no"
     if kind == 3:
         asked = draw.choice([name, other])
-        return f"is it a {asked}?", "yes" if asked == name else "no"
+        return f"is it {'an' if asked[0] in 'aeiou' else 'a'} {asked}?", "yes" if asked == name else "no"
     first, second = draw.sample([name, other], 2)
     return f"{first} or {second}?", name
 

@@ -10,7 +10,13 @@ from typing import Any
 
 from s2d.errors import InputError
 
-_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
+_NUMBERS = dict(
+    zip(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+        map(str, range(11)),
+        strict=True,
+    )
+)
 _ARTICLES = {"a", "an", "the"}
 _ANLS_LEAST = 0.5  # Biten et al. 2019: what is less alike counts nothing
 
