@@ -16,8 +16,8 @@ class DualEncoder(nn.Module):
     """A model of two towers.
 
     Args:
-        encoder: `CLIPModel`, `SiglipModel` (which SigLIP2's checkpoints of fixed size are, too), an open_clip model, or an
-            `ImageTextPair`.
+        encoder: `CLIPModel`, `SiglipModel` (which SigLIP2's checkpoints of fixed size are, too), an open_clip model,
+            or an `ImageTextPair`.
 
     Raises:
         InputError: The model has no pair of towers.

@@ -10,13 +10,8 @@ from typing import Any
 
 from s2d.errors import InputError
 
-_NUMBERS = dict(
-    zip(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
-        map(str, range(11)),
-        strict=True,
-    )
-)
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: str(number) for number, word in enumerate(_WORDS)}
 _ARTICLES = {"a", "an", "the"}
 _ANLS_LEAST = 0.5  # Biten et al. 2019: what is less alike counts nothing
 
