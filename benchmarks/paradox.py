@@ -4,12 +4,12 @@
         [--methods repq,ptq4vit,erq] [--last] [--option classes=airplane,automobile,...] [--out FOLDER]
 
 RUN is a run's arm with kept checkpoints (``adamw=runs/vit-cifar10-small/arms/adamw-0-...``, of a recipe with
-train.checkpoints). One row for each checkpoint and for the finished model (for that alone with --last): accuracy at full
-precision; by round-to-nearest at W8A8 and W6A6 (percentile) and at W4A4 (each of the three calibrations, on 128 training
-examples), and at W4A4 by each of --methods; the median and largest sigma_1 over median singular value, the smallest
-stable rank (||W||_F^2 / sigma_1^2), the largest output over its RMS with its weight and that
-weight's PCDR_1 to PCDR_3, and how many weights the audit flags. Rows are kept in RUN/paradox.json one by one; one that is
-there is not computed again. FOLDER receives paradox.md (the table) and paradox.svg (accuracy and outliers by step).
+train.checkpoints). One row for each checkpoint and for the finished model (for that alone with --last): accuracy at
+full precision; by round-to-nearest at W8A8 and W6A6 (percentile) and at W4A4 (each of the three calibrations, on 128
+training examples), and at W4A4 by each of --methods; the median and largest sigma_1 over median singular value, the
+smallest stable rank (||W||_F^2 / sigma_1^2), the largest output over its RMS with its weight and that weight's PCDR_1
+to PCDR_3, and how many weights the audit flags. Rows are kept in RUN/paradox.json one by one; one that is there is not
+computed again. FOLDER receives paradox.md (the table) and paradox.svg (accuracy and outliers by step).
 """
 
 from __future__ import annotations
