@@ -75,13 +75,17 @@ class Silent:
 class Runner:
     """One recipe in one folder."""
 
-    def __init__(self, name: str, recipe: Recipe, folder: Path, watcher: Watcher | None = None) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, folder: Path, watcher: Watcher | None = None, *, trial: bool = False
+    ) -> None:
         """Load model and data; whatever can be wrong with a recipe shows here, before any work.
+
+        A `trial` is marked as one in the results, for its numbers mean nothing.
 
         Raises:
             InputError: The model, the data, the folder, or settings that do not fit the model.
         """
-        self.name, self.recipe, self.folder = name, recipe, folder
+        self.name, self.recipe, self.folder, self.trial = name, recipe, folder, trial
         self.watcher = watcher or Silent()
         # Now, and not when a stage begins: the code that runs is the code that was read at the start.
         self.code = {
@@ -132,6 +136,7 @@ class Runner:
             data_sizes=self.task.sizes(),
             model_fingerprint=self.loaded.fingerprint,
             code=self.code,
+            **({"trial": True} if self.trial else {}),
         )
         first = recipe.seeds[0]
         if recipe.audit:

@@ -139,8 +139,16 @@ def test_a_trial_says_that_its_numbers_mean_nothing() -> None:
 
 def test_a_trend_page_is_whole() -> None:
     words = " ".join(Page(render_report(sample.trend())).words)
-    assert "From checkpoint to checkpoint" in words and "How the outliers differ between checkpoints" in words
+    assert (
+        "From checkpoint to checkpoint" in words
+        and "It learned more, and quantizes worse" in words
+        and "53.5× → 214×" in words
+    )
     assert "accuracy against bits" in words and "step 40" in words
+    content = sample.trend() | {"records": []}
+    assert "The outliers grew, the worst of them by 4.00×" in " ".join(Page(render_report(content)).words)
+    content["audits"] = dict(reversed(content["audits"].items()))
+    assert "The outliers shrank, the worst of them by 4.00×" in " ".join(Page(render_report(content)).words)
 
 
 def test_the_same_results_give_the_same_page() -> None:

@@ -33,7 +33,7 @@ from s2d.report.summary import (
     rivals,
     run_verdict,
 )
-from s2d.report.trend import trend_figure
+from s2d.report.trend import trend_figure, trend_verdict
 from s2d.results import write_atomic
 
 # The charting library, as it was published (plotly.js-basic-dist-min 4.1.1 on npm); its licence is beside it.
@@ -135,7 +135,10 @@ def _context(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _verdict(results: Results, found: Sequence[Group]) -> Verdict:
-    verdict = run_verdict(found) if found else audit_verdict(results.audits)
+    if results.trend and len(results.audits) > 1:
+        verdict = trend_verdict(results.audits, results.records)
+    else:
+        verdict = run_verdict(found) if found else audit_verdict(results.audits)
     if not results.trial:
         return verdict
     words = "A tiny random model learned from made-up data for a few steps: the recipe runs from end to end, no more."

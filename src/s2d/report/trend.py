@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from s2d.report.formatting import percent, ratio, two_decimals
+from s2d.report.formatting import percent, points, ratio, two_decimals
 from s2d.report.results import Audit, Record
-from s2d.report.summary import groups, label, primary
+from s2d.report.summary import Verdict, audit_change, groups, label, primary, target_spec, worst_weight
 
 WEIGHTS = 6
 _MEASURES = (
@@ -88,3 +88,37 @@ def _worst(audits: Sequence[Audit]) -> list[dict[str, Any]]:
         series.append({"name": name, "values": [row.values.get("output_ratio") if row else None for row in rows]})
     heading = "largest output / RMS, the worst weights"
     return [{"heading": heading, "logarithmic": True, "series": series, "said": f"{heading}: {', '.join(names)}"}]
+
+
+def trend_verdict(audits: Sequence[Audit], records: Sequence[Record]) -> Verdict:
+    """From the first checkpoint to the last: the worst outliers, the flagged weights, and the scores where measured."""
+    first, last = audits[0], audits[-1]
+    span = f"{label(first.label)} to {label(last.label)}"
+    tiles: list[tuple[str, str]] = []
+    growth = 1.0
+    ends = [worst_weight(audit) for audit in (first, last)]
+    if ends[0] and ends[1]:
+        before, after = (end.values["output_ratio"] for end in ends if end)
+        growth = after / before if before > 0 else 1.0
+        tiles.append((f"{ratio(before)} → {ratio(after)}", f"worst output, largest / RMS · {span}"))
+    counts = [sum(weight.selected for weight in audit.weights) for audit in (first, last)]
+    tiles.append((f"{counts[0]} → {counts[1]}", f"of {len(last.weights)} weights with outliers of few components"))
+    names = (first.label, last.label)
+    paradox = False
+    for group in primary(groups(record for record in records if record.conditioning in names)):
+        sign = 1 if group.higher_is_better else -1
+        changes = {}
+        for spec in dict.fromkeys(("fp32", target_spec(group))):
+            rows = [group.values(name, spec) for name in names]
+            if all(rows):
+                start, end = (statistics.fmean(row) for row in rows)
+                changes[spec] = sign * (end - start)
+                tiles.append((f"{points(start)} → {points(end)}", f"{group.metric} at {spec.upper()} · {span}"))
+        paradox = paradox or (changes.get("fp32", 0) > 0 > changes.get(target_spec(group), 0))
+    if paradox:
+        return Verdict("It learned more, and quantizes worse", "bad", tuple(tiles), audit_change(audits))
+    if 0.8 < growth < 1.25:
+        return Verdict("The worst outliers hardly changed", "plain", tuple(tiles), audit_change(audits))
+    headline, tone = ("The outliers grew", "bad") if growth > 1 else ("The outliers shrank", "good")
+    times = growth if growth > 1 else 1 / growth
+    return Verdict(f"{headline}, the worst of them by {ratio(times)}", tone, tuple(tiles), audit_change(audits))
