@@ -163,7 +163,7 @@ def test_a_trend_has_scores_outliers_and_the_worst_weights() -> None:
     figure = trend_figure(results.audits, results.records)
     assert figure is not None and figure["labels"] == ["step 10", "step 20", "step 30", "step 40"]
     headings = [panel["heading"] for panel in figure["panels"]]
-    assert headings[0] == "accuracy, digits" and headings[-1] == "largest output / RMS, the worst weights"
+    assert headings[0] == "accuracy, digits" and headings[-1] == "the worst outputs, max / RMS"
     scores = {series["name"]: series["values"] for series in figure["panels"][0]["series"]}
     assert scores == {"FP32": [70, 71, 72, 73], "W4A4": [60, 50, 40, 30]}
     outliers = figure["panels"][1]["series"][0]["values"]

@@ -13,10 +13,10 @@ from s2d.report.summary import Verdict, audit_change, groups, label, primary, ta
 WEIGHTS = 6
 _MEASURES = (
     # key, heading, of all weights, logarithmic, how a value is said
-    ("output_ratio", "largest output / RMS, worst weight", max, True, ratio),
-    ("sigma_over_median", "σ₁ / median σ, median over weights", statistics.median, False, ratio),
-    ("pcdr_1", "PCDR₁, median over weights", statistics.median, False, two_decimals),
-    ("w4a4_error", "W4A4 error, median over weights", statistics.median, False, percent),
+    ("output_ratio", "worst output, max / RMS", max, True, ratio),
+    ("sigma_over_median", "σ₁ / median σ, median weight", statistics.median, False, ratio),
+    ("pcdr_1", "PCDR₁, median weight", statistics.median, False, two_decimals),
+    ("w4a4_error", "W4A4 error, median weight", statistics.median, False, percent),
 )
 
 
@@ -42,7 +42,7 @@ def trend_figure(audits: Sequence[Audit], records: Sequence[Record]) -> dict[str
     counts = [sum(weight.selected for weight in audit.weights) for audit in audits]
     panels.append(
         {
-            "heading": "weights whose outliers come from few components",
+            "heading": "weights flagged",
             "logarithmic": False,
             "series": [{"name": "", "values": counts}],
             "said": "flagged weights: " + ", ".join(f"{n} {c}" for n, c in zip(names, counts, strict=True)),
@@ -86,7 +86,7 @@ def _worst(audits: Sequence[Audit]) -> list[dict[str, Any]]:
     for name in names:
         rows = [audit.weight(name) for audit in audits]
         series.append({"name": name, "values": [row.values.get("output_ratio") if row else None for row in rows]})
-    heading = "largest output / RMS, the worst weights"
+    heading = "the worst outputs, max / RMS"
     return [{"heading": heading, "logarithmic": True, "series": series, "said": f"{heading}: {', '.join(names)}"}]
 
 

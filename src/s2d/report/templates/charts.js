@@ -69,8 +69,8 @@
   const draw = (place, traces, layout) => Plotly.react(place, traces, layout, options);
   const log = (values, wide = 1.2) => {
     const low = Math.min(...values) / wide, high = Math.max(...values) * wide;
-    const few = high / low < 30;
-    return { type: "log", range: [Math.log10(low), Math.log10(high)], dtick: few ? "D2" : 1, tickformat: "~g", minor: { showgrid: false } };
+    const few = high / low < 30, fewer = high / low < 5;
+    return { type: "log", range: [Math.log10(low), Math.log10(high)], dtick: fewer ? "D1" : few ? "D2" : 1, tickformat: "~g", minor: { showgrid: false } };
   };
 
   const scores = (place) => {
@@ -152,7 +152,7 @@
       yaxis: { type: "log", range: [low, high], showgrid: false, showticklabels: false, showline: false },
       shapes: levels.map(([value]) => ({ type: "line", x0: value, x1: value, yref: "paper", y0: 0, y1: 1, line: { color: level, width: 1.25, dash: "4px,3px" } })),
       annotations: numbers.map(([value, share]) => ({ x: value, yref: "paper", y: 1, yanchor: "bottom", xanchor: value - window[0] < 14 * pixel ? "left" : "center", showarrow: false, font: { color: level, size: 12 },
-        text: (share >= 0.1 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)) + (numbers.length === 1 ? " %" : "") })),
+        text: (share >= 0.1 && share < 0.99 ? (100 * share).toFixed(0) : (100 * share).toFixed(1)) + (numbers.length === 1 ? " %" : "") })),
     }));
   };
 
