@@ -259,9 +259,21 @@ def median_singular(W: Tensor) -> Tensor:
     Returns:
         ``[...]``.
     """
+    return singular_values(W).median(dim=-1).values
+
+
+def singular_values(W: Tensor) -> Tensor:
+    """All singular values, largest first, from an exact decomposition: not for a training loop.
+
+    Args:
+        W: ``[..., m, n]``, as in :func:`top_singular`, whose errors it raises.
+
+    Returns:
+        ``[..., min(m, n)]``.
+    """
     _check_matrix(W, "W")
     _require_finite(W.detach(), "W")
-    return torch.linalg.svdvals(W.detach().to(_work_dtype(W.dtype))).median(dim=-1).values
+    return torch.linalg.svdvals(W.detach().to(_work_dtype(W.dtype)))
 
 
 def _power_step(W: Tensor, V: Tensor, Y: Tensor, Z: Tensor) -> None:
