@@ -37,7 +37,7 @@ from s2d.training import train
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
 _ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
 _HEADS = ("models/heads.py", "models/image_heads.py", "models/dual_encoder.py", "models/preprocessing.py")
-_TRAINING = ("training.py", "guard.py", "tasks", *_HEADS, *_ANCHORING)
+_TRAINING = ("training.py", "optimizers.py", "guard.py", "tasks", *_HEADS, *_ANCHORING)
 _SEEING = ("selection.py", "views.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
 _DECAY = ("decay.py", "shrink.py", *_SEEING)
 _JUDGING = ("evaluation.py", "tasks", *_HEADS)
@@ -104,12 +104,20 @@ class Runner:
         self.loaded: Loaded = load(recipe.model, device=device_of(recipe.device))
         self.watcher.advance(2)
         self._rehearse()
-        for note in self.task.notes():
-            self.watcher.say(note)
+        self._told: list[str] = []
+        self._tell_notes()
         for part in ("arms", "cells", "audits"):
             sweep(folder / part)
         write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
         self.watcher.advance(3)
+
+    def _tell_notes(self) -> None:
+        """What the data have to say by now; damaged images that are read as they are needed show on the way."""
+        notes = self.task.notes()
+        for note in notes:
+            if note not in self._told:
+                self.watcher.say(note)
+        self._told = notes
 
     def _rehearse(self) -> None:
         """Put decay and quantizers to the model once, so that what does not fit it is not found out hours later."""
@@ -154,6 +162,8 @@ class Runner:
                 if training is not None and seed == first and not history:
                     history = training["history"]  # of the first arm that decays
                 # What is done so far can be read while the rest goes on.
+                self._tell_notes()
+                about["left_out"] = self._told
                 self._write({"run": about, "records": records, "audits": audits, "history": history})
         results = {"run": about, "records": records, "audits": audits, "history": history}
         try:

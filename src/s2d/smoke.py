@@ -5,7 +5,9 @@ It shows that a recipe runs from end to end here before hours are spent on it; i
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,8 @@ from s2d.results import write_atomic
 
 CLASSES = ("circle", "square", "cross")
 _PER_CLASS = {"train": 16, "validation": 4, "test": 8}
+# Options that name columns and classes of the real data.
+_COLUMNS = ("image", "label", "classes", "caption", "question", "answer", "objects")
 _EDGE = 40  # of an image; the models' own size differs, so that resizing is tried too
 
 
@@ -28,7 +32,7 @@ def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
         raise InputError(
             "this recipe has no smoke section, the tiny model that stands in; for images: -o smoke=new:vit-tiny"
         )
-    options = {name: value for name, value in recipe.task.options.items() if name not in ("image", "label", "classes")}
+    options = {name: value for name, value in recipe.task.options.items() if name not in _COLUMNS}
     # Tiny random models have no outliers; the decay should have something to do all the same.
     eager = {"refresh_every": 2, "threshold": 0.1, "outlier_ratio": 1.5}
     arms = {name: decay if decay is None else {**decay, **eager} for name, decay in recipe.arms.items()}
@@ -49,12 +53,15 @@ def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _images(folder: Path) -> Path:
-    """Coloured shapes, a folder for each class and split."""
+    """Coloured shapes, a folder for each class and split, and beside them what other tasks read: captions, questions,
+    boxes.
+    """
     image = require("PIL.Image", "vision")
     draw = require("PIL.ImageDraw", "vision")
     generator = torch.Generator().manual_seed(0)
     for split, count in _PER_CLASS.items():
-        for name in CLASSES:
+        rows: list[dict[str, Any]] = []
+        for label, name in enumerate(CLASSES):
             place = folder / split / name
             place.mkdir(parents=True, exist_ok=True)
             for number in range(count):
@@ -71,4 +78,15 @@ def _images(folder: Path) -> Path:
                     pen.line(box, fill=tuple(colour), width=4)
                     pen.line((box[0], box[3], box[2], box[1]), fill=tuple(colour), width=4)
                 write_atomic(place / f"{number:03}.png", lambda file, picture=picture: picture.save(file, "PNG"))
+                rows.append(
+                    {
+                        "file_name": f"{name}/{number:03}.png",
+                        "text": f"a {name}",
+                        "question": ("what is it?", "is it a circle?")[number % 2],
+                        "answer": (name, "yes" if name == "circle" else "no")[number % 2],
+                        "objects": {"bbox": [[x, y, 2 * r - 6, 2 * r - 6]], "category": [label]},
+                    }
+                )
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomic(folder / split / "metadata.jsonl", lambda file, lines=lines: file.write(lines.encode()))
     return folder

@@ -1,4 +1,4 @@
-"""Fine-tuning: a task's loss, AdamW with linear warm-up and decay, and, when asked for, selective spectral decay.
+"""Fine-tuning: a task's loss, AdamW or Muon with a warm-up, and, when asked for, selective spectral decay.
 
 The loop runs on accelerate, which brings the device and the precision. One run is one process. What a run yields is
 determined by the model, the data, the settings and the seed; one that was interrupted and continued ends bit-identical
@@ -30,6 +30,7 @@ from s2d.errors import InputError, require
 from s2d.guard import StepGuard
 from s2d.models import fingerprint
 from s2d.models.checkpoints import refuse_compressed
+from s2d.optimizers import OptimizerName, make_optimizer
 from s2d.results import measured, write_atomic
 from s2d.tasks import Batch, Task
 
@@ -48,9 +49,10 @@ class TrainSettings(BaseModel):
         minutes: End after so much time in the loop, the schedule of the learning rate included; None for no limit. What
             a run yields then depends on the machine too.
         batch_size: Examples a step.
+        optimizer: ``adamw``, or ``muon`` for the matrices of the blocks with AdamW for the rest (see `s2d.optimizers`).
         lr: Peak learning rate of the encoder.
         head_lr: Of everything else (a new classification head); as `lr` when None.
-        weight_decay: Of AdamW; biases and norms are left out, as usual.
+        weight_decay: Of the optimizer; biases and norms are left out, as usual.
         warmup: Share of the steps in which the rate rises linearly from 0; it falls linearly to 0 in the others.
         clip: Largest norm of the gradient.
         spike: Skip a step whose gradient is so many times as large as the median of the last 64; 0 takes them all. A
@@ -69,6 +71,7 @@ class TrainSettings(BaseModel):
     steps: int = Field(default=200, ge=1)
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     batch_size: int = Field(default=64, ge=1)
+    optimizer: OptimizerName = "adamw"
     lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
     head_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
@@ -175,7 +178,7 @@ def train(
     place = next(model.parameters()).device
     key = _key(model, task, settings, seed, decay, companion)
     accelerator = _accelerator(place)
-    raw = torch.optim.AdamW(parameter_groups(model, settings, companion), lr=settings.lr)
+    raw = make_optimizer(settings.optimizer, model, parameter_groups(model, settings, companion), settings.lr)
     prepared, optimizer = accelerator.prepare(model, raw)
     clock = _Clock(settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -286,7 +289,7 @@ def schedule(step: float, steps: int, warmup: float) -> float:
 def parameter_groups(
     model: nn.Module, settings: TrainSettings, companion: Companion | None = None
 ) -> list[dict[str, Any]]:
-    """AdamW's groups: encoder and new parts, each with and without weight decay, and those of a companion.
+    """The optimizer's groups: encoder and new parts, each with and without weight decay, and those of a companion.
 
     The encoder is what stands under ``encoder.``; in a model without such a part, everything is.
     """

@@ -16,7 +16,8 @@ class DualEncoder(nn.Module):
     """A model of two towers.
 
     Args:
-        encoder: `CLIPModel`, `SiglipModel` (which SigLIP2's checkpoints of fixed size are, too) or an open_clip model.
+        encoder: `CLIPModel`, `SiglipModel` (which SigLIP2's checkpoints of fixed size are, too), an open_clip model,
+            or an `ImageTextPair`.
 
     Raises:
         InputError: The model has no pair of towers.
@@ -42,7 +43,7 @@ class DualEncoder(nn.Module):
         if not hasattr(tokenizer, "pad"):  # open_clip's
             return {"input_ids": tokenizer(texts)}
         length = self._positions()
-        if self.sigmoid:
+        if self.sigmoid and not getattr(self.encoder, "reads_masks", False):
             options: dict[str, Any] = {"padding": "max_length", "max_length": length, "truncation": True}
             return {"input_ids": tokenizer(texts, return_tensors="pt", **options)["input_ids"]}
         found = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
@@ -68,6 +69,9 @@ class DualEncoder(nn.Module):
         return scores + encoder.logit_bias if self.sigmoid else scores
 
     def _positions(self) -> int:
+        stated = getattr(self.encoder, "text_positions", None)
+        if isinstance(stated, int):
+            return stated
         config: Any = getattr(self.encoder, "config", None)
         return int(config.text_config.max_position_embeddings)
 

@@ -3,7 +3,8 @@
 For training from scratch, and for trying a whole recipe offline with a tiny model of the same architecture. A
 configuration is a JSON file: ``config`` is transformers' own (with ``model_type`` and ``architectures``), ``image`` the
 preprocessing (a transformers image processor's settings), and ``bytes: true`` asks for a tokenizer whose tokens are the
-bytes of the text. ``new:NAME?seed=1`` draws other weights.
+bytes of the text. ``new:NAME?seed=1`` draws other weights; ``new:NAME?tower=FOLDER`` takes the weights of the image
+tower from a saved model of the same shape, which starts a model of images and words from a trained image encoder.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 
 from s2d.errors import InputError, choices, require
-from s2d.models.checkpoints import refuse_foreign_code
+from s2d.models.checkpoints import CONFIG_NAME, load_saved, refuse_foreign_code
 from s2d.models.family import register_loader
+from s2d.models.image_heads import image_encoder
 from s2d.models.preprocessing import Preprocessing
 from s2d.results import parse_json
 
@@ -33,7 +35,8 @@ def configurations() -> list[str]:
 def load_new(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Preprocessing | None]:
     """A model with random weights, its byte tokenizer and its preprocessing, where the configuration asks for them."""
     name, _, query = name.partition("?")
-    seed = _seed(query, name)
+    options_given = _query(query, name)
+    seed = int(options_given.get("seed", 0))
     content = _read(name)
     transformers = require("transformers", "hf")
     try:
@@ -48,6 +51,8 @@ def load_new(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Prepro
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"new:{name}: transformers cannot build this configuration: {error}") from error
+    if "tower" in options_given:
+        _fill_tower(model, options_given["tower"], f"new:{name}")
     image = content.get("image")
     try:
         preprocessing = None if image is None else Preprocessing(**{k: _plain(v) for k, v in image.items()})
@@ -82,13 +87,35 @@ def byte_tokenizer(max_length: int = 2048) -> Any:
     )
 
 
-def _seed(query: str, name: str) -> int:
-    if not query:
-        return 0
-    key, _, value = query.partition("=")
-    if key != "seed" or not value.isdecimal():
-        raise InputError(f"new:{name}?{query}: only a seed can be given, as in new:{name}?seed=1")
-    return int(value)
+def _query(query: str, name: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in query.split("&") if query else ():
+        key, _, value = part.partition("=")
+        if key not in ("seed", "tower") or not value or (key == "seed" and not value.isdecimal()):
+            raise InputError(f"new:{name}?{part}: give seed=NUMBER or tower=FOLDER, as in new:{name}?seed=1")
+        found[key] = value
+    return found
+
+
+def _fill_tower(model: nn.Module, folder: str, shown: str) -> None:
+    """Copy the weights of a saved image encoder into a model's image tower.
+
+    Raises:
+        InputError: There is no image tower, or it is of another shape.
+    """
+    towers = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+    tower = towers.get("vision_tower", towers.get("vision_model"))
+    if tower is None:
+        raise InputError(f"{shown} has no image tower to fill; leave out tower=")
+    if not (Path(folder) / CONFIG_NAME).is_file():
+        raise InputError(f"{shown}: tower={folder} is not a folder saved by s2d")
+    given = image_encoder(load_saved(Path(folder))).state_dict()
+    own = tower.state_dict()
+    common = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
+    missing = [name for name in own if name not in common and not name.startswith("pooler")]
+    if missing:
+        raise InputError(f"{shown}: {folder} is no image tower of this shape; it lacks a fitting {missing[0]}")
+    tower.load_state_dict(common, strict=False)
 
 
 def _shelf() -> Any:

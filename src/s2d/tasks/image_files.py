@@ -14,7 +14,7 @@ from s2d.tasks.carving import CARVED, carve
 from s2d.tasks.files import SPLIT_NAMES
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-_IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values", "image_bytes")
+IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values", "image_bytes")
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target", "category")
 PREFIX = "datasets:"
 
@@ -58,7 +58,7 @@ def read_labelled_images(
         path = Path(data).expanduser()
         if not path.exists():
             raise InputError(f"there is no folder or file {data!r} with the images (a data set: {PREFIX}NAME)")
-        tables = _tables(path)
+        tables = tables_in(path)
         splits, names = _from_tables(tables, image, label) if tables else (_from_folders(path), None)
     if not splits.get("train"):
         raise InputError(f"{data} has no images to train on; it has {', '.join(splits) or 'nothing'}")
@@ -118,7 +118,7 @@ def _classes_in(folder: Path) -> Iterator[ImageExample]:
 # -- Parquet
 
 
-def _tables(path: Path) -> dict[Split, list[Path]]:
+def tables_in(path: Path) -> dict[Split, list[Path]]:
     """The Parquet files of each split; shards are named ``train-00000-of-00004.parquet``."""
     if path.is_file():
         return {"train": [path]} if path.suffix.lower() == ".parquet" else {}
@@ -144,8 +144,8 @@ def _from_tables(
         for file in files:
             try:
                 schema = parquet.read_schema(file)
-                pick = [_column(schema.names, image, _IMAGE_NAMES, "image", str(file))]
-                pick.append(_column(schema.names, label, _LABEL_NAMES, "label", str(file)))
+                pick = [column_of(schema.names, image, IMAGE_NAMES, "image", str(file))]
+                pick.append(column_of(schema.names, label, _LABEL_NAMES, "label", str(file)))
                 table = parquet.read_table(file, columns=pick)
                 cells = [table.column(name).to_pylist() for name in pick]
             except InputError:
@@ -155,9 +155,9 @@ def _from_tables(
             names = names or _stated_names(schema.metadata, pick[1])
             for number, (cell, value) in enumerate(zip(*cells, strict=True), 1):
                 place = f"{file}, row {number}"
-                source = _source(cell, place)
+                source = image_source(cell, place)
                 if isinstance(source, Path):
-                    source = _beside(file.parent, source, place)
+                    source = beside(file.parent, source, place)
                 splits[split].append(ImageExample(source, _label(value, names, place), place))
     return splits, names
 
@@ -171,7 +171,8 @@ def _stated_names(metadata: Any, column: str) -> tuple[str, ...] | None:
         return None
 
 
-def _column(columns: Sequence[str], given: str | None, usual: Sequence[str], what: str, shown: str) -> str:
+def column_of(columns: Sequence[str], given: str | None, usual: Sequence[str], what: str, shown: str) -> str:
+    """The column that was named, or the first of the usual names; InputError for none."""
     if given is not None and given not in columns:
         raise InputError(f"{shown} has no column {given!r}; its columns are {', '.join(columns)}")
     found = given or next((name for name in usual if name in columns), None)
@@ -180,7 +181,8 @@ def _column(columns: Sequence[str], given: str | None, usual: Sequence[str], wha
     return found
 
 
-def _source(cell: Any, place: str) -> bytes | Path:
+def image_source(cell: Any, place: str) -> bytes | Path:
+    """What a table's cell holds: encoded bytes, or the path of a file."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, bytes):
@@ -190,7 +192,7 @@ def _source(cell: Any, place: str) -> bytes | Path:
     raise InputError(f"{place}: the image is a {type(cell).__name__}; expected encoded bytes (JPEG, PNG) or a path")
 
 
-def _beside(folder: Path, path: Path, place: str) -> Path:
+def beside(folder: Path, path: Path, place: str) -> Path:
     """A file that a table names; a table that came from elsewhere may not name files all over this machine."""
     found = (folder / path).resolve()
     if not found.is_relative_to(folder.resolve()):
@@ -228,13 +230,15 @@ def _from_datasets(
         table = next((loaded[spelling] for spelling in spellings if spelling in loaded), None)
         if table is None:
             continue
-        pick = _column(table.column_names, image, _IMAGE_NAMES, "image", data)
-        kind = _column(table.column_names, label, _LABEL_NAMES, "label", data)
+        pick = column_of(table.column_names, image, IMAGE_NAMES, "image", data)
+        kind = column_of(table.column_names, label, _LABEL_NAMES, "label", data)
         names = names or tuple(getattr(table.features[kind], "names", None) or ()) or None
         table = table.select_columns([pick, kind]).cast_column(pick, library.Image(decode=False))
         splits[split] = [
             ImageExample(
-                _source(row[pick], f"{data}, {split} {number}"), _label(row[kind], names, data), f"{split} {number}"
+                image_source(row[pick], f"{data}, {split} {number}"),
+                _label(row[kind], names, data),
+                f"{split} {number}",
             )
             for number, row in enumerate(table, 1)
         ]

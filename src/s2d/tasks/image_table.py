@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -48,6 +48,17 @@ class ImageTable:
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether everything is decoded; otherwise unreadable images show only when they are asked for."""
+        return self._decoded is not None
+
+    def note(self, split: str, places: Mapping[int, str]) -> str:
+        """How many images are left out so far, and the first ones by their `places`; empty for none."""
+        bad = sorted(self.unreadable.items())
+        listed = "; ".join(f"{places[row]}: {reason}" for row, reason in bad[:3])
+        return f"{split}: {len(bad)} of {len(self)} images cannot be read and are left out ({listed})" if bad else ""
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Some images, by index `[rows]`.

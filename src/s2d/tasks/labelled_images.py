@@ -77,10 +77,8 @@ class LabelledImages(Task):
         """One line for each split with unreadable images: how many, and the first ones."""
         lines = []
         for split, table in self._tables.items():
-            bad = sorted(table.unreadable.items())
-            if bad:
-                listed = "; ".join(f"{self._examples[split][row].place}: {reason}" for row, reason in bad[:3])
-                lines.append(f"{split}: {len(bad)} of {len(table)} images cannot be read and are left out ({listed})")
+            line = table.note(split, {row: example.place for row, example in enumerate(self._examples[split])})
+            lines += [line] if line else []
         return lines
 
     def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
@@ -123,5 +121,7 @@ class LabelledImages(Task):
                 first, fifth, seen = first + int(ranked[:, 0].sum()), fifth + int(ranked.sum()), seen + len(ranked)
         finally:
             model.train(was_training)
+        if not seen:
+            raise InputError(f"none of the images of {split} can be read; {'; '.join(self.notes())}")
         metrics = {"accuracy": 100 * first / seen}
         return metrics if len(self.labels) <= 10 else {**metrics, "top5": 100 * fifth / seen}

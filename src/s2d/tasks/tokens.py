@@ -61,7 +61,23 @@ def require_tokenizer(loaded: Loaded, task: str) -> Any:
     """The loaded model's tokenizer, or InputError."""
     if loaded.tokenizer is None or not callable(loaded.tokenizer):
         raise InputError(f"task {task} reads text, but {loaded.source} comes without a tokenizer; load a text model")
+    known, rows = getattr(loaded.tokenizer, "vocab_size", None), _vocabulary(loaded.model)
+    if isinstance(known, int) and rows is not None and known > rows:
+        raise InputError(
+            f"the tokenizer of {loaded.source} has {known} tokens and the model {rows}: they do not belong together; "
+            "put the model's own tokenizer files beside its weights"
+        )
     return loaded.tokenizer
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Rows of the token embedding, None where a model does not tell."""
+    model = getattr(model, "encoder", model)
+    model = getattr(model, "text_model", model)
+    try:
+        return int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
 
 
 def check_max_length(loaded: Loaded, max_length: int, name: str) -> int:
