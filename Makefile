@@ -46,8 +46,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/s2d demo
 
+# One process a core and one thread each; pytest -n 0 runs them in this process.
 test: $(STAMP)
-	$(OFFLINE) $(BIN)/python -m pytest -q
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -250,18 +250,6 @@ def stable_rank(W: Tensor) -> Tensor:
     return torch.linalg.vector_norm(W.detach().to(largest.dtype) / scale[..., None, None], dim=(-2, -1)).square()
 
 
-def median_singular(W: Tensor) -> Tensor:
-    """The median singular value (the lower one of two), from an exact decomposition: not for a training loop.
-
-    Args:
-        W: ``[..., m, n]``, as in :func:`top_singular`, whose errors it raises.
-
-    Returns:
-        ``[...]``.
-    """
-    return singular_values(W).median(dim=-1).values
-
-
 def singular_values(W: Tensor) -> Tensor:
     """All singular values, largest first, from an exact decomposition: not for a training loop.
 

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
 from s2d.errors import visible
 from s2d.report.formatting import MISSING, points, ratio, signed
 from s2d.report.results import JSON, read_results
@@ -54,7 +52,7 @@ def write_card(
         base: The model that was fine-tuned, as it was named.
         task: What it was fine-tuned on.
         arm: The conditioning of this model, as the records call it.
-        training: ``{"steps", "seconds", "seed", "settings": {...}, "decay": {...} | None, "history": [...]}``, or less.
+        training: ``{"steps", "seed", "settings": {...}, "decay": {...} | None, "history": [...]}``, or less.
         run: Versions, data hash and more, as in results files.
         records: Of the run that made the model, in the form of results files; other arms' are shown for comparison.
         name: What the card calls the model; the folder's name by default.
@@ -119,6 +117,8 @@ def _code(text: object) -> str:
 
 
 def _front_matter(base: str, task: str, arm: str, name: str, found: Sequence[Group]) -> str:
+    import yaml  # noqa: PLC0415
+
     tags = ["s2d", "quantization", "outliers"] + (["selective-spectral-decay"] if arm.startswith("s2d") else [])
     content: dict[str, Any] = {"library_name": "s2d", "tags": tags}
     if _HUB_NAME.fullmatch(base) and not Path(base).exists():
@@ -219,7 +219,7 @@ def _loading() -> str:
 
 def _details(task: str, training: JSON, run: JSON) -> str:
     lines = [("task", task)]
-    lines += [(key, training[key]) for key in ("steps", "seed", "seconds") if training.get(key) is not None]
+    lines += [(key, training[key]) for key in ("steps", "seed") if training.get(key) is not None]
     for part in ("settings", "decay"):
         content = training.get(part)
         if isinstance(content, Mapping):
