@@ -125,6 +125,42 @@ def torch_dynamic(model: nn.Module, inputs: Inputs) -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
+def _torch_static(model: nn.Module, inputs: Inputs, observer: type) -> nn.Module:
+    """torch.ao's fake quantizers on inputs and weights of every Linear, ranges observed on the calibration data."""
+    from torch.ao.quantization import FakeQuantize, MovingAveragePerChannelMinMaxObserver
+
+    def weight_of(layer: nn.Linear) -> torch.Tensor:
+        rows = {"ch_axis": 0, "dtype": torch.qint8, "qscheme": torch.per_channel_symmetric}
+        fake = FakeQuantize(MovingAveragePerChannelMinMaxObserver, quant_min=-8, quant_max=7, **rows)
+        return fake(layer.weight)
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    quantizers = []
+    for layer in layers:
+        fake = FakeQuantize(observer, quant_min=0, quant_max=15, dtype=torch.quint8)
+        fake.disable_fake_quant()
+        layer.register_forward_pre_hook(lambda _, args, fake=fake: (fake(args[0]), *args[1:]))
+        quantizers.append(fake)
+    with torch.no_grad():
+        for batch in inputs:
+            model(**batch)
+        for layer, fake in zip(layers, quantizers, strict=True):
+            fake.disable_observer()
+            fake.enable_fake_quant()
+            layer.weight.copy_(weight_of(layer))
+    return model
+
+
+@quantizer("torch", "torch.ao W4A4, simulated: one static scale per tensor, MinMaxObserver")
+def torch_minmax(model: nn.Module, inputs: Inputs) -> nn.Module:
+    return _torch_static(model, inputs, torch.ao.quantization.MinMaxObserver)
+
+
+@quantizer("torch", "torch.ao W4A4, simulated: one static scale per tensor, HistogramObserver")
+def torch_histogram(model: nn.Module, inputs: Inputs) -> nn.Module:
+    return _torch_static(model, inputs, torch.ao.quantization.HistogramObserver)
+
+
 def _there(library: str) -> bool:
     try:
         return importlib.util.find_spec(library) is not None
