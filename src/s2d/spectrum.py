@@ -250,18 +250,18 @@ def stable_rank(W: Tensor) -> Tensor:
     return torch.linalg.vector_norm(W.detach().to(largest.dtype) / scale[..., None, None], dim=(-2, -1)).square()
 
 
-def median_singular(W: Tensor) -> Tensor:
-    """The median singular value (the lower one of two), from an exact decomposition: not for a training loop.
+def singular_values(W: Tensor) -> Tensor:
+    """All singular values, largest first, from an exact decomposition: not for a training loop.
 
     Args:
         W: ``[..., m, n]``, as in :func:`top_singular`, whose errors it raises.
 
     Returns:
-        ``[...]``.
+        ``[..., min(m, n)]``.
     """
     _check_matrix(W, "W")
     _require_finite(W.detach(), "W")
-    return torch.linalg.svdvals(W.detach().to(_work_dtype(W.dtype))).median(dim=-1).values
+    return torch.linalg.svdvals(W.detach().to(_work_dtype(W.dtype)))
 
 
 def _power_step(W: Tensor, V: Tensor, Y: Tensor, Z: Tensor) -> None:

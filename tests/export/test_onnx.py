@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import s2d
 from s2d.cli import main
 from s2d.errors import InputError
-from s2d.export import formats, open_exported
+from s2d.export import exporters, open_exported
 from s2d.export.gate import cosine
 from s2d.export.lowering import lower, round_embeddings
 from s2d.export.onnx import kernels, write_onnx
@@ -203,7 +203,7 @@ except KeyboardInterrupt:
 
 def test_bad_input(bert: Any, tmp_path: Path) -> None:
     model, batches = bert
-    assert set(formats()) == {".onnx", ".xml"}
+    assert set(exporters()) == {".onnx", ".xml"}
     plain = tiny_families.build("bert").model
     for arguments, message in (
         ((plain, "m.onnx", batches[0]), "not quantized; run s2d quantize first"),

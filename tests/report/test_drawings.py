@@ -1,22 +1,23 @@
-"""Scales, ticks, numbers and colours; the drawings as well-formed XML with the marks they should have."""
+"""Numbers, colours, and the data that the charts are drawn from."""
 
 from __future__ import annotations
 
 import math
-from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.report import sample
 
-from s2d.report import formatting, svg
-from s2d.report.charts import bits_panels
-from s2d.report.histogram_chart import bulk, caption, histogram_drawing, span
-from s2d.report.history_chart import history_panels, most_decayed
+from s2d.report import formatting
+from s2d.report.close_up import weight_figures
+from s2d.report.histograms import bulk, caption, histogram_figure, pieces, span
+from s2d.report.histories import history_figure, most_decayed, tracks
 from s2d.report.layermap import MEASURES, colour, layers
-from s2d.report.results import read_results
+from s2d.report.results import Histogram, read_results
+from s2d.report.scores import score_figure, style
 from s2d.report.summary import groups
+from s2d.report.trend import trend_figure
 
 
 @pytest.mark.parametrize(
@@ -46,19 +47,6 @@ def test_differences_carry_their_sign(value: float, text: str) -> None:
     assert formatting.signed(value) == text
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_round_inside_and_few(low: float, width: float) -> None:
-    found = svg.ticks(low, low + width)
-    tolerance = 1e-6 * (abs(low) + width)
-    assert 1 <= len(found) <= 7
-    assert all(low - tolerance <= tick <= low + width + tolerance for tick in found)
-
-
-def test_log_scale_clamps_what_is_not_positive() -> None:
-    scale = svg.logarithmic((1, 100), (0, 10))
-    assert [scale(value) for value in (1, 10, 100, 0, -5)] == pytest.approx([0, 5, 10, 0, 0])
-
-
 def test_colours_run_dark_to_light_with_readable_ink() -> None:
     assert colour(-1)[0] == colour(0)[0] == "#00224e"
     assert colour(2)[0] == colour(1)[0] == "#fee838"
@@ -81,57 +69,61 @@ def contrast(first: str, second: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def marks(drawing: str, class_: str) -> int:
-    """How many elements of an SVG text carry a class."""
-    return sum(class_ in (element.get("class") or "").split() for element in ElementTree.fromstring(drawing).iter())
+def test_score_panels_hold_a_series_per_conditioning_and_a_value_per_width() -> None:
+    figure = score_figure(groups(read_results(sample.run()).records)[0])
+    assert figure is not None and not figure["logarithmic"]
+    headings = ["mean of all calibrations", "rtn · minmax", "rtn · percentile", "rtn · mse"]
+    assert [panel["heading"] for panel in figure["panels"]] == headings
+    for panel in figure["panels"]:
+        assert [series["name"] for series in panel["series"]] == ["AdamW", "AdamW + S2D"]
+        for series in panel["series"]:
+            assert series["seeds"] == [3, 3, 3, 3]
+            for low, mean, high in zip(series["low"], series["mean"], series["high"], strict=True):
+                assert low < mean < high
+    assert "W4A4" in figure["panels"][0]["said"]
 
 
-def test_score_panels_hold_a_mark_per_series_and_width() -> None:
-    group = groups(read_results(sample.run()).records)[0]
-    panels = bits_panels(group)
-    assert [heading for heading, _ in panels] == [
-        "Mean of all calibrations",
-        "rtn · minmax",
-        "rtn · percentile",
-        "rtn · mse",
-    ]
-    assert [marks(panel, "mark") for _, panel in panels] == [8, 8, 8, 8]
-    assert all(marks(panel, "band") == 2 for _, panel in panels)
-    assert "W4A4" in panels[0][1]
+def test_an_exploding_perplexity_is_drawn_on_a_logarithmic_scale() -> None:
+    values = (("fp32", 30.1), ("w8a8", 46.6), ("w4a4", 5.4e6), ("w2a2", math.inf))
+    common = {"task": "lm", "conditioning": "none", "metric": "perplexity", "higher_is_better": False}
+    records = [{**common, "spec": spec, "value": value} for spec, value in values]
+    figure = score_figure(groups(read_results({"records": records}).records)[0])
+    assert figure is not None and figure["logarithmic"]
+    assert figure["panels"][0]["series"][0]["mean"] == [30.1, 46.6, 5.4e6, None]
 
 
-def test_a_single_seed_has_no_band() -> None:
-    panels = bits_panels(groups(read_results(sample.run(seeds=1)).records)[0])
-    assert all(marks(panel, "band") == 0 for _, panel in panels)
+def test_no_two_series_look_alike() -> None:
+    names = ["none", "adamw", "s2d", "a", "b", "c"]
+    looks = [style(name, names) for name in names]
+    for key in ("colour", "dash", "symbol"):
+        assert len({look[key] for look in looks}) == len(names)
 
 
-def test_an_exploding_perplexity_is_drawn() -> None:
-    records = [
-        {
-            "task": "lm",
-            "conditioning": "none",
-            "spec": spec,
-            "metric": "perplexity",
-            "value": value,
-            "higher_is_better": False,
-        }
-        for spec, value in (("fp32", 30.1), ("w8a8", 46.6), ("w4a4", 5.4e6), ("w2a2", math.inf))
-    ]
-    ((_, panel),) = bits_panels(groups(read_results({"records": records}).records)[0])
-    assert marks(panel, "mark") == 3
-    assert "100\u202f000" in panel
-
-
-def test_histogram_shows_every_level_and_alternates_tints() -> None:
+def worst() -> Histogram:
     weight = read_results(sample.audit()).audits[0].weight("encoder.layer.0.output.dense.weight")
     assert weight and weight.histogram
-    drawing = histogram_drawing(weight.histogram, span(weight.histogram), "all")
-    assert marks(drawing, "level") == 16
-    assert marks(drawing, "cell-0") > 0 and marks(drawing, "cell-1") > 0
-    close = bulk(weight.histogram)
-    assert close is not None and close[1] - close[0] < 0.2 * (span(weight.histogram)[1] - span(weight.histogram)[0])
-    assert marks(histogram_drawing(weight.histogram, close, "close"), "level") <= 2
-    assert caption(weight.histogram).startswith("99 % of the values share 1 of the 16 levels")
+    return weight.histogram
+
+
+def test_the_picture_holds_every_level_and_every_value() -> None:
+    figure = histogram_figure(worst(), span(worst()), "all")
+    assert len(figure["grid"]) == len(figure["shares"]) == 16
+    assert sum(figure["shares"]) == pytest.approx(1, abs=1e-4)
+    close = bulk(worst())
+    assert close is not None and close[1] - close[0] < 0.2 * (span(worst())[1] - span(worst())[0])
+    assert sum(close[0] <= level <= close[1] for level in figure["grid"]) <= 2
+    assert caption(worst()).startswith("99 % of the values share 1 of the 16 levels")
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=30).filter(any), st.integers(2, 16), st.floats(0.1, 9))
+def test_pieces_are_the_bins_cut_at_the_middles_between_levels(counts: list[int], levels: int, width: float) -> None:
+    edges = [width * index for index in range(len(counts) + 1)]
+    grid = [edges[-1] * level / (levels - 1) for level in range(levels)]
+    found = pieces(Histogram(tuple(edges), tuple(counts), tuple(grid), "input"))
+    assert sum(density * (b - a) for a, b, density, _ in found) == pytest.approx(sum(counts))
+    for a, b, _, level in found:
+        middle = (a + b) / 2
+        assert abs(grid[level] - middle) <= min(abs(other - middle) for other in grid) + 1e-9 * edges[-1]
 
 
 def test_coarse_bins_have_no_close_up() -> None:
@@ -141,17 +133,42 @@ def test_coarse_bins_have_no_close_up() -> None:
 
 
 def test_history_shows_the_most_decayed_first() -> None:
-    tracks = most_decayed(read_results(sample.run()).history)
-    assert len(tracks) == 5  # layer 3 was never selected
-    falls = [track.series("ratio")[0][1] / track.series("ratio")[-1][1] for track in tracks]
-    assert falls == sorted(falls, reverse=True)
-    panels = history_panels(tracks)
-    assert [heading for heading, _ in panels] == ["Leading singular value σ₁", "Largest output / RMS"]
-    assert marks(panels[1][1], "series") == 5
+    found = most_decayed(tracks(read_results(sample.run()).history))
+    assert len(found) == 5  # layer 3 was never selected
+    falls = [track.fall() for track in found]
+    assert falls == sorted(falls, reverse=True) and falls[0] == pytest.approx(214 / (214 * 0.82**12))
+    panels = history_figure(found)
+    assert [panel["measure"] for panel in panels] == ["ratio", "sigma"]
+    assert all(len(panel["weights"]) == 5 for panel in panels)
 
 
 def test_history_without_refreshes_draws_nothing() -> None:
-    assert history_panels(most_decayed([])) == []
+    assert history_figure(most_decayed(tracks([]))) == []
+
+
+def test_a_weight_s_pictures_hold_its_spectra_shares_and_history() -> None:
+    results = read_results(sample.run())
+    figures = weight_figures(results.audits, tracks(results.history))
+    found = figures["encoder.layer.0.output.dense.weight"]
+    assert [curve["name"] for curve in found["spectra"]] == ["adamw", "s2d"]
+    assert all(len(curve["rank"]) == len(curve["sigma"]) for curve in found["spectra"])
+    assert all(len(row["weight"]) == len(row["data"]) == 3 for row in found["pcdr"])
+    assert len(found["histograms"]) == 2 and found["history"]["step"][-1] == 300
+    assert figures["embeddings.word_embeddings.weight"]["pcdr"] == []
+
+
+def test_a_trend_has_scores_outliers_and_the_worst_weights() -> None:
+    results = read_results(sample.trend())
+    assert results.trend
+    figure = trend_figure(results.audits, results.records)
+    assert figure is not None and figure["labels"] == ["step 10", "step 20", "step 30", "step 40"]
+    headings = [panel["heading"] for panel in figure["panels"]]
+    assert headings[0] == "accuracy, digits" and headings[-1] == "the worst outputs, max / RMS"
+    scores = {series["name"]: series["values"] for series in figure["panels"][0]["series"]}
+    assert scores == {"FP32": [70, 71, 72, 73], "W4A4": [60, 50, 40, 30]}
+    outliers = figure["panels"][1]["series"][0]["values"]
+    assert outliers == sorted(outliers) and outliers[-1] == pytest.approx(214)
+    assert trend_figure(results.audits[:1], ()) is None
 
 
 def test_maps_share_one_scale_and_mark_the_selected() -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from tests.report import sample
 
+import s2d.report
 from s2d.errors import InputError, MissingExtra
 from s2d.report import render_report, write_report
+from s2d.report.page import PLOTLY
 
 VOID = {"meta", "link", "input", "wbr", "br"}
 
@@ -69,7 +71,8 @@ def test_a_run_page_is_whole() -> None:
     assert "sha256:3f0c5a1e9b" in words and "versions.torch" in words
     assert sum("hidden" not in attributes for attributes in read.all("article")) == 1
     assert len(read.all("article")) == 37
-    assert all(attributes.get("aria-label") for attributes in read.all("svg") if attributes.get("role") == "img")
+    charts = [attributes for attributes in read.all("div") if attributes.get("data-chart")]
+    assert len(charts) == 4 + 4 + 2 and all(attributes["aria-label"] for attributes in charts)
 
 
 def test_an_audit_page_is_whole() -> None:
@@ -85,6 +88,7 @@ def test_an_audit_page_is_whole() -> None:
     [
         sample.run(seeds=1, audits=False),
         sample.run(conditionings=("adamw",)),
+        sample.trend(),
         [sample.audit("step 100"), sample.audit("step 200", shrink=3)],
         {"kind": "audit", "records": [{"weight": "w"}]},
         {"records": [{"task": "t", "conditioning": "none", "spec": "fp32", "metric": "x", "value": math.nan}]},
@@ -102,15 +106,49 @@ def test_the_page_asks_nothing_from_outside_and_runs_only_its_own_script() -> No
         assert not any(key.startswith("on") for key in attributes)
         for key in ("src", "href", "action", "srcset"):
             assert (attributes.get(key) or "#").startswith(("#", "data:,"))
-    assert "url(" not in text and "@import" not in text
-    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    wanted = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    ours = text.replace(library(), "")
+    assert "url(" not in ours and "@import" not in ours and "http://" not in ours
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    wanted = " ".join(f"'sha256-{found}'" for found in hashes)
     (policy,) = [a["content"] or "" for a in read.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
-    assert f"script-src 'sha256-{wanted}'" in policy and "default-src 'none'" in policy
+    assert len(scripts) == 3 and f"script-src {wanted};" in policy and "default-src 'none'" in policy
 
 
-def test_size_stays_small() -> None:
-    assert len(render_report(sample.run()).encode()) < 1_000_000
+def library() -> str:
+    return (Path(s2d.report.__file__).parent / PLOTLY[0]).read_text(encoding="utf-8")
+
+
+def test_the_library_is_the_published_one_with_its_licence() -> None:
+    assert hashlib.sha256(library().encode()).hexdigest() == PLOTLY[1]
+    assert "plotly.js (basic - minified) v4.1.1" in library()
+    assert "MIT" in (Path(s2d.report.__file__).parent / "vendor/LICENSE-plotly.txt").read_text()
+
+
+def test_size_stays_between_one_and_three_megabytes() -> None:
+    assert 1_000_000 < len(render_report(sample.run()).encode()) < 3_000_000
+
+
+def test_a_trial_says_that_its_numbers_mean_nothing() -> None:
+    content = sample.run()
+    content["run"]["trial"] = True
+    text = render_report(content)
+    assert "<h1>Only a trial: these numbers mean nothing</h1>" in text and "S2D helps" not in text
+    assert "<h1>Only a trial" not in render_report(sample.run())
+
+
+def test_a_trend_page_is_whole() -> None:
+    words = " ".join(Page(render_report(sample.trend())).words)
+    assert (
+        "From checkpoint to checkpoint" in words
+        and "It learned more, and quantizes worse" in words
+        and "53.5× → 214×" in words
+    )
+    assert "accuracy against bits" in words and "step 40" in words
+    content = sample.trend() | {"records": []}
+    assert "The outliers grew, the worst of them by 4.00×" in " ".join(Page(render_report(content)).words)
+    content["audits"] = dict(reversed(content["audits"].items()))
+    assert "The outliers shrank, the worst of them by 4.00×" in " ".join(Page(render_report(content)).words)
 
 
 def test_the_same_results_give_the_same_page() -> None:

@@ -79,3 +79,11 @@ def clip() -> Loaded:
     pytest.importorskip("PIL")
     pytest.importorskip("transformers")
     return load("new:clip-tiny")
+
+
+@pytest.fixture()
+def llava() -> Loaded:
+    """A random image tower of two blocks before a random Llama of as many."""
+    pytest.importorskip("PIL")
+    pytest.importorskip("transformers")
+    return load("new:llava-tiny")

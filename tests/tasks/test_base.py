@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tasks.test_retrieval import make_folder as captioned_images
+from tests.tasks.test_visual_question_answering import make_folder as questioned_images
 from tests.tiny_images import make_folders
 
 from s2d.errors import InputError
@@ -45,16 +47,37 @@ def unlabelled_text(folder: Path) -> Task:
     return create("unlabelled-text", data=folder, max_length=8)
 
 
+def retrieval(folder: Path) -> Task:
+    words = ("a red thing", "something green", "blue all over")
+    texts = {split: [words[n % 3] for n in range(size)] for split, size in SIZES.items()}
+    return create("retrieval", data=captioned_images(folder, texts))
+
+
+def visual_question_answering(folder: Path) -> Task:
+    answers = {split: [("yes", "no")[n // 3 % 2] for n in range(size)] for split, size in SIZES.items()}
+    data = questioned_images(folder, answers)
+    return create("visual-question-answering", data=data, prompt="<image>{question}", max_answer=4)
+
+
+SIZES = {"train": 32, "val": 9, "test": 9}
 MAKERS = {
     "text-classification": text_classification,
     "docstrings": docstrings,
     "language-modeling": language_modeling,
     "image-classification": image_classification,
     "zero-shot": zero_shot,
+    "retrieval": retrieval,
+    "visual-question-answering": visual_question_answering,
     "unlabelled-text": unlabelled_text,
 }
-MODELS = {"language-modeling": "decoder", "image-classification": "vit", "zero-shot": "clip"}
-WHOLE = ("language-modeling", "image-classification", "zero-shot")  # the model keeps its own outputs
+MODELS = {
+    "language-modeling": "decoder",
+    "image-classification": "vit",
+    "zero-shot": "clip",
+    "retrieval": "clip",
+    "visual-question-answering": "llava",
+}
+WHOLE = tuple(MODELS)  # the model keeps its own outputs
 
 
 def test_every_task_describes_itself_and_is_tested_here() -> None:

@@ -197,7 +197,7 @@ def test_bad_input_has_its_line(folders: Path, vit: Loaded, tmp_path: Path) -> N
         task(folders).build(replace(vit, processor=None))
     with pytest.raises(InputError, match="no configuration new:vit-tiy; did you mean vit-tiny"):
         load("new:vit-tiy")
-    with pytest.raises(InputError, match="only a seed"):
+    with pytest.raises(InputError, match="give seed=NUMBER"):
         load("new:vit-tiny?depth=3")
 
 

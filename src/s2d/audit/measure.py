@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from s2d.audit.results import Audit, AuditRow, Trend
 from s2d.audit.streams import Judgement, Survey
@@ -25,8 +25,8 @@ from s2d.errors import InputError
 from s2d.models import Family, family_of, fingerprint
 from s2d.quant.sites import refuse_quantized
 from s2d.quant.spec import QuantSpec, TensorSpec
-from s2d.results import run_metadata
-from s2d.spectrum import Triplets, median_singular, top_singular
+from s2d.results import JSON, run_metadata
+from s2d.spectrum import Triplets, singular_values, top_singular
 from s2d.targets import Kind, Selector, Target, find_targets
 from s2d.views import projection_of
 
@@ -114,8 +114,8 @@ def audit(
     family = family_of(model)
     rows = []
     for target in targets:
-        triplets, median = spectra[target.name]
-        row = _row(target, family, triplets, median)
+        triplets, values = spectra[target.name]
+        row = _row(target, family, triplets, values)
         if target.name in judgements:
             _fill(row, surveys[target.name], judgements[target.name])
         rows.append(row)
@@ -210,10 +210,24 @@ def _targets(model: nn.Module, include: Selector, exclude: Selector, kinds: Sequ
     return find_targets(model, include, exclude, kinds)
 
 
-def _spectrum(target: Target, k: int) -> tuple[Triplets, float]:
-    """Leading triplets and the median singular value."""
+def _spectrum(target: Target, k: int) -> tuple[Triplets, Tensor]:
+    """Leading triplets and all singular values."""
     W = target.matrix()
-    return top_singular(W, min(k, *W.shape), name=target.name), median_singular(W).item()
+    return top_singular(W, min(k, *W.shape), name=target.name), singular_values(W).cpu()
+
+
+def curve(values: Tensor, points: int = 64) -> JSON:
+    """A falling spectrum in few numbers: every rank at first, then ranks in even ratios up to the last one.
+
+    Args:
+        values: ``[n]``, largest first.
+        points: How many at most.
+
+    Returns:
+        ``rank`` (from 1 on, increasing) and ``sigma``, to four digits.
+    """
+    ranks = sorted({round(len(values) ** (step / (points - 1))) for step in range(points)} | {1, len(values)})
+    return {"rank": ranks, "sigma": [float(f"{values[rank - 1].item():.4g}") for rank in ranks]}
 
 
 def _pictured(surveys: Sequence[Survey]) -> set[str]:
@@ -222,9 +236,9 @@ def _pictured(surveys: Sequence[Survey]) -> set[str]:
     return {survey.target.name for survey in (*outputs, *inputs)}
 
 
-def _row(target: Target, family: Family, triplets: Triplets, median: float) -> AuditRow:
+def _row(target: Target, family: Family, triplets: Triplets, values: Tensor) -> AuditRow:
     """What the weight alone says."""
-    W, largest = target.matrix(), triplets.S[0].item()
+    W, largest, median = target.matrix(), triplets.S[0].item(), values.median().item()
     return AuditRow(
         weight=target.name,
         kind=target.kind,
@@ -234,6 +248,7 @@ def _row(target: Target, family: Family, triplets: Triplets, median: float) -> A
         sigma=triplets.S.tolist(),
         sigma_over_median=largest / median if median > 0 else None,
         stable_rank=(torch.linalg.vector_norm(W.to(triplets.S.dtype)).item() / largest) ** 2 if largest > 0 else 0.0,
+        spectrum=curve(values),
     )
 
 

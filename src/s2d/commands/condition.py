@@ -66,6 +66,7 @@ def condition(
     task = _task_of(objective, task, data)
     from s2d.checkpoint import load
     from s2d.models import save_model
+    from s2d.report import write_card
     from s2d.results import run_metadata, sweep
     from s2d.runner import device_of
     from s2d.tasks import create
@@ -98,13 +99,15 @@ def condition(
         )
         notes = {"conditioned": recipe.model_dump(include={"model", "task", "train", "arms"}), "seed": seed}
         save_model(built, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
+        run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)
+        told = {**asdict(done), "seed": seed, "settings": recipe.train.outcome(), "decay": recipe.arms["s2d"]}
+        write_card(out, base=model, task=recipe.task.name, training=told, run=run_part)
         state.unlink(missing_ok=True)
         sweep(state.parent, age=0.0)  # by a run that was killed while it saved
         with suppress(OSError):  # somebody put something there
             state.parent.rmdir()
     if json_file is not None:
         training = {name: value for name, value in asdict(done).items() if name != "history"}
-        run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
     skipped = f" ({len(done.skipped)} skipped)" if done.skipped else ""
     say(

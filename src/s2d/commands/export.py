@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,9 @@ from s2d.commands.shared import (
 )
 from s2d.errors import InputError
 
+if TYPE_CHECKING:
+    from s2d.export import ExportReport
+
 
 @command(app, example="s2d export runs/w4a4 --out model.onnx --task docstrings")
 def export(
@@ -43,7 +46,8 @@ def export(
 
     Before it is handed over, every layer is compared with the simulated one, and with --task the metric too. The report
     says what is 4-bit on disk, what in memory, and what the multiply really is; it is kept beside the file as JSON, and
-    the tokenizer or image processor in the folder NAME.inputs.
+    the tokenizer or image processor in the folder NAME.inputs. CLIP and SigLIP become two files, NAME.image.onnx and
+    NAME.text.onnx, whose vectors multiply to the scores (scale and bias: NAME.json).
     """
     if out is None:
         raise InputError("where should the exported model go? add --out NAME.onnx")
@@ -54,7 +58,9 @@ def export(
     from s2d.evaluation import model_for
     from s2d.export import example_of
     from s2d.export import export as write
+    from s2d.export.towers import export_towers
     from s2d.models.checkpoints import save_parts
+    from s2d.models.dual_encoder import DualEncoder
     from s2d.quant.sites import is_quantized
     from s2d.tasks import create
     from s2d.tasks.base import check_split
@@ -77,23 +83,36 @@ def export(
             # A model that was saved for this task is whole; else the task's parts are put on the quantized encoder.
             plain = loaded.model if type(loaded.model) is type(built) else built
             inputs = (each for batch in made.batches("train", batch_size=16) for each in made.inputs(batch))
-        report = write(
-            plain,
-            out,
-            example=example_of(inputs),
-            embeddings=embeddings,
-            task=made,
-            split=wanted,
-            time_it=time_it,
-            force=force,
-            notes=lambda text: watch.stage(text, 1),
-        )
+        options: dict[str, Any] = {
+            "example": example_of(inputs),
+            "embeddings": embeddings,
+            "task": made,
+            "split": wanted,
+            "time_it": time_it,
+            "force": force,
+            "notes": lambda text: watch.stage(text, 1),
+        }
+        reports: list[ExportReport] = []
+        if isinstance(plain, DualEncoder):
+            reports += export_towers(plain, out, **options).values()
+        else:
+            reports.append(write(plain, out, **options))
     save_parts(out.with_suffix(".inputs"), loaded.tokenizer, loaded.processor)
     if json_file is not None:
-        save_json(json_file, {"export": report.to_dict()})
+        content = [report.to_dict() for report in reports]
+        save_json(json_file, {"export": content[0] if len(content) == 1 else content})
+    for report in reports:
+        _tell(quiet, report)
+
+
+def _tell(quiet: bool, report: ExportReport) -> None:
+    """What people should know about one file."""
     parity = report.parity
     worst = max((row.error for row in report.layers), default=0.0)
-    say(quiet, f"{out}: {report.spec} {report.method}, {'passed' if report.passed else 'FAILED, kept by --force'}")
+    say(
+        quiet,
+        f"{report.path}: {report.spec} {report.method}, {'passed' if report.passed else 'FAILED, kept by --force'}",
+    )
     say(quiet, f"layers: {len(report.layers)} compared, largest relative error {worst:.1e}")
     say(
         quiet,

@@ -84,7 +84,7 @@ def _run(
 
         content = smoke_test(content, folder / "data")
     with Watch(Console(stderr=True), quiet=quiet) as watch:
-        results = Runner(name, content, folder, watch).run()
+        results = Runner(name, content, folder, watch, trial=smoke).run()
     if json_file is not None:
         save_json(json_file, results)
     if not quiet:

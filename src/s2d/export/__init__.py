@@ -25,7 +25,7 @@ from s2d.quant.state import Record, peek, record
 from s2d.results import run_metadata, write_json
 from s2d.tasks import Split, Task
 
-__all__ = ["ExportReport", "OnnxModel", "OpenVinoModel", "export", "formats", "integer_model", "open_exported"]
+__all__ = ["ExportReport", "OnnxModel", "OpenVinoModel", "export", "exporters", "integer_model", "open_exported"]
 
 _FORMATS = {
     ".onnx": "ONNX for onnxruntime and OpenVINO",
@@ -33,7 +33,7 @@ _FORMATS = {
 }
 
 
-def formats() -> dict[str, str]:
+def exporters() -> dict[str, str]:
     """What can be written: the file's suffix, and one line."""
     return dict(_FORMATS)
 
@@ -85,6 +85,12 @@ def export(
     require("onnxruntime", "export")
     if target.suffix == ".xml":
         require("openvino", "openvino")
+    if len({len(value) for value in example.values()}) > 1:
+        sizes = ", ".join(f"{name} of {len(value)}" for name, value in example.items())
+        raise InputError(
+            f"{type(model).__name__} takes batches of different sizes ({sizes}), and a file takes one; models of an "
+            "image and a text tower become two files: s2d export, or s2d.export.towers.export_towers"
+        )
     if not example or any(len(value) < 2 for value in example.values()):
         raise InputError("the example needs a batch of two or more, so that the file takes any number")
     reference = copy.deepcopy(model).eval().requires_grad_(False)

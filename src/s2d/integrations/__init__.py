@@ -13,7 +13,39 @@ decay with ``accelerator.register_for_checkpointing``.
 
 from __future__ import annotations
 
+from typing import Any
+
 from s2d.decay import SelectiveSpectralDecay
+
+
+class Conditioning:
+    """What every adapter is: settings until the trainer has made its optimizer, then a decay, and no hooks at the end.
+
+    Attributes:
+        settings: Keywords of :class:`s2d.SelectiveSpectralDecay`.
+        decay: From the beginning of the training on; its history stays when the training is over.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        """Remember how to condition.
+
+        Args:
+            settings: Keywords of :class:`s2d.SelectiveSpectralDecay`.
+        """
+        self.settings = settings
+        self.decay: SelectiveSpectralDecay | None = None
+
+    def _attach(self, model: Any, optimizer: Any, state: dict[str, Any] | None) -> None:
+        """Begin, or continue from the state of an earlier training, in place of whatever was attached."""
+        self._remove()
+        self.decay = SelectiveSpectralDecay(model, optimizer, **self.settings)
+        if state is not None:
+            self.decay.load_state_dict(state)
+
+    def _remove(self) -> None:
+        """Take the hooks out."""
+        if self.decay is not None:
+            self.decay.remove()
 
 
 def summary(decay: SelectiveSpectralDecay) -> dict[str, float]:

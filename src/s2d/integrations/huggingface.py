@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from s2d.decay import SelectiveSpectralDecay
 from s2d.errors import InputError, require
-from s2d.integrations import summary
+from s2d.integrations import Conditioning, summary
 from s2d.results import write_atomic
 
 transformers = require("transformers", "hf")
@@ -25,21 +24,8 @@ transformers = require("transformers", "hf")
 STATE_FILE = "s2d_decay.pt"
 
 
-class SpectralDecayCallback(transformers.TrainerCallback):
-    """Delegates to :class:`s2d.SelectiveSpectralDecay`; its state is ``s2d_decay.pt`` in every checkpoint.
-
-    Attributes:
-        decay: From the beginning of the training on; its history stays when the training is over.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        """Remember how to condition.
-
-        Args:
-            settings: Keywords of :class:`s2d.SelectiveSpectralDecay`.
-        """
-        self.settings = settings
-        self.decay: SelectiveSpectralDecay | None = None
+class SpectralDecayCallback(Conditioning, transformers.TrainerCallback):
+    """Delegates to :class:`s2d.SelectiveSpectralDecay`; its state is ``s2d_decay.pt`` in every checkpoint."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer exists: attach to it, and continue where a resumed training stopped.
@@ -47,10 +33,8 @@ class SpectralDecayCallback(transformers.TrainerCallback):
         Raises:
             InputError: The checkpoint that the trainer resumes from has no state of a decay, or that of another.
         """
-        self._remove()
-        self.decay = SelectiveSpectralDecay(kwargs["model"], kwargs["optimizer"], **self.settings)
-        if state.global_step:
-            self.decay.load_state_dict(_read_state(args, state.global_step))
+        known = _read_state(args, state.global_step) if state.global_step else None
+        self._attach(kwargs["model"], kwargs["optimizer"], known)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state into the checkpoint that the trainer has just written."""
@@ -68,10 +52,6 @@ class SpectralDecayCallback(transformers.TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks out."""
         self._remove()
-
-    def _remove(self) -> None:
-        if self.decay is not None:
-            self.decay.remove()
 
 
 def attach(trainer: Any, **settings: Any) -> SpectralDecayCallback:

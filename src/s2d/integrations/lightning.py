@@ -7,37 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2d.decay import SelectiveSpectralDecay
 from s2d.errors import require
-from s2d.integrations import summary
+from s2d.integrations import Conditioning, summary
 
 pytorch = require("lightning.pytorch", "lightning")
 
 
-class SpectralDecay(pytorch.Callback):
-    """Delegates to :class:`s2d.SelectiveSpectralDecay`; its state is part of Lightning's checkpoints.
-
-    Attributes:
-        decay: From the beginning of the fit on; its history stays when the fit is over.
-    """
+class SpectralDecay(Conditioning, pytorch.Callback):
+    """Delegates to :class:`s2d.SelectiveSpectralDecay`; its state is part of Lightning's checkpoints."""
 
     def __init__(self, **settings: Any) -> None:
-        """Remember how to condition.
-
-        Args:
-            settings: Keywords of :class:`s2d.SelectiveSpectralDecay`.
-        """
-        self.settings = settings
-        self.decay: SelectiveSpectralDecay | None = None
+        """Remember how to condition; the keywords are those of :class:`s2d.SelectiveSpectralDecay`."""
+        super().__init__(**settings)
         self._restored: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The optimizers exist: attach to them, and continue where a resumed fit stopped."""
-        self._remove()
-        self.decay = SelectiveSpectralDecay(pl_module, trainer.optimizers, **self.settings)
-        if self._restored is not None:
-            self.decay.load_state_dict(self._restored)
-            self._restored = None
+        self._attach(pl_module, trainer.optimizers, self._restored)
+        self._restored = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Show what the decay sees through the module's own logger."""
@@ -59,7 +46,3 @@ class SpectralDecay(pytorch.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning restores callbacks before there are optimizers: kept until the fit begins."""
         self._restored = state_dict or None
-
-    def _remove(self) -> None:
-        if self.decay is not None:
-            self.decay.remove()

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from s2d.errors import require
-from s2d.report import histogram_chart, layermap, svg
-from s2d.report.charts import bits_panels, series_class, series_mark
-from s2d.report.formatting import MISSING, percent, points, ratio, show, signed
-from s2d.report.history_chart import history_panels, most_decayed
-from s2d.report.results import JSON, Audit, Record, Results, Weight, read_results, visible
+from s2d.report import layermap
+from s2d.report.close_up import cell, close_ups, used_columns, weight_figures
+from s2d.report.formatting import MISSING, points, show, signed
+from s2d.report.histories import history_figure, most_decayed, tracks
+from s2d.report.results import JSON, Audit, Record, Results, read_results, visible
+from s2d.report.scores import score_figure
 from s2d.report.summary import (
     Group,
+    Verdict,
     audit_change,
     audit_verdict,
     gain,
@@ -30,30 +32,12 @@ from s2d.report.summary import (
     primary,
     rivals,
     run_verdict,
-    worst_weight,
 )
+from s2d.report.trend import trend_figure, trend_verdict
 from s2d.results import write_atomic
 
-PICTURED = 24  # histograms are the heaviest part of the page: this many of the worst weights have theirs
-
-_COLUMNS = (
-    # heading, key of the value or attribute, how it is written
-    ("σ₁", "sigma_1", show),
-    ("σ₂", "sigma_2", show),
-    ("σ₃", "sigma_3", show),
-    ("σ₁ / median", "sigma_over_median", ratio),
-    ("stable rank", "stable_rank", show),
-    ("PCDR₁", "pcdr_1", show),
-    ("PCDR₂", "pcdr_2", show),
-    ("PCDR₃", "pcdr_3", show),
-    ("PCDR₁ (data)", "pcdr_data_1", show),
-    ("PCDR₃ (data)", "pcdr_data_3", show),
-    ("output max", "output_max", show),
-    ("output max / RMS", "output_ratio", ratio),
-    ("input max", "input_max", show),
-    ("input max / RMS", "input_ratio", ratio),
-    ("W4A4 error", "w4a4_error", percent),
-)
+# The charting library, as it was published (plotly.js-basic-dist-min 4.1.1 on npm); its licence is beside it.
+PLOTLY = ("vendor/plotly-basic.min.js", "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba")
 
 
 def render_report(results: object) -> str:
@@ -69,18 +53,28 @@ def render_report(results: object) -> str:
     read = dataclasses.replace(
         read, audits=tuple(dataclasses.replace(audit, label=label(audit.label)) for audit in read.audits)
     )
-    script, style = _asset("report.js"), _asset("report.css")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["drawing"] = markup  # svg.py has escaped every word in it
-    page = environment.from_string(_asset("report.html.j2"))
+    page = environment.from_string(_asset("templates/report.html.j2"))
+    context, figures = _context(read)
+    library, scripts = _asset(PLOTLY[0]), [_asset("templates/report.js"), _asset("templates/charts.js")]
+    # Plotly's file ends its own way; the page's parser must not see a closing tag in it, and there is none.
+    assert "</script" not in library.lower() and hashlib.sha256(library.encode()).hexdigest() == PLOTLY[1]
+    scripts = [library, *scripts]
     return page.render(
-        **_context(read),
-        style=markup(style),
-        script=markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **context,
+        data=markup(_as_script(figures)),
+        style=markup(_asset("templates/report.css")),
+        scripts=[markup(script) for script in scripts],
+        script_hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
     )
+
+
+def _as_script(figures: object) -> str:
+    """JSON that may stand inside a script element: whatever a name says, it cannot end the element or begin another."""
+    text = json.dumps(figures, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def write_report(results: object, path: str | os.PathLike[str]) -> Path:
@@ -101,56 +95,70 @@ def write_report(results: object, path: str | os.PathLike[str]) -> Path:
 
 
 def _asset(name: str) -> str:
-    return (importlib.resources.files("s2d.report") / "templates" / name).read_text(encoding="utf-8")
+    return importlib.resources.files("s2d.report").joinpath(*name.split("/")).read_text(encoding="utf-8")
 
 
-def _context(results: Results) -> dict[str, Any]:
+def _context(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the template shows, and what the charts are drawn from."""
     found = groups(results.records)
-    verdict = run_verdict(found) if found else audit_verdict(results.audits)
     first = primary(found)
-    tracks = most_decayed(results.history)
-    models = dict.fromkeys([*(group.model for group in found), *(audit.model for audit in results.audits)])
-    return {
-        "title": ", ".join(model for model in models if model) or "s2d",
-        "kind": "run" if found else "audit",
-        "verdict": verdict,
-        "extra": audit_change(results.audits) if found else (),
+    audits = results.audits
+    told = tracks(results.history)
+    history = history_figure(most_decayed(told))
+    trend = trend_figure(audits, results.records) if results.trend else None
+    compared = found if not results.trend else []
+    models = dict.fromkeys([*(group.model for group in found), *(audit.model for audit in audits)])
+    context = {
+        "title": (" → ".join if results.trend else ", ".join)([model for model in models if model]) or "s2d",
+        "kind": "trend" if results.trend else "run" if found else "audit",
+        "verdict": _verdict(results, compared),
+        "extra": audit_change(audits) if compared else (),
         "groups": [_group(group, group in first) for group in found],
-        "audits": results.audits,
-        "layers": layermap.layers(results.audits),
+        "audits": audits,
+        "trend": trend,
+        "layers": layermap.layers(audits),
         "gradient": layermap.gradient(),
-        "weights": _weights(results.audits),
-        "columns": [(heading, key) for heading, key, _ in _used_columns(results.audits)],
-        "audit_rows": _audit_rows(results.audits),
+        "weights": close_ups(audits, told),
+        "columns": [(heading, key) for heading, key, _ in used_columns(audits)],
+        "audit_rows": _audit_rows(audits),
         "records": [_record_row(record) for record in results.records],
-        "history": history_panels(tracks),
-        "history_names": [(track.style, track.weight) for track in tracks],
+        "history": history,
         "runs": [_flat(run) for run in _distinct_runs(results)],
     }
+    figures = {
+        "scores": [] if results.trend else [score_figure(group) for group in found],
+        "trend": trend,
+        "history": history,
+        "weights": weight_figures(audits, told),
+    }
+    return context, figures
+
+
+def _verdict(results: Results, found: Sequence[Group]) -> Verdict:
+    if results.trend and len(results.audits) > 1:
+        verdict = trend_verdict(results.audits, results.records)
+    else:
+        verdict = run_verdict(found) if found else audit_verdict(results.audits)
+    if not results.trial:
+        return verdict
+    words = "A tiny random model learned from made-up data for a few steps: the recipe runs from end to end, no more."
+    return Verdict("Only a trial: these numbers mean nothing", "bad", (), (words,))
 
 
 def _group(group: Group, judged: bool) -> dict[str, Any]:
     names = group.conditionings
+    figure = score_figure(group)
     return {
         "judged": judged,
         "task": group.task,
         "model": group.model,
         "metric": group.metric,
         "direction": "higher is better" if group.higher_is_better else "lower is better",
-        "legend": [(_key(series_mark(name, names), series_class(name, names)), label(name)) for name in names],
-        "panels": bits_panels(group),
+        "panels": [] if figure is None else figure["panels"],
         "spread": any(len(group.values(name, spec)) > 1 for name in names for spec in group.specs),
         "specs": [spec.upper() for spec in group.specs],
         "blocks": _pivot(group),
     }
-
-
-def _key(shape: str, colour: str) -> str:
-    """A line of the legend, as a small drawing."""
-    line = svg.line(0, 8, 26, 8, f"series {colour}")
-    return svg.element(
-        "svg", line + svg.mark(shape, 13, 8, f"mark {colour}"), viewBox="0 0 26 16", class_="key", aria_hidden="true"
-    )
 
 
 def _pivot(group: Group) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -177,88 +185,13 @@ def _only(group: Group, quantizer: str) -> Group:
     return Group(group.task, group.model, group.metric, kept)
 
 
-def _used_columns(audits: Sequence[Audit]) -> list[tuple[str, str, Any]]:
-    present = {key for audit in audits for weight in audit.weights for key in weight.values}
-    return [column for column in _COLUMNS if column[1] in present]
-
-
 def _audit_rows(audits: Sequence[Audit]) -> list[dict[str, Any]]:
-    columns = _used_columns(audits)
+    columns = used_columns(audits)
     return [
-        {"audit": audit.label, "weight": weight, "cells": [_cell(weight, key, write) for _, key, write in columns]}
+        {"audit": audit.label, "weight": weight, "cells": [cell(weight, key, write) for _, key, write in columns]}
         for audit in audits
         for weight in audit.weights
     ]
-
-
-def _cell(weight: Weight, key: str, write: Any) -> tuple[str, str]:
-    """(what is shown, what is sorted by)."""
-    value = weight.values.get(key, math.nan)
-    return write(value), "" if math.isnan(value) else repr(value)
-
-
-def _weights(audits: Sequence[Audit]) -> list[dict[str, Any]]:
-    """The close-ups: every weight once, with its rows from all checkpoints; the worst one is shown first."""
-    if not audits:
-        return []
-    names = list(dict.fromkeys(weight.name for audit in audits for weight in audit.weights))
-    found = {name: [(audit.label, audit.weight(name)) for audit in audits] for name in names}
-    pictured = [name for name in names if any(weight and weight.histogram for _, weight in found[name])]
-    severity = {name: _severity([weight for _, weight in found[name] if weight]) for name in names}
-    pictured = sorted(pictured, key=lambda name: severity[name], reverse=True)[:PICTURED]
-    worst = worst_weight(audits[0])
-    first = pictured[0] if pictured else (worst.name if worst else names[0] if names else "")
-    return [_close_up(name, found[name], name in pictured, name == first, _used_columns(audits)) for name in names]
-
-
-def _severity(rows: Sequence[Weight]) -> tuple[bool, float]:
-    worst = max((row.values.get("output_ratio", 0.0) for row in rows), default=0.0)
-    return (any(row.selected for row in rows), worst)
-
-
-def _close_up(
-    name: str, rows: Sequence[tuple[str, Weight | None]], pictured: bool, shown: bool, columns: Any
-) -> dict[str, Any]:
-    present = [(checkpoint, weight) for checkpoint, weight in rows if weight is not None]
-    pictures = []
-    drawn = [(checkpoint, weight.histogram) for checkpoint, weight in present if weight.histogram] if pictured else []
-    if drawn:
-        window = histogram_chart.span(*(histogram for _, histogram in drawn))
-        for checkpoint, histogram in drawn:
-            words = histogram_chart.caption(histogram)
-            whose = f"{checkpoint}: {histogram.of} of {name}"
-            close = histogram_chart.bulk(histogram)
-            pictures.append(
-                {
-                    "label": checkpoint,
-                    "of": histogram.of,
-                    "levels": len(histogram.grid),
-                    "full": histogram_chart.histogram_drawing(histogram, window, f"{whose}, all values. {words}"),
-                    "close": histogram_chart.histogram_drawing(histogram, close, f"{whose}, the middle 99.9 %")
-                    if close
-                    else "",
-                    "caption": words,
-                }
-            )
-    table = [
-        (heading, [write(weight.values.get(key, math.nan)) for _, weight in present])
-        for heading, key, write in columns
-        if any(key in weight.values for _, weight in present)
-    ]
-    return {
-        "name": name,
-        "shown": shown,
-        "shape": present[0][1].shape if present else "",
-        "labels": [checkpoint for checkpoint, _ in present],
-        "selected": [_decay_words(weight) for _, weight in present],
-        "table": table,
-        "pictures": pictures,
-    }
-
-
-def _decay_words(weight: Weight) -> str:
-    rule = {"data": " (by its outputs' directions)", "weight": " (by its singular values)"}.get(weight.selected_by, "")
-    return f"selected{rule}" if weight.selected else "not selected"
 
 
 def _record_row(record: Record) -> dict[str, Any]:

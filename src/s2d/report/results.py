@@ -89,6 +89,7 @@ class Weight:
     selected: bool
     selected_by: str
     values: Mapping[str, float]
+    spectrum: tuple[tuple[float, float], ...]  # (rank, singular value), ranks increasing
     histogram: Histogram | None
 
 
@@ -114,6 +115,7 @@ class Moment:
     weight: str
     sigma: float
     ratio: float
+    pcdr: float
     selected: bool
 
 
@@ -125,6 +127,12 @@ class Results:
     audits: tuple[Audit, ...] = ()
     history: tuple[Moment, ...] = ()
     runs: tuple[JSON, ...] = field(default=())
+    trend: bool = False  # the audits are checkpoints of one training, in its order
+
+    @property
+    def trial(self) -> bool:
+        """Whether any of it comes from a trial on a tiny random model."""
+        return any(run.get("trial") is True for run in self.runs)
 
 
 def read_results(results: object) -> Results:
@@ -138,6 +146,7 @@ def read_results(results: object) -> Results:
     audits: list[Audit] = []
     history: list[Moment] = []
     runs: list[JSON] = []
+    trend = False
     for number, content in enumerate(files, 1):
         where = "results" if len(files) == 1 else f"results file {number}"
         if not isinstance(content, Mapping) or not isinstance(content.get("records"), list):
@@ -146,6 +155,7 @@ def read_results(results: object) -> Results:
         if not isinstance(run, Mapping):
             raise InputError(f'{where}: "run" must be an object, not {type(run).__name__}')
         runs.append(run)
+        trend = trend or content.get("kind") == "trend"
         if content.get("kind") == "audit":
             audits.append(_audit(content, label=str(content.get("label") or ""), where=where))
             continue
@@ -157,7 +167,8 @@ def read_results(results: object) -> Results:
         history += _history(content.get("history") or [], where)
     if not records and not any(audit.weights for audit in audits):
         raise InputError("results: there is no record in it, so nothing to report; run the audit or the recipe again")
-    return Results(tuple(records), _distinct(audits), tuple(history), tuple(runs))
+    trend = trend or (len(audits) > 2 and not records)
+    return Results(tuple(records), _distinct(audits), tuple(history), tuple(runs), trend)
 
 
 def _distinct(audits: list[Audit]) -> tuple[Audit, ...]:
@@ -240,13 +251,25 @@ def _weight(row: object, where: str) -> Weight:
         selected=bool(row.get("selected")),
         selected_by=visible(row.get("selected_by") or ""),
         values={key: value for key, value in values.items() if not math.isnan(value)},
+        spectrum=_spectrum(row.get("spectrum")),
         histogram=_histogram(histogram, where) if histogram else None,
     )
 
 
+def _spectrum(content: object) -> tuple[tuple[float, float], ...]:
+    if not isinstance(content, Mapping):
+        return ()
+    ranks, values = ([_number(item) for item in _listed(content.get(key))] for key in ("rank", "sigma"))
+    return tuple(sorted((r, v) for r, v in zip(ranks, values, strict=False) if math.isfinite(r) and math.isfinite(v)))
+
+
+def _listed(content: object) -> list[Any]:
+    return list(content) if isinstance(content, (list, tuple)) else []
+
+
 def _histogram(content: object, where: str) -> Histogram:
     content = _mapping(content, f"{where}, histogram")
-    edges, counts, grid = ([_number(item) for item in content.get(key) or []] for key in ("edges", "counts", "grid"))
+    edges, counts, grid = ([_number(item) for item in _listed(content.get(key))] for key in ("edges", "counts", "grid"))
     if len(edges) != len(counts) + 1 or not counts or len(grid) < 2:
         raise InputError(
             f"{visible(where)}: a histogram needs n + 1 edges, n counts and a grid of levels, "
@@ -275,6 +298,7 @@ def _history(entries: object, where: str) -> list[Moment]:
                 weight=visible(entry.get("weight", "")),
                 sigma=_number(sigma[0] if isinstance(sigma, (list, tuple)) and sigma else sigma),
                 ratio=_number(ratio),
+                pcdr=_number(next(iter(_listed(entry.get("pcdr"))), None)),
                 selected=bool(entry.get("selected")),
             )
         )

@@ -40,9 +40,10 @@ def answers_in(cell: Any, place: str) -> Answer:
     """
     found = cell if isinstance(cell, list) else [cell]
     texts = [item.get("answer") if isinstance(item, dict) else item for item in found]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    kept = tuple(text for text in texts if isinstance(text, str) and text.strip())
+    if not texts or len(kept) < len(texts):
         raise InputError(f"{place}: expected an answer or a list of answers, not {str(cell)[:60]!r}")
-    return Answer(tuple(texts))
+    return Answer(kept)
 
 
 def normalized(text: str) -> str:

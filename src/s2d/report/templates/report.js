@@ -15,8 +15,8 @@
   const dark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
   const name = () => { theme.textContent = dark() ? "Light" : "Dark"; };
   theme.hidden = false;
-  theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; name(); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
+  theme.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; name(); root.dispatchEvent(new Event("theme")); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { name(); root.dispatchEvent(new Event("theme")); });
   name();
 
   // Tables that sort: numbers by their full value, words by the reader's alphabet, what is missing always last.
@@ -76,9 +76,15 @@
   const show = (weight, scroll) => {
     for (const article of all("#close-up article")) article.hidden = article.dataset.weight !== weight;
     choose.value = weight;
-    if (scroll) document.getElementById("close-up").scrollIntoView({ behavior: "smooth", block: "start" });
+    root.dispatchEvent(new CustomEvent("weight", { detail: weight }));
+    if (scroll) document.getElementById("close-up").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth", block: "start" });
   };
-  if (choose) choose.addEventListener("change", () => show(choose.value, false));
+  if (choose) {
+    choose.addEventListener("change", () => show(choose.value, false));
+    const step = (by) => show(choose.options[(choose.selectedIndex + by + choose.length) % choose.length].value, false);
+    document.getElementById("previous").addEventListener("click", () => step(-1));
+    document.getElementById("next").addEventListener("click", () => step(1));
+  }
 
   for (const button of all(".outside [data-weight]")) button.addEventListener("click", () => show(button.dataset.weight, true));
 

@@ -1,0 +1,174 @@
+"""CLIP and SigLIP as two files: images are embedded by the one, texts by the other, whenever each is needed.
+
+A file takes one batch, and an application embeds its texts once and its images all day; so the towers part. Their
+vectors are unit vectors: a score is their product, times the scale and plus the bias that the JSON beside them holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.export import export, gate, open_exported
+from s2d.export.gate import ExportReport
+from s2d.export.lowering import round_embeddings
+from s2d.models.dual_encoder import DualEncoder
+from s2d.results import run_metadata, write_json
+from s2d.tasks import Split, Task
+
+TOWERS = ("image", "text")
+
+
+class Tower(nn.Module):
+    """One tower of a `DualEncoder`, without the modules of the other."""
+
+    def __init__(self, model: DualEncoder, kind: str, example: Mapping[str, Tensor]) -> None:
+        """Copy the model and drop what a pass through the tower does not enter."""
+        super().__init__()
+        self.kind = kind
+        self.model = copy.deepcopy(model).eval()
+        entered: set[str] = set()
+        names = {module: name for name, module in self.model.named_modules()}
+        handles = [
+            module.register_forward_pre_hook(lambda module, _: entered.add(names[module]))
+            for module in names
+            if names[module]
+        ]
+        with torch.no_grad():
+            self(**example)
+        for handle in handles:
+            handle.remove()
+        self._drop(self.model, "", entered)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Unit vectors ``[batch, width]``."""
+        return getattr(self.model, self.kind)(**inputs)
+
+    def _drop(self, module: nn.Module, prefix: str, entered: set[str]) -> None:
+        for name, child in list(module.named_children()):
+            place = f"{prefix}{name}"
+            if not any(each == place or each.startswith(f"{place}.") for each in entered):
+                setattr(module, name, nn.Identity())
+            else:
+                self._drop(child, f"{place}.", entered)
+
+
+class ExportedTowers(DualEncoder):
+    """The two files, asked as tasks ask a `DualEncoder`; scores are left to who has scale and bias.
+
+    Args:
+        image: The file of the image tower, opened.
+        text: That of the text tower.
+    """
+
+    def __init__(self, image: nn.Module, text: nn.Module) -> None:
+        nn.Module.__init__(self)  # there is no encoder to look into
+        self.encoder = nn.ModuleDict({"image": image, "text": text})
+
+    def image(self, pixel_values: Tensor) -> Tensor:
+        """``[images, 3, height, width]`` to unit vectors ``[images, width]``."""
+        return _only(self.encoder["image"](pixel_values=pixel_values))
+
+    def text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """``[texts, tokens]`` to unit vectors ``[texts, width]``."""
+        masked = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return _only(self.encoder["text"](input_ids=input_ids, **masked))
+
+
+def paths_of(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """``NAME.onnx`` to ``NAME.image.onnx`` and ``NAME.text.onnx``."""
+    target = Path(path)
+    return {kind: target.with_name(f"{target.stem}.{kind}{target.suffix}") for kind in TOWERS}
+
+
+def export_towers(
+    model: DualEncoder,
+    path: str | os.PathLike[str],
+    *,
+    example: Mapping[str, Tensor],
+    embeddings: int = 8,
+    task: Task | None = None,
+    split: Split = "validation",
+    batch_size: int = 64,
+    time_it: bool = True,
+    force: bool = False,
+    notes: Callable[[str], None] = lambda text: None,
+) -> dict[str, ExportReport]:
+    """Write a quantized CLIP or SigLIP as two files, each checked as `s2d.export` checks one.
+
+    Args:
+        model: Quantized, as a task of images and texts builds it.
+        path: ``NAME.onnx`` or ``NAME.xml``; the files are ``NAME.image.onnx`` and ``NAME.text.onnx``, and ``NAME.json``
+            holds both reports, scale and bias.
+        example: A batch: ``pixel_values`` of two or more images, and the keywords of two or more texts.
+        embeddings: Bits of embedding tables; 0 leaves them.
+        task: Zero-shot or retrieval: its metric is compared too, with both files together.
+        split: On which it is compared.
+        batch_size: Examples at once.
+        time_it: Measure latency against fp32.
+        force: Keep files that do not compute the same.
+        notes: Told what happens.
+
+    Returns:
+        ``"image"`` and ``"text"``; the task's comparison is in both reports.
+
+    Raises:
+        InputError: As `s2d.export`; no file is left.
+    """
+    texts = {name: value for name, value in example.items() if name != "pixel_values"}
+    if "pixel_values" not in example or not texts:
+        raise InputError("two towers need an example of images and texts: pixel_values and input_ids")
+    targets, inputs = paths_of(path), {"image": {"pixel_values": example["pixel_values"]}, "text": texts}
+    reports: dict[str, ExportReport] = {}
+    options: dict[str, Any] = {"embeddings": embeddings, "time_it": time_it, "force": force}
+    try:
+        for kind in TOWERS:
+            tower = Tower(model, kind, inputs[kind])
+            reports[kind] = export(
+                tower,
+                targets[kind],
+                example=inputs[kind],
+                notes=lambda text, kind=kind: notes(f"{kind}: {text}"),
+                **options,
+            )
+        if task is not None:
+            notes(f"comparing {task.primary} on {split}")
+            reference = copy.deepcopy(model).eval().requires_grad_(False)
+            if embeddings:
+                round_embeddings(reference, embeddings)
+            opened = ExportedTowers(*(open_exported(targets[kind]) for kind in TOWERS))
+            gate.judge_task(reports["image"], reference, opened, task, split, batch_size)
+            reports["text"].parity = reports["image"].parity
+            if reports["image"].failures and not force:
+                raise InputError(f"{path} was not written: {'; '.join(reports['image'].failures)}; --force keeps it")
+    except BaseException:
+        for each in targets.values():
+            for left in (
+                each,
+                each.with_suffix(".json"),
+                each.with_suffix(".bin"),
+                each.with_name(f"{each.name}.data"),
+            ):
+                left.unlink(missing_ok=True)
+        raise
+    encoder: Any = model.encoder
+    score = {
+        "scale": float(encoder.logit_scale.detach().exp()),
+        "bias": float(encoder.logit_bias.detach()) if model.sigmoid else 0.0,
+    }
+    content = {kind: report.to_dict() for kind, report in reports.items()}
+    write_json(Path(path).with_suffix(".json"), {"run": run_metadata(), "export": content, "score": score})
+    for each in targets.values():
+        each.with_suffix(".json").unlink(missing_ok=True)
+    return reports
+
+
+def _only(found: Any) -> Tensor:
+    return found if isinstance(found, Tensor) else next(iter(found.values()))

@@ -1,0 +1,86 @@
+"""The pages name what exists: every public name, every method, every command, every link, every copied number."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+import s2d
+from s2d.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+SHARED_PAGES = {"gptaq": "gptq"}  # methods of one file
+
+
+def pages_in(nav: object) -> list[str]:
+    """The files that a mkdocs nav names."""
+    if isinstance(nav, str):
+        return [nav]
+    entries = list(nav.values()) if isinstance(nav, dict) else nav
+    assert isinstance(entries, list)
+    return [page for entry in entries for page in pages_in(entry)]
+
+
+def test_the_api_page_documents_every_public_name():
+    documented = re.findall(r"^::: \S+\.(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    homes = [s2d._HOMES[name][1] for name in s2d.__all__]
+    assert sorted(documented) == sorted(homes)
+
+
+def test_every_method_has_a_page_that_says_when_not_to_use_it():
+    index = (DOCS / "methods" / "index.md").read_text(encoding="utf-8")
+    for name in s2d.methods():
+        page = f"{SHARED_PAGES.get(name, name)}.md"
+        text = (DOCS / "methods" / page).read_text(encoding="utf-8")
+        assert f"({page})" in index, name
+        assert name in text.splitlines()[0]
+        for part in ("**Source.**", "**Cost.**", "**When not to use it.**"):
+            assert part in text, (name, part)
+
+
+def test_the_navigation_names_every_page_once():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(pages_in(nav)) == [page.relative_to(DOCS).as_posix() for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_links_are_relative_and_lead_somewhere(page: Path):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if not target.startswith(("https://", "http://")):
+            assert (page.parent / target).resolve().is_relative_to(DOCS), target
+            assert (page.parent / target).exists(), target
+
+
+def test_commands_and_their_options_exist():
+    commands = typer.main.get_command(app).commands
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"(?:^|`|\.venv/bin/)s2d ([a-z]+[^`\n]*)", text, re.MULTILINE):
+            name, _, rest = line.partition(" ")
+            assert name in commands, f"{page.name}: s2d {line}"
+            known = {option for one in commands[name].params for option in one.opts + one.secondary_opts}
+            for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest.split("#")[0]):
+                assert option in known | {"--help"}, f"{page.name}: s2d {line}"
+
+
+def scores_by_method(page: Path) -> list[tuple[str, list[str]]]:
+    """The rows of a page's tables that begin with a method and hold its two scores and their difference."""
+    rows = []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        scores = re.findall(r"[-+]?\d+\.\d\d", line)
+        if (name := re.match(r"\| \[?([a-z0-9+]+)", line)) and len(scores) == 3:
+            rows.append((name[1], scores))
+    return rows
+
+
+def test_the_scores_of_the_decision_table_are_those_of_the_results():
+    copied, measured = scores_by_method(DOCS / "methods" / "index.md"), scores_by_method(DOCS / "results" / "quant.md")
+    assert {name for name, _ in copied} >= set(s2d.methods())
+    assert [row for row in copied if row not in measured] == []
