@@ -87,3 +87,11 @@ def llava() -> Loaded:
     pytest.importorskip("PIL")
     pytest.importorskip("transformers")
     return load("new:llava-tiny")
+
+
+@pytest.fixture()
+def yolos() -> Loaded:
+    """A random detector of three blocks."""
+    pytest.importorskip("PIL")
+    pytest.importorskip("transformers")
+    return load("new:yolos-tiny")

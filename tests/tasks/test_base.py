@@ -59,6 +59,13 @@ def visual_question_answering(folder: Path) -> Task:
     return create("visual-question-answering", data=data, prompt="<image>{question}", max_answer=4)
 
 
+def detection(folder: Path) -> Task:
+    pytest.importorskip("pycocotools", reason="needs the extra s2d[detection]")
+    from tests.tasks.test_detection import make_folder as boxed_images
+
+    return create("detection", data=boxed_images(folder, 12))
+
+
 SIZES = {"train": 32, "val": 9, "test": 9}
 MAKERS = {
     "text-classification": text_classification,
@@ -67,6 +74,7 @@ MAKERS = {
     "image-classification": image_classification,
     "zero-shot": zero_shot,
     "retrieval": retrieval,
+    "detection": detection,
     "visual-question-answering": visual_question_answering,
     "unlabelled-text": unlabelled_text,
 }
@@ -75,6 +83,7 @@ MODELS = {
     "image-classification": "vit",
     "zero-shot": "clip",
     "retrieval": "clip",
+    "detection": "yolos",
     "visual-question-answering": "llava",
 }
 WHOLE = tuple(MODELS)  # the model keeps its own outputs
@@ -163,7 +172,7 @@ def test_bad_use(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> N
     with pytest.raises(InputError, match="batch size must be a positive whole number, not 0"):
         next(task.batches("train", batch_size=0))
     loaded.tokenizer = None
-    if name != "image-classification":
+    if name not in ("image-classification", "detection"):
         with pytest.raises(InputError, match=f"task {name} reads text, but .*tiny.* comes without a tokenizer"):
             MAKERS[name](tmp_path / "b").prepare(loaded)
 
@@ -171,7 +180,7 @@ def test_bad_use(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> N
 def test_unknown_names_and_options(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"unknown task 'docstring'; did you mean docstrings\?"):
         create("docstring")
-    with pytest.raises(InputError, match="unknown task 'zzz'; choose from docstrings, image-classification"):
+    with pytest.raises(InputError, match="unknown task 'zzz'; choose from detection, docstrings, image-classification"):
         create("zzz")
     with pytest.raises(InputError, match="task docstrings has no option 'trian'; it has train, validation"):
         create("docstrings", trian=3)

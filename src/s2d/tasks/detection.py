@@ -68,7 +68,8 @@ class Detection(ImageRows):
         number_of = {name: number for number, name in enumerate(self.labels)}
         self._boxes: dict[Split, list[Tensor]] = {}
         self._kinds: dict[Split, list[Tensor]] = {}
-        for split, rows in found.items():
+        for split in SPLITS:
+            rows = found[split]
             self._boxes[split] = [own for own, _ in rows]
             self._kinds[split] = []
             for (_, own), row in zip(rows, self.rows[split], strict=True):
