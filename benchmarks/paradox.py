@@ -174,7 +174,7 @@ def main() -> None:
         for folder in [*kept, run / "model"]:
             key = f"{folder.name} {arguments.split} {arguments.limit} {arguments.methods}"
             step = step_of(folder.name, run)
-            if key not in known:
+            if key not in known or f"step {step}" not in audits:
                 known[key], audits[f"step {step}"] = row_of(folder, task, arguments.split, methods)
             records += records_of(f"step {step}", known[key], task, run.name, arguments.split)
             about = run_metadata(data_hash=task.fingerprint, split=arguments.split, run=str(run.name))
