@@ -251,7 +251,7 @@ def test_damaged_models(
         (["quantize", "{model}", "--out", "{here}/notes.txt"], "is a file; name a folder"),
         (["quantize", "{model}", "--out", "{here}/notes.txt/deep"], "cannot be written"),
         (["quantize", "{model}", "--out", "{here}"], "exists and is not a quantized model of s2d"),
-        (["evaluate", "{model}"], "add --task, one of docstrings"),
+        (["evaluate", "{model}"], "add --task, one of detection, docstrings"),
         (["evaluate", "{model}", "--task", "docstring"], "unknown task 'docstring'; did you mean docstrings?"),
         (["evaluate", "{model}", *TASK, "{data}"], "has only 32 positions"),
         (["evaluate", "{conditioned}", *TASK, "{data}", "--split", "tset"], "split='tset': input should be 'train'"),
