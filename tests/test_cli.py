@@ -14,6 +14,7 @@ import pytest
 from tests.tiny_text import make_data, make_model
 
 from s2d.cli import main
+from s2d.recipe import read_recipe, read_text
 
 COMMANDS = ("demo", "audit", "condition", "quantize", "evaluate", "run", "report", "doctor")
 TASK = ("--task", "text-classification", "--data")
@@ -442,3 +443,21 @@ def test_too_little_memory_says_what_to_do(capsys: pytest.CaptureFixture[str], m
 
     monkeypatch.setattr(recipe, "packaged", greedy)
     assert "use smaller batches" in fails(capsys, "recipes", "list")
+
+
+def test_a_recipe_of_ones_own_starts_from_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    assert main(["recipes", "new", str(file)]) == 0
+    assert file.read_text() == read_text("minilm-banking77")[1]  # comments and all
+    assert main(["recipes", "new", str(file)]) == 2 and "exists already" in capsys.readouterr().err
+    other = tmp_path / "other.yaml"
+    assert (
+        main(["recipes", "new", str(other), "--like", str(file), "-o", "train.steps=7", "-o", "task.max_length=9"]) == 0
+    )
+    recipe, origin = read_recipe(str(other))[1], read_recipe("minilm-banking77")[1]
+    assert (recipe.train.steps, recipe.task.options["max_length"]) == (7, 9)
+    assert recipe.task.options["data"] == origin.task.options["data"] and recipe.arms == origin.arms
+    assert main(["recipes", "new", str(tmp_path / "a.yaml"), "-o", "train.stepps=7"]) == 2
+    assert "did you mean steps?" in capsys.readouterr().err
+    assert not (tmp_path / "a.yaml").exists()
+    assert main(["recipes", "new", str(tmp_path / "a.txt")]) == 2 and ".yaml" in capsys.readouterr().err
