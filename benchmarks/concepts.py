@@ -87,7 +87,8 @@ def inputs_of(loaded: Loaded, name: str) -> Tensor:
     """What enters a Linear on docstrings of the standard library, real tokens only, ``[N, I]``."""
     rows: list[Tensor] = []
     masks: list[Tensor] = []
-    module = loaded.model.get_submodule(name)
+    # A model that was trained for a task is one part of it.
+    module = next(module for path, module in loaded.model.named_modules() if path.endswith(name))
     hook = module.register_forward_pre_hook(lambda _, args: rows.append(token_rows(args[0], masks[-1])))
     try:
         with torch.no_grad():

@@ -8,7 +8,8 @@ What a block is, the line right above it says:
     anything else                          run here as it stands
 
 "Here" is one empty folder and one Python namespace a page, blocks in order. What a reader brings along (a model, a
-folder of pictures) is made by ``<!-- invisible-code-block: python ... -->`` on the page; PAGE is its path. The syntax is Sybil's but for
+folder of pictures) is made by ``<!-- invisible-code-block: python ... -->`` on the page; PAGE is its
+path. The syntax is Sybil's but for
 the first and the third.
 """
 
