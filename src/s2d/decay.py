@@ -513,7 +513,10 @@ class SelectiveSpectralDecay:
         if not isinstance(state, dict) or "version" not in state:
             raise InputError("this is not a decay state; pass what state_dict() of a decay returned")
         if (version := state["version"]) != _STATE_VERSION:
-            raise InputError(f"a decay state of version {version!r} cannot be read by version {_STATE_VERSION}")
+            raise InputError(
+                f"a decay state of version {version!r} cannot be read by version {_STATE_VERSION}; "
+                "continue with the s2d that wrote it"
+            )
         mine = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         other = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
         changed = [name for name in mine if mine[name] != other.get(name)]
@@ -526,7 +529,10 @@ class SelectiveSpectralDecay:
         foreign = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
         if foreign:
             first, there = here.get(foreign[0], "missing"), saved.get(foreign[0], "missing")
-            raise InputError(f"the decay state is of another model: {foreign[0]} is {there} there and {first} here")
+            raise InputError(
+                f"the decay state is of another model: {foreign[0]} is {there} there and {first} here; "
+                "load it into the model that it was saved with"
+            )
         for name, tensors in state.get("frozen", {}).items():
             for here, saved in zip(_held(known[name]), tensors, strict=True):
                 here.copy_(saved)

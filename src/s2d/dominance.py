@@ -240,9 +240,14 @@ def pcdr(
         InputError: The shapes do not fit, or an input is not finite.
     """
     if X.shape[-1] != W.shape[-1]:
-        raise InputError(f"inputs of width {X.shape[-1]} do not fit a weight of shape {list(W.shape)}")
+        raise InputError(
+            f"inputs of width {X.shape[-1]} do not fit a weight of shape {list(W.shape)}; W is [out, in], X [..., in]"
+        )
     if mask is not None and mask.shape != X.shape[:-1]:
-        raise InputError(f"a mask of shape {list(mask.shape)} does not fit inputs of shape {list(X.shape)}")
+        raise InputError(
+            f"a mask of shape {list(mask.shape)} does not fit inputs of shape {list(X.shape)}; "
+            "it has all but the last dimension"
+        )
     found = top_singular(W, k) if triplets is None else triplets
     inputs = token_rows(X.detach(), mask).to(found.S.dtype)
     if not bool(torch.isfinite(inputs).all()):

@@ -42,8 +42,10 @@ def eligible(
             skipped[target.name] = reason
     if not kept:
         name, reason = next(iter(skipped.items()))
+        asleep = any(why.startswith("frozen") for why in skipped.values())
         raise InputError(
             f"nothing to condition: all {len(skipped)} matching weights are left out, e.g. {name}: {reason}"
+            + ("; frozen=True shrinks frozen weights too, as training with LoRA needs" if asleep else "")
         )
     return kept, skipped
 
@@ -61,7 +63,7 @@ def _reason(
     if ".lora_" in f".{target.name}" or "lora_embedding" in target.name:
         return "a LoRA factor, not the weight that runs"
     if not frozen and not parameter.requires_grad:
-        return "frozen (requires_grad is False); frozen=True shrinks such weights too, as with LoRA"
+        return "frozen (requires_grad is False)"
     if not frozen and id(parameter) not in trained:
         return "no optimizer passed here holds it"
     if (reason := changes_the_sum(target)) is not None:
