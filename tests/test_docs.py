@@ -84,3 +84,9 @@ def test_the_scores_of_the_decision_table_are_those_of_the_results():
     copied, measured = scores_by_method(DOCS / "methods" / "index.md"), scores_by_method(DOCS / "results" / "quant.md")
     assert {name for name, _ in copied} >= set(s2d.methods())
     assert [row for row in copied if row not in measured] == []
+
+
+def test_docstrings_are_markdown_as_the_api_page_shows_them():
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        found = re.search(r":(?:func|class|mod|meth|attr|data|ref):`", path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.name}: {found and found[0]} is reStructuredText; write `name`"

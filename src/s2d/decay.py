@@ -15,7 +15,7 @@ What differs, and why (docs/results/minilm.md has the measurements):
   -lambda sigma^n, scaled by the learning-rate schedule (AdamW treats weight decay so). Under Adam an entry moves by at
   most the learning rate a step, whatever the penalty's gradient; outlier directions that sit on a few entries then
   outlive the training.
-- ``metric="data"`` and ``metric="site"`` ask which components the *data* excite; see :mod:`s2d.selection`.
+- ``metric="data"`` and ``metric="site"`` ask which components the *data* excite; see `s2d.selection`.
 - A component is followed until its outlier is gone, not until its rank changes.
 """
 
@@ -62,7 +62,7 @@ class DecaySettings:
     """The numbers behind a decay. `PRESETS` holds the named ones.
 
     Attributes:
-        metric: Component of what: see :mod:`s2d.selection`.
+        metric: Component of what: see `s2d.selection`.
         mode: ``"decoupled"`` or ``"coupled"``.
         power: n of the penalty; 1 is exponential decay, the same for every size of component.
         strength: lambda. Decoupled: per step, times the schedule. Coupled: of the loss.
@@ -145,7 +145,7 @@ class SelectiveSpectralDecay:
     activations of that step's own batch. The model is never wrapped and its state dict keeps its keys.
 
     Attributes:
-        settings: The resolved :class:`DecaySettings`.
+        settings: The resolved `DecaySettings`.
         targets: What is looked at.
         skipped: Weights left out, by name, with the reason.
         history: One record per refresh and weight: ``step, weight, sigma, pcdr, outlier_max, outlier_ratio, selected``
@@ -180,8 +180,8 @@ class SelectiveSpectralDecay:
             model: Any module, compiled, or wrapped by DDP or not.
             optimizer: The optimizer (or several) that trains it. Weights that none of them holds are not touched.
             preset: ``"paper"`` for the paper's recipe, ``"default"`` (also None) for ours.
-            metric, mode, ..., kinds: Override the preset one by one; see :class:`DecaySettings`.
-            include: Which weights; see :func:`s2d.targets.find_targets`.
+            metric, mode, ..., kinds: Override the preset one by one; see `DecaySettings`.
+            include: Which weights; see `s2d.targets.find_targets`.
             exclude: Which not.
             frozen: Shrink weights that are not trained as well, for training with LoRA: components are those of the
                 merged weight, and what is shrunk is taken out of the frozen one. Adapters saved alone then belong to
@@ -505,7 +505,7 @@ class SelectiveSpectralDecay:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
+        """Continue from `state_dict`.
 
         Raises:
             InputError: The state is of another version, of other settings, or of another model.

@@ -64,7 +64,7 @@ def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tens
 
     Args:
         x_ND: Activations of any floating dtype, not modified.
-        kept: Indices ``[M]`` of the rows to look at, see :func:`kept_rows`; all by default.
+        kept: Indices ``[M]`` of the rows to look at, see `kept_rows`; all by default.
 
     Returns:
         ``max_n |x_nd|`` and ``sum_n x_nd^2``, ``[D]`` each, float32; zeros without rows.
@@ -133,8 +133,8 @@ def outlier_entries(
     Args:
         Y_NO: Activations.
         fraction: Share of the entries that count as outliers; never fewer than 16 entries.
-        row_max: ``max_o |Y|`` of every row ``[N]``, if it is known; see :func:`row_sums`.
-        kept: Indices of the rows to look at, see :func:`kept_rows`; all by default.
+        row_max: ``max_o |Y|`` of every row ``[N]``, if it is known; see `row_sums`.
+        kept: Indices of the rows to look at, see `kept_rows`; all by default.
 
     Returns:
         Row and column indices into ``Y_NO``, ``[E]`` each, largest first.
@@ -280,7 +280,7 @@ def principal_components(
         steps: Power steps; one is enough when warm.
         seed: Of the random start.
         bias: ``[O]``, subtracted from the outputs first.
-        kept: Indices of the rows to look at, see :func:`kept_rows`; all by default.
+        kept: Indices of the rows to look at, see `kept_rows`; all by default.
 
     Returns:
         Directions, orthonormal ``[O, k]``, in order of falling energy, and the root mean square ``[k]`` of the outputs
