@@ -88,7 +88,18 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         assert min(seconds) <= 0.5
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "recipes list", "recipes show"])
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        asked = {"_S2D_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        command = [sys.executable, "-c", "import sys; from s2d.cli import main; sys.exit(main())"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked, timeout=60, check=True)
+        return done.stdout.split()
+
+    assert completed("s2d qua") == ["quantize"]
+    assert completed("s2d quantize --sp") == ["--spec"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "recipes list", "recipes show", "recipes new"])
 def test_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())

@@ -65,7 +65,12 @@ def test_commands_and_their_options_exist():
         for line in re.findall(r"(?:^|`|\.venv/bin/)s2d ([a-z]+[^`\n]*)", text, re.MULTILINE):
             name, _, rest = line.partition(" ")
             assert name in commands, f"{page.name}: s2d {line}"
-            known = {option for one in commands[name].params for option in one.opts + one.secondary_opts}
+            command = commands[name]
+            if below := getattr(command, "commands", None):  # s2d recipes list
+                name, _, rest = rest.partition(" ")
+                assert name in below or not name.isalpha(), f"{page.name}: s2d {line}"
+                command = below.get(name, command)
+            known = {option for one in command.params for option in one.opts + one.secondary_opts}
             for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest.split("#")[0]):
                 assert option in known | {"--help"}, f"{page.name}: s2d {line}"
 
