@@ -326,6 +326,22 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> tuple[str, Recipe
     return name, make_recipe(_parse(text, source), overrides, shown=source)
 
 
+def new_text(like: str, overrides: Sequence[str] = ()) -> str:
+    """The YAML of a recipe to start one's own from: as it stands, comments and all; with overrides as plain data.
+
+    Raises:
+        InputError: As `read_recipe`.
+    """
+    text = read_text(like)[1]
+    if not overrides:
+        return text
+    data = _parse(text, like)
+    make_recipe(data, overrides, shown=like)
+    for override in overrides:
+        _apply(data, override)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
 def make_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, shown: str = "recipe") -> Recipe:
     """Check plain data; see `read_recipe`."""
     data = dict(content)
