@@ -2,8 +2,8 @@
 
     python benchmarks/concepts.py [--conditioned DIR] --out docs/images
 
-DIR is the same model after `s2d condition`; without it the model is conditioned first, by the command that the page
-shows (minutes). Prints the numbers that the page quotes.
+DIR is the same model after `s2d condition`; without it the model is conditioned first, with CONDITION below (minutes).
+Prints the numbers that the page quotes.
 """
 
 from __future__ import annotations
