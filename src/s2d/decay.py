@@ -344,7 +344,7 @@ class SelectiveSpectralDecay:
                 gain = W.local[rows]
                 grad.local[rows] += factor * gain.sign() * gain.abs().pow(self.settings.power)
                 continue
-            gradient = penalty_gradient(W, components, self.settings.power, self.settings.metric, present)
+            gradient = penalty_gradient(grad, components, self.settings.power, self.settings.metric, present)
             grad.local.add_(gradient.to(grad.local.dtype), alpha=factor)
 
     # -- refresh -------------------------------------------------------------------------------------------------------

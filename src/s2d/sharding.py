@@ -1,8 +1,8 @@
 """Matrices of which every rank holds a part, and sums over ranks: tensors and process groups, nothing else.
 
 A weight that FSDP2 (``fully_shard``) or tensor parallelism has divided is a DTensor: each rank holds a block of it,
-some rows and some columns, perhaps none. Nothing here ever puts a whole weight together. What the decay needs of one is a
-product with a few vectors, which every rank can make from its block; the parts then add up in a small all-reduce.
+some rows and some columns, perhaps none. Nothing here ever puts a whole weight together. What the decay needs of one is
+a product with a few vectors, which every rank can make from its block; the parts then add up in a small all-reduce.
 
 Sums come out the same, bit by bit, on every rank that took part, so that decisions taken from them agree.
 

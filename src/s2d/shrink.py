@@ -158,6 +158,8 @@ def penalty_gradient(
 ) -> Tensor:
     """The gradient of ``sum sigma^(n+1) / (n + 1)`` at the selected components, ``[O, I]``; of this rank's part.
 
+    With `present` known (see `measured`), only the place of W counts, so that it may be the gradient's own part.
+
     Weight metric: ``sum s^n u v^T`` with the present ``s = u^T W v`` (a stale one would overshoot). Data metric: with
     sigma^2 = u^T W C W^T u, ``sum s^(n-1) u (C W^T u)^T``.
     """

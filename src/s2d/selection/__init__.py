@@ -29,7 +29,6 @@ __all__ = [
     "Metric",
     "SiteMetric",
     "WeightMetric",
-    "coordinate_finding",
 ]
 
 METRICS: dict[str, type[Metric]] = {"site": SiteMetric, "data": DataMetric, "weight": WeightMetric}
