@@ -3,10 +3,10 @@
     python benchmarks/scaling.py [--json FILE] [--no-measure]
 
 * The models are built on the meta device from their published sizes, so that parameter counts are real.
-* The cost model counts, for one refresh of the weight metric and for the steps between, floating-point operations, bytes
-  read and bytes sent per GPU, and turns them into time on a nominal GPU (``GPU`` below; data-sheet numbers, times the
-  share that is usually reached). It is compared with the training step of the same model (6 N T operations, the bytes
-  that FSDP2 sends), with full SVDs of every weight, and with gathering every weight.
+* The cost model counts, for one refresh of the weight metric and for the steps between, floating-point operations,
+  bytes read and bytes sent per GPU, and turns them into time on a nominal GPU (`Gpu` below: data-sheet numbers times
+  the share that is usually reached). It is compared with the training step of the same model (6 N T operations, the
+  bytes that FSDP2 sends), with full SVDs of every weight, and with gathering every weight.
 * Measured here: the bytes that one warm refresh sends on 2 and 4 gloo ranks (every collective is counted), against the
   cost model and against a gather of the weights; and the time of full SVDs against ours in one process, from which the
   exponent of the SVD is taken.
@@ -35,12 +35,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from s2d.results import run_metadata, write_json
+from s2d.results import read_json, run_metadata, write_json
 from s2d.spectrum import top_singular_many
 
 K, SPARE, OVERSAMPLE = 3, 3, 5  # components, those followed beyond them, spare columns of the block
 BLOCK = K + SPARE + OVERSAMPLE
-EVERY = 100  # steps between two refreshes: preset="paper"
+EVERY = (100, 5)  # steps between two refreshes: preset="paper", and the default
 GPUS = (1, 8, 64, 512, 1024)
 
 
@@ -68,7 +68,7 @@ class Model:
     samples: int  # of a step, all GPUs together
     kv: int = 0  # width of keys and values; 0: as wide as queries
     gated: bool = False
-    table: int = 0  # rows of the input embedding
+    table: int = 0  # rows of the embeddings of tokens, input and output
 
     def weights(self) -> list[tuple[int, int]]:
         """``(out, in)`` of every matrix that is conditioned."""
@@ -89,14 +89,14 @@ MODELS = (
     Model("ViT-L", 1024, 4096, 24, 197, 1024),
     Model("SigLIP2-So400m", 1152, 4304, 27, 729, 1024),
     Model("Llama 1B", 2048, 8192, 16, 4096, 128, 512, True, 128256),
-    Model("Llama 8B", 4096, 14336, 32, 4096, 256, 1024, True, 128256),
-    Model("Llama 70B", 8192, 28672, 80, 4096, 1024, 1024, True, 128256),
+    Model("Llama 8B", 4096, 14336, 32, 4096, 256, 1024, True, 2 * 128256),
+    Model("Llama 70B", 8192, 28672, 80, 4096, 1024, 1024, True, 2 * 128256),
 )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds per step and GPU, averaged over `EVERY` steps, and what they are made of."""
+    """Seconds of a step and of a refresh, and shares of the step at both intervals of `EVERY`."""
 
     model: str
     gpus: int
@@ -104,9 +104,9 @@ class Cost:
     step_s: float
     refresh_s: float
     between_s: float
-    share: float  # of the step
+    shares: tuple[float, ...]  # of the step, refresh and the steps between together
     svd_refresh_s: float
-    svd_share: float
+    svd_shares: tuple[float, ...]
     sent_mb: float  # in one refresh, per GPU
     gather_mb: float  # of every weight in bf16, per GPU
     state_gb: float  # weights, gradients and Adam's moments, per GPU
@@ -136,7 +136,6 @@ def cost(model: Model, gpus: int, gpu: Gpu) -> Cost:
     svd = sum(4 * max(s) * min(s) ** 2 + 8 * min(s) ** 3 for s in shapes) / gpu.svd / min(gpus, len(shapes))
     gathered = 2 * weights * (gpus - 1) / gpus
     svd += gathered / gpu.send
-    total = step
     return Cost(
         model.name,
         gpus,
@@ -144,9 +143,9 @@ def cost(model: Model, gpus: int, gpu: Gpu) -> Cost:
         step,
         refresh,
         steps,
-        (refresh / EVERY + steps) / total,
+        tuple((refresh / every + steps) / step for every in EVERY),
         svd,
-        svd / EVERY / total,
+        tuple(svd / every / step for every in EVERY),
         sent / 1e6,
         gathered / 1e6,
         16 * parameters / gpus / 1e9,
@@ -236,31 +235,16 @@ def main() -> None:
 
     console, gpu = Console(width=160), Gpu()
     costs = [cost(model, gpus, gpu) for model in MODELS for gpus in GPUS]
-    table = Table(title=f"Cost model: weight metric, refresh every {EVERY} steps, per GPU")
-    for head in (
-        "model",
-        "params",
-        "GPUs",
-        "state GB",
-        "step s",
-        "refresh s",
-        "ours",
-        "full SVDs s",
-        "SVD",
-        "sent MB",
-        "gather MB",
-    ):
+    table = Table(title="Cost model: weight metric, per GPU")
+    heads = ("model", "params", "GPUs", "state GB", "step s", "refresh s", *(f"ours / {every}" for every in EVERY))
+    for head in (*heads, "full SVDs s", *(f"SVD / {every}" for every in EVERY), "sent MB", "gather MB"):
         table.add_column(head, justify="right")
     for c in costs:
-        shown = (f"{c.billions:.2f}B", str(c.gpus), f"{c.state_gb:.2f}{' !' if c.state_gb * 1e9 > gpu.memory else ''}")
-        times = (
-            f"{c.step_s:.3g}",
-            f"{c.refresh_s:.2g}",
-            f"{c.share:.2%}",
-            f"{c.svd_refresh_s:.3g}",
-            f"{c.svd_share:.1%}",
-        )
-        table.add_row(c.model, *shown, *times, f"{c.sent_mb:.1f}", f"{c.gather_mb:.0f}")
+        full = " !" if c.state_gb * 1e9 > gpu.memory else ""
+        ours, svd = ([f"{share:.2%}" for share in c.shares], [f"{share:.0%}" for share in c.svd_shares])
+        start = (c.model, f"{c.billions:.2f}B", str(c.gpus), f"{c.state_gb:.2f}{full}", f"{c.step_s:.3g}")
+        sent = (f"{c.sent_mb:.1f}", f"{c.gather_mb:.0f}")
+        table.add_row(*start, f"{c.refresh_s:.2g}", *ours, f"{c.svd_refresh_s:.3g}", *svd, *sent)
     console.print(table)
 
     measured: dict[str, Any] = {}
@@ -273,7 +257,7 @@ def main() -> None:
                     job = [__file__, "--rank-job", name, str(layers), str(out)]
                     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
                     subprocess.run([*command, str(ranks), *job], check=True, stderr=subprocess.DEVNULL)
-                    measured["bytes"].append(__import__("json").loads(out.read_text()))
+                    measured["bytes"].append(read_json(out))
         for row in measured["bytes"]:
             console.print(row)
         for row in measured["svd"]:

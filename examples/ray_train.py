@@ -3,8 +3,8 @@
     pip install "ray[train]"
     python examples/ray_train.py --workers 2
 
-Ray starts the workers, sets up torch.distributed and wraps the model in DistributedDataParallel. Every worker constructs
-the decay; what they see is added up, and all shrink the same.
+Ray starts the workers, sets up torch.distributed and wraps the model in DistributedDataParallel. Every worker
+constructs the decay; what they see is added up, and all shrink the same.
 """
 
 from __future__ import annotations
