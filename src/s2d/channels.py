@@ -103,7 +103,7 @@ def peaks(x_ND: Tensor, kept: Tensor | None, groups: Groups = ()) -> Peaks | Non
     """Look at the rows of index `kept` (None: all), together with the ranks of `groups`.
 
     Returns:
-        None where :func:`add` would take nothing in, on any rank.
+        None where `add` would take nothing in, on any rank.
     """
     row_max, row_squares = row_sums(x_ND)
     among, squares = (row_max, row_squares) if kept is None else (row_max[kept], row_squares[kept])

@@ -18,7 +18,7 @@ class DecaySettings:
     """The numbers behind a decay. `PRESETS` holds the named ones.
 
     Attributes:
-        metric: Component of what: see :mod:`s2d.selection`.
+        metric: Component of what: see `s2d.selection`.
         mode: ``"decoupled"`` or ``"coupled"``.
         power: n of the penalty; 1 is exponential decay, the same for every size of component.
         strength: lambda. Decoupled: per step, times the schedule. Coupled: of the loss.

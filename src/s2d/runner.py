@@ -40,7 +40,7 @@ _HEADS = ("models/heads.py", "models/image_heads.py", "models/dual_encoder.py", 
 _TRAINING = ("training.py", "optimizers.py", "guard.py", "tasks", *_HEADS, *_ANCHORING)
 _SPECTRA = ("dominance.py", "spectrum.py", "subspace.py", "sharding.py")
 _SEEING = ("selection", "channels.py", "views.py", "writers.py", "targets.py", *_SPECTRA)
-_DECAY = ("decay.py", "decay_settings.py", "shrink.py", *_SEEING)
+_DECAY = ("decay.py", "decay_settings.py", "eligible.py", "adapters.py", "shrink.py", *_SEEING)
 _JUDGING = ("evaluation.py", "tasks", *_HEADS)
 _QUANTIZING = ("quant", "models")
 _QAT = ("quantized_training.py", *_QUANTIZING, *_TRAINING)
@@ -175,7 +175,7 @@ class Runner:
         return results
 
     def follow(self) -> None:
-        """What every process but the first does of :meth:`run`: train along, in the same order."""
+        """What every process but the first does of `run`: train along, in the same order."""
         for seed in self.recipe.seeds:
             for arm in self.recipe.arms:
                 if arm != UNTRAINED or seed == self.recipe.seeds[0]:
@@ -300,7 +300,21 @@ class Runner:
             shown += [f"{_cell_name(cell)} {r['value']:.2f}" for r in found if r["metric"] == self.task.primary]
             records += found
         self.watcher.say(f"{arm}, seed {seed}: {self.task.primary}: {', '.join(shown)}")
+        self._compare(arm, records)
         return records
+
+    def _compare(self, arm: str, records: list[JSON]) -> None:
+        """Stop where a known score is far away: every number after it would be about something else."""
+        known = self.recipe.reference
+        if known is None or known.arm != arm:
+            return
+        score = next(r["value"] for r in records if r["spec"] == FULL and r["metric"] == self.task.primary)
+        if not abs(score - known.score) <= known.within:  # also when it is not a number
+            raise InputError(
+                f"{self.recipe.model} (arm {arm}) has {self.task.primary} {score:.2f} in full precision, but "
+                f"{known.score:g} is known of it: check the split, the order of the classes, the prompts and the "
+                f"preprocessing (-o reference=null goes on regardless)"
+            )
 
     def _judge(self, model: nn.Module, cell: Cell, seed: int) -> JSON:
         recipe = self.recipe

@@ -315,7 +315,7 @@ def data_groups(model: nn.Module) -> Groups:
     places: list[Any] = [None] * everyone.size()
     torch.distributed.all_gather_object(places, mesh.get_coordinate())
     alike = [[rank for rank, place in enumerate(places) if place == each] for each in _distinct(places)]
-    mine, _ = torch.distributed.new_subgroups_by_enumeration(alike)
+    mine: Any = torch.distributed.new_subgroups_by_enumeration(alike)[0]
     return (mine,)
 
 
@@ -323,7 +323,7 @@ def all_ranks(model: nn.Module) -> Groups:
     """All ranks that train a model together, whatever they hold of it; empty where nothing is distributed."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ()
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel) and model.process_group is not None:
         return (model.process_group,)
     everyone = torch.distributed.group.WORLD
     assert everyone is not None

@@ -4,7 +4,7 @@ Source: "Selective Spectral Decay" (S2D), arXiv 2602.14432, for the penalty and 
 d sigma / dt = -sigma^n exactly, so that no step overshoots, and depend on the subspaces alone, not on their bases.
 
 A weight may be the part of one that this rank holds; what must be known of the whole is then summed over ranks between
-:func:`measured` and the step, for many weights in one message.
+`measured` and the step, for many weights in one message.
 
 Shapes: O outputs, I inputs, K components, o and i those of the part that is here.
 """
@@ -35,7 +35,7 @@ def decayed(sigma: Tensor, amount: float, power: float) -> Tensor:
 
 
 def retained(sigma: Tensor, amount: float, power: float) -> Tensor:
-    """The share of sigma that :func:`decayed` leaves, between 0 and 1; defined for sigma = 0 as well."""
+    """The share of sigma that `decayed` leaves, between 0 and 1; defined for sigma = 0 as well."""
     if power == 1.0 or amount == 0:
         return torch.full_like(sigma, math.exp(-amount))
     return torch.exp(-torch.log1p(amount * (power - 1) * sigma.pow(power - 1)) / (power - 1))
@@ -52,7 +52,7 @@ def measured(W: Tensor | Block, components: Components, metric: str) -> Tensor:
     Args:
         W: ``[O, I]``.
         components: Any.
-        metric: As in :class:`s2d.decay.DecaySettings`.
+        metric: As in `s2d.decay.DecaySettings`.
 
     Returns:
         To be summed over `summed_over`. With singular components their present values ``u^T W v`` ``[K]``; with
@@ -82,8 +82,8 @@ def shrink_singular(
     Args:
         W: ``[O, I]``.
         components: With U and V.
-        amount: See :func:`decayed`.
-        power: See :func:`decayed`.
+        amount: See `decayed`.
+        power: See `decayed`.
         present: s, where it is known; see `measured`.
     """
     assert components.U is not None and components.V is not None
@@ -106,8 +106,8 @@ def shrink_directions(
     Args:
         W: ``[O, I]``.
         components: With U.
-        amount: See :func:`decayed`.
-        power: See :func:`decayed`.
+        amount: See `decayed`.
+        power: See `decayed`.
         bias: ``[O]`` or None.
         present: ``U^T W``, where it is known; see `measured`.
         present_bias: ``U^T b`` ``[K, 1]``, likewise.
@@ -130,8 +130,8 @@ def shrink_rows(
     Args:
         W: ``[O, I]``, or a gain ``[O]``.
         components: With channels.
-        amount: See :func:`decayed`.
-        power: See :func:`decayed`.
+        amount: See `decayed`.
+        power: See `decayed`.
         bias: ``[O]`` or None.
     """
     kept = retained(components.S, amount, power)

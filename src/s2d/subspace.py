@@ -1,9 +1,9 @@
 """Block subspace iteration: what is done with a weight, or with the part of it that this rank holds.
 
-A weight is read by one function, :func:`power_steps`, as two products with a few vectors; everything else here is small
-and dense. A sharded weight (see :mod:`s2d.sharding`) adds a sum over ranks of these two products.
+A weight is read by one function, `power_steps`, as two products with a few vectors; everything else here is small
+and dense. A sharded weight (see `s2d.sharding`) adds a sum over ranks of these two products.
 
-Sources and deviations: see :mod:`s2d.spectrum`, which holds what is called from outside.
+Sources and deviations: see `s2d.spectrum`, which holds what is called from outside.
 
 Shapes: B matrices of a group, m rows, n columns, p columns of the block, k triplets asked for. A block of p vectors is
 stored as *rows* ([p, n], contiguous): a matrix product with a skinny operand is up to ten times faster that way than
@@ -80,7 +80,7 @@ def power_steps(Ws: Sequence[Block], V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def power_step(W: Block, V: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`power_steps` of one weight: V ``[p, n]`` to Y ``[p, m]`` and Z ``[p, n]``."""
+    """`power_steps` of one weight: V ``[p, n]`` to Y ``[p, m]`` and Z ``[p, n]``."""
     Y, Z = power_steps([W], V[None])
     return Y[0], Z[0]
 

@@ -59,7 +59,12 @@ class Target:
     @property
     def parameter(self) -> nn.Parameter:
         """The whole parameter, of which `rows` may be a part. Looked up each time, so a replaced one is seen."""
-        return getattr(self.module, self.parameter_name)
+        return getattr(self.owner, self.parameter_name)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the parameter; `module` but where adapters stand on top of it."""
+        return self.module
 
     @property
     def depth(self) -> int | None:
@@ -104,6 +109,10 @@ class Target:
         whole = Block.of(self.parameter.detach() if tensor is None else tensor)
         whole = whole.mT if self.transposed else whole
         return whole if self.rows is None else whole.take(self.rows)
+
+    def edit(self, change: Callable[[Block], None]) -> None:
+        """Let `change` write to this rank's part of the weight."""
+        change(self.block())
 
     def __str__(self) -> str:
         return self.name

@@ -37,7 +37,7 @@ def parts_of(target: Target, stored: Tensor, x: Tensor, y: Tensor, data: Groups)
         stored: Its parameter as it is between steps.
         x: What of the input is here, as `call_views` gives it.
         y: What of the output is here.
-        data: The ranks with other data, where the weight does not tell; see :func:`s2d.sharding.data_groups`.
+        data: The ranks with other data, where the weight does not tell; see `s2d.sharding.data_groups`.
     """
     running = target.parameter
     rows = data_groups_of(stored, running, data)
@@ -107,7 +107,7 @@ def projection_of(target: Target) -> int:
 def bias_parameter(target: Target) -> nn.Parameter | None:
     """The bias that belongs to a target, whole; None where there is none."""
     name = "in_proj_bias" if target.parameter_name == "in_proj_weight" else "bias"
-    return None if target.kind == "embedding" else target.module._parameters.get(name)
+    return None if target.kind == "embedding" else target.owner._parameters.get(name)
 
 
 def bias_of(target: Target) -> Tensor | None:

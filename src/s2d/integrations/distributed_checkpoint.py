@@ -38,5 +38,5 @@ class DecayState:
         return {"state": buffer.getvalue()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; nothing in it can run code."""
+        """Continue from `state_dict`; nothing in it can run code."""
         self._decay.load_state_dict(torch.load(io.BytesIO(state["state"]), map_location="cpu", weights_only=True))

@@ -1,7 +1,7 @@
 """Selection: which components of a model's weights make the outliers that low-bit grids cannot hold.
 
 Three metrics answer the question "component of what?". They see the same forward passes and give the same kind of
-answer, :class:`Components`, which :mod:`s2d.decay` then shrinks.
+answer, `Components`, which `s2d.decay` then shrinks.
 
 - ``"weight"``: singular components of W, selected by PCDR (the paper, arXiv 2602.14432, its selection rule).
 - ``"data"``: components of W C^(1/2), C the second moment of the inputs: principal directions u of the outputs.

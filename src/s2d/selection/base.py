@@ -166,7 +166,7 @@ def coordinate_finding(sums: Sums, target: Target, outlier_ratio: float, selecte
     Args:
         sums: Of this refresh.
         target: Which weight; a gain's singular values are its magnitudes.
-        outlier_ratio: See :class:`Metric`.
+        outlier_ratio: See `Metric`.
         selected: The last selection, held until its maximum falls below ``RELEASE_CHANNEL`` of the limit.
     """
     channel_max = sums.channel_max

@@ -22,7 +22,7 @@ class SiteMetric(Metric):
     """Coordinate components where quantizers sit, shrunk in the weights that write them.
 
     Sites are the inputs of linear layers and the operands of attention's products. Who writes a site is measured in
-    the first refresh, see :mod:`s2d.writers`; sites that no single weight writes are left alone.
+    the first refresh, see `s2d.writers`; sites that no single weight writes are left alone.
     """
 
     _SAMPLE_ROWS = 512
