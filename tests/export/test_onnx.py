@@ -133,7 +133,7 @@ def test_embedding_tables_shrink_and_the_reference_has_the_same_ones(bits: int, 
 
 def test_tables_that_are_tied_to_a_head_stay() -> None:
     model, _ = case("llama-tied")
-    assert round_embeddings(model, 8) == {}
+    assert round_embeddings(model, 8) == []
 
 
 def test_a_layer_that_computes_something_else_is_found_and_no_file_is_left(

@@ -82,6 +82,8 @@ def export(
             built = model_for(loaded, made)
             # A model that was saved for this task is whole; else the task's parts are put on the quantized encoder.
             plain = loaded.model if type(loaded.model) is type(built) else built
+            del built
+            loaded.model = plain  # whichever is not exported needs no memory
             inputs = (each for batch in made.batches("train", batch_size=16) for each in made.inputs(batch))
         options: dict[str, Any] = {
             "example": example_of(inputs),

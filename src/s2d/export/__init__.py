@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, require
 from s2d.export import gate, openvino
+from s2d.export.copies import shared_copy
 from s2d.export.gate import ExportReport
 from s2d.export.lowering import lower, round_embeddings
 from s2d.export.onnx import OnnxModel, write_onnx
@@ -46,7 +46,7 @@ def export(
     embeddings: int = 8,
     task: Task | None = None,
     split: Split = "validation",
-    batch_size: int = 64,
+    batch_size: int = 16,
     time_it: bool = True,
     force: bool = False,
     notes: Callable[[str], None] = lambda text: None,
@@ -93,9 +93,9 @@ def export(
         )
     if not example or any(len(value) < 2 for value in example.values()):
         raise InputError("the example needs a batch of two or more, so that the file takes any number")
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    tables = round_embeddings(reference, embeddings) if embeddings else {}
-    lowered = lower(reference, tables)
+    reference = shared_copy(model)
+    tables = round_embeddings(reference, embeddings) if embeddings else []
+    lowered = lower(reference)
     kept, weights = _record_within(model), fingerprint(model)
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings if tables else 0)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +117,9 @@ def export(
         else:
             notes(f"comparing {task.primary} on {split}")
             gate.judge_task(report, reference, runner, task, split, batch_size)
+        del reference, runner
         notes("measuring")
-        gate.describe_cost(report, made, reference, example, time_it=time_it)
+        gate.describe_cost(report, made, model, example, time_it=time_it)
         if report.failures and not force:
             raise InputError(
                 f"{target} was not written: {'; '.join(report.failures)}; force (--force) keeps the file anyway"

@@ -7,8 +7,6 @@ model's own forward.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import operators
+from s2d.export.copies import shared_copy
 from s2d.export.integers import (
     IntegerActivation,
     IntegerWeight,
@@ -143,54 +142,49 @@ class LoweredEmbedding(nn.Module):
         return rows * scale if groups == 1 else (rows.unflatten(-1, (groups, -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
-def round_embeddings(model: nn.Module, bits: int) -> dict[str, LoweredEmbedding]:
-    """Round the values of a model's embedding tables, in place, as `lower` stores them.
+def round_embeddings(model: nn.Module, bits: int) -> list[str]:
+    """Put codes in place of a model's embedding tables.
 
     Tables that share their parameter with another layer (a tied head) stay as they are.
 
     Returns:
-        The lowered table of every rounded one, by module name.
+        The names of the rounded ones.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    made: dict[str, LoweredEmbedding] = {}
-    for name, module in model.named_modules():
+    made = []
+    for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Embedding) or type(module) is not nn.Embedding or module.max_norm is not None:
             continue
         if owners[id(module.weight)] > 1 or module.num_embeddings < SMALLEST_TABLE:
             continue
-        table = embedding_codes(module.weight, bits)
-        made[name] = lowered = LoweredEmbedding(table)
-        with torch.no_grad():
-            module.weight.copy_(lowered.weight)
+        model.set_submodule(name, LoweredEmbedding(embedding_codes(module.weight, bits)))
+        made.append(name)
     return made
 
 
-def lower(model: nn.Module, embeddings: Mapping[str, nn.Module] | None = None) -> nn.Module:
+def lower(model: nn.Module) -> nn.Module:
     """A copy of a quantized model in integer operators.
 
     Args:
         model: Quantized, on the CPU; left as it is.
-        embeddings: From `round_embeddings`.
 
     Raises:
         InputError: It is not quantized, or a site has no integer form; the message names the site.
     """
     if not is_quantized(model):
         raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
-    made = copy.deepcopy(model).eval().requires_grad_(False)
-    for name, module in list(made.named_modules()):
+    made = shared_copy(model)
+    for module in list(made.modules()):
         if isinstance(module, QuantizedLinear):
             _lower_linear(module)
         elif isinstance(module, QuantizedConv):
             _lower_conv(module)
         elif isinstance(module, QuantizedAttention):
             _lower_attention(module)
-        elif embeddings and name in embeddings:
-            made.set_submodule(name, embeddings[name])
     return made
 
 

@@ -61,7 +61,12 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
 
 
 def write_onnx(
-    model: nn.Module, example: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    beside: bool = False,
 ) -> None:
     """Trace a model and write it.
 
@@ -70,6 +75,7 @@ def write_onnx(
         example: A batch of keyword inputs, at least two in the batch.
         path: The file; over 2 GB the weights go into ``NAME.data`` beside it.
         metadata: Kept in the file.
+        beside: Put the weights there whatever their size, which takes less memory.
 
     Raises:
         InputError: The model cannot be traced; an extra is missing.
@@ -101,9 +107,8 @@ def write_onnx(
     _store_narrow(graph, ir)
     program.model.metadata_props.update(metadata or {})
     size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
-    external = size > TWO_GB
     with _quiet():
-        ir.save(program.model, path, external_data=f"{path.name}.data" if external else None)
+        ir.save(program.model, path, external_data=f"{path.name}.data" if beside or size > TWO_GB else None)
 
 
 def _free(value: Tensor) -> dict[int, Any]:

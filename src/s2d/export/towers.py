@@ -6,7 +6,6 @@ vectors are unit vectors: a score is their product, times the scale and plus the
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import export, gate, open_exported
+from s2d.export.copies import shared_copy
 from s2d.export.gate import ExportReport
 from s2d.export.lowering import round_embeddings
 from s2d.models.dual_encoder import DualEncoder
@@ -33,7 +33,7 @@ class Tower(nn.Module):
         """Copy the model and drop what a pass through the tower does not enter."""
         super().__init__()
         self.kind = kind
-        self.model = copy.deepcopy(model).eval()
+        self.model = shared_copy(model)
         entered: set[str] = set()
         names = {module: name for name, module in self.model.named_modules()}
         handles = [
@@ -96,7 +96,7 @@ def export_towers(
     embeddings: int = 8,
     task: Task | None = None,
     split: Split = "validation",
-    batch_size: int = 64,
+    batch_size: int = 16,
     time_it: bool = True,
     force: bool = False,
     notes: Callable[[str], None] = lambda text: None,
@@ -140,7 +140,7 @@ def export_towers(
             )
         if task is not None:
             notes(f"comparing {task.primary} on {split}")
-            reference = copy.deepcopy(model).eval().requires_grad_(False)
+            reference = shared_copy(model)
             if embeddings:
                 round_embeddings(reference, embeddings)
             opened = ExportedTowers(*(open_exported(targets[kind]) for kind in TOWERS))
