@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.errors import MissingExtra
+from s2d.errors import InputError, MissingExtra
 from s2d.export import openvino
 from s2d.export.copies import shared_copy
 from s2d.export.onnx import OnnxModel, kernels, tensors_of, write_onnx
@@ -79,23 +79,45 @@ class ExportReport:
         """Whether the file computes what the simulated model does."""
         return not self.failures
 
+    def refuse(self, target: Path, force: bool) -> None:
+        """Stop here when the gate did not pass, unless the file is wanted all the same.
+
+        Raises:
+            InputError: Why.
+        """
+        if self.failures and not force:
+            raise InputError(
+                f"{target} was not written: {'; '.join(self.failures)}; force (--force) keeps the file anyway"
+            )
+
     @property
     def label(self) -> list[str]:
         """What is narrow on disk, in memory and in the product, in words for people."""
+        if not self.kernels:
+            return [
+                self._on_disk,
+                "in memory and the multiply: up to what loads it; formats of checkpoints hold codes, not kernels",
+            ]
         counted = ", ".join(f"{count} {name}" for name, count in sorted(self.kernels.items()))
-        tables = f" (embeddings at {self.embeddings} bits)" if self.embeddings else ""
         lines = [
-            f"on disk: {self.file_mb:.1f} MB, {self.fp32_mb / max(self.file_mb, 1e-9):.1f} times smaller than the "
-            f"plain model's {self.fp32_mb:.1f} MB{tables}",
+            self._on_disk,
             f"in memory: {self.memory_mb:.1f} MB of weights in onnxruntime, where codes of 4 bits become int8",
             f"the multiply: uint8 x int8 with int32 sums; no CPU multiplies 4 by 4 bits ({counted})",
         ]
         lines += [
-            f"speed, one thread, batch 1: {runtime} {times['file']:.1f} ms, {times['fp32'] / times['file']:.2f} times as "
-            f"fast as its own fp32, {times['torch'] / times['file']:.2f} times as fast as torch"
+            f"speed, one thread, batch 1: {runtime} {times['file']:.1f} ms, {times['fp32'] / times['file']:.2f} times "
+            f"as fast as its own fp32, {times['torch'] / times['file']:.2f} times as fast as torch"
             for runtime, times in self.latency_ms.items()
         ]
         return lines
+
+    @property
+    def _on_disk(self) -> str:
+        tables = f" (embeddings at {self.embeddings} bits)" if self.embeddings else ""
+        return (
+            f"on disk: {self.file_mb:.1f} MB, {self.fp32_mb / max(self.file_mb, 1e-9):.1f} times smaller than the "
+            f"plain model's {self.fp32_mb:.1f} MB{tables}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

@@ -93,13 +93,17 @@ class _IntegerProduct:
     weight_codes: Codes
     input_quantizer: nn.Module | None
     token: IntegerActivation | None
+    written_out: bool
     bias: Tensor | None
 
     def quantized_product(self, input: Tensor) -> Tensor:
         """``input [..., in]`` to ``[..., out]``."""
+        codes, scale = self.weight_codes.codes, self.weight_codes.weight_scale
         if self.token is not None:
-            codes, scale = self.weight_codes.codes, self.weight_codes.weight_scale
             output = operators.token_product(input, codes, scale, self.token.format.name)
+        elif self.written_out:
+            rounded: Any = self.input_quantizer
+            output = operators.static_product(input, rounded.scale, rounded.zero_point, rounded.top, codes, scale)
         else:
             rounded = input if self.input_quantizer is None else self.input_quantizer(input)
             # Not the @ of Python: inside a quantized attention that would count as one of its two products.
@@ -166,11 +170,12 @@ def round_embeddings(model: nn.Module, bits: int) -> list[str]:
     return made
 
 
-def lower(model: nn.Module) -> nn.Module:
+def lower(model: nn.Module, *, written_out: bool = False) -> nn.Module:
     """A copy of a quantized model in integer operators.
 
     Args:
         model: Quantized, on the CPU; left as it is.
+        written_out: Linears with codes on both sides multiply them in one operator.
 
     Raises:
         InputError: It is not quantized, or a site has no integer form; the message names the site.
@@ -180,7 +185,7 @@ def lower(model: nn.Module) -> nn.Module:
     made = shared_copy(model)
     for module in list(made.modules()):
         if isinstance(module, QuantizedLinear):
-            _lower_linear(module)
+            _lower_linear(module, written_out)
         elif isinstance(module, QuantizedConv):
             _lower_conv(module)
         elif isinstance(module, QuantizedAttention):
@@ -188,7 +193,7 @@ def lower(model: nn.Module) -> nn.Module:
     return made
 
 
-def _lower_linear(module: Any) -> None:
+def _lower_linear(module: Any, written_out: bool) -> None:
     online = isinstance(module, OnlineLinear)
     quantizer = module.input_quantizer
     token = None
@@ -206,6 +211,7 @@ def _lower_linear(module: Any) -> None:
         raise InputError(f"{weights.name}: groups of inputs do not go with scales per token; use per-channel weights")
     turn_into(module, LoweredOnlineLinear if online else LoweredLinear)
     module.weight_codes, module.token = Codes(weight, integer=module.input_quantizer is not None), token
+    module.written_out = written_out and isinstance(module.input_quantizer, Rounded) and module.weight_codes.integer
     module.weight_quantizer = None
     module.weight = None
 

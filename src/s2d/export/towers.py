@@ -19,7 +19,9 @@ from s2d.export import export, gate, open_exported
 from s2d.export.copies import shared_copy
 from s2d.export.gate import ExportReport
 from s2d.export.lowering import round_embeddings
+from s2d.export.operators import Form
 from s2d.models.dual_encoder import DualEncoder
+from s2d.quant.state import check_unchanged, holder, note, peek
 from s2d.results import run_metadata, write_json
 from s2d.tasks import Split, Task
 
@@ -46,6 +48,9 @@ class Tower(nn.Module):
         for handle in handles:
             handle.remove()
         self._drop(self.model, "", entered)
+        part = holder(self.model)
+        if (kept := peek(part)) is not None:
+            note(part, kept)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Unit vectors ``[batch, width]``."""
@@ -94,6 +99,7 @@ def export_towers(
     *,
     example: Mapping[str, Tensor],
     embeddings: int = 8,
+    form: Form = "qdq",
     task: Task | None = None,
     split: Split = "validation",
     batch_size: int = 16,
@@ -109,6 +115,7 @@ def export_towers(
             holds both reports, scale and bias.
         example: A batch: ``pixel_values`` of two or more images, and the keywords of two or more texts.
         embeddings: Bits of embedding tables; 0 leaves them.
+        form: As for `s2d.export`.
         task: Zero-shot or retrieval: its metric is compared too, with both files together.
         split: On which it is compared.
         batch_size: Examples at once.
@@ -125,9 +132,10 @@ def export_towers(
     texts = {name: value for name, value in example.items() if name != "pixel_values"}
     if "pixel_values" not in example or not texts:
         raise InputError("two towers need an example of images and texts: pixel_values and input_ids")
+    check_unchanged(model)
     targets, inputs = paths_of(path), {"image": {"pixel_values": example["pixel_values"]}, "text": texts}
     reports: dict[str, ExportReport] = {}
-    options: dict[str, Any] = {"embeddings": embeddings, "time_it": time_it, "force": force}
+    options: dict[str, Any] = {"embeddings": embeddings, "form": form, "time_it": time_it, "force": force}
     try:
         for kind in TOWERS:
             tower = Tower(model, kind, inputs[kind])
