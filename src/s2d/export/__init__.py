@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError, choices, require
-from s2d.export import checkpoints
+from s2d.export import checkpoints, executorch
 from s2d.export.gate import ExportReport
 from s2d.export.graphs import export_graph
 from s2d.export.onnx import OnnxModel
@@ -29,9 +29,10 @@ _FORMATS = {
     ".onnx": "ONNX for onnxruntime and OpenVINO",
     ".xml": "OpenVINO's own form, weights in NAME.bin beside it",
     ".gguf": "GGUF for llama.cpp: language models of the Llama kind, weights only",
+    ".pte": "ExecuTorch for phones and boards, Linears run by XNNPACK",
     checkpoints.FOLDER: "a folder in the format of compressed-tensors, for transformers and servers like vLLM",
 }
-RUNNABLE = (".onnx", ".xml")
+RUNNABLE = (".onnx", ".xml")  # by `open_exported`, with rows and threads to choose
 
 
 def exporters() -> dict[str, str]:
@@ -61,7 +62,7 @@ def export(
 
     Args:
         model: From `s2d.quantize` or `s2d.load`, on the CPU.
-        path: ``NAME.onnx``, ``NAME.xml``, ``NAME.gguf``, or a name without a suffix for a folder of compressed-tensors;
+        path: ``NAME.onnx``, ``NAME.xml``, ``NAME.pte``, ``NAME.gguf``, or a name without a suffix for a folder of compressed-tensors;
             ``NAME.json`` beside it will hold the report.
         example: Keyword inputs of the model, a batch of two or more; batch and length stay free in the file.
         embeddings: Bits of the embedding tables (one scale a row at 8, one for 32 columns below), 0 to leave them.
@@ -95,6 +96,8 @@ def export(
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix in checkpoints.FORMATS:
             checkpoints.export_checkpoint(model, target, report, example, tokenizer=tokenizer, **about)
+        elif target.suffix == executorch.SUFFIX:
+            executorch.export_program(model, target, report, example, time_it=time_it, **about)
         else:
             export_graph(model, target, report, example, kept.calibrated, form=form, time_it=time_it, **about)
         content = {"run": run_metadata(model_fingerprint=kept.calibrated), "export": report.to_dict()}

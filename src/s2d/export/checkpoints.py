@@ -87,6 +87,7 @@ def export_checkpoint(
         files = [made] if made.is_file() else [each for each in made.rglob("*") if each.is_file()]
         report.file_mb = sum(each.stat().st_size for each in files) / 1e6
         report.fp32_mb = sum(each.numel() for each in inner.parameters()) * 4 / 1e6
+        report.about = ["in memory and the multiply: up to what loads it; the file holds codes, not kernels"]
         notes("reading it back")
         found = format.read(made, inner)
         runner = found

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError, MissingExtra
 from s2d.export import openvino
 from s2d.export.copies import shared_copy
+from s2d.export.memory import give_back
 from s2d.export.onnx import OnnxModel, kernels, tensors_of, write_onnx
 from s2d.export.parity import LayerParity
 from s2d.export.turns import take_turns
@@ -54,8 +55,9 @@ class ExportReport:
         file_mb: On disk, weights beside the file included.
         memory_mb: Weights that onnxruntime holds.
         fp32_mb: The plain model's parameters.
-        latency_ms: By runtime, the median milliseconds of one row on one thread of ``"torch"`` (fp32), ``"fp32"`` and
-            ``"file"``, timed in turns.
+        latency_ms: By runtime, the median milliseconds of one row on one thread of ``"torch"`` (fp32), ``"fp32"`` (in
+            the same runtime) and ``"file"``, timed in turns.
+        about: Of files that onnxruntime does not run: what is narrow where, in words.
         failures: Why the gate did not pass; empty when it did.
     """
 
@@ -72,6 +74,7 @@ class ExportReport:
     memory_mb: float = 0.0
     fp32_mb: float = 0.0
     latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)
+    about: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -93,23 +96,21 @@ class ExportReport:
     @property
     def label(self) -> list[str]:
         """What is narrow on disk, in memory and in the product, in words for people."""
-        if not self.kernels:
-            return [
-                self._on_disk,
-                "in memory and the multiply: up to what loads it; formats of checkpoints hold codes, not kernels",
-            ]
+        speed = [
+            f"speed, one thread, batch 1: {runtime} {times['file']:.1f} ms, "
+            + (f"{times['fp32'] / times['file']:.2f} times as fast as its own fp32, " if "fp32" in times else "")
+            + f"{times['torch'] / times['file']:.2f} times as fast as torch"
+            for runtime, times in self.latency_ms.items()
+        ]
+        if self.about:
+            return [self._on_disk, *self.about, *speed]
         counted = ", ".join(f"{count} {name}" for name, count in sorted(self.kernels.items()))
-        lines = [
+        return [
             self._on_disk,
             f"in memory: {self.memory_mb:.1f} MB of weights in onnxruntime, where codes of 4 bits become int8",
             f"the multiply: uint8 x int8 with int32 sums; no CPU multiplies 4 by 4 bits ({counted})",
+            *speed,
         ]
-        lines += [
-            f"speed, one thread, batch 1: {runtime} {times['file']:.1f} ms, {times['fp32'] / times['file']:.2f} times "
-            f"as fast as its own fp32, {times['torch'] / times['file']:.2f} times as fast as torch"
-            for runtime, times in self.latency_ms.items()
-        ]
-        return lines
 
     @property
     def _on_disk(self) -> str:
@@ -146,6 +147,7 @@ def judge_task(
     def score(model: nn.Module) -> float:
         found = task.evaluate(model, split=split, batch_size=batch_size)[task.primary]
         model.eval()  # quantizers forget the rounded weights that they keep
+        give_back()
         return found
 
     simulated, exported = score(reference), score(runner)
@@ -221,10 +223,12 @@ def describe_cost(
     with tempfile.TemporaryDirectory() as folder:
         full = Path(folder) / "fp32.onnx"
         write_onnx(plain, example, full, beside=True)
+        give_back()
         for runtime, opened in runtimes.items():  # one at a time, for memory's sake
             runners = {"torch": plain, "fp32": opened(full), "file": opened(path)}
             report.latency_ms[runtime] = latencies(runners, one)
             del runners
+            give_back()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from s2d.export import gate, openvino
 from s2d.export.copies import shared_copy
 from s2d.export.gate import ExportReport
 from s2d.export.lowering import lower, round_embeddings
+from s2d.export.memory import give_back
 from s2d.export.onnx import OnnxModel, write_onnx
 from s2d.export.operators import Form
 from s2d.export.parity import compare_layers
@@ -69,9 +70,11 @@ def export_graph(
             "s2d.torch": torch.__version__,
         }
         write_onnx(lowered, example, made, metadata, form=form)
+        give_back()
         notes("comparing every layer")
         gate.judge_layers(report, *compare_layers(made, lowered, reference, dict(example), form))
         del lowered
+        give_back()
         if target.suffix == ".xml":
             openvino.convert(made, made.with_suffix(".xml"))
         own = made.with_suffix(target.suffix)
@@ -84,6 +87,7 @@ def export_graph(
             notes(f"comparing {task.primary} on {split}")
             gate.judge_task(report, reference, runner, task, split, batch_size)
         del reference, runner
+        give_back()
         notes("measuring")
         gate.describe_cost(report, made, model, example, time_it=time_it)
         report.refuse(target, force)
