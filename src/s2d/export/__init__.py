@@ -62,8 +62,8 @@ def export(
 
     Args:
         model: From `s2d.quantize` or `s2d.load`, on the CPU.
-        path: ``NAME.onnx``, ``NAME.xml``, ``NAME.pte``, ``NAME.gguf``, or a name without a suffix for a folder of compressed-tensors;
-            ``NAME.json`` beside it will hold the report.
+        path: ``NAME.onnx``, ``NAME.xml``, ``NAME.pte``, ``NAME.gguf``, or a name without a suffix for a folder of
+            compressed-tensors; ``NAME.json`` beside it will hold the report.
         example: Keyword inputs of the model, a batch of two or more; batch and length stay free in the file.
         embeddings: Bits of the embedding tables (one scale a row at 8, one for 32 columns below), 0 to leave them.
             compressed-tensors leaves them always.
