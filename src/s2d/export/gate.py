@@ -193,7 +193,7 @@ def perturbed(model: nn.Module, size: float = PERTURBATIONS[0]) -> nn.Module:
     for module in made.modules():
         gain = getattr(module, "weight", None)
         if "Norm" in type(module).__name__ and isinstance(gain, Tensor):
-            module.weight = nn.Parameter(gain * (1.0 + size), requires_grad=False)
+            module.weight = nn.Parameter(gain.mul(1.0 + size), requires_grad=False)
     return made
 
 
