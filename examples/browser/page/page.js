@@ -88,7 +88,7 @@ async function index(engine) {
   }
   const each = (performance.now() - start) / order.length;
   fact("sentences", String(order.length));
-  fact("a sentence embeds in", `${each.toFixed(1)} ms`);
+  fact("a sentence takes", `${each.toFixed(1)} ms`);
   return vectors;
 }
 
