@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import builders
 from tests.quant import tiny_families
 from torch import Tensor, nn
 
@@ -17,17 +18,27 @@ from s2d.export.gate import cosine
 NEEDS = 'executorch is not installed: pip install "s2d[executorch]"'
 
 
+SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}  # 32 divides it
+
+
 def quantized(name: str, spec: Any) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    family = tiny_families.build(name)
-    batches = [{key: value for key, value in batch.items() if isinstance(value, Tensor)} for batch in family.batches]
-    return s2d.quantize(family.model, spec, calibration=batches), batches
+    torch.manual_seed(0)
+    batches: list[dict[str, Tensor]]
+    if name == "bert":
+        model = builders.transformers_model("BertModel", "BertConfig", {**SIZE, "vocab_size": 64})
+        batches = [tiny_families.ids(attention_mask=torch.ones(3, 9, dtype=torch.long)) for _ in range(2)]
+    else:
+        options = {**SIZE, "image_size": 16, "patch_size": 4}
+        model = builders.transformers_model("ViTForImageClassification", "ViTConfig", options)
+        batches = [tiny_families.pixels() for _ in range(2)]
+    return s2d.quantize(tiny_families.liven(model), spec, calibration=batches), batches
 
 
 def token(bits: int) -> dict[str, Any]:
     return {"weight": {"bits": bits}, "activation": {"bits": 8, "granularity": "token"}, "attention": False}
 
 
-@pytest.mark.parametrize(("name", "bits"), [("bert", 4), ("bert", 8), ("vit-classifier", 4)])
+@pytest.mark.parametrize(("name", "bits"), [("bert", 4), ("bert", 8), ("vit", 4)])
 def test_the_file_computes_what_the_simulated_model_does(name: str, bits: int, tmp_path: Path) -> None:
     pytest.importorskip("executorch.runtime", reason=NEEDS)
     from s2d.export.executorch import PteModel
@@ -68,6 +79,7 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeyp
         ("w4a16", "rounded to 8 bits for every token.*nearest spec is weight: {bits: 4}, activation"),
         ({"weight": {"bits": 8}, "activation": {"bits": 8}, "attention": False}, "for every token"),
         ("w4a8", "operands of attention"),
+        ({**token(4), "weight": {"bits": 4, "granularity": "group-16"}}, "multiple of 32.*granularity: group-32"),
     ],
 )
 def test_what_xnnpack_has_no_product_for_is_refused(spec: Any, message: str, tmp_path: Path) -> None:

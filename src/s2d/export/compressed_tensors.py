@@ -108,10 +108,9 @@ def _static_input(name: str, activation: IntegerActivation) -> dict[str, Tensor]
 
 def _scheme(layer: PlainLayer) -> dict[str, Any]:
     """How one layer is quantized, in the words of the format."""
-    scale = layer.weight.scale
     weights: dict[str, Any] = {"num_bits": layer.bits, "type": "int", "symmetric": True, "strategy": "channel"}
-    if scale.ndim == 2:
-        weights |= {"strategy": "group", "group_size": layer.weight.codes.shape[1] // scale.shape[1]}
+    if layer.weight.granularity == "group":
+        weights |= {"strategy": "group", "group_size": layer.run}
     inputs = None
     if layer.activation is not None:
         token = layer.activation.dynamic

@@ -51,10 +51,10 @@ def check(model: nn.Module) -> None:
                 f"{layer.name}: {NAME} runs inputs that are rounded to 8 bits for every token, unsigned; "
                 f"the nearest spec is {_SPEC}"
             )
-        scale = layer.weight.scale
-        if scale.ndim == 2 and (layer.weight.codes.shape[1] // scale.shape[1]) % _BLOCK:
+        if layer.run % _BLOCK:
             raise InputError(
-                f"{layer.name}: {NAME} takes groups of a multiple of {_BLOCK}; the nearest spec is {_SPEC}"
+                f"{layer.name}: {NAME} takes a multiple of {_BLOCK} inputs a scale, not {layer.run}; "
+                f"the nearest spec adds groups: {_SPEC.replace('4}', '4, granularity: group-32}', 1)}"
             )
 
 

@@ -46,14 +46,13 @@ def check(model: nn.Module, embeddings: int) -> int:
     if embeddings not in (0, 8):
         raise InputError(f"{NAME} holds tables of embeddings at 8 bits or in full; use embeddings 8 or 0")
     for layer in plain_layers(model, NAME):
-        inputs = layer.weight.codes.shape[1]
         if layer.activation is not None:
             bits = 4 if layer.bits <= 4 else 8
             raise InputError(f"{layer.name} rounds its input, which {NAME} cannot say; the nearest spec is w{bits}a16")
-        if inputs % BLOCK or _inputs_of_a_scale(layer) % BLOCK:
+        if layer.run % BLOCK:
             raise InputError(
-                f"{layer.name}: {NAME} has blocks of {BLOCK} inputs, which {_inputs_of_a_scale(layer)} a scale and "
-                f"{inputs} inputs do not fit; the nearest spec is weight: {{bits: 4, granularity: group-{BLOCK}}}"
+                f"{layer.name}: {NAME} has blocks of {BLOCK} inputs, and {layer.run} share a scale here; the nearest spec "
+                f"is weight: {{bits: 4, granularity: group-{BLOCK}}}"
             )
     return embeddings
 
@@ -150,11 +149,6 @@ def _spread(scale: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     if scale.ndim == 2:
         return scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
     return (scale.unsqueeze(1) if scale.ndim else scale).expand(shape)
-
-
-def _inputs_of_a_scale(layer: PlainLayer) -> int:
-    inputs = layer.weight.codes.shape[1]
-    return inputs // layer.weight.scale.shape[1] if layer.weight.scale.ndim == 2 else inputs
 
 
 def _turned(layer: PlainLayer, config: Any) -> tuple[Tensor, Tensor]:

@@ -30,12 +30,19 @@ class PlainLayer:
         name: The module.
         weight: Its codes ``[out, in]`` and scales.
         activation: How its input becomes codes; None where it stays.
+        bits: Of the weight.
     """
 
     name: str
     weight: IntegerWeight
     activation: IntegerActivation | None
     bits: int
+
+    @property
+    def run(self) -> int:
+        """How many inputs of a row share a scale."""
+        inputs, scale = self.weight.codes.shape[1], self.weight.scale
+        return inputs // scale.shape[1] if scale.ndim == 2 else inputs
 
 
 def plain_layers(model: nn.Module, format: str) -> Iterator[PlainLayer]:
