@@ -33,6 +33,7 @@ SUFFIX = ".pte"
 _BLOCK = 32
 _MOST_TOKENS = 512
 _SPEC = "weight: {bits: 4}, activation: {bits: 8, granularity: token}, attention: false"
+_GROUPS = "weight: {bits: 4, granularity: group-32}, activation: {bits: 8, granularity: token}, attention: false"
 _INPUTS, _OUTPUTS = "s2d_inputs", "s2d_outputs"
 
 
@@ -54,7 +55,7 @@ def check(model: nn.Module) -> None:
         if layer.run % _BLOCK:
             raise InputError(
                 f"{layer.name}: {NAME} takes a multiple of {_BLOCK} inputs a scale, not {layer.run}; "
-                f"the nearest spec adds groups: {_SPEC.replace('4}', '4, granularity: group-32}', 1)}"
+                f"the nearest spec is {_GROUPS}"
             )
 
 

@@ -51,8 +51,8 @@ def check(model: nn.Module, embeddings: int) -> int:
             raise InputError(f"{layer.name} rounds its input, which {NAME} cannot say; the nearest spec is w{bits}a16")
         if layer.run % BLOCK:
             raise InputError(
-                f"{layer.name}: {NAME} has blocks of {BLOCK} inputs, and {layer.run} share a scale here; the nearest spec "
-                f"is weight: {{bits: 4, granularity: group-{BLOCK}}}"
+                f"{layer.name}: {NAME} has blocks of {BLOCK} inputs, and {layer.run} share a scale here; "
+                f"the nearest spec is weight: {{bits: 4, granularity: group-{BLOCK}}}"
             )
     return embeddings
 
