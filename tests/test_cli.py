@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -145,6 +146,23 @@ def test_quantize_saves_what_evaluate_reads(
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_a_budget_of_bits_is_kept_and_explained(
+    conditioned: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "mixed", tmp_path / "plan.json"
+    task = (*TASK, str(data), "-o", "task.max_length=24")
+    where = ("--out", str(out), "--json", str(file))
+    assert main(["quantize", str(conditioned), *task, "--budget", "4.5 bits", *where]) == 0
+    printed = capsys.readouterr().out
+    assert "bits a weight on average" in printed and "of all error at 3 bits" in printed
+    weights = [site for site in json.loads(file.read_text())["plan"] if site["what"] == "weight" and site["format"]]
+    bits = [int(site["format"].removeprefix("int")) for site in weights]
+    sizes = [math.prod(site["shape"]) for site in weights]
+    average = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
+    assert 3 < average <= 4.5 and len(set(bits)) > 1
+    assert main(["evaluate", str(out), *task]) == 0
+
+
 def test_run_prints_a_table_and_report_reads_its_results(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +266,8 @@ def test_damaged_models(
         (["quantize", "{model}", "--observer", "max", "--out", "{out}"], "unknown observer 'max'"),
         (["quantize", "{model}", "--spec", "four", "--out", "{out}"], "unknown quantization spec 'four'"),
         (["quantize", "{model}"], "add --out FOLDER, or --dry-run"),
+        (["quantize", "{model}", "--budget", "some", "--dry-run"], "a budget is a number of bits a weight"),
+        (["quantize", "{model}", "--budget", "2", "--dry-run"], "is below the smallest choice, 3; raise it"),
         (["quantize", "{model}", "--out", "{here}/notes.txt"], "is a file; name a folder"),
         (["quantize", "{model}", "--out", "{here}/notes.txt/deep"], "cannot be written"),
         (["quantize", "{model}", "--out", "{here}"], "exists and is not a quantized model of s2d"),
