@@ -145,7 +145,7 @@ def open_exported(path: str | os.PathLike[str], *, runtime: str | None = None, t
     """An exported file as a module: keyword tensors in, named tensors out.
 
     Args:
-        path: ``.onnx`` or ``.xml``.
+        path: ``.onnx``, ``.xml`` or ``.pte``.
         runtime: ``"onnxruntime"`` or ``"openvino"``; by default the one of the file.
         threads: For one product.
 
@@ -153,8 +153,10 @@ def open_exported(path: str | os.PathLike[str], *, runtime: str | None = None, t
         InputError: No such file, another kind of file, a runtime that is missing.
     """
     source = Path(path)
-    if not source.is_file() or source.suffix not in RUNNABLE:
-        raise InputError(f"{source} is not an exported model; name a file ending in {' or '.join(RUNNABLE)}")
+    if not source.is_file() or source.suffix not in (*RUNNABLE, executorch.SUFFIX):
+        raise InputError(f"{source} is not an exported model; name a file ending in {', '.join(RUNNABLE)} or .pte")
+    if source.suffix == executorch.SUFFIX:
+        return executorch.PteModel(source, threads)
     chosen = runtime or ("openvino" if source.suffix == ".xml" else "onnxruntime")
     if chosen == "openvino":
         return OpenVinoModel(source, threads)

@@ -181,14 +181,20 @@ def _write(model: nn.Module, example: Mapping[str, Tensor], path: Path) -> tuple
 class PteModel(nn.Module):
     """A ``.pte`` file that is called as the original was; rows run one after the other."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
         """Open the file.
+
+        Args:
+            path: The file.
+            threads: Of every file in this process: XNNPACK has one pool.
 
         Raises:
             InputError: ExecuTorch is missing, or cannot read it.
         """
         super().__init__()
         runtime = require("executorch.runtime", "executorch")
+        pools: Any = require("executorch.extension.pybindings.portable_lib", "executorch")
+        pools._unsafe_reset_threadpool(threads)
         try:
             self._program = runtime.Runtime.get().load_program(os.fspath(path))
             self.names, self.outputs = (
