@@ -19,6 +19,7 @@ from s2d.errors import InputError, require
 from s2d.export.integers import IntegerActivation
 from s2d.export.plain_layers import PlainLayer, plain_layers
 from s2d.models.checkpoints import describe, save_parts
+from s2d.models.quiet import quiet
 from s2d.quant.quantizer import Quantizer
 
 NAME = "compressed-tensors"
@@ -87,8 +88,9 @@ def read(folder: Path, like: nn.Module) -> nn.Module:
     """
     transformers = require("transformers", "hf")
     about = describe(like)
-    made = getattr(transformers, about["class"]).from_pretrained(folder, dtype=torch.float32, **about["arguments"])
-    return made.eval()
+    kind = getattr(transformers, about["class"])
+    with quiet(transformers):
+        return kind.from_pretrained(folder, dtype=torch.float32, **about["arguments"]).eval()
 
 
 def _refuse_symmetric(layer: PlainLayer) -> None:

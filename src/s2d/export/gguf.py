@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, require
 from s2d.export.plain_layers import PlainLayer, plain_layers
+from s2d.models.quiet import quiet
 from s2d.quant.modules import QuantizedLinear
 from s2d.quant.quantizer import Quantizer
 
@@ -120,7 +121,8 @@ def read(path: Path, like: nn.Module) -> nn.Module:
     """
     transformers = require("transformers", "hf")
     kind = getattr(transformers, type(like).__name__)
-    return kind.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    with quiet(transformers):
+        return kind.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
 
 def blocks(codes: Tensor, scale: Tensor, bits: int) -> np.ndarray:
