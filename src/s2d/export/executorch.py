@@ -140,7 +140,7 @@ def _tensor(layer: PlainLayer) -> Tensor:
         qdata=codes,
         scale=rows,
         zero_point=torch.zeros_like(rows, dtype=torch.int8),
-        target_dtype=torch.int4 if layer.bits <= 4 else torch.int8,
+        target_dtype=getattr(torch, "int4" if layer.bits <= 4 else "int8"),
         block_size=(1, codes.shape[1] // rows.shape[1]),
         dtype=torch.float32,
         activation_quantization=intx.IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN,
