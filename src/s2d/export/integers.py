@@ -85,7 +85,7 @@ def integer_activation(quantizer: Quantizer) -> IntegerActivation:
     if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
         raise InputError(f"{quantizer.name} is rounded on two grids ({quantizer.kind}), which is not one grid of codes")
     format = _integers(quantizer)
-    if quantizer.granularity == "token":
+    if quantizer.granularity in ("token", "span"):
         return IntegerActivation(format)
     return IntegerActivation(format, quantizer.scale.detach().clone(), quantizer.zero_point.detach() - format.qmin)
 

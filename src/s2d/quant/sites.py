@@ -56,7 +56,7 @@ class Site:
         observer: How the range is found; empty when kept.
         reason: Why it is kept; empty when quantized.
         shape: The weight's shape; empty for activations.
-        group: How many inputs of a channel share a scale, when the granularity is groups.
+        group: How many inputs of a channel, or tokens, share a scale, when the granularity is groups or spans.
     """
 
     module: str
@@ -117,7 +117,7 @@ def describe(sites: Sequence[Site]) -> str:
     rows = [("site", "bits", "format", "granularity", "observer", "")]
     for site in sites:
         format = site.format.name if site.format else "full"
-        granularity = f"group-{site.group}" if site.group else site.granularity or "-"
+        granularity = f"{site.granularity}-{site.group}" if site.group else site.granularity or "-"
         rows.append((site.name, str(site.bits), format, granularity, site.observer or "-", site.reason))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -210,7 +210,7 @@ def _quantizer(site: Site) -> Quantizer:
     if site.what == "weight":
         groups = site.shape[1] // site.group if site.group else 0
         return WeightQuantizer(site.format, site.granularity, name=site.name, channels=site.shape[0], groups=groups)
-    quantizer = Quantizer(site.format, site.granularity, name=site.name)
+    quantizer = Quantizer(site.format, site.granularity, name=site.name, span=site.group)
     quantizer.transposed = site.what == "v" and site.granularity == "block"
     return quantizer
 
@@ -292,7 +292,7 @@ def _decide(
         reason = default
     if reason or tensor is None:
         return Site(module, what, None, "", "", reason, shape)
-    if tensor.group and (len(shape) != 2 or shape[1] % tensor.group):
+    if tensor.granularity == "group" and (len(shape) != 2 or shape[1] % tensor.group):
         inputs = f"its {shape[1]} inputs" if len(shape) == 2 else "a convolution"
         raise InputError(
             f"{module}: groups of {tensor.group} do not divide {inputs}; choose another group size, or override it"
