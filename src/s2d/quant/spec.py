@@ -68,8 +68,8 @@ _OWN_RANGE = ("token", "span", "block")
 # Granularities with a size, as they are written.
 _SIZED = {"group": "group-128", "span": "span-32"}
 _SHORT = re.compile(r"w([0-9]{1,4})a([0-9]{1,4})(?:kv([0-9]{1,4}))?(-token)?")
-# What ``kvZ`` stands for. Chosen on SmolLM2 at 4 bits (docs/results/smollm2.md): keys by spans lose a sixth of what keys
-# by tokens lose, values by tokens a sixth of what values by channels lose.
+# What ``kvZ`` stands for, chosen on SmolLM2 at 4 bits (docs/results/smollm2.md): keys by spans lose a sixth of what
+# keys by tokens lose, values by tokens a sixth of what values by channels lose.
 _CACHE: dict[str, str] = {"*.k": "span-32", "*.v": "token"}
 
 
