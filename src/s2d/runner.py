@@ -37,7 +37,7 @@ from s2d.training import train
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
 _ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
 _HEADS = ("models/heads.py", "models/image_heads.py", "models/dual_encoder.py", "models/preprocessing.py")
-_TRAINING = ("training.py", "optimizers.py", "guard.py", "tasks", *_HEADS, *_ANCHORING)
+_TRAINING = ("training.py", "optimizers.py", "guard.py", "patience.py", "tasks", *_HEADS, *_ANCHORING)
 _SEEING = ("selection.py", "views.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
 _DECAY = ("decay.py", "shrink.py", *_SEEING)
 _JUDGING = ("evaluation.py", "tasks", *_HEADS)

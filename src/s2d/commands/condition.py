@@ -114,6 +114,7 @@ def condition(
         training = {name: value for name, value in asdict(done).items() if name != "history"}
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
     skipped = f" ({len(done.skipped)} skipped)" if done.skipped else ""
+    skipped += ", ended early by the held-out measure" if done.stopped_early else ""
     say(
         quiet,
         f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}",
