@@ -69,7 +69,7 @@ def condition(
     if objective == "distill" and task == "language-modeling":
         o = ["task.loss=original", *(o or ())]
     from s2d.checkpoint import load
-    from s2d.models import save_model
+    from s2d.models import memory, save_model
     from s2d.report import write_card
     from s2d.results import run_metadata, sweep
     from s2d.runner import device_of
@@ -89,6 +89,10 @@ def condition(
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         watch.stage(f"loading {model}", 1)
         made: Task = create(recipe.task.name, **recipe.task.options)
+        shapes = memory.shapes_of(model)
+        if shapes is not None:
+            needed = memory.to_train(shapes, recipe.train.batch_size * made.tokens)
+            memory.refuse_too_little(needed, f"conditioning {model}", device_of(device))
         loaded: Loaded = load(model, device=device_of(device))
         built: nn.Module = made.build(loaded, seed)
         watch.stage("training", recipe.train.steps)

@@ -21,6 +21,7 @@ from s2d.commands.shared import (
     check_file,
     check_folder,
     command,
+    refuse_too_little,
     save_json,
     say,
     settings,
@@ -81,6 +82,7 @@ def quantize(
     bits = None if budget is None else affordable(budget, CHOICES)  # before the model is loaded
     recipe = settings(model, task, data, o) if task is not None or o else None
     made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
+    refuse_too_little(f"quantizing {model}", model, device_of(device))
     loaded = load(model, device=device_of(device))
     plain = loaded.model if made is None else model_for(loaded, made)
     plan = quant.plan(plain, parsed)

@@ -92,6 +92,11 @@ class LanguageModeling(Task):
         self._tokenized_by = ""
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a window."""
+        return self.window
+
+    @property
     def fingerprint(self) -> str:
         """Short SHA-256 of the texts of all splits."""
         return digest(self._texts[split] for split in SPLITS)
