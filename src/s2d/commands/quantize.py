@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,9 @@ def quantize(
     ] = None,
     method: Annotated[str, typer.Option(help="How, for example rotation+gptq: see [bold]s2d doctor[/bold].")] = "rtn",
     protocol: Annotated[str, typer.Option(help="Ranges: each method's own, or one rule for all (unified).")] = "own",
+    prefix: Annotated[
+        int, typer.Option(min=0, help="First tokens of a text that stay at full precision, and out of the ranges.")
+    ] = 0,
     task: TaskName = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the quantized model.")] = None,
@@ -78,6 +82,8 @@ def quantize(
     from s2d.tasks import create
 
     parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
+    if prefix:
+        parsed = replace(parsed, prefix=prefix)
     quant.get_methods(method)
     bits = None if budget is None else affordable(budget, CHOICES)  # before the model is loaded
     recipe = settings(model, task, data, o) if task is not None or o else None

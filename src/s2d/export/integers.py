@@ -84,6 +84,11 @@ def integer_activation(quantizer: Quantizer) -> IntegerActivation:
     """
     if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
         raise InputError(f"{quantizer.name} is rounded on two grids ({quantizer.kind}), which is not one grid of codes")
+    if quantizer.prefix:
+        raise InputError(
+            f"{quantizer.name} keeps the first {quantizer.prefix} tokens at full precision, which no runtime here "
+            "does; quantize without a prefix, or with ranges of each token (w4a4-token)"
+        )
     format = _integers(quantizer)
     if quantizer.granularity in ("token", "span"):
         return IntegerActivation(format)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2d.errors import InputError
 from s2d.quant.formats import BlockFormat, FloatFormat, Format, IntFormat, round_float
 
 Granularity = Literal["tensor", "channel", "group", "token", "span", "head", "block"]
@@ -257,6 +258,8 @@ class Quantizer(nn.Module):
         self.enabled = False
         # Blocks run along the dimension that a product sums over; for an attention's v that is the one before the last.
         self.transposed = False
+        # So many first tokens of every sequence pass as they are.
+        self.prefix = 0
         self.watch: Callable[[Tensor], None] | None = None
         if granularity not in ("token", "span"):
             # How many heads there are is known when the range is set, or loaded.
@@ -307,6 +310,16 @@ class Quantizer(nn.Module):
             self.watch(x)
         if not self.enabled:
             return x
+        if self.prefix:
+            if x.ndim < 3:
+                raise InputError(
+                    f"{self.name} sees its tokens without their sequences, {list(x.shape)}, so the first {self.prefix} "
+                    "cannot be kept; leave out the prefix, or override the site with keep"
+                )
+            return torch.cat([x[..., : self.prefix, :], self._rounded(x[..., self.prefix :, :])], dim=-2)
+        return self._rounded(x)
+
+    def _rounded(self, x: Tensor) -> Tensor:
         if self.transposed:
             x = x.transpose(-2, -1)
         x = self.fake_quantize(x)

@@ -57,6 +57,7 @@ class Site:
         reason: Why it is kept; empty when quantized.
         shape: The weight's shape; empty for activations.
         group: How many inputs of a channel, or tokens, share a scale, when the granularity is groups or spans.
+        prefix: First tokens of a sequence that this site leaves at full precision.
     """
 
     module: str
@@ -67,6 +68,7 @@ class Site:
     reason: str
     shape: tuple[int, ...] = ()
     group: int = 0
+    prefix: int = 0
 
     @property
     def name(self) -> str:
@@ -160,6 +162,7 @@ def insert(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Quantizer]:
 
 def replace_quantizer(model: nn.Module, site: Site, quantizer: Quantizer) -> None:
     """Put another quantizer at a site that has one, in place."""
+    quantizer.prefix = site.prefix
     module = model.get_submodule(site.module)
     if isinstance(module, QuantizedAttention):
         setattr(module.attention_quantizer, site.what, quantizer)
@@ -211,6 +214,7 @@ def _quantizer(site: Site) -> Quantizer:
         groups = site.shape[1] // site.group if site.group else 0
         return WeightQuantizer(site.format, site.granularity, name=site.name, channels=site.shape[0], groups=groups)
     quantizer = Quantizer(site.format, site.granularity, name=site.name, span=site.group)
+    quantizer.prefix = site.prefix
     quantizer.transposed = site.what == "v" and site.granularity == "block"
     return quantizer
 
@@ -297,7 +301,8 @@ def _decide(
         raise InputError(
             f"{module}: groups of {tensor.group} do not divide {inputs}; choose another group size, or override it"
         )
-    return Site(module, what, tensor.format, tensor.granularity, tensor.observer, "", shape, tensor.group)
+    prefix = 0 if what == "weight" else spec.prefix
+    return Site(module, what, tensor.format, tensor.granularity, tensor.observer, "", shape, tensor.group, prefix)
 
 
 def _check_overrides(spec: QuantSpec, sites: Sequence[Site]) -> None:

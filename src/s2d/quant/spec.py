@@ -20,6 +20,10 @@ it at full precision.
 
 A weight can have one scale for every g inputs of a channel (``group-128``), an attention operand one range a head.
 
+A ``prefix`` of n tokens keeps the inputs and attention operands of the first n tokens of every sequence at full
+precision, and out of the ranges: what decoders need where the first token's values are enormous, and can have, as the
+keys and values of a prefix are computed once and cached (PrefixQuant, arXiv 2410.05265).
+
 Whatever is not a site stays at full precision: norms, softmax, activation functions, residual additions, biases,
 tables of embeddings. So do the first and the last layers (patch embedding, pooler, heads), unless ``ends`` says how to
 quantize them, or an override names them.
@@ -31,6 +35,7 @@ Full form, as a dict (YAML or JSON)::
     activation: {bits: 8, granularity: token}                   # tensor or token
     attention: false                # or true (as the activations), or {bits: 8, granularity: head} (token, span-G)
     ends: w8a8                      # first and last layers; keep unless given
+    prefix: 1                       # the first tokens of a text keep activations and cache at full precision
     overrides:                      # fnmatch, or re:..., on "module" or "module.site"; the last match wins
       "*.output.dense": w4a8
       "*.layer.0.*": keep
@@ -97,6 +102,7 @@ class QuantSpec:
     attention: TensorSpec | None = None
     overrides: tuple[tuple[str, QuantSpec], ...] = ()
     ends: QuantSpec | None = None
+    prefix: int = 0
 
     @staticmethod
     def parse(source: str | Mapping[str, Any] | QuantSpec) -> QuantSpec:
@@ -153,6 +159,8 @@ class QuantSpec:
             form[group] = KEEP if tensor is None else tensor.to_dict()
         if self.ends is not None:
             form["ends"] = self.ends.to_dict()
+        if self.prefix:
+            form["prefix"] = self.prefix
         if self.overrides:
             form["overrides"] = {pattern: spec.to_dict() for pattern, spec in self.overrides}
         return form
@@ -217,7 +225,7 @@ def _cache(bits: int, base: QuantSpec) -> tuple[tuple[str, QuantSpec], ...]:
 
 
 def _from_mapping(form: Mapping[str, Any], base: QuantSpec | None) -> QuantSpec:
-    _refuse_unknown("the quantization spec", form, ("base", *GROUPS, "ends", "overrides"))
+    _refuse_unknown("the quantization spec", form, ("base", *GROUPS, "ends", "prefix", "overrides"))
     if "base" in form:
         base = QuantSpec.parse(form["base"])
     # Attention follows the activations, unless it is given on its own or the base keeps it.
@@ -240,7 +248,10 @@ def _from_mapping(form: Mapping[str, Any], base: QuantSpec | None) -> QuantSpec:
     if not isinstance(overrides, Mapping):
         raise InputError('overrides is a mapping from pattern to spec, for example {"*.fc2": "w4a8", "head": "keep"}')
     added = tuple((str(pattern), _override(str(pattern), value, spec)) for pattern, value in overrides.items())
-    return replace(spec, overrides=base.overrides + added, ends=ends)
+    prefix = form.get("prefix", base.prefix)
+    if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
+        raise InputError(f"prefix is a number of tokens, 0 or more, not {prefix!r}")
+    return replace(spec, overrides=base.overrides + added, ends=ends, prefix=prefix)
 
 
 def _override(pattern: str, value: Any, base: QuantSpec) -> QuantSpec:
@@ -258,6 +269,8 @@ def _inner(where: str, value: Any, base: QuantSpec) -> QuantSpec:
         return QuantSpec.parse(value)
     if "overrides" in value:
         raise InputError(f"{where} holds overrides of its own; list them side by side instead")
+    if "prefix" in value:
+        raise InputError(f"{where} holds a prefix of its own; give it once, beside it")
     if "ends" in value:
         raise InputError(f"{where} holds ends of its own; give them once, beside it")
     return _from_mapping(value, base)
