@@ -27,7 +27,7 @@ from s2d.tasks.base import (
     to_device,
 )
 from s2d.tasks.files import read_utf8, split_files
-from s2d.tasks.original import find_original, head_of, known_head, mean_divergence
+from s2d.tasks.original import find_original, head_of, mean_divergence
 from s2d.tasks.tokens import check_max_length, digest, require_tokenizer, row_batches, tokenizer_key
 
 _SUFFIXES = (".txt",)
@@ -164,12 +164,11 @@ class LanguageModeling(Task):
         """Find the teacher, unless it is known, and see that it says as much as the model."""
         if self._teacher is None:
             self._teacher = find_original(loaded, self.original, self.name).model.eval()
-        head = head_of(self._teacher)
-        sizes = [None if each is None else tuple(each.weight.shape) for each in (head, known_head(loaded.model))]
-        if sizes[0] is None or sizes[0][0] != sizes[1][0]:
+        theirs, own = _vocabulary(self._teacher), _vocabulary(loaded.model)
+        if theirs != own:
             raise InputError(
-                f"{self.original or 'the original'} cannot teach {loaded.source}: it says {sizes[0] and sizes[0][0]} "
-                f"scores a token, not {sizes[1][0]}; name the model that it was made from: -o task.original=MODEL"
+                f"{self.original or 'the original'} cannot teach {loaded.source}: it says {theirs} scores a token, not "
+                f"{own}; name the model that it was made from: -o task.original=MODEL"
             )
 
     @torch.no_grad()
@@ -238,6 +237,12 @@ def with_first(table: tuple[Tensor, Tensor, Tensor], token: int) -> tuple[Tensor
         torch.cat([torch.full_like(part[:, :1], value), part], dim=1)
         for part, value in zip(table, (token, 1, _IGNORED), strict=True)
     )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Scores that a model says for each token."""
+    head = head_of(model)
+    return 0 if head is None else len(head.get_parameter("weight"))
 
 
 def _bos(loaded: Loaded, tokenizer: Any) -> int:
