@@ -3,8 +3,9 @@
     python benchmarks/language_models.py specs MODEL --data DIR [--split test] [--windows 12] [--json FILE] SPEC...
     python benchmarks/language_models.py shrink MODEL --data DIR [--json FILE]
 
-`specs` prints perplexity (windows of 512 tokens, as `s2d evaluate --task language-modeling`) at each SPEC: a short text,
-or a mapping in YAML, with ``+METHOD`` behind it for another method than rtn. MODEL is anything that `s2d.load` reads.
+`specs` prints perplexity (windows of 512 tokens, as `s2d evaluate --task language-modeling`) at each SPEC: a short
+text, or a mapping in YAML, with ``+METHOD`` behind it for another method than rtn. MODEL is anything that `s2d.load`
+reads.
 `shrink` lets the decay select its channels once, scales them by e^-a at once, with and without giving the factor to
 the weights that read them, and prints KL(original || model) at full precision and with 4-bit inputs, ranges of each
 token, on one window of validation text.
