@@ -15,6 +15,7 @@ import pytest
 from tests.tiny_text import make_data, make_model
 
 from s2d.cli import main
+from s2d.recipe import read_recipe, read_text
 
 COMMANDS = ("demo", "audit", "condition", "quantize", "evaluate", "run", "report", "doctor")
 TASK = ("--task", "text-classification", "--data")
@@ -88,7 +89,18 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         assert min(seconds) <= 0.5
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "recipes list", "recipes show"])
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        asked = {"_S2D_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        command = [sys.executable, "-c", "import sys; from s2d.cli import main; sys.exit(main())"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked, timeout=60, check=True)
+        return done.stdout.split()
+
+    assert completed("s2d qua") == ["quantize"]
+    assert completed("s2d quantize --sp") == ["--spec"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "recipes list", "recipes show", "recipes new"])
 def test_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -462,3 +474,21 @@ def test_too_little_memory_says_what_to_do(capsys: pytest.CaptureFixture[str], m
 
     monkeypatch.setattr(recipe, "packaged", greedy)
     assert "use smaller batches" in fails(capsys, "recipes", "list")
+
+
+def test_a_recipe_of_ones_own_starts_from_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    assert main(["recipes", "new", str(file)]) == 0
+    assert file.read_text() == read_text("minilm-banking77")[1]  # comments and all
+    assert main(["recipes", "new", str(file)]) == 2 and "exists already" in capsys.readouterr().err
+    other = tmp_path / "other.yaml"
+    assert (
+        main(["recipes", "new", str(other), "--like", str(file), "-o", "train.steps=7", "-o", "task.max_length=9"]) == 0
+    )
+    recipe, origin = read_recipe(str(other))[1], read_recipe("minilm-banking77")[1]
+    assert (recipe.train.steps, recipe.task.options["max_length"]) == (7, 9)
+    assert recipe.task.options["data"] == origin.task.options["data"] and recipe.arms == origin.arms
+    assert main(["recipes", "new", str(tmp_path / "a.yaml"), "-o", "train.stepps=7"]) == 2
+    assert "did you mean steps?" in capsys.readouterr().err
+    assert not (tmp_path / "a.yaml").exists()
+    assert main(["recipes", "new", str(tmp_path / "a.txt")]) == 2 and ".yaml" in capsys.readouterr().err
