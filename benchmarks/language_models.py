@@ -7,14 +7,15 @@
 text, or a mapping in YAML, with ``+METHOD`` behind it for another method than rtn. MODEL is anything that `s2d.load`
 reads.
 `shrink` lets the decay select its channels once, scales them by e^-a at once, with and without giving the factor to
-the weights that read them, and prints KL(original || model) at full precision and with 4-bit inputs, ranges of each
-token, on one window of validation text.
+the weights that read them, and prints KL(original || model) at full precision, with 4-bit inputs (ranges of each token),
+and with 4-bit weights too, on one window of validation text.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from s2d.tasks.original import mean_divergence
 
 CALIBRATION = 8
 AMOUNTS = (0.3, 1.0, 3.0)
-A4 = {"base": "w16a4-token", "attention": False}
+A4, W4A4 = ({"base": base, "attention": False} for base in ("w16a4-token", "w4a4-token"))
 
 
 def specs(loaded: Loaded, task: Task, split: Any, wanted: list[str]) -> list[dict[str, Any]]:
@@ -60,16 +61,16 @@ def shrink(loaded: Loaded, task: Task) -> list[dict[str, Any]]:
     channels = _selected(model, batches[0])
     readers = {fold.norm: fold.readers for fold in norm_folds(model) if not fold.residual}
     records = []
-    for amount in (0.0, *AMOUNTS):
-        for kind in ("norms", "rows"):
-            for given in (False, True) if kind == "norms" else (False,):
-                scaled = copy.deepcopy(model).eval()
-                for target, selected in channels:
-                    if (target.kind == "norm") == (kind == "norms"):
-                        _scale(scaled, target, selected, math.exp(-amount), readers if given else {})
-                found = [_divergence(scaled, original, batches[1], spec) for spec in (None, A4)]
-                records.append({"amount": amount, "kind": kind, "given": given, "fp32": found[0], "a4": found[1]})
-                print(records[-1], flush=True)
+    ways = [("norms", False), ("norms", True), ("rows", False)]  # of rows no readers are known here
+    for amount, (kind, given) in [(0.0, ways[0]), *itertools.product(AMOUNTS, ways)]:
+        scaled = copy.deepcopy(model).eval()
+        for target, selected in channels:
+            if (target.kind == "norm") == (kind == "norms"):
+                _scale(scaled, target, selected, math.exp(-amount), readers if given else {})
+        found = [_divergence(scaled, original, batches[1], spec) for spec in (None, A4, W4A4)]
+        costs = dict(zip(("fp32", "a4", "w4a4"), found, strict=True))
+        records.append({"amount": amount, "kind": kind, "given": given, **costs})
+        print(records[-1], flush=True)
     return records
 
 
