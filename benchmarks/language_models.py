@@ -7,8 +7,8 @@
 text, or a mapping in YAML, with ``+METHOD`` behind it for another method than rtn. MODEL is anything that `s2d.load`
 reads.
 `shrink` lets the decay select its channels once, scales them by e^-a at once, with and without giving the factor to
-the weights that read them, and prints KL(original || model) at full precision, with 4-bit inputs (ranges of each token),
-and with 4-bit weights too, on one window of validation text.
+the weights that read them, and prints KL(original || model) at full precision, with 4-bit inputs (ranges of each
+token), and with 4-bit weights too, on one window of validation text.
 """
 
 from __future__ import annotations
