@@ -23,7 +23,7 @@ from s2d.models.checkpoints import CONFIG_NAME, WEIGHTS_NAME, check_safetensors
 Shapes = dict[str, tuple[int, ...]]
 
 FLOAT = 4  # bytes of a number: weights are loaded in fp32
-LIBRARIES = 600 * 2**20  # torch, transformers and accelerate, imported and warm: measured
+LIBRARIES = 800 * 2**20  # torch, transformers and accelerate, imported and at work: what was left of a measured peak
 # Numbers that a Linear keeps for its backward pass and its surroundings (norm, activation, residual) for theirs, as a
 # share of its inputs and outputs.
 _SURROUNDINGS = 2
