@@ -65,7 +65,7 @@ def _adapted(target: Target, layer: nn.Module | None) -> Target:
     return AdaptedTarget(**{**same, "module": layer})
 
 
-def changes_the_sum(target: Target) -> str | None:
+def why_not_a_sum(target: Target) -> str | None:
     """Why a weight under adapters is not the sum W + s B A, None where it is one."""
     if isinstance(target, AdaptedTarget) and getattr(target.module, "lora_variant", None):
         kind = type(next(iter(target.module.lora_variant.values()))).__name__  # type: ignore[operator, union-attr]

@@ -163,6 +163,7 @@ class SelectiveSpectralDecay:
         coupled = self.settings.mode == "coupled"
         self.targets, self.skipped = eligible(model, found, self._group, coupled=coupled, frozen=frozen)
         self._frozen = {t.name: t for t in self.targets if id(t.parameter) not in self._group}
+        self._changed: set[str] = set()
         for target in self._frozen.values():  # they follow the schedule of what is trained instead of them
             self._group[id(target.parameter)] = (self.optimizers[0], 0)
         self._between_steps = {target.name: target.parameter for target in self.targets}
@@ -289,6 +290,8 @@ class SelectiveSpectralDecay:
                     shrink_directions(W, c, amount, power, bias, along, along_bias)
 
             target.edit(change)
+            if target.name in self._frozen:
+                self._changed.add(target.name)
 
     def _present(self, members: list[tuple[Target, Components]]) -> dict[str, tuple[Tensor, Tensor | None]]:
         """What must be known of the whole of each sharded weight, and of its bias, before its step."""
@@ -480,7 +483,7 @@ class SelectiveSpectralDecay:
             "metric": self._metric.state(),
             "history": list(self.history),
             "ran": sorted(self._ran),
-            "frozen": {name: _stored(target) for name, target in self._frozen.items()},
+            "frozen": {name: _stored(self._frozen[name]) for name in sorted(self._changed)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -515,6 +518,7 @@ class SelectiveSpectralDecay:
         for name, tensors in state.get("frozen", {}).items():
             for here, saved in zip(_held(known[name]), tensors, strict=True):
                 here.copy_(saved)
+            self._changed.add(name)
         self.step_count = state["step_count"]
         self._peak_lr = {(a, b): value for a, b, value in state["peak_lr"]}
         self._metric.selected = {

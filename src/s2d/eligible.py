@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable
 
 from torch import nn
 
-from s2d.adapters import AdaptedTarget, changes_the_sum
+from s2d.adapters import AdaptedTarget, why_not_a_sum
 from s2d.errors import InputError
 from s2d.sharding import is_dtensor
 from s2d.targets import Target
@@ -72,7 +72,7 @@ def _reason(
         return "frozen (requires_grad is False)"
     if not frozen and id(parameter) not in trained:
         return "no optimizer passed here holds it"
-    if (reason := changes_the_sum(target)) is not None:
+    if (reason := why_not_a_sum(target)) is not None:
         return reason
     if getattr(target.owner, "groups", 1) != 1:
         return "a grouped convolution, which is not one matrix"
