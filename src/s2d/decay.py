@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.errors import InputError
+from s2d.rates import PeakRates
 from s2d.selection import METRICS, Components, Finding
 from s2d.shrink import penalty_gradient, shrink_directions, shrink_rows, shrink_singular
 from s2d.targets import KINDS, Kind, Selector, Target, find_targets
@@ -206,7 +207,7 @@ class SelectiveSpectralDecay:
         if not self.optimizers or not all(isinstance(o, Optimizer) for o in self.optimizers):
             raise InputError("pass a torch.optim.Optimizer (or several); its steps are what the decay rides on")
         self.skipped: dict[str, str] = {}
-        self._group: dict[int, tuple[Optimizer, int]] = {}
+        self._rates = PeakRates(self.optimizers)
         self.targets = self._usable(model, find_targets(model, include, exclude, self.settings.kinds))
         ranks = [min(target.matrix().shape) for target in self.targets if target.kind != "norm"]
         if max_rank is not None and ranks and max_rank > max(ranks):
@@ -216,7 +217,6 @@ class SelectiveSpectralDecay:
         self._metric = METRICS[s.metric](self.targets, **shared, seed=seed, gradients=s.mode == "coupled")
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
         self.step_count = 0
-        self._peak_lr: dict[tuple[int, int], float] = {}
         self._ran: set[str] = set()
         self._mask: Tensor | None = None
         self._handles: list[Any] = []
@@ -236,10 +236,6 @@ class SelectiveSpectralDecay:
 
     def _usable(self, model: nn.Module, found: list[Target]) -> list[Target]:
         """Keep the weights that an optimizer trains; say why the others are left out."""
-        for optimizer in self.optimizers:
-            for g, group in enumerate(optimizer.param_groups):
-                for parameter in group["params"]:
-                    self._group[id(parameter)] = (optimizer, g)
         owners: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), set()).add(name)
@@ -255,7 +251,7 @@ class SelectiveSpectralDecay:
                 self.skipped[target.name] = "a LoRA factor, not the weight that runs; merge the adapter to condition"
             elif not parameter.requires_grad:
                 self.skipped[target.name] = "frozen (requires_grad is False)"
-            elif id(parameter) not in self._group:
+            elif self._rates.trainer(parameter) is None:
                 self.skipped[target.name] = "no optimizer passed here holds it"
             elif getattr(target.module, "groups", 1) != 1:
                 self.skipped[target.name] = "a grouped convolution, which is not one matrix"
@@ -305,7 +301,7 @@ class SelectiveSpectralDecay:
         def hook(optimizer: Optimizer, *_: Any) -> None:
             if _skips_step(optimizer):
                 return
-            self._note_peaks(optimizer)
+            self._rates.note(optimizer)
             if self.settings.mode == "decoupled":
                 with self._exact_arithmetic():
                     self._shrink(optimizer)
@@ -327,47 +323,42 @@ class SelectiveSpectralDecay:
     def _selected_of(self, optimizer: Optimizer) -> Iterable[tuple[Target, Components]]:
         for target in self.targets:
             components = self._metric.selected.get(target.name)
-            if components is not None and len(components) and self._place(target)[0] is optimizer:
+            if components is not None and len(components) and self._rates.trainer(target.parameter) is optimizer:
                 yield target, components
-
-    def _place(self, target: Target) -> tuple[Optimizer | None, int]:
-        """The optimizer and group that train a weight; none for one put in the place of the weight trained."""
-        return self._group.get(id(target.parameter), (None, 0))
-
-    def _note_peaks(self, optimizer: Optimizer) -> None:
-        """The largest learning rate of each group: seen, or announced by its scheduler."""
-        for index, group in enumerate(optimizer.param_groups):
-            key = (self.optimizers.index(optimizer), index)
-            announced = float(group.get("max_lr", group.get("initial_lr", 0.0)))
-            self._peak_lr[key] = max(self._peak_lr.get(key, 0.0), float(group["lr"]), announced)
-
-    def _schedule(self, target: Target) -> float:
-        """The learning rate as a share of its peak, like the factor on AdamW's weight decay."""
-        optimizer, index = self._place(target)
-        assert optimizer is not None
-        peak = self._peak_lr[self.optimizers.index(optimizer), index]
-        return float(optimizer.param_groups[index]["lr"]) / peak if peak > 0 else 0.0
 
     def _shrink(self, optimizer: Optimizer) -> None:
         """Decoupled: the closed form on the selected components, nothing else."""
-        power, strength = self.settings.power, self.settings.strength
+        strength = self.settings.strength
         if strength == 0:
             return
         for target, components in self._selected_of(optimizer):
-            amount, bias = strength * self._schedule(target), self._trained_bias(target)
             W = target.parameter.detach() if target.kind == "norm" else target.matrix()
             W = W.mT if target.kind == "embedding" else W
-            if components.channels is not None:
-                shrink_rows(W, components, amount, power, bias)
-            elif self.settings.metric == "weight":
-                shrink_singular(W, components, amount, power)
-            else:
-                shrink_directions(W, components, amount, power, bias)
+            amount = strength * self._rates.share(target.parameter)
+            self.shrink(target, W, components, amount, self._trained_bias(target))
+
+    def shrink(self, target: Target, W: Tensor, components: Components, amount: float, bias: Tensor | None) -> None:
+        """Shrink the selected components of one weight, in place; a control of an experiment may do something else.
+
+        Args:
+            target: Whose weight it is.
+            W: ``[O, I]``, or a gain ``[O]``.
+            components: What was selected.
+            amount: The strength times the schedule.
+            bias: Of the target's rows, ``[O]``, where it is trained.
+        """
+        power = self.settings.power
+        if components.channels is not None:
+            shrink_rows(W, components, amount, power, bias)
+        elif self.settings.metric == "weight":
+            shrink_singular(W, components, amount, power)
+        else:
+            shrink_directions(W, components, amount, power, bias)
 
     def _trained_bias(self, target: Target) -> Tensor | None:
         """The bias of a target's rows, unless it is frozen."""
         bias = bias_parameter(target)
-        trained = bias is not None and bias.requires_grad and id(bias) in self._group
+        trained = bias is not None and bias.requires_grad and self._rates.trainer(bias) is not None
         return bias_of(target) if trained else None
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
@@ -518,7 +509,7 @@ class SelectiveSpectralDecay:
             "settings": {f.name: getattr(self.settings, f.name) for f in fields(self.settings)},
             "targets": [[target.name, list(target.parameter.shape)] for target in self.targets],
             "step_count": self.step_count,
-            "peak_lr": [[*key, value] for key, value in self._peak_lr.items()],
+            "peak_lr": self._rates.state(),
             "selected": {name: vars(c.to(torch.device("cpu"))) for name, c in self._metric.selected.items()},
             "metric": self._metric.state(),
             "history": list(self.history),
@@ -549,7 +540,7 @@ class SelectiveSpectralDecay:
             first, there = here.get(foreign[0], "missing"), saved.get(foreign[0], "missing")
             raise InputError(f"the decay state is of another model: {foreign[0]} is {there} there and {first} here")
         self.step_count = state["step_count"]
-        self._peak_lr = {(a, b): value for a, b, value in state["peak_lr"]}
+        self._rates.load_state(state["peak_lr"])
         self._metric.selected = {
             name: Components(**parts).to(known[name].parameter.device) for name, parts in state["selected"].items()
         }

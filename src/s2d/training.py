@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from s2d.anchor import Anchor
+from s2d.baselines import Baseline, attach
 from s2d.decay import SelectiveSpectralDecay
 from s2d.errors import InputError, require
 from s2d.guard import StepGuard
@@ -163,7 +164,8 @@ def train(
         task: Its data and loss.
         settings: See `TrainSettings`.
         seed: Of the order of the data and of dropout. The global random state is left as it was.
-        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), or None to train without it.
+        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), or ``{"baseline": NAME, ...}`` for a rival
+            and its settings (see `s2d.baselines`), or None to train without either.
         companion: Something that trains along, such as the ranges of quantizers.
         state: A file to keep the training's state in. Where it exists already, training continues from it. It is
             written every ``settings.save_every`` seconds, on Ctrl-C and at the end; remove it when the model is saved.
@@ -193,7 +195,7 @@ def train(
             stack.callback(companion.remove)
         spectral = None
         if decay is not None:
-            spectral = SelectiveSpectralDecay(model, raw, seed=seed, **decay)
+            spectral = attach(model, raw, decay, seed=seed)
             stack.callback(spectral.remove)
         if companion is not None:
             companion.attach(raw)
@@ -212,8 +214,9 @@ def train(
         while clock.steps(run.step) < settings.steps:
             with torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = task.loss(prepared, next(batches))
-                added = None if companion is None else companion.loss()
-                loss = loss if added is None else loss + added
+                for other in (companion, spectral):
+                    added = None if other is None or isinstance(other, SelectiveSpectralDecay) else other.loss()
+                    loss = loss if added is None else loss + added
             value = loss.item()
             optimizer.zero_grad()
             taken = guard.loss(run.step + 1, value)
@@ -379,7 +382,7 @@ class _Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    decay: SelectiveSpectralDecay | None
+    decay: SelectiveSpectralDecay | Baseline | None
     companion: Companion | None
     guard: StepGuard
     path: Path | None
