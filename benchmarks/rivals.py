@@ -74,17 +74,19 @@ PAPER = {"preset": "paper", "refresh_every": 10}
 BOTH = ["linear", "norm"]
 MUON = {"optimizer": "muon"}
 METHODS: dict[str, list[Look]] = {
-    "adamw": [Look(), Look(rate=2.0), Look(rate=0.5)],
-    "s2d": [Look({}), Look({"outlier_ratio": 6.0}), Look({"strength": 0.1})],
+    "adamw": [Look(), Look(rate=0.5), Look(rate=2.0)],
+    "s2d": [Look({}), Look({"strength": 0.1}), Look({"outlier_ratio": 6.0})],
     "random-directions": rival("random-directions", {}, {"strength": 0.02}, {"strength": 0.1}),
     "l2": rival("l2", {"strength": 0.01, "kinds": BOTH}, {"strength": 0.01}, {"strength": 0.03, "kinds": BOTH}),
     "tweo": rival("tweo", {"at": "inputs"}, {}, {"at": "inputs", "weight": 0.1}),
     "kure": rival("kure", {"of": "activations", "weight": 0.3}, {}, {"of": "activations", "weight": 3.0}),
-    "spectral-norm": rival("spectral-norm", {"weight": 0.01}, {"weight": 0.001}, {"weight": 0.1}),
     "clip": rival("clip", {"limit": 3.0}, {"limit": 1.5}, {"limit": 5.0}),
-    "muon": [Look(train=MUON), Look(train=MUON, rate=2.0), Look(train=MUON, rate=0.5)],
+    "muon": [Look(train=MUON), Look(train=MUON, rate=0.5), Look(train=MUON, rate=2.0)],
     "s2d-paper": [Look(PAPER), Look({**PAPER, "strength": 0.05}), Look({**PAPER, "strength": 0.005})],
+    "spectral-norm": rival("spectral-norm", {"weight": 0.01}, {"weight": 0.001}, {"weight": 0.1}),
     "s2d-n1": [Look({**PAPER, "power": 1.0, "strength": each}) for each in (0.05, 0.5, 0.005)],
+    "nuclear": rival("nuclear", {"strength": 0.002}, {"strength": 0.01}, {"strength": 0.0005}),
+    "colinearity": rival("colinearity", {"strength": 0.1}, {"strength": 0.02}, {"strength": 0.5}),
 }
 
 
@@ -94,8 +96,8 @@ class Bed:
 
     recipe: str
     overrides: tuple[str, ...] = ()
-    validation: int = 400
-    test: int = 1000
+    validation: int = 250
+    test: int = 600
 
 
 BEDS = {
@@ -159,8 +161,7 @@ class Stand:
 
     def score(self, method: str, look: Look, seed: int, split: Split, cell: str) -> JSON:
         """One number of a trained model: ``fp32``, ``rtn minmax``, ``ratio``, or the name of a way to quantize."""
-        key = self.key(method, look, seed)
-        path = self.folder / "cells" / f"{key} {split} {self._size(split)} {cell}.json".replace(" ", "-")
+        path = self.folder / "cells" / f"{self.stem(method, look, seed, split)}{cell}.json".replace(" ", "-")
         if path.is_file():
             return read_json(path)
         model = load(self.trained(method, look, seed) / "model").model
@@ -186,7 +187,11 @@ class Stand:
         print(self.name, method, f"[{look}]", seed, split, cell, round(found.get("value", found.get("ratio")), 2), flush=True)
         return found
 
-    def _size(self, split: Split) -> int:
+    def stem(self, method: str, look: Look, seed: int, split: str) -> str:
+        """How the names of a model's cells begin."""
+        return f"{self.key(method, look, seed)}-{split}-{self._size(split)}-"
+
+    def _size(self, split: str) -> int:
         return self.bed.validation if split == "validation" else self.bed.test
 
     # -- what they add up to
@@ -260,10 +265,14 @@ def extra(place: Stand, looks: int, seeds: Sequence[int], ways: Sequence[str]) -
 
 
 def known(place: Stand) -> dict[tuple[str, str, int, str, str], float]:
-    """Every number that is there, by method, look, seed, split and cell."""
+    """Every number that is there of this very bed, by method, look, seed, split and cell."""
     found = {}
+    looks = {(method, str(look)): look for method, settings in METHODS.items() for look in settings}
     for path in sorted((place.folder / "cells").glob("*.json")):
         cell = read_json(path)
+        look = looks.get((cell["method"], cell["look"]))
+        if look is None or not path.name.startswith(place.stem(cell["method"], look, cell["seed"], cell["split"])):
+            continue  # of other settings, or of another length of the training
         key = (cell["method"], cell["look"], cell["seed"], cell["split"], cell["cell"])
         found[key] = cell["value"] if "value" in cell else cell["ratio"]
     return found
