@@ -3,22 +3,23 @@
     python benchmarks/rivals.py [--bed banking77] [--methods adamw,s2d,...] [--stages looks,test,table] [--looks 3]
         [--seeds 0,1,2] [--ptq rotation+gptq] [--extra rotation,svdquant,...] [--out runs/rivals] [--quick]
 
-Looks: every method is trained with each of its settings (`METHODS`, as many for all) on one seed and scored on the
-first `Bed.validation` validation examples. Chosen is the setting with the best W4A4 by rounding to nearest, the mean of
-min-max, percentile and MSE ranges; methods are looked at in turns, so that an interrupted run has looked at all equally often.
-Test: the chosen settings, each seed, on the first `Bed.test` test examples: full precision, W4A4 by rounding to nearest and by
---ptq, and how far the largest input of a Linear in a block is from the RMS of all. --extra names more ways to quantize
-AdamW's and S2D's models. Table: rivals.md and rivals.svg (with matplotlib) from what is there.
+Looks: every method is trained with each of its settings (`METHODS`, as many for all) on one seed and scored on
+validation data (of tables a part, see `Bed`). Chosen is the setting with the best W4A4 by rounding to nearest, the
+mean of min-max, percentile and MSE ranges; methods take turns, so that an interrupted run has looked at all alike.
+Test: the chosen settings, each seed, on test data: full precision, W4A4 by rounding to nearest and by --ptq, and how
+far the largest input of a Linear in a block is from the RMS of all. --extra names more ways to quantize AdamW's and
+S2D's models. Table: rivals.md and rivals.svg (with matplotlib) from what is there.
 
-A cell is a file under --out, named after all that it depends on but the code; what is there is not computed again, and any
-moment is a good one to stop. Time is the processor time of a step as a ratio to AdamW's in the same cells, the median
-over trainings: on a shared machine it is good to some percent (benchmarks/overhead.py measures S2D's own cost).
+A cell is a file under --out, named after all that it depends on but the code; what is there is not computed again,
+and any moment is a good one to stop. Time is the processor time of a step as a ratio to AdamW's in the same cells, the
+median over trainings: on a shared machine it is good to some percent (benchmarks/overhead.py measures S2D's own cost).
 --quick tries all of it on a tiny model and made-up texts, for tests; its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import statistics
 import tempfile
@@ -32,7 +33,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from paradox import limit
 from torch import Tensor, nn
 
 from s2d import quant
@@ -81,7 +81,7 @@ METHODS: dict[str, list[Look]] = {
     "tweo": rival("tweo", {"at": "inputs"}, {}, {"at": "inputs", "weight": 0.1}),
     "kure": rival("kure", {"of": "activations", "weight": 0.3}, {}, {"of": "activations", "weight": 3.0}),
     "clip": rival("clip", {"limit": 3.0}, {"limit": 1.5}, {"limit": 5.0}),
-    "muon": [Look(train=MUON), Look(train=MUON, rate=0.5), Look(train=MUON, rate=2.0)],
+    "muon": [Look(train=MUON), Look(train=MUON, rate=2.0), Look(train=MUON, rate=0.5)],
     "s2d-paper": [Look(PAPER), Look({**PAPER, "strength": 0.05}), Look({**PAPER, "strength": 0.005})],
     "spectral-norm": rival("spectral-norm", {"weight": 0.01}, {"weight": 0.001}, {"weight": 0.1}),
     "s2d-n1": [Look({**PAPER, "power": 1.0, "strength": each}) for each in (0.05, 0.5, 0.005)],
@@ -92,20 +92,33 @@ METHODS: dict[str, list[Look]] = {
 
 @dataclass(frozen=True)
 class Bed:
-    """Where methods are compared: a recipe, its short form, and how many examples are scored."""
+    """Where methods are compared: a recipe, its short form, and of tables how few rows are scored.
+
+    Attributes:
+        recipe: A packaged one.
+        overrides: What makes it short.
+        thin: Every so-manieth row of a file is kept.
+        carve: Every so-manieth row of the training file goes to validation, where the data have none; 0 for none.
+    """
 
     recipe: str
     overrides: tuple[str, ...] = ()
-    validation: int = 250
-    test: int = 600
+    thin: dict[str, int] | None = None
+    carve: int = 0
 
 
 BEDS = {
     "banking77": Bed(
         "minilm-banking77",
         ("task.max_length=32", "train.steps=60", "train.batch_size=32", "train.lr=3e-4", "train.head_lr=3e-3"),
+        thin={"test": 5},
+        carve=40,
     ),
-    "sst2": Bed("minilm-sst2", ("train.steps=60", "train.batch_size=32", "train.lr=2e-4", "train.head_lr=2e-3")),
+    "sst2": Bed(
+        "minilm-sst2",
+        ("train.steps=60", "train.batch_size=32", "train.lr=2e-4", "train.head_lr=2e-3"),
+        thin={"dev": 3, "test": 3},
+    ),
     "docstrings": Bed("minilm-docstrings", ("train.steps=60", "train.batch_size=32")),
     "cifar10-vit": Bed("vit-cifar10-small", ("train.steps=1000", "train.checkpoints=[]")),
 }
@@ -125,6 +138,7 @@ class Stand:
     # -- cells: each a file
 
     def key(self, method: str, look: Look, seed: int) -> str:
+        """What a trained model depends on, short."""
         recipe = self.recipe
         content = {
             "model": self.loaded.fingerprint,
@@ -161,7 +175,7 @@ class Stand:
 
     def score(self, method: str, look: Look, seed: int, split: Split, cell: str) -> JSON:
         """One number of a trained model: ``fp32``, ``rtn minmax``, ``ratio``, or the name of a way to quantize."""
-        path = self.folder / "cells" / f"{self.stem(method, look, seed, split)}{cell}.json".replace(" ", "-")
+        path = self._path(method, look, seed, split, cell)
         if path.is_file():
             return read_json(path)
         model = load(self.trained(method, look, seed) / "model").model
@@ -175,24 +189,21 @@ class Stand:
                 model = quant.quantize(
                     model, SPEC, calibration=inputs, method=way, observer=observer or None, seed=seed
                 )
-            limit(self.task, self._size(split))
-            try:
-                found = evaluate(model, self.task, split=split, batch_size=self.recipe.batch_size)
-            finally:
-                del self.task.batches  # type: ignore[attr-defined]  # the limit
+            found = evaluate(model, self.task, split=split, batch_size=self.recipe.batch_size)
             found = {"value": found[self.task.primary]}
         found |= {"method": method, "look": str(look), "seed": seed, "split": split, "cell": cell}
         found |= {"cpu_seconds": time.process_time() - start, "code": code_digest("quant")}
         write_json(path, found)
-        print(self.name, method, f"[{look}]", seed, split, cell, round(found.get("value", found.get("ratio")), 2), flush=True)
+        number = found["value"] if "value" in found else found["ratio"]
+        print(self.name, method, f"[{look}]", seed, split, cell, round(number, 2), flush=True)
         return found
 
     def stem(self, method: str, look: Look, seed: int, split: str) -> str:
         """How the names of a model's cells begin."""
-        return f"{self.key(method, look, seed)}-{split}-{self._size(split)}-"
+        return f"{self.key(method, look, seed)}-{split}-"
 
-    def _size(self, split: str) -> int:
-        return self.bed.validation if split == "validation" else self.bed.test
+    def _path(self, method: str, look: Look, seed: int, split: str, cell: str) -> Path:
+        return self.folder / "cells" / f"{self.stem(method, look, seed, split)}{cell}.json".replace(" ", "-")
 
     # -- what they add up to
 
@@ -203,8 +214,12 @@ class Stand:
         )
 
     def chosen(self, method: str, looks: int) -> Look:
-        """The best on validation of a method's first looks."""
-        return max(METHODS[method][:looks], key=lambda look: self.rounded(method, look, 0, "validation"))
+        """The best on validation of those of a method's first looks that are there; the first where none is."""
+        there = [look for look in METHODS[method][:looks] if self._looked(method, look)] or METHODS[method][:1]
+        return max(there, key=lambda look: self.rounded(method, look, 0, "validation"))
+
+    def _looked(self, method: str, look: Look) -> bool:
+        return all(self._path(method, look, 0, "validation", f"rtn {observer}").is_file() for observer in OBSERVERS)
 
 
 def worst_ratio(model: nn.Module, inputs: Sequence[dict[str, Tensor]]) -> float:
@@ -227,9 +242,28 @@ def worst_ratio(model: nn.Module, inputs: Sequence[dict[str, Tensor]]) -> float:
     return max(largest[name] / (squares[name] / entries[name]) ** 0.5 for name in linears if entries[name])
 
 
+def thinned(data: Path, folder: Path, bed: Bed) -> Path:
+    """Tables with fewer rows to score, in a folder: scoring takes as long as training otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (path for path in sorted(data.iterdir()) if path.suffix in (".csv", ".tsv")):
+        dialect: Any = csv.excel_tab if file.suffix == ".tsv" else csv.excel
+        with open(file, encoding="utf-8", newline="") as opened:
+            head, *rows = csv.reader(opened, dialect)
+        parts = {file.stem: rows[:: (bed.thin or {}).get(file.stem, 1)]}
+        if file.stem == "train" and bed.carve:
+            parts = {"validation": rows[:: bed.carve], "train": [r for n, r in enumerate(rows) if n % bed.carve]}
+        for name, kept in parts.items():
+            with open(folder / f"{name}{file.suffix}", "w", encoding="utf-8", newline="") as written:
+                csv.writer(written, dialect).writerows([head, *kept])
+    return folder
+
+
 def stand(name: str, bed: Bed, folder: Path, overrides: Sequence[str] = ()) -> Stand:
     recipe = read_recipe(bed.recipe, [*bed.overrides, "quantize.calibration.samples=64", *overrides])[1]
-    task = create(recipe.task.name, **recipe.task.options)
+    options = recipe.task.options
+    if bed.thin is not None:
+        options["data"] = thinned(Path(options["data"]), folder / name / "data", bed)
+    task = create(recipe.task.name, **options)
     loaded = load(recipe.model)
     task.build(loaded)  # tokenizes
     return Stand(name, bed, recipe, task, loaded, folder / name)
@@ -264,7 +298,10 @@ def extra(place: Stand, looks: int, seeds: Sequence[int], ways: Sequence[str]) -
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def known(place: Stand) -> dict[tuple[str, str, int, str, str], float]:
+Numbers = dict[tuple[str, str, int, str, str], float]
+
+
+def known(place: Stand) -> Numbers:
     """Every number that is there of this very bed, by method, look, seed, split and cell."""
     found = {}
     looks = {(method, str(look)): look for method, settings in METHODS.items() for look in settings}
@@ -278,7 +315,7 @@ def known(place: Stand) -> dict[tuple[str, str, int, str, str], float]:
     return found
 
 
-def mean_of(numbers: dict[Any, float], method: str, look: str, seed: int, split: str) -> float | None:
+def mean_of(numbers: Numbers, method: str, look: str, seed: int, split: str) -> float | None:
     found = [numbers.get((method, look, seed, split, f"rtn {observer}")) for observer in OBSERVERS]
     return None if None in found else statistics.mean(n for n in found if n is not None)
 
@@ -302,43 +339,56 @@ def times(place: Stand) -> dict[str, list[float]]:
     return found
 
 
-def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -> tuple[str, dict[str, list[JSON]]]:
-    """The looks, the test and the complements, as Markdown; and the test's rows for the figure."""
-    numbers, seconds = known(place), times(place)
-    lines = [f"## {place.name}: looks", "", "| method | setting | full | W4A4 rtn, mean | chosen |", "|---|---|---|---|---|"]
-    best: dict[str, str] = {}
+def looks_table(place: Stand, looks: int, numbers: Numbers) -> tuple[list[str], dict[str, str]]:
+    """The looks as rows of Markdown, and the chosen look of each method."""
+    lines, best = [], {}
     for method, settings in METHODS.items():
         scored = {str(look): mean_of(numbers, method, str(look), 0, "validation") for look in settings[:looks]}
         there = {look: value for look, value in scored.items() if value is not None}
         if there:
             best[method] = max(there, key=lambda look: there[look])
         for look, value in there.items():
-            full = numbers.get((method, look, 0, "validation", FULL))
+            full = numbers[method, look, 0, "validation", FULL]
             lines.append(f"| {method} | {look} | {full:.2f} | {value:.2f} | {'*' if look == best[method] else ''} |")
-    columns = ["full", "W4A4 rtn, mean", *(f"W4A4 {way}" for way in ways), "worst input/RMS"]
-    lines += ["", f"## {place.name}: test", "", f"| method | {' | '.join([*columns, 'time', 'seeds'])} |", "|---" * (len(columns) + 3) + "|"]
+    head = [f"## {place.name}: looks", "", "| method | setting | full | W4A4 rtn, mean | chosen |", "|---" * 5 + "|"]
+    return [*head, *lines], best
+
+
+def rows_of(numbers: Numbers, best: dict[str, str], ways: Sequence[str]) -> dict[str, list[JSON]]:
+    """For each method with a test, one row a seed."""
     rows: dict[str, list[JSON]] = {}
     for method, look in best.items():
-        seeds = sorted({key[2] for key in numbers if key[:2] == (method, look) and key[3] == "test"})
-        rows[method] = [
-            {
-                "full": numbers.get((method, look, seed, "test", FULL)),
-                "rtn": mean_of(numbers, method, look, seed, "test"),
-                **{way: numbers.get((method, look, seed, "test", way)) for way in (*ways, *more)},
-                "ratio": numbers.get((method, look, seed, "test", "ratio")),
-            }
-            for seed in seeds
-        ]
-        if not seeds:
-            continue
-        cells = [spread([row[name] for row in rows[method]]) for name in ("full", "rtn", *ways, "ratio")]
+        for seed in sorted({key[2] for key in numbers if key[:2] == (method, look) and key[3] == "test"}):
+            row = {name: numbers.get((method, look, seed, "test", name)) for name in (FULL, *ways, "ratio")}
+            rows.setdefault(method, []).append({**row, "rtn": mean_of(numbers, method, look, seed, "test")})
+    return rows
+
+
+def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -> tuple[str, dict[str, list[JSON]]]:
+    """The looks, the test and the complements, as Markdown; and the test's rows for the figure."""
+    numbers, seconds = known(place), times(place)
+    lines, best = looks_table(place, looks, numbers)
+    rows = rows_of(numbers, best, [*ways, *more])
+    columns = ["full", "W4A4 rtn, mean", *(f"W4A4 {way}" for way in ways), "worst input/RMS", "time", "seeds"]
+    lines += [
+        "",
+        f"## {place.name}: test",
+        "",
+        f"| method | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for method, found in rows.items():
+        cells = [spread([row[name] for row in found]) for name in (FULL, "rtn", *ways, "ratio")]
         slow = ""
         if method in seconds and "adamw" in seconds:
             slow = f"x{statistics.median(seconds[method]) / statistics.median(seconds['adamw']):.2f}"
-        lines.append(f"| {method} | {' | '.join([*cells, slow, str(len(seeds))])} |")
-    if more and rows.get("adamw") and rows.get("s2d"):
-        lines += ["", f"## {place.name}: behind AdamW and behind S2D, test", "", "| W4A4 by | adamw | s2d |", "|---|---|---|"]
-        lines += [f"| {way} | {' | '.join(spread([row[way] for row in rows[arm]]) for arm in ('adamw', 's2d'))} |" for way in more]
+        lines.append(f"| {method} | {' | '.join([*cells, slow, str(len(found))])} |")
+    if more and {"adamw", "s2d"} <= rows.keys():
+        lines += ["", f"## {place.name}: behind AdamW and behind S2D, test", ""]
+        lines += ["| W4A4 by | adamw | s2d |", "|---|---|---|"]
+        for way in more:
+            each = [spread([row[way] for row in rows[arm]]) for arm in ("adamw", "s2d")]
+            lines.append(f"| {way} | {' | '.join(each)} |")
     return "\n".join(lines) + "\n", rows
 
 
@@ -352,7 +402,7 @@ def figure(rows: dict[str, list[JSON]], ways: Sequence[str], path: Path) -> None
     names = [name for name, found in rows.items() if found and all(row["rtn"] is not None for row in found)]
     if not names:
         return
-    kinds = {"full": "full precision", "rtn": "W4A4, rounding to nearest", **{way: f"W4A4, {way}" for way in ways}}
+    kinds = {FULL: "full precision", "rtn": "W4A4, rounding to nearest", **{way: f"W4A4, {way}" for way in ways}}
     drawn = Figure(figsize=(8, 0.55 * len(names) + 1.2), layout="constrained")
     axes = drawn.subplots()
     for number, (kind, label) in enumerate(kinds.items()):
@@ -384,8 +434,9 @@ def quick(folder: Path) -> tuple[Bed, list[str]]:
     for split, start in (("train", 0), ("test", 1)):
         lines = [f"{words[(7 * n + start) % 40]} {words[(11 * n) % 40]} {words[n % 40]},{n % 2}" for n in range(200)]
         (folder / "data" / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
-    bed = Bed("minilm-banking77", validation=16, test=16)
-    return bed, [f"model={folder / 'bert'}", f"task.data={folder / 'data'}", "train.steps=3", "train.batch_size=8", "task.max_length=16"]
+    bed = Bed("minilm-banking77", thin={"test": 5}, carve=5)
+    short = ["train.steps=3", "train.batch_size=8", "task.max_length=16"]
+    return bed, [f"model={folder / 'bert'}", f"task.data={folder / 'data'}", *short]
 
 
 def main() -> None:

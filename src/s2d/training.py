@@ -164,8 +164,8 @@ def train(
         task: Its data and loss.
         settings: See `TrainSettings`.
         seed: Of the order of the data and of dropout. The global random state is left as it was.
-        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), or ``{"baseline": NAME, ...}`` for a rival
-            and its settings (see `s2d.baselines`), or None to train without either.
+        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), ``{"baseline": NAME, ...}`` for a rival
+            with its settings (see `s2d.baselines`), or None to train without either.
         companion: Something that trains along, such as the ranges of quantizers.
         state: A file to keep the training's state in. Where it exists already, training continues from it. It is
             written every ``settings.save_every`` seconds, on Ctrl-C and at the end; remove it when the model is saved.

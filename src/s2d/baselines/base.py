@@ -40,7 +40,7 @@ class Settings:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "kinds":
-                if not value or isinstance(value, str) or not set(value) <= set(KINDS):
+                if not isinstance(value, list | tuple) or not value or not set(value) <= set(KINDS):
                     raise InputError(f"kinds={value!r} must be one or several of {', '.join(KINDS)}")
                 object.__setattr__(self, "kinds", tuple(value))  # a list where the settings come from a recipe
             elif isinstance(field.default, str):

@@ -2,7 +2,7 @@
 
 Source: hard caps sigma <- min(sigma, c), as in Newhouse et al. 2025, arXiv 2507.13338, which apply them at every step;
 once before a fine-tuning it is the plainest way to remove large singular values. c is a multiple of the weight's median
-singular value; the gains of a norm are the singular values of diag(gamma) and are capped at the multiple of their median magnitude.
+singular value; the gains of a norm are the singular values of diag(gamma), capped at that multiple of their median.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """A penalty on pairs of matrices that line up: a reconstruction, not the published method.
 
-Source: Colinearity Decay (Tong et al. 2026, arXiv 2605.01330) decouples a regulariser of ordered matrix pairs from the loss. Its formula was
-not available to us. From its stated cause (an output is extreme when a row of the second matrix B is colinear with a strong left singular
-vector of the first, A) we reconstruct R = |B A|_F^2 / 2 and its decoupled step,
+Source: Colinearity Decay (Tong et al. 2026, arXiv 2605.01330) decouples a regulariser of ordered matrix pairs from the
+loss. Its formula was not available to us. From its stated cause (an output is extreme when a row of the second matrix B
+is colinear with a strong left singular vector of the first, A) we reconstruct R = |B A|_F^2 / 2 and its decoupled step,
 
     A <- A - s B^T B A / |B|_F^2,        B <- B - s B A A^T / |A|_F^2,        s = strength * schedule,
 
-for the pairs fc1 -> fc2 and v -> proj of every block. The norms in the denominators are ours: they keep a step from overshooting for s <= 1,
-whatever the size of the weights. Results with this file say nothing about the published method.
+for the pairs fc1 -> fc2 and v -> proj of every block. The norms in the denominators are ours: they keep a step from
+overshooting for s <= 1, whatever the size of the weights. Results with this file say nothing about the published one.
 """
 
 from __future__ import annotations

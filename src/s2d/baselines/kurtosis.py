@@ -5,8 +5,8 @@ Source: KURE (Shkolnik et al., NeurIPS 2020, "Robust Quantization: One Model to 
     loss + weight * mean over layers l of (Kurt(W_l) - 1.8)^2,     Kurt(w) = E[((w - mean) / std)^4],
 
 1.8 being the kurtosis of a uniform distribution, which a uniform grid fits best; weight = 1. Deviation: ``of:
-activations`` asks the same of what the Linears inside blocks read (padding left out), as the outliers here are there. There the kurtosis
-is some hundred, and its square would drown the task: ``log(Kurt / 1.8)^2`` takes its place.
+activations`` asks the same of what the Linears inside blocks read (padding left out), as the outliers here are there.
+There the kurtosis is some hundred, and its square would drown the task: ``log(Kurt / 1.8)^2`` takes its place.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Source: singular value thresholding (Cai, Candes & Shen 2010, arXiv 0810.3286): 
 
     W <- U max(S - t, 0) V^T,
 
-here behind every `every`-th optimizer step with t = strength * schedule * every, in place of a subgradient that Adam would rescale.
-torchao's PAT (``torchao.prototype.pat``) does the same inside its own optimizer; this is our own short form of it.
+here behind every `every`-th optimizer step with t = strength * schedule * every, in place of a subgradient that Adam
+would rescale. torchao's PAT (``torchao.prototype.pat``) does it around an optimizer; this is our short form of it.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """The control of spectral decay: as many directions, the same shrinkage, but random ones.
 
-Not from a paper. If shrinking *some* directions were what helps, it would do as well as shrinking those that make
-outliers. A spectral decay with the given settings runs along and selects as it always does. Where it would then shrink K components
-of a weight by a matrix D, as many random components of that weight are shrunk alike so that the change has the same Frobenius norm: K other
-channels for channels (rows or gains, with their biases), K orthonormal random directions of the outputs otherwise. They are drawn anew
-when K of that weight changes or the decay looks again.
+Not from a paper. If shrinking *some* directions were what helps, this would do as well as shrinking those that make
+outliers. A spectral decay with the given settings runs along and selects as it always does. Where it would then shrink
+K components of a weight, as many random ones are shrunk alike so that the change has the same Frobenius norm: K other
+channels for channels (rows or gains, with their biases), K orthonormal random directions of the outputs otherwise.
+They are drawn anew when K changes and whenever the decay has looked again.
 
-What the amounts come from: the decay is asked at every step what it would do to *this* model. As the outliers stay, it is asked for more than it
-would do in a run of its own; ``asked`` and ``done`` in the state, summed over steps and weights, say how much, and a smaller `strength` makes up for it.
-A random direction that cannot give so much is shrunk to zero and the rest is lost, so that ``done`` may stay below ``asked``.
+Where the amounts come from: the decay is asked at every step what it would do to *this* model. As the outliers stay, it
+asks for more than in a run of its own; a smaller `strength` makes up for that. ``asked`` and ``done``, in `history`
+after `remove`, are the Frobenius norms summed over steps and weights: a random component that cannot give so much is
+shrunk to zero and the rest is lost.
 """
 
 from __future__ import annotations
@@ -38,9 +39,7 @@ class Settings(base.Settings):
         refresh_every: Of the decay.
     """
 
-    metric: Literal["site", "data", "weight"] = field(
-        default="site", metadata={"choices": ("site", "data", "weight")}
-    )
+    metric: Literal["site", "data", "weight"] = field(default="site", metadata={"choices": ("site", "data", "weight")})
     power: float = 1.0
     strength: float = 0.05
     outlier_ratio: float = 8.0
@@ -129,7 +128,7 @@ class _Control(SelectiveSpectralDecay):
 
 
 def shrink_channels(W: Tensor, channels: Tensor, wanted: float, bias: Tensor | None) -> float:
-    """Scale some rows of ``W [O, I]`` (or gains ``[O]``) alike so that W changes by `wanted` in Frobenius norm. In place.
+    """Scale rows of ``W [O, I]`` (or gains ``[O]``) alike so that W changes by `wanted` in Frobenius norm. In place.
 
     Returns:
         By how much it changed: less where the rows are too small.

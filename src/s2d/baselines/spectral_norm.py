@@ -2,8 +2,8 @@
 
 Source: Yoshida & Miyato 2017, "Spectral Norm Regularization for Improving the Generalizability of Deep Learning",
 arXiv 1705.10941: the loss gains (weight / 2) * sum over layers of sigma_1(W)^2, with sigma_1 = u^T W v from one power
-iteration a step whose vectors are kept, so that its gradient is weight * sigma_1 u v^T. No deviation; this is coupled S2D with one component,
-n = 1 and no gate.
+iteration a step whose vectors are kept, so that its gradient is weight * sigma_1 u v^T. No deviation; this is coupled
+S2D with one component, n = 1 and no gate.
 """
 
 from __future__ import annotations

@@ -54,7 +54,6 @@ class Tweo(base.Baseline):
         s = self._settings
         return s.weight * self._activations.mean(lambda x: tail(x, s.tau, s.power))
 
-
     def remove(self) -> None:
         """Take every hook out."""
         super().remove()

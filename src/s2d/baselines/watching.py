@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from s2d.errors import InputError
 from s2d.quant.blocks import blocks_of
 from s2d.quant.calibration import real_tokens, token_mask
 from s2d.targets import find_targets
@@ -20,8 +21,8 @@ PLACES: tuple[Place, ...] = ("blocks", "inputs")
 class Activations:
     """What passes some places of a model in training mode, padding left out.
 
-    Places are ``"blocks"``, the outputs of the transformer blocks, or ``"inputs"``, what the Linears inside blocks read, where
-    quantizers will sit; modules that read the same tensor share a place.
+    Places are ``"blocks"``, the outputs of the transformer blocks, or ``"inputs"``, what the Linears inside blocks read
+    and quantizers will act on; modules that read the same tensor share a place.
     """
 
     def __init__(self, model: nn.Module, place: Place) -> None:
@@ -31,6 +32,9 @@ class Activations:
         self._stack = ExitStack()
         self._mask = self._stack.enter_context(token_mask(model))
         blocks = blocks_of(model)
+        if not blocks:
+            self.remove()
+            raise InputError(f"{type(model).__name__} has no transformer blocks whose activations could be watched")
         if place == "blocks":
             for block in blocks.values():
                 self._keep(block.register_forward_hook(self._output))
