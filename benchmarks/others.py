@@ -1,10 +1,10 @@
-"""Does conditioning help other people's quantizers? Checkpoints of a run, quantized by torchao, quanto and torch.ao.
+"""Does conditioning help other people's quantizers? torchao, quanto, Brevitas and torch.ao on checkpoints of a run.
 
     python benchmarks/others.py [RUN] [--split validation] [--json FILE]
 
 RUN is a finished run of a recipe, runs/demo unless named: every arm and seed in it is quantized by every library that
 is installed, with that library's own code and defaults, and scored by the run's own task; s2d only reads the model.
-The libraries: pip install torchao optimum-quanto. What is simulated in floating point is marked with "simulated".
+The libraries: pip install torchao optimum-quanto brevitas. What is simulated in floating point says "simulated".
 """
 
 from __future__ import annotations
@@ -118,6 +118,34 @@ def quanto_w4(model: nn.Module, inputs: Inputs) -> nn.Module:
 @quantizer("optimum.quanto", "quanto W2: int2 weights in groups, activations kept")
 def quanto_w2(model: nn.Module, inputs: Inputs) -> nn.Module:
     return _quanto(model, inputs, "qint2", None)
+
+
+def _brevitas(model: nn.Module, inputs: Inputs, weights: int, activations: int) -> nn.Module:
+    """Every Linear as Brevitas' own, with its usual quantizers; ranges of inputs at its percentile (99.999)."""
+    from brevitas import nn as brevitas_nn
+    from brevitas.graph.calibrate import calibration_mode
+    from brevitas.graph.quantize import layerwise_quantize
+    from brevitas.quant import Int8WeightPerChannelFloat, ShiftedUint8ActPerTensorFloat
+
+    settings = {
+        "weight_quant": Int8WeightPerChannelFloat.let(bit_width=weights),
+        "input_quant": ShiftedUint8ActPerTensorFloat.let(bit_width=activations),
+    }
+    model = layerwise_quantize(model, {nn.Linear: (brevitas_nn.QuantLinear, settings)})
+    with torch.no_grad(), calibration_mode(model):
+        for batch in inputs:
+            model(**batch)
+    return model.eval()
+
+
+@quantizer("brevitas", "Brevitas W8A8, simulated: per channel, one static scale per tensor for inputs")
+def brevitas_w8a8(model: nn.Module, inputs: Inputs) -> nn.Module:
+    return _brevitas(model, inputs, 8, 8)
+
+
+@quantizer("brevitas", "Brevitas W4A4, simulated: per channel, one static scale per tensor for inputs")
+def brevitas_w4a4(model: nn.Module, inputs: Inputs) -> nn.Module:
+    return _brevitas(model, inputs, 4, 4)
 
 
 @quantizer("torch", "torch.ao W8A8: quantize_dynamic, one scale per tensor and call")

@@ -288,10 +288,10 @@ def test(place: Stand, methods: Sequence[str], looks: int, seeds: Sequence[int],
                 place.score(method, look, seed, "test", cell)
 
 
-def extra(place: Stand, looks: int, seeds: Sequence[int], ways: Sequence[str]) -> None:
+def extra(place: Stand, methods: Sequence[str], looks: int, seeds: Sequence[int], ways: Sequence[str]) -> None:
     for seed in seeds:
         for way in ways:
-            for method in ("adamw", "s2d"):
+            for method in {"adamw", "s2d"} & set(methods):
                 place.score(method, place.chosen(method, looks), seed, "test", way)
 
 
@@ -468,7 +468,7 @@ def main() -> None:
             look_at(place, methods, arguments.looks)
         if "test" in stages:
             test(place, methods, arguments.looks, seeds, ways)
-            extra(place, arguments.looks, seeds, more)
+            extra(place, methods, arguments.looks, seeds, more)
         if "table" in stages:
             text, rows = tables(place, arguments.looks, ways, more)
             print(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from tests.tiny_text import make_data, make_model
 
 from s2d.cli import main
+from s2d.recipe import read_recipe, read_text
 
 COMMANDS = ("demo", "audit", "condition", "quantize", "evaluate", "run", "report", "doctor")
 TASK = ("--task", "text-classification", "--data")
@@ -87,7 +89,18 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         assert min(seconds) <= 0.5
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "recipes list", "recipes show"])
+def test_the_shell_completes_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        asked = {"_S2D_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        command = [sys.executable, "-c", "import sys; from s2d.cli import main; sys.exit(main())"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked, timeout=60, check=True)
+        return done.stdout.split()
+
+    assert completed("s2d qua") == ["quantize"]
+    assert completed("s2d quantize --sp") == ["--spec"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "recipes list", "recipes show", "recipes new"])
 def test_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -143,6 +156,23 @@ def test_quantize_saves_what_evaluate_reads(
     capsys.readouterr()
     assert main(["evaluate", str(out), *task]) == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_a_budget_of_bits_is_kept_and_explained(
+    conditioned: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "mixed", tmp_path / "plan.json"
+    task = (*TASK, str(data), "-o", "task.max_length=24")
+    where = ("--out", str(out), "--json", str(file))
+    assert main(["quantize", str(conditioned), *task, "--budget", "4.5 bits", *where]) == 0
+    printed = capsys.readouterr().out
+    assert "bits a weight on average" in printed and "of all error at 3 bits" in printed
+    weights = [site for site in json.loads(file.read_text())["plan"] if site["what"] == "weight" and site["format"]]
+    bits = [int(site["format"].removeprefix("int")) for site in weights]
+    sizes = [math.prod(site["shape"]) for site in weights]
+    average = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
+    assert 3 < average <= 4.5 and len(set(bits)) > 1
+    assert main(["evaluate", str(out), *task]) == 0
 
 
 def test_run_prints_a_table_and_report_reads_its_results(
@@ -248,6 +278,8 @@ def test_damaged_models(
         (["quantize", "{model}", "--observer", "max", "--out", "{out}"], "unknown observer 'max'"),
         (["quantize", "{model}", "--spec", "four", "--out", "{out}"], "unknown quantization spec 'four'"),
         (["quantize", "{model}"], "add --out FOLDER, or --dry-run"),
+        (["quantize", "{model}", "--budget", "some", "--dry-run"], "a budget is a number of bits a weight"),
+        (["quantize", "{model}", "--budget", "2", "--dry-run"], "is below the smallest choice, 3; raise it"),
         (["quantize", "{model}", "--out", "{here}/notes.txt"], "is a file; name a folder"),
         (["quantize", "{model}", "--out", "{here}/notes.txt/deep"], "cannot be written"),
         (["quantize", "{model}", "--out", "{here}"], "exists and is not a quantized model of s2d"),
@@ -442,3 +474,21 @@ def test_too_little_memory_says_what_to_do(capsys: pytest.CaptureFixture[str], m
 
     monkeypatch.setattr(recipe, "packaged", greedy)
     assert "use smaller batches" in fails(capsys, "recipes", "list")
+
+
+def test_a_recipe_of_ones_own_starts_from_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    assert main(["recipes", "new", str(file)]) == 0
+    assert file.read_text() == read_text("minilm-banking77")[1]  # comments and all
+    assert main(["recipes", "new", str(file)]) == 2 and "exists already" in capsys.readouterr().err
+    other = tmp_path / "other.yaml"
+    assert (
+        main(["recipes", "new", str(other), "--like", str(file), "-o", "train.steps=7", "-o", "task.max_length=9"]) == 0
+    )
+    recipe, origin = read_recipe(str(other))[1], read_recipe("minilm-banking77")[1]
+    assert (recipe.train.steps, recipe.task.options["max_length"]) == (7, 9)
+    assert recipe.task.options["data"] == origin.task.options["data"] and recipe.arms == origin.arms
+    assert main(["recipes", "new", str(tmp_path / "a.yaml"), "-o", "train.stepps=7"]) == 2
+    assert "did you mean steps?" in capsys.readouterr().err
+    assert not (tmp_path / "a.yaml").exists()
+    assert main(["recipes", "new", str(tmp_path / "a.txt")]) == 2 and ".yaml" in capsys.readouterr().err

@@ -65,7 +65,12 @@ def test_commands_and_their_options_exist():
         for line in re.findall(r"(?:^|`|\.venv/bin/)s2d ([a-z]+[^`\n]*)", text, re.MULTILINE):
             name, _, rest = line.partition(" ")
             assert name in commands, f"{page.name}: s2d {line}"
-            known = {option for one in commands[name].params for option in one.opts + one.secondary_opts}
+            command = commands[name]
+            if below := getattr(command, "commands", None):  # s2d recipes list
+                name, _, rest = rest.partition(" ")
+                assert name in below or not name.isalpha(), f"{page.name}: s2d {line}"
+                command = below.get(name, command)
+            known = {option for one in command.params for option in one.opts + one.secondary_opts}
             for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest.split("#")[0]):
                 assert option in known | {"--help"}, f"{page.name}: s2d {line}"
 
@@ -84,3 +89,9 @@ def test_the_scores_of_the_decision_table_are_those_of_the_results():
     copied, measured = scores_by_method(DOCS / "methods" / "index.md"), scores_by_method(DOCS / "results" / "quant.md")
     assert {name for name, _ in copied} >= set(s2d.methods())
     assert [row for row in copied if row not in measured] == []
+
+
+def test_docstrings_are_markdown_as_the_api_page_shows_them():
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        found = re.search(r":(?:func|class|mod|meth|attr|data|ref):`", path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.name}: {found and found[0]} is reStructuredText; write `name`"

@@ -88,6 +88,8 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         ("arms.none={}", r"arms: the arm 'none' is the model as it is"),
         ("arms={'a/b': null}", r"arms: an arm's name holds letters"),
         ("arms={}", r"arms=\{\}"),
+        ("reference={score: 60}", r"reference\.arm='none' is no arm; adamw, s2d are"),
+        ("reference={score: 60, arm: s2d, within: 0}", r"reference\.within=0: input should be greater than 0"),
         ("steps", r"write key=value"),
         ("=5", r"write key=value"),
         ("model.name=x", r"model is a single value"),

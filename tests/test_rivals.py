@@ -26,7 +26,7 @@ def test_it_looks_tests_and_tables_and_computes_nothing_twice(tmp_path: Path) ->
     first = rivals(tmp_path, "--methods", "adamw,l2", "--extra", "smoothquant")
     assert "quick l2 [baseline l2, strength 0.01] 0 validation fp32" in first
     cells = {path: path.stat().st_mtime_ns for path in tmp_path.glob("quick/cells/*.json")}
-    # Two methods with two looks of 1 + 3 cells; the chosen one of each with 1 + 3 + 1 + 1 on test; AdamW behind smoothquant.
+    # Two methods with two looks of 1 + 3 cells; of each the chosen one: 1 + 3 + 1 + 1 on test; AdamW by smoothquant.
     assert len(cells) == 2 * 2 * 4 + 2 * 6 + 1
     table = (tmp_path / "quick" / "rivals.md").read_text()
     assert table.count("| * |") == 2 and "| method | full | W4A4 rtn, mean | W4A4 gptq |" in table

@@ -174,6 +174,15 @@ def test_the_untrained_arm_and_several_seeds(content: dict[str, Any], tmp_path: 
         Runner("tiny", make_recipe(content, ["arms.none=null"]), tmp_path)
 
 
+def test_a_run_far_from_the_known_score_stops(content: dict[str, Any], tmp_path: Path) -> None:
+    shared = ["arms={adamw: null}", "audit=false", "train.steps=1", "quantize.specs=[fp32]"]
+    near = [*shared, "reference={arm: adamw, score: 50, within: 50}"]  # whatever it is
+    found = Runner("tiny", make_recipe(content, near), tmp_path).run()["records"][0]["value"]
+    far = [*shared, f"reference={{arm: adamw, score: {found + 1}, within: 0.5}}"]
+    with pytest.raises(InputError, match=rf"accuracy {found:.2f} in full precision, but .* is known of it"):
+        Runner("tiny", make_recipe(content, far), tmp_path).run()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

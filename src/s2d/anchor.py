@@ -1,7 +1,7 @@
 """Holding a model near where it started while it is fine-tuned: the frozen original teaches along with the task.
 
 A few contrastive or class labels say little about what the decay disturbs; the original's own features, token by
-token, say it at every step. The distance is that of :mod:`s2d.quant.distillation` (GPLQ, arXiv 2506.11784), in shares
+token, say it at every step. The distance is that of `s2d.quant.distillation` (GPLQ, arXiv 2506.11784), in shares
 of variance.
 """
 

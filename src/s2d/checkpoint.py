@@ -86,10 +86,10 @@ def load(source: str | os.PathLike[str], *, device: str = "cpu", **options: Any)
     """Load a model: pretrained, conditioned or quantized.
 
     Args:
-        source: A folder that `save` wrote, or anything that :func:`s2d.models.load` reads: a local folder or file, an
+        source: A folder that `save` wrote, or anything that `s2d.models.load` reads: a local folder or file, an
             installed package that carries a model, ``timm:NAME``, ``open_clip:NAME``, a name on the hub.
         device: Where the model goes.
-        options: Further ones of :func:`s2d.models.load`.
+        options: Further ones of `s2d.models.load`.
 
     Raises:
         InputError: Whatever stands in the way, as one line that names the source and the remedy.

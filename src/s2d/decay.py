@@ -15,7 +15,7 @@ What differs, and why (docs/results/minilm.md has the measurements):
   -lambda sigma^n, scaled by the learning-rate schedule (AdamW treats weight decay so). Under Adam an entry moves by at
   most the learning rate a step, whatever the penalty's gradient; outlier directions that sit on a few entries then
   outlive the training.
-- ``metric="data"`` and ``metric="site"`` ask which components the *data* excite; see :mod:`s2d.selection`.
+- ``metric="data"`` and ``metric="site"`` ask which components the *data* excite; see `s2d.selection`.
 - A component is followed until its outlier is gone, not until its rank changes.
 """
 
@@ -34,6 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from s2d.adapters import with_adapters
+from s2d.eligible import eligible
 from s2d.errors import InputError
 from s2d.rates import PeakRates
 from s2d.selection import METRICS, Components, Finding
@@ -61,7 +63,7 @@ class DecaySettings:
     """The numbers behind a decay. `PRESETS` holds the named ones.
 
     Attributes:
-        metric: Component of what: see :mod:`s2d.selection`.
+        metric: Component of what: see `s2d.selection`.
         mode: ``"decoupled"`` or ``"coupled"``.
         power: n of the penalty; 1 is exponential decay, the same for every size of component.
         strength: lambda. Decoupled: per step, times the schedule. Coupled: of the loss.
@@ -144,7 +146,7 @@ class SelectiveSpectralDecay:
     activations of that step's own batch. The model is never wrapped and its state dict keeps its keys.
 
     Attributes:
-        settings: The resolved :class:`DecaySettings`.
+        settings: The resolved `DecaySettings`.
         targets: What is looked at.
         skipped: Weights left out, by name, with the reason.
         history: One record per refresh and weight: ``step, weight, sigma, pcdr, outlier_max, outlier_ratio, selected``
@@ -170,6 +172,7 @@ class SelectiveSpectralDecay:
         kinds: Sequence[Kind] | None = None,
         include: Selector = "all-linear",
         exclude: Selector = (),
+        frozen: bool = False,
         seed: int = 0,
     ) -> None:
         """Attach to a model and its optimizer.
@@ -178,9 +181,12 @@ class SelectiveSpectralDecay:
             model: Any module, compiled, or wrapped by DDP or not.
             optimizer: The optimizer (or several) that trains it. Weights that none of them holds are not touched.
             preset: ``"paper"`` for the paper's recipe, ``"default"`` (also None) for ours.
-            metric, mode, ..., kinds: Override the preset one by one; see :class:`DecaySettings`.
-            include: Which weights; see :func:`s2d.targets.find_targets`.
+            metric, mode, ..., kinds: Override the preset one by one; see `DecaySettings`.
+            include: Which weights; see `s2d.targets.find_targets`.
             exclude: Which not.
+            frozen: Shrink weights that are not trained as well, for training with LoRA: components are those of the
+                merged weight, and what is shrunk is taken out of the frozen one. Adapters saved alone then belong to
+                another base; save the merged model.
             seed: Of the random starts of the spectral iterations.
 
         Raises:
@@ -206,9 +212,15 @@ class SelectiveSpectralDecay:
         self.optimizers = [_innermost(each) for each in several]
         if not self.optimizers or not all(isinstance(o, Optimizer) for o in self.optimizers):
             raise InputError("pass a torch.optim.Optimizer (or several); its steps are what the decay rides on")
-        self.skipped: dict[str, str] = {}
+        if frozen and self.settings.mode == "coupled":
+            raise InputError("frozen=True shrinks weights that no loss can reach; use it with mode='decoupled'")
         self._rates = PeakRates(self.optimizers)
-        self.targets = self._usable(model, find_targets(model, include, exclude, self.settings.kinds))
+        found = with_adapters(model, find_targets(model, include, exclude, self.settings.kinds))
+        coupled = self.settings.mode == "coupled"
+        self.targets, self.skipped = eligible(model, found, self._rates, coupled=coupled, frozen=frozen)
+        self._frozen = {t.name: t for t in self.targets if id(t.parameter) not in self._rates}
+        for target in self._frozen.values():  # they follow the schedule of what is trained instead of them
+            self._rates.follow(target.parameter)
         ranks = [min(target.matrix().shape) for target in self.targets if target.kind != "norm"]
         if max_rank is not None and ranks and max_rank > max(ranks):
             raise InputError(f"max_rank={max_rank} exceeds the rank of every weight here, at most {max(ranks)}")
@@ -231,44 +243,6 @@ class SelectiveSpectralDecay:
             self._step_hooks.append(each.register_step_pre_hook(self._before_step(first=index == 0)))
             self._step_hooks.append(each.register_step_post_hook(self._after_step(last=last)))
         self._arm()
-
-    # -- construction --------------------------------------------------------------------------------------------------
-
-    def _usable(self, model: nn.Module, found: list[Target]) -> list[Target]:
-        """Keep the weights that an optimizer trains; say why the others are left out."""
-        owners: dict[int, set[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), set()).add(name)
-        kept = []
-        for target in found:
-            parameter = target.parameter
-            if type(parameter.data).__name__ == "DTensor" or (target.kind != "norm" and parameter.ndim < 2):
-                raise InputError(
-                    f"{target.name} is sharded (FSDP or DTensor); conditioning sharded weights is not supported yet: "
-                    "condition before sharding, or train with DDP"
-                )
-            if ".lora_" in f".{target.name}" or "lora_embedding" in target.name:
-                self.skipped[target.name] = "a LoRA factor, not the weight that runs; merge the adapter to condition"
-            elif not parameter.requires_grad:
-                self.skipped[target.name] = "frozen (requires_grad is False)"
-            elif self._rates.trainer(parameter) is None:
-                self.skipped[target.name] = "no optimizer passed here holds it"
-            elif getattr(target.module, "groups", 1) != 1:
-                self.skipped[target.name] = "a grouped convolution, which is not one matrix"
-            elif target.kind == "conv" and not parameter.is_contiguous():
-                self.skipped[target.name] = "stored channels last; use model.to(memory_format=torch.contiguous_format)"
-            elif self.settings.mode == "coupled" and getattr(target.module, "sparse", False):
-                self.skipped[target.name] = "its gradient is sparse; use mode='decoupled'"
-            elif len(owners.get(id(parameter), ())) > 1:
-                self.skipped[target.name] = "tied to " + ", ".join(sorted(owners[id(parameter)]))
-            else:
-                kept.append(target)
-        if not kept:
-            name, reason = next(iter(self.skipped.items()))
-            raise InputError(
-                f"nothing to condition: all {len(self.skipped)} matching weights are left out, e.g. {name}: {reason}"
-            )
-        return kept
 
     # -- the optimizer's hooks -----------------------------------------------------------------------------------------
 
@@ -332,10 +306,12 @@ class SelectiveSpectralDecay:
         if strength == 0:
             return
         for target, components in self._selected_of(optimizer):
-            W = target.parameter.detach() if target.kind == "norm" else target.matrix()
-            W = W.mT if target.kind == "embedding" else W
-            amount = strength * self._rates.share(target.parameter)
-            self.shrink(target, W, components, amount, self._trained_bias(target))
+            amount, bias = strength * self._rates.share(target.parameter), self._own_bias(target)
+
+            def change(W: Tensor, target=target, components=components, amount=amount, bias=bias) -> None:
+                self.shrink(target, W.mT if target.kind == "embedding" else W, components, amount, bias)
+
+            target.edit(change)
 
     def shrink(self, target: Target, W: Tensor, components: Components, amount: float, bias: Tensor | None) -> None:
         """Shrink the selected components of one weight, in place; a control of an experiment may do something else.
@@ -355,11 +331,11 @@ class SelectiveSpectralDecay:
         else:
             shrink_directions(W, components, amount, power, bias)
 
-    def _trained_bias(self, target: Target) -> Tensor | None:
-        """The bias of a target's rows, unless it is frozen."""
+    def _own_bias(self, target: Target) -> Tensor | None:
+        """The bias of a target's rows, unless it is frozen and the weight is not."""
         bias = bias_parameter(target)
-        trained = bias is not None and bias.requires_grad and self._rates.trainer(bias) is not None
-        return bias_of(target) if trained else None
+        trained = bias is not None and bias.requires_grad and id(bias) in self._rates
+        return bias_of(target) if trained or target.name in self._frozen else None
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
         """Coupled: the gradient of the penalty joins the gradient of the loss."""
@@ -514,10 +490,11 @@ class SelectiveSpectralDecay:
             "metric": self._metric.state(),
             "history": list(self.history),
             "ran": sorted(self._ran),
+            "frozen": {name: _stored(target) for name, target in self._frozen.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
+        """Continue from `state_dict`.
 
         Raises:
             InputError: The state is of another version, of other settings, or of another model.
@@ -525,7 +502,10 @@ class SelectiveSpectralDecay:
         if not isinstance(state, dict) or "version" not in state:
             raise InputError("this is not a decay state; pass what state_dict() of a decay returned")
         if (version := state["version"]) != _STATE_VERSION:
-            raise InputError(f"a decay state of version {version!r} cannot be read by version {_STATE_VERSION}")
+            raise InputError(
+                f"a decay state of version {version!r} cannot be read by version {_STATE_VERSION}; "
+                "continue with the s2d that wrote it"
+            )
         mine = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         other = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
         changed = [name for name in mine if mine[name] != other.get(name)]
@@ -538,7 +518,13 @@ class SelectiveSpectralDecay:
         foreign = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
         if foreign:
             first, there = here.get(foreign[0], "missing"), saved.get(foreign[0], "missing")
-            raise InputError(f"the decay state is of another model: {foreign[0]} is {there} there and {first} here")
+            raise InputError(
+                f"the decay state is of another model: {foreign[0]} is {there} there and {first} here; "
+                "load it into the model that it was saved with"
+            )
+        for name, tensors in state.get("frozen", {}).items():
+            for here, saved in zip(_held(known[name]), tensors, strict=True):
+                here.copy_(saved)
         self.step_count = state["step_count"]
         self._rates.load_state(state["peak_lr"])
         self._metric.selected = {
@@ -571,6 +557,16 @@ class SelectiveSpectralDecay:
             f"SelectiveSpectralDecay({len(self.targets)} weights, metric={s.metric}, mode={s.mode}, power={s.power}, "
             f"strength={s.strength}, step {self.step_count}, shrinking {sum(self.selected.values())} components)"
         )
+
+
+def _held(target: Target) -> list[Tensor]:
+    """A weight and, where there is one, its bias, whole and detached."""
+    return [each.detach() for each in (target.parameter, bias_parameter(target)) if each is not None]
+
+
+def _stored(target: Target) -> list[Tensor]:
+    """A copy of what the decay changes of a frozen weight; checkpoints of adapters do not hold it."""
+    return [each.cpu().clone() for each in _held(target)]
 
 
 def _innermost(optimizer: Any) -> Any:

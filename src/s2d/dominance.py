@@ -64,7 +64,7 @@ def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tens
 
     Args:
         x_ND: Activations of any floating dtype, not modified.
-        kept: Indices ``[M]`` of the rows to look at, see :func:`kept_rows`; all by default.
+        kept: Indices ``[M]`` of the rows to look at, see `kept_rows`; all by default.
 
     Returns:
         ``max_n |x_nd|`` and ``sum_n x_nd^2``, ``[D]`` each, float32; zeros without rows.
@@ -133,8 +133,8 @@ def outlier_entries(
     Args:
         Y_NO: Activations.
         fraction: Share of the entries that count as outliers; never fewer than 16 entries.
-        row_max: ``max_o |Y|`` of every row ``[N]``, if it is known; see :func:`row_sums`.
-        kept: Indices of the rows to look at, see :func:`kept_rows`; all by default.
+        row_max: ``max_o |Y|`` of every row ``[N]``, if it is known; see `row_sums`.
+        kept: Indices of the rows to look at, see `kept_rows`; all by default.
 
     Returns:
         Row and column indices into ``Y_NO``, ``[E]`` each, largest first.
@@ -240,9 +240,14 @@ def pcdr(
         InputError: The shapes do not fit, or an input is not finite.
     """
     if X.shape[-1] != W.shape[-1]:
-        raise InputError(f"inputs of width {X.shape[-1]} do not fit a weight of shape {list(W.shape)}")
+        raise InputError(
+            f"inputs of width {X.shape[-1]} do not fit a weight of shape {list(W.shape)}; W is [out, in], X [..., in]"
+        )
     if mask is not None and mask.shape != X.shape[:-1]:
-        raise InputError(f"a mask of shape {list(mask.shape)} does not fit inputs of shape {list(X.shape)}")
+        raise InputError(
+            f"a mask of shape {list(mask.shape)} does not fit inputs of shape {list(X.shape)}; "
+            "it has all but the last dimension"
+        )
     found = top_singular(W, k) if triplets is None else triplets
     inputs = token_rows(X.detach(), mask).to(found.S.dtype)
     if not bool(torch.isfinite(inputs).all()):
@@ -275,7 +280,7 @@ def principal_components(
         steps: Power steps; one is enough when warm.
         seed: Of the random start.
         bias: ``[O]``, subtracted from the outputs first.
-        kept: Indices of the rows to look at, see :func:`kept_rows`; all by default.
+        kept: Indices of the rows to look at, see `kept_rows`; all by default.
 
     Returns:
         Directions, orthonormal ``[O, k]``, in order of falling energy, and the root mean square ``[k]`` of the outputs

@@ -21,6 +21,14 @@ class PeakRates:
             for index, group in enumerate(optimizer.param_groups):
                 self._place.update({id(parameter): (optimizer, index) for parameter in group["params"]})
 
+    def __contains__(self, identity: object) -> bool:
+        """Whether an optimizer holds, or follows for, the parameter of this ``id``."""
+        return identity in self._place
+
+    def follow(self, parameter: nn.Parameter) -> None:
+        """Let a parameter that nobody trains have the schedule of the first group."""
+        self._place[id(parameter)] = (self._optimizers[0], 0)
+
     def trainer(self, parameter: nn.Parameter) -> Optimizer | None:
         """The optimizer that holds a parameter; none for one put in the place of the weight trained."""
         return self._place.get(id(parameter), (None, 0))[0]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from s2d import baselines
 from s2d.decay import PRESETS, DecaySettings, SelectiveSpectralDecay
@@ -164,6 +164,20 @@ class QATSection(QATSettings):
         return QATSettings(**{name: getattr(self, name) for name in QATSettings.model_fields})
 
 
+class Reference(_Section):
+    """What an arm is known to score in full precision. Far from it, data or preprocessing are not what they should be.
+
+    Attributes:
+        score: Of the task's first metric, in points.
+        within: How far from it is still plausible, in points.
+        arm: Whose score it is; the published model's by default.
+    """
+
+    score: float = Field(allow_inf_nan=False)
+    within: float = Field(default=3.0, gt=0, allow_inf_nan=False)
+    arm: str = UNTRAINED
+
+
 class Recipe(_Section):
     """An experiment.
 
@@ -179,6 +193,7 @@ class Recipe(_Section):
         split: What is evaluated. Settings are chosen on ``validation``.
         quantize: Bit widths and calibrators.
         qat: Quantization-aware training after each arm's fine-tuning; null for none.
+        reference: A known score that a run has to come near, or it stops before anything is made of it; null for none.
         audit: Look at every weight before and after.
         device: ``auto`` takes an accelerator where there is one.
         batch_size: Of evaluations.
@@ -194,6 +209,7 @@ class Recipe(_Section):
     split: Split = "test"
     quantize: QuantizeSection = QuantizeSection()
     qat: QATSection | None = None
+    reference: Reference | None = None
     audit: bool = True
     device: str = "auto"
     batch_size: int = Field(default=32, ge=1)
@@ -210,6 +226,15 @@ class Recipe(_Section):
             if decay is not None:
                 arm_settings(decay)
         return arms
+
+    @model_validator(mode="after")
+    def _reference_of_an_arm(self) -> Recipe:
+        if self.reference is not None:
+            if self.reference.arm not in self.arms:
+                raise InputError(f"reference.arm={self.reference.arm!r} is no arm; {', '.join(self.arms)} are")
+            if FULL not in self.quantize.specs:
+                raise InputError(f"reference is a score in full precision; add {FULL} to quantize.specs")
+        return self
 
     @field_validator("seeds")
     @classmethod
@@ -310,6 +335,22 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> tuple[str, Recipe
     """
     name, text = read_text(source)
     return name, make_recipe(_parse(text, source), overrides, shown=source)
+
+
+def new_text(like: str, overrides: Sequence[str] = ()) -> str:
+    """The YAML of a recipe to start one's own from: as it stands, comments and all; with overrides as plain data.
+
+    Raises:
+        InputError: As `read_recipe`.
+    """
+    text = read_text(like)[1]
+    if not overrides:
+        return text
+    data = _parse(text, like)
+    make_recipe(data, overrides, shown=like)
+    for override in overrides:
+        _apply(data, override)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def make_recipe(content: Mapping[str, Any], overrides: Sequence[str] = (), *, shown: str = "recipe") -> Recipe:

@@ -282,7 +282,21 @@ class Runner:
             shown += [f"{_cell_name(cell)} {r['value']:.2f}" for r in found if r["metric"] == self.task.primary]
             records += found
         self.watcher.say(f"{arm}, seed {seed}: {self.task.primary}: {', '.join(shown)}")
+        self._compare(arm, records)
         return records
+
+    def _compare(self, arm: str, records: list[JSON]) -> None:
+        """Stop where a known score is far away: every number after it would be about something else."""
+        known = self.recipe.reference
+        if known is None or known.arm != arm:
+            return
+        score = next(r["value"] for r in records if r["spec"] == FULL and r["metric"] == self.task.primary)
+        if not abs(score - known.score) <= known.within:  # also when it is not a number
+            raise InputError(
+                f"{self.recipe.model} (arm {arm}) has {self.task.primary} {score:.2f} in full precision, but "
+                f"{known.score:g} is known of it: check the split, the order of the classes, the prompts and the "
+                f"preprocessing (-o reference=null goes on regardless)"
+            )
 
     def _judge(self, model: nn.Module, cell: Cell, seed: int) -> JSON:
         recipe = self.recipe

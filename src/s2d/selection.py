@@ -1,7 +1,7 @@
 """Selection: which components of a model's weights make the outliers that low-bit grids cannot hold.
 
 Three metrics answer the question "component of what?". They see the same forward passes and give the same kind of
-answer, :class:`Components`, which :mod:`s2d.decay` then shrinks.
+answer, `Components`, which `s2d.decay` then shrinks.
 
 - ``"weight"``: singular components of W, selected by PCDR (the paper, arXiv 2602.14432, its selection rule).
 - ``"data"``: components of W C^(1/2), C the second moment of the inputs: principal directions u of the outputs.
@@ -132,7 +132,7 @@ class _Peaks:
 
 
 def _peaks(x_ND: Tensor, kept: Tensor | None) -> _Peaks | None:
-    """Look at the rows of index `kept` (None: all); None where :func:`_add` would take nothing in."""
+    """Look at the rows of index `kept` (None: all); None where `_add` would take nothing in."""
     row_max, row_squares = row_sums(x_ND)
     among, squares = (row_max, row_squares) if kept is None else (row_max[kept], row_squares[kept])
     if len(among) == 0:
@@ -423,7 +423,7 @@ class SiteMetric(Metric):
     """Coordinate components where quantizers sit, shrunk in the weights that write them.
 
     Sites are the inputs of linear layers and the operands of attention's products. Who writes a site is measured in
-    the first refresh, see :mod:`s2d.writers`; sites that no single weight writes are left alone.
+    the first refresh, see `s2d.writers`; sites that no single weight writes are left alone.
     """
 
     _SAMPLE_ROWS = 512
@@ -502,7 +502,7 @@ def coordinate_finding(sums: _Sums, target: Target, outlier_ratio: float, select
     Args:
         sums: Of this refresh.
         target: Which weight; a gain's singular values are its magnitudes.
-        outlier_ratio: See :class:`Metric`.
+        outlier_ratio: See `Metric`.
         selected: The last selection, held until its maximum falls below ``RELEASE_CHANNEL`` of the limit.
     """
     channel_max = sums.channel_max

@@ -31,7 +31,7 @@ def decayed(sigma: Tensor, amount: float, power: float) -> Tensor:
 
 
 def retained(sigma: Tensor, amount: float, power: float) -> Tensor:
-    """The share of sigma that :func:`decayed` leaves, between 0 and 1; defined for sigma = 0 as well."""
+    """The share of sigma that `decayed` leaves, between 0 and 1; defined for sigma = 0 as well."""
     if power == 1.0 or amount == 0:
         return torch.full_like(sigma, math.exp(-amount))
     return torch.exp(-torch.log1p(amount * (power - 1) * sigma.pow(power - 1)) / (power - 1))
@@ -48,8 +48,8 @@ def shrink_singular(W: Tensor, components: Components, amount: float, power: flo
     Args:
         W: ``[O, I]``.
         components: With U and V.
-        amount: See :func:`decayed`.
-        power: See :func:`decayed`.
+        amount: See `decayed`.
+        power: See `decayed`.
     """
     assert components.U is not None and components.V is not None
     U, V = components.U, components.V
@@ -75,8 +75,8 @@ def shrink_rows(W: Tensor, components: Components, amount: float, power: float, 
     Args:
         W: ``[O, I]``, or a gain ``[O]``.
         components: With channels.
-        amount: See :func:`decayed`.
-        power: See :func:`decayed`.
+        amount: See `decayed`.
+        power: See `decayed`.
         bias: ``[O]`` or None.
     """
     assert components.channels is not None

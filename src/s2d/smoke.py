@@ -47,6 +47,7 @@ def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
         "arms": arms,
         "seeds": recipe.seeds[:1],
         "batch_size": 16,
+        "reference": None,
     }
     content["quantize"]["calibration"] = {"samples": 8, "batch_size": 8}
     if recipe.qat is not None:

@@ -192,9 +192,9 @@ def top_singular_many(
 
     Args:
         Ws: Matrices ``[m, n]``, of any mix of shapes, dtypes and devices.
-        k: As in :func:`top_singular`, for every matrix.
+        k: As in `top_singular`, for every matrix.
         warm: One earlier result (or None) per matrix.
-        method: As in :func:`top_singular`, like ``tol``, ``max_iterations`` and ``oversample``.
+        method: As in `top_singular`, like ``tol``, ``max_iterations`` and ``oversample``.
         seed: Of the random start, which is the one that every matrix would get alone.
         names: What error messages call the matrices; ``weight 0``, ``weight 1``, ... by default.
 
@@ -202,7 +202,7 @@ def top_singular_many(
         One result per matrix, in order.
 
     Raises:
-        InputError: As in :func:`top_singular`; the message names the matrix.
+        InputError: As in `top_singular`; the message names the matrix.
     """
     matrices = [W.detach() for W in Ws]
     labels = [f"weight {i}" for i in range(len(matrices))] if names is None else list(names)
@@ -239,7 +239,7 @@ def stable_rank(W: Tensor) -> Tensor:
     """``||W||_F^2 / sigma_1^2``, between 1 and the rank: how many directions share the energy.
 
     Args:
-        W: ``[..., m, n]``, as in :func:`top_singular`, whose errors it raises.
+        W: ``[..., m, n]``, as in `top_singular`, whose errors it raises.
 
     Returns:
         ``[...]``; 0 for a zero matrix.
@@ -254,7 +254,7 @@ def singular_values(W: Tensor) -> Tensor:
     """All singular values, largest first, from an exact decomposition: not for a training loop.
 
     Args:
-        W: ``[..., m, n]``, as in :func:`top_singular`, whose errors it raises.
+        W: ``[..., m, n]``, as in `top_singular`, whose errors it raises.
 
     Returns:
         ``[..., min(m, n)]``.

@@ -58,7 +58,12 @@ class Target:
     @property
     def parameter(self) -> nn.Parameter:
         """The whole parameter, of which `rows` may be a part. Looked up each time, so a replaced one is seen."""
-        return getattr(self.module, self.parameter_name)
+        return getattr(self.owner, self.parameter_name)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the parameter; `module` but where adapters stand on top of it."""
+        return self.module
 
     @property
     def depth(self) -> int | None:
@@ -91,6 +96,10 @@ class Target:
     def matrix(self) -> Tensor:
         """The weight as a detached `[out, in]` view that shares the parameter's memory; see `view`."""
         return self.view(self.parameter.detach())
+
+    def edit(self, change: Callable[[Tensor], None]) -> None:
+        """Let `change` write to the weight: to a view `[out, in]` of it, of a norm to the gain `[d]` itself."""
+        change(self.parameter.detach() if self.kind == "norm" else self.matrix())
 
     def __str__(self) -> str:
         return self.name

@@ -58,7 +58,7 @@ def projection_of(target: Target) -> int:
 def bias_parameter(target: Target) -> nn.Parameter | None:
     """The bias that belongs to a target, whole; None where there is none."""
     name = "in_proj_bias" if target.parameter_name == "in_proj_weight" else "bias"
-    return None if target.kind == "embedding" else target.module._parameters.get(name)
+    return None if target.kind == "embedding" else target.owner._parameters.get(name)
 
 
 def bias_of(target: Target) -> Tensor | None:

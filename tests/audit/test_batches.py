@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -256,3 +257,11 @@ def test_folders_without_images_and_broken_images_are_named(pictures: Path, tmp_
     (pictures / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.png is not an image"):
         audit_batches(loaded, pictures)
+
+
+def test_texts_fit_the_positions_of_a_model_of_both(pictures: Path) -> None:
+    """Its configuration holds the text part's positions, as SigLIP's does; the tokenizer alone allows more."""
+    model = BothModel()
+    model.config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=5))  # type: ignore[assignment]
+    batches = audit_batches(Loaded(model, family("clip"), "tiny-clip", Words(), Processor(), "0"), pictures)
+    assert all(batch["input_ids"].shape[1] <= 5 for batch in batches if isinstance(batch, dict))

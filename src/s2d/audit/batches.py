@@ -20,7 +20,7 @@ from s2d.tasks.files import split_files
 from s2d.tasks.image_files import IMAGE_SUFFIXES
 from s2d.tasks.language_modeling import cut_windows
 from s2d.tasks.tables import TABLE_SUFFIXES, Table, read_table
-from s2d.tasks.tokens import TokenTable, check_max_length, require_tokenizer, tokenize
+from s2d.tasks.tokens import TokenTable, check_max_length, most_tokens, require_tokenizer, tokenize
 
 TEXTS, TEXT_LENGTH = 128, 128
 WINDOWS, WINDOW_LENGTH = 8, 512
@@ -90,11 +90,7 @@ def _token_table(loaded: Loaded, texts: list[str], length: int | None) -> TokenT
 def _length(loaded: Loaded, length: int | None, usual: int) -> int:
     if length is not None:
         return check_max_length(loaded, length, "length")
-    try:
-        return check_max_length(loaded, usual, "length")
-    except InputError:  # a model with fewer positions than usual
-        limits = (getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None), loaded.tokenizer)
-        return min(limits[0] or usual, getattr(limits[1], "model_max_length", usual))
+    return min(usual, most_tokens(loaded) or usual)
 
 
 def _windows(

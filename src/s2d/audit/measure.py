@@ -5,7 +5,7 @@ follow from them, finds dominance and quantization error. Memory does not depend
 model and one batch's activations it takes at most the size of the weights once more.
 
 Activations are ``A = x W^T``, without the bias, as in the definition of PCDR ("Selective Spectral Decay",
-arXiv 2602.14432). Which of them are outliers is the choice of :mod:`s2d.dominance`.
+arXiv 2602.14432). Which of them are outliers is the choice of `s2d.dominance`.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def audit(
         batches: Dicts of keyword arguments for ``model(**batch)``, tensors, or tuples of positional arguments; read
             twice. A generator cannot be read twice, so what it gives is held in memory. Tokens that a batch's
             ``attention_mask`` hides do not count.
-        include: Which weights; see :func:`s2d.targets.find_targets`.
+        include: Which weights; see `s2d.targets.find_targets`.
         exclude: Which not.
         kinds: ``"linear"``, ``"conv"`` or both.
         mask: Gives a batch's mask ``[batch, tokens]``, true for real tokens, where that is not ``attention_mask``.
         k: How many leading components.
-        spec: Bits of the quantization error; ranges as in :func:`s2d.quant.quantize`. Overrides play no part.
+        spec: Bits of the quantization error; ranges as in `s2d.quant.quantize`. Overrides play no part.
         max_batches: Look at so many batches at most.
         progress: Show progress bars.
         name: The model's name in tables and files; its class by default.
@@ -143,11 +143,11 @@ def audit_many(
     Args:
         models: By label, in the order of training. An iterable of ``(label, model)`` may load each model when it is
             asked for, so that only one is in memory.
-        batches: See :func:`audit`.
-        settings: Of :func:`audit`, the same for all.
+        batches: See `audit`.
+        settings: Of `audit`, the same for all.
 
     Raises:
-        InputError: As :func:`audit`; no checkpoint; two with one label.
+        InputError: As `audit`; no checkpoint; two with one label.
     """
     source = batches_twice(batches, settings.get("max_batches"))
     audits: dict[str, Audit] = {}

@@ -38,12 +38,12 @@ class AuditRow:
         output_ratio: That over the root mean square of all outputs.
         input_max: Largest ``|x|``.
         input_ratio: That over the root mean square of all inputs.
-        selected: Few components make the outliers here; see :func:`s2d.audit.measure.select`.
+        selected: Few components make the outliers here; see `s2d.audit.measure.select`.
         selected_by: Which rule says so: ``"weight"`` (the paper's) or ``"data"``.
         components: How many components that takes.
         error: ``||Q(x) Q(W)^T - x W^T|| / ||x W^T||`` with this weight and its input quantized, nothing else.
-        spectrum: All singular values as a curve of a few dozen points; see :func:`s2d.audit.measure.curve`.
-        histogram: Of the inputs, for the worst weights; see :func:`s2d.audit.streams.binned`.
+        spectrum: All singular values as a curve of a few dozen points; see `s2d.audit.measure.curve`.
+        histogram: Of the inputs, for the worst weights; see `s2d.audit.streams.binned`.
     """
 
     weight: str

@@ -33,6 +33,13 @@ def quantize(
     model: Model,
     spec: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w4a4, w4a16, ...")] = "w4a4",
     observer: Annotated[str | None, typer.Option(help="minmax, percentile, percentile:99.99 or mse.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            help='Bits a weight may have on average, as "4.5 bits": layers get 3, 4, 6 or 8, by measurement.',
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help="How, for example rotation+gptq: see [bold]s2d doctor[/bold].")] = "rtn",
     protocol: Annotated[str, typer.Option(help="Ranges: each method's own, or one rule for all (unified).")] = "own",
     task: TaskName = None,
@@ -51,8 +58,9 @@ def quantize(
     """Quantize a model after training, calibrated on a little data.
 
     With --task, calibration uses training examples of it (128; -o quantize.calibration.samples=256); otherwise the
-    texts or images of --data, or docstrings of the standard library. Low bits are simulated in floating point;
-    s2d.load and s2d evaluate read the folder.
+    texts or images of --data, or docstrings of the standard library. With --budget each layer is first measured at
+    every width (minutes), and the layers that make most of the error are named. Low bits are simulated in floating
+    point; s2d.load and s2d evaluate read the folder.
     """
     if out is None and not dry_run:
         raise InputError("where should the quantized model go? add --out FOLDER, or --dry-run to see the plan only")
@@ -63,12 +71,14 @@ def quantize(
     from s2d.checkpoint import load, save
     from s2d.evaluation import model_for
     from s2d.quant import QuantSpec
+    from s2d.quant.allocate import CHOICES, affordable, sensitivity
     from s2d.results import run_metadata
     from s2d.runner import calibration_inputs, device_of
     from s2d.tasks import create
 
     parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
     quant.get_methods(method)
+    bits = None if budget is None else affordable(budget, CHOICES)  # before the model is loaded
     recipe = settings(model, task, data, o) if task is not None or o else None
     made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
     loaded = load(model, device=device_of(device))
@@ -81,8 +91,13 @@ def quantize(
         else:
             inputs = calibration_inputs(made, recipe.quantize.calibration, seed)
     except InputError:
-        if not dry_run:  # a plan needs no data; its time is then left out
+        if not dry_run or bits is not None:  # a plan needs no data; its time is then left out
             raise
+    if bits is not None:
+        found = sensitivity(plain, calibration=inputs, base=parsed, progress=bars(quiet))
+        parsed = found.allocate(bits)
+        plan = quant.plan(plain, parsed)
+        say(quiet, found.explain(parsed))
     if dry_run:
         say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
     else:

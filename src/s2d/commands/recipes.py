@@ -1,7 +1,8 @@
-"""s2d recipes list, show."""
+"""s2d recipes list, show, new."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,12 +11,16 @@ from rich.text import Text
 
 from s2d.commands.shared import (
     JsonFile,
+    Overrides,
     Quiet,
     app,
+    check_file,
     command,
     save_json,
+    say,
     show,
 )
+from s2d.errors import InputError
 
 recipes_app = typer.Typer(help="The recipes that come with s2d.", rich_markup_mode="rich")
 app.add_typer(recipes_app, name="recipes")
@@ -42,3 +47,24 @@ def recipes_show(recipe: Annotated[str, typer.Argument(metavar="RECIPE")]) -> No
     from s2d.recipe import read_text
 
     print(read_text(recipe)[1], end="")
+
+
+@command(recipes_app, "new", example="s2d recipes new mine.yaml --like minilm-banking77 -o task.data=intents/")
+def recipes_new(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Where it goes; must not exist yet.")],
+    like: Annotated[str, typer.Option(metavar="RECIPE", help="What it starts from.")] = "minilm-banking77",
+    o: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Start a recipe of one's own from another: a copy, with changes if some are given. Run it with s2d run FILE."""
+    from s2d.recipe import new_text
+    from s2d.results import write_atomic
+
+    if file.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{file} is no name for a recipe; it ends in .yaml")
+    if file.exists():
+        raise InputError(f"{file} exists already; choose another name, or remove it first")
+    check_file(file)
+    text = new_text(like, o or ())
+    write_atomic(file, lambda stream: stream.write(text.encode()))
+    say(quiet, f"{file}: like {like}; edit it, then: s2d run {file}")

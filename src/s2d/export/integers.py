@@ -83,7 +83,10 @@ def integer_activation(quantizer: Quantizer) -> IntegerActivation:
         InputError: It is not rounded to one uniform grid of integers.
     """
     if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
-        raise InputError(f"{quantizer.name} is rounded on two grids ({quantizer.kind}), which is not one grid of codes")
+        raise InputError(
+            f"{quantizer.name} is rounded on two grids ({quantizer.kind}), which runtimes have no codes for; "
+            "use a method without such grids"
+        )
     format = _integers(quantizer)
     if quantizer.granularity == "token":
         return IntegerActivation(format)

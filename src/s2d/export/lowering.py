@@ -1,7 +1,7 @@
 """A quantized model rewritten in the operators of a runtime: integer codes in place of simulated rounding.
 
 The result is a copy for exporting: its float weights of quantized layers are gone, its quantizers are the operators of
-:mod:`s2d.export.operators`. Everything around them (norms, attention, what methods compute beside a weight) is the
+`s2d.export.operators`. Everything around them (norms, attention, what methods compute beside a weight) is the
 model's own forward.
 """
 

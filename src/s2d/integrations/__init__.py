@@ -1,11 +1,11 @@
 """Drop-in use in the trainers that people already have, one file each; nothing is decided here.
 
-Every adapter only delegates to :class:`s2d.SelectiveSpectralDecay`: it makes the decay when the trainer has made its
+Every adapter only delegates to `s2d.SelectiveSpectralDecay`: it makes the decay when the trainer has made its
 optimizer, keeps the decay's state beside the trainer's own checkpoints, shows a few numbers through the trainer's own
 loggers, and takes the hooks out at the end.
 
-- :mod:`s2d.integrations.huggingface`: ``transformers.Trainer``
-- :mod:`s2d.integrations.lightning`: ``lightning.pytorch.Trainer``
+- `s2d.integrations.huggingface`: ``transformers.Trainer``
+- `s2d.integrations.lightning`: ``lightning.pytorch.Trainer``
 
 accelerate and plain loops need no adapter: pass the optimizer (prepared or not) to the decay itself, and register the
 decay with ``accelerator.register_for_checkpointing``.
@@ -22,7 +22,7 @@ class Conditioning:
     """What every adapter is: settings until the trainer has made its optimizer, then a decay, and no hooks at the end.
 
     Attributes:
-        settings: Keywords of :class:`s2d.SelectiveSpectralDecay`.
+        settings: Keywords of `s2d.SelectiveSpectralDecay`.
         decay: From the beginning of the training on; its history stays when the training is over.
     """
 
@@ -30,7 +30,7 @@ class Conditioning:
         """Remember how to condition.
 
         Args:
-            settings: Keywords of :class:`s2d.SelectiveSpectralDecay`.
+            settings: Keywords of `s2d.SelectiveSpectralDecay`.
         """
         self.settings = settings
         self.decay: SelectiveSpectralDecay | None = None

@@ -25,7 +25,7 @@ STATE_FILE = "s2d_decay.pt"
 
 
 class SpectralDecayCallback(Conditioning, transformers.TrainerCallback):
-    """Delegates to :class:`s2d.SelectiveSpectralDecay`; its state is ``s2d_decay.pt`` in every checkpoint."""
+    """Delegates to `s2d.SelectiveSpectralDecay`; its state is ``s2d_decay.pt`` in every checkpoint."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer exists: attach to it, and continue where a resumed training stopped.
@@ -59,7 +59,7 @@ def attach(trainer: Any, **settings: Any) -> SpectralDecayCallback:
 
     Args:
         trainer: A ``transformers.Trainer``, before ``train()``.
-        settings: Keywords of :class:`s2d.SelectiveSpectralDecay`.
+        settings: Keywords of `s2d.SelectiveSpectralDecay`.
 
     Raises:
         InputError: `trainer` is something else.

@@ -14,10 +14,10 @@ pytorch = require("lightning.pytorch", "lightning")
 
 
 class SpectralDecay(Conditioning, pytorch.Callback):
-    """Delegates to :class:`s2d.SelectiveSpectralDecay`; its state is part of Lightning's checkpoints."""
+    """Delegates to `s2d.SelectiveSpectralDecay`; its state is part of Lightning's checkpoints."""
 
     def __init__(self, **settings: Any) -> None:
-        """Remember how to condition; the keywords are those of :class:`s2d.SelectiveSpectralDecay`."""
+        """Remember how to condition; the keywords are those of `s2d.SelectiveSpectralDecay`."""
         super().__init__(**settings)
         self._restored: dict[str, Any] | None = None
 

@@ -126,7 +126,9 @@ def _read(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     if path.suffix == ".json" or path.is_file():
         if not path.is_file():
-            raise InputError(f"there is no configuration file {name!r}")
+            raise InputError(
+                f"there is no configuration file {name!r}; check the path, or take {', '.join(configurations())}"
+            )
         text = path.read_text(encoding="utf-8", errors="replace")
     elif name in configurations():
         text = (_shelf() / f"{name}.json").read_text(encoding="utf-8")

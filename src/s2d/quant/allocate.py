@@ -118,12 +118,23 @@ class Sensitivity:
 
     def average_bits(self, spec: QuantSpec) -> float:
         """Bits a weight of these layers has in a spec, on average."""
-        total = 0
-        for layer in self.layers:
-            found = spec.override_for(layer.name, "weight")
-            tensor = (found[1] if found else spec).weight
-            total += layer.weights * (16 if tensor is None else tensor.format.bits)
+        total = sum(layer.weights * _weight_bits(spec, layer.name) for layer in self.layers)
         return total / sum(layer.weights for layer in self.layers)
+
+    def explain(self, spec: QuantSpec) -> str:
+        """For people: how many layers have which width in a spec, and which layers make most of the error."""
+        counts = Counter(_weight_bits(spec, layer.name) for layer in self.layers)
+        widths = ", ".join(f"{counts[bits]} of {bits} bits" for bits in sorted(counts))
+        lines = [f"{len(self.layers)} layers: {widths}; {self.average_bits(spec):.2f} bits a weight on average"]
+        lines += [f"  {skip.module}: {skip.reason}" for skip in self.skip()]
+        return "\n".join(lines)
+
+
+def _weight_bits(spec: QuantSpec, name: str) -> int:
+    """Bits of a layer's weight in a spec; 16 where it is left alone."""
+    found = spec.override_for(name, "weight")
+    tensor = (found[1] if found else spec).weight
+    return 16 if tensor is None else tensor.format.bits
 
 
 def allocate(

@@ -350,7 +350,10 @@ def merge_norm(model: nn.Module, branch: Branch) -> None:
                     bias.copy_(bias.double() + weight.double() @ shift)
                 shift_parameter.zero_()
             elif bool((gain == 0).any()):
-                raise InputError(f"{branch.norm} has a gain of 0 and a reader without a bias: it cannot be folded")
+                raise InputError(
+                    f"{branch.norm} has a gain of 0 and a reader without a bias: it cannot be folded; "
+                    "use a method that folds nothing"
+                )
             else:
                 shift_parameter.copy_(shift / gain)
         for weight, _ in weights:

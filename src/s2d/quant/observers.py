@@ -116,7 +116,9 @@ class Observer(ABC):
             rounding: How a range rounds, for quantizers that are not the plain ones of ``format``.
         """
         if self.lo is None or self.hi is None:
-            raise InputError(f"the calibration data never reached {self.name}")
+            raise InputError(
+                f"the calibration data never reached {self.name}; feed data that does, or override it with keep"
+            )
         return self._range(self.lo.float(), self.hi.float(), rounding or affine_rounding(format))
 
     @abstractmethod

@@ -181,7 +181,9 @@ def attach(model: nn.Module, described: dict[str, dict[str, list[int]]]) -> None
         try:
             module = model.get_submodule(name)
         except AttributeError:
-            raise InputError(f"the saved file adds work to {name}, which this model does not have") from None
+            raise InputError(
+                f"the saved file adds work to {name}, which this model does not have; give the model it was made from"
+            ) from None
         if set(shapes) <= set(LINEAR_BUFFERS) and isinstance(module, QuantizedLinear):
             make_online(module)
         elif set(shapes) <= set(BLOCK_BUFFERS):

@@ -156,7 +156,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             if stale.name != name:
                 stale.unlink()
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot save the quantized model to {folder}: {error}") from error
+        raise InputError(
+            f"cannot save the quantized model to {folder}: {error}; free some space or choose another folder"
+        ) from error
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -292,7 +294,10 @@ def _check_model(model: nn.Module, plain: dict[str, Tensor], saved: str, folder:
         )
     for key, value in own.items():
         if value.shape != plain[key].shape:
-            raise InputError(f"{what}: {key} is {list(plain[key].shape)} there and {list(value.shape)} in the model")
+            raise InputError(
+                f"{what}: {key} is {list(plain[key].shape)} there and {list(value.shape)} in the model; "
+                "give the model it was made from"
+            )
         if value.dtype != plain[key].dtype:
             dtype = _dtype_name(plain[key])
             raise InputError(f"{what}: {key} is {dtype} in the file; call model.to(torch.{dtype}) first")

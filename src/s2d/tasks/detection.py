@@ -230,7 +230,7 @@ def _objects(cell: Any, form: str, place: str) -> tuple[Tensor, list[int | str]]
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{place}: a box is not four numbers: {str(boxes)[:60]}") from None
     if len(table) != len(kinds):
-        raise InputError(f"{place}: {len(table)} boxes and {len(kinds)} categories")
+        raise InputError(f"{place}: {len(table)} boxes and {len(kinds)} categories; give each box one category")
     if not all(isinstance(kind, int | str) for kind in kinds):
         raise InputError(f"{place}: a category is neither a name nor a number: {str(kinds)[:60]}")
     if form == "xyxy":

@@ -72,7 +72,10 @@ def read_labelled_images(
     for split in SPLITS:
         for example in splits[split]:
             if example.label not in known:
-                raise InputError(f"{example.place}: class {example.label!r} does not occur in train")
+                raise InputError(
+                    f"{example.place}: class {example.label!r} does not occur in train; "
+                    "add images of it there, or leave it out"
+                )
     return {split: splits[split] for split in SPLITS}, classes
 
 
@@ -206,7 +209,9 @@ def _label(value: Any, names: tuple[str, ...] | None, place: str) -> str:
     if names is None or isinstance(value, str):
         return str(value)
     if not isinstance(value, int) or not 0 <= value < len(names):
-        raise InputError(f"{place}: label {value!r} is outside the {len(names)} classes of the data set")
+        raise InputError(
+            f"{place}: label {value!r} is outside the {len(names)} classes of the data set; repair the row"
+        )
     return names[value]
 
 

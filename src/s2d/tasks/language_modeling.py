@@ -214,5 +214,5 @@ def _cut(lines: list[str], share: float, file: Path) -> int:
 def _read_lines(file: Path) -> list[str]:
     text = read_utf8(file)
     if not text.strip():
-        raise InputError(f"{file} is empty")
+        raise InputError(f"{file} is empty; give a file with text")
     return text.splitlines(keepends=True)

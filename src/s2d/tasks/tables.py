@@ -85,7 +85,7 @@ def find_columns(table: Table, text: str | None, label: str | None) -> tuple[str
             f"{table.path}: which column is the {wanted}? name it; the columns are {', '.join(table.columns)}"
         )
     if text == label:
-        raise InputError(f"{table.path}: text and label cannot both be column {text!r}")
+        raise InputError(f"{table.path}: text and label cannot both be column {text!r}; name two")
     return text, label
 
 
@@ -110,7 +110,7 @@ def _read_delimited(path: Path, named: tuple[str, ...]) -> Table:
     except (OSError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if not rows:
-        raise InputError(f"{path} is empty")
+        raise InputError(f"{path} is empty; give a table with a row for each example")
     first = [cell.strip() for cell in rows[0]]
     if _is_header(first, rows[1:], named):
         return Table(path, tuple(first), rows[1:], 2)

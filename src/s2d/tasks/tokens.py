@@ -80,14 +80,20 @@ def _vocabulary(model: Any) -> int | None:
         return None
 
 
+def most_tokens(loaded: Loaded) -> int | None:
+    """How long a text may be for the model's positions and its tokenizer; None where neither says."""
+    config = getattr(getattr(loaded.model, "encoder", loaded.model), "config", None)
+    config = getattr(config, "text_config", config)  # of CLIP, SigLIP and LLaVA
+    limits = (getattr(config, "max_position_embeddings", None), getattr(loaded.tokenizer, "model_max_length", None))
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
 def check_max_length(loaded: Loaded, max_length: int, name: str) -> int:
     """A length that the model has positions for, or InputError."""
-    config = getattr(getattr(loaded.model, "encoder", loaded.model), "config", None)
-    limits = (getattr(config, "max_position_embeddings", None), getattr(loaded.tokenizer, "model_max_length", None))
-    most = min((limit for limit in limits if isinstance(limit, int)), default=max_length)
     if max_length < 1:
         raise InputError(f"{name} must be at least 1, not {max_length}")
-    if max_length > most:
+    most = most_tokens(loaded)
+    if most is not None and max_length > most:
         raise InputError(
             f"{name} is {max_length}, but {loaded.source} has only {most} positions; choose at most {most}"
         )

@@ -184,7 +184,7 @@ def _first_readable(table: ImageTable) -> int:
     for row in range(len(table)):
         if row not in table.unreadable and len(table.take(torch.tensor([row]))[1]):
             return row
-    raise InputError("none of the images of train can be read")
+    raise InputError("none of the images of train can be read; check the files and the column of images")
 
 
 def _left(rows: list[list[int]], padding: int) -> Tensor:
