@@ -354,21 +354,21 @@ def looks_table(place: Stand, looks: int, numbers: Numbers) -> tuple[list[str], 
     return [*head, *lines], best
 
 
-def rows_of(numbers: Numbers, best: dict[str, str], ways: Sequence[str]) -> dict[str, list[JSON]]:
-    """For each method with a test, one row a seed."""
+def rows_of(numbers: Numbers, best: dict[str, str], split: str, ways: Sequence[str]) -> dict[str, list[JSON]]:
+    """For each method that was scored on a split, one row a seed."""
     rows: dict[str, list[JSON]] = {}
     for method, look in best.items():
-        for seed in sorted({key[2] for key in numbers if key[:2] == (method, look) and key[3] == "test"}):
-            row = {name: numbers.get((method, look, seed, "test", name)) for name in (FULL, *ways, "ratio")}
-            rows.setdefault(method, []).append({**row, "rtn": mean_of(numbers, method, look, seed, "test")})
+        for seed in sorted({key[2] for key in numbers if key[:2] == (method, look) and key[3] == split}):
+            row = {name: numbers.get((method, look, seed, split, name)) for name in (FULL, *ways, "ratio")}
+            rows.setdefault(method, []).append({**row, "rtn": mean_of(numbers, method, look, seed, split)})
     return rows
 
 
-def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -> tuple[str, dict[str, list[JSON]]]:
-    """The looks, the test and the complements, as Markdown; and the test's rows for the figure."""
+def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -> str:
+    """The looks, the test and the complements, as Markdown."""
     numbers, seconds = known(place), times(place)
     lines, best = looks_table(place, looks, numbers)
-    rows = rows_of(numbers, best, [*ways, *more])
+    rows = rows_of(numbers, best, "test", [*ways, *more])
     columns = ["full", "W4A4 rtn, mean", *(f"W4A4 {way}" for way in ways), "worst input/RMS", "time", "seeds"]
     lines += [
         "",
@@ -389,31 +389,32 @@ def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -
         for way in more:
             each = [spread([row[way] for row in rows[arm]]) for arm in ("adamw", "s2d")]
             lines.append(f"| {way} | {' | '.join(each)} |")
-    return "\n".join(lines) + "\n", rows
+    return "\n".join(lines) + "\n"
 
 
-def figure(rows: dict[str, list[JSON]], ways: Sequence[str], path: Path) -> None:
-    """A bar for each method: full precision, and W4A4 by each way."""
+def figure(place: Stand, looks: int, path: Path) -> None:
+    """Two bars for each chosen setting, full precision and W4A4: on test where all are tested, else on validation."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
         print(f"no figure: pip install matplotlib, and run this again for {path}")
         return
-    names = [name for name, found in rows.items() if found and all(row["rtn"] is not None for row in found)]
-    if not names:
-        return
-    kinds = {FULL: "full precision", "rtn": "W4A4, rounding to nearest", **{way: f"W4A4, {way}" for way in ways}}
-    drawn = Figure(figsize=(8, 0.55 * len(names) + 1.2), layout="constrained")
+    numbers = known(place)
+    best = looks_table(place, looks, numbers)[1]
+    tested = all(mean_of(numbers, method, look, 0, "test") is not None for method, look in best.items())
+    rows = rows_of(numbers, best, "test" if tested else "validation", [])
+    drawn = Figure(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
     axes = drawn.subplots()
-    for number, (kind, label) in enumerate(kinds.items()):
-        means = [statistics.mean(row[kind] for row in rows[name] if row[kind] is not None) for name in names]
-        places = [place + (number - 1) * 0.27 for place in range(len(names))]
-        axes.barh(places, means, height=0.25, label=label, color=("#999999", "#d55e00", "#0072b2")[number % 3])
-    axes.set_yticks(range(len(names)), names)
+    kinds = ((FULL, "full precision", "#999999"), ("rtn", "W4A4, rounding to nearest, mean of 3 ranges", "#0072b2"))
+    for number, (kind, label, colour) in enumerate(kinds):
+        means = [statistics.mean(row[kind] for row in found if row[kind] is not None) for found in rows.values()]
+        axes.barh([n + (number - 0.5) * 0.4 for n in range(len(rows))], means, 0.38, label=label, color=colour)
+    axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
-    axes.set_xlabel("accuracy, test")
+    axes.set_xlabel(f"{place.task.primary}, {'test' if tested else 'validation'}")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.set_axisbelow(True)
+    drawn.legend(loc="outside upper center", ncols=2, frameon=False)
     drawn.savefig(path)
 
 
@@ -470,10 +471,10 @@ def main() -> None:
             test(place, methods, arguments.looks, seeds, ways)
             extra(place, methods, arguments.looks, seeds, more)
         if "table" in stages:
-            text, rows = tables(place, arguments.looks, ways, more)
+            text = tables(place, arguments.looks, ways, more)
             print(text)
             (place.folder / "rivals.md").write_text(text, encoding="utf-8")
-            figure(rows, ways, place.folder / "rivals.svg")
+            figure(place, arguments.looks, place.folder / "rivals.svg")
 
 
 if __name__ == "__main__":
