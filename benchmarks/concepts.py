@@ -1,9 +1,9 @@
 """The pictures of docs/concepts.md, from all-MiniLM-L6-v2: spectrum, PCDR, grids, what the decay changes.
 
-    python benchmarks/concepts.py [--conditioned DIR] [--out docs/images]
+    python benchmarks/concepts.py [--conditioned DIR] --out docs/images
 
-DIR is the same model after `s2d condition`; without it the model is conditioned first, by the command that the page
-shows (minutes). Prints the numbers that the page quotes.
+DIR is the same model after `s2d condition`; without it the model is conditioned first, with CONDITION below (minutes).
+Prints the numbers that the page quotes.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def grid_over(models: Sequence[tuple[str, Loaded]], name: str, path: Path) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--conditioned", type=Path, metavar="DIR")
-    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--out", type=Path, default=Path("build/images"))
     arguments = parser.parse_args()
     conditioned = arguments.conditioned
     if conditioned is None:

@@ -49,8 +49,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from s2d import selection
-from s2d.decay import PRESETS, SelectiveSpectralDecay
+from s2d.decay import SelectiveSpectralDecay
+from s2d.decay_settings import PRESETS
+from s2d.selection import weight
 from s2d.spectrum import top_singular_many
 
 GOAL_DEFAULT, GOAL_EVERY_STEP = 0.01, 0.05
@@ -348,7 +349,7 @@ def run_model(
     for case in cases:
         default = PRESETS[case.settings.get("preset", "default")].refresh_every
         exactly = functools.partial(top_singular_many, method="exact")
-        with mock.patch.object(selection, "top_singular_many", exactly if case.full_svd else top_singular_many):
+        with mock.patch.object(weight, "top_singular_many", exactly if case.full_svd else top_singular_many):
             for m in (1, default):
                 report(f"{name}: {case.name}, refresh every {m}")
                 every, default_cycles = (2, 1) if case.full_svd else (3, 1) if quick else (6, 2)

@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         parts = self.qkv(x).chunk(3, -1) if self.fused else (self.q(x), self.k(x), self.v(x))
-        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        q, k, v = (part.unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for part in parts)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout)
         return self.proj(y.transpose(1, 2).flatten(2))

@@ -128,3 +128,11 @@ def test_importing_s2d_costs_little_more_than_importing_torch() -> None:
 def test_version_is_that_of_the_project() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert importlib.import_module("s2d").__version__ == settings["project"]["version"]
+
+
+def test_functions_that_use_the_package_can_be_sent_to_other_processes() -> None:
+    import pickle
+
+    import s2d
+
+    assert pickle.loads(pickle.dumps(s2d)) is s2d

@@ -28,7 +28,7 @@ from tests.test_dominance import direct_pcdr
 from torch import Tensor, nn
 
 from s2d.decay import SelectiveSpectralDecay
-from s2d.selection import RELEASE_CHANNEL
+from s2d.selection.base import RELEASE_CHANNEL
 
 
 @pytest.fixture(autouse=True)

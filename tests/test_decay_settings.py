@@ -11,7 +11,8 @@ import torch
 from tests.blocks import WIDTH, Encoder, Two, hooks_of, removed, sgd, still_step
 from torch import nn
 
-from s2d.decay import PRESETS, DecaySettings, SelectiveSpectralDecay
+from s2d.decay import SelectiveSpectralDecay
+from s2d.decay_settings import PRESETS, DecaySettings
 from s2d.errors import InputError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from s2d.decay import PRESETS
+from s2d.decay_settings import PRESETS
 from s2d.errors import InputError
 from s2d.recipe import arm_settings, decay_settings, make_recipe, packaged, read_recipe, read_text
 

@@ -11,18 +11,8 @@ from tests.test_dominance import direct_pcdr
 from torch import Tensor, nn
 
 from s2d.decay import SelectiveSpectralDecay
-from s2d.selection import (
-    METRICS,
-    MOST_CHANNELS,
-    RELEASE,
-    RELEASE_CHANNEL,
-    SPARE,
-    Components,
-    DataMetric,
-    Metric,
-    SiteMetric,
-    WeightMetric,
-)
+from s2d.selection import METRICS, Components, DataMetric, Metric, SiteMetric, WeightMetric
+from s2d.selection.base import MOST_CHANNELS, RELEASE, RELEASE_CHANNEL, SPARE
 from s2d.targets import Target, find_targets
 from s2d.views import bias_of, call_views
 

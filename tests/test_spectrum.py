@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s2d import spectrum
+from s2d import spectrum, subspace
 from s2d.errors import InputError
 from s2d.spectrum import Triplets, as_matrix, singular_values, stable_rank, top_singular, top_singular_many
 
@@ -94,8 +94,8 @@ class TestAgainstTheOracle:
         assert torch.equal(W, before)
 
     def test_a_pass_in_many_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(spectrum, "_PIECE_BYTES_CPU", 4096)
-        monkeypatch.setattr(spectrum, "_GRAM_COLUMNS", 50)
+        monkeypatch.setattr(subspace, "_PIECE_BYTES_CPU", 4096)
+        monkeypatch.setattr(subspace, "_GRAM_COLUMNS", 50)
         for dtype in (torch.float32, torch.bfloat16):
             W = with_spectrum(power_law(150), 170, 150).to(dtype)
             assert_sound(top_singular(W, 3), W)

@@ -105,6 +105,9 @@ class _Face(ModuleType):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})
 
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return importlib.import_module, (__name__,)  # by name, as every module: Ray sends functions that use this one
+
 
 for _name in _HOMES:
     setattr(_Face, _name, _public(_name))

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from s2d.sharding import Block
 from s2d.targets import Target
 
 
@@ -32,11 +33,15 @@ class AdaptedTarget(Target):
             total = total + self.module.get_delta_weight(name).detach().to(total)  # type: ignore[operator]
         return self.view(total)
 
-    def edit(self, change: Callable[[Tensor], None]) -> None:
+    def block(self, tensor: Tensor | None = None) -> Block:
+        """Of the sum, or of a tensor shaped like W."""
+        return Block.of(self.matrix()) if tensor is None else super().block(tensor)
+
+    def edit(self, change: Callable[[Block], None]) -> None:
         """Let `change` write to the sum, and take over into W what it did."""
         merged = self.matrix()
         wanted = merged.clone()
-        change(wanted)
+        change(Block.of(wanted))
         self.view(self.parameter.detach()).add_(wanted - merged)
 
 
@@ -60,7 +65,7 @@ def _adapted(target: Target, layer: nn.Module | None) -> Target:
     return AdaptedTarget(**{**same, "module": layer})
 
 
-def changes_the_sum(target: Target) -> str | None:
+def why_not_a_sum(target: Target) -> str | None:
     """Why a weight under adapters is not the sum W + s B A, None where it is one."""
     if isinstance(target, AdaptedTarget) and getattr(target.module, "lora_variant", None):
         kind = type(next(iter(target.module.lora_variant.values()))).__name__  # type: ignore[operator, union-attr]

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except usage_error as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "s2d")
-        return _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)  # type: ignore[attr-defined]
+        return _fail(f"{error.format_message().rstrip('.?')}; see {command} --help", 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         return _fail(f"interrupted; what is done is kept. To continue: {_again(arguments)}", _INTERRUPTED)
     except BrokenPipeError:

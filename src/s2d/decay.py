@@ -23,120 +23,58 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.adapters import with_adapters
+from s2d.decay_settings import PRESETS, MetricName, Mode
 from s2d.eligible import eligible
 from s2d.errors import InputError
 from s2d.rates import PeakRates
 from s2d.selection import METRICS, Components, Finding
-from s2d.shrink import penalty_gradient, shrink_directions, shrink_rows, shrink_singular
-from s2d.targets import KINDS, Kind, Selector, Target, find_targets
+from s2d.sharding import (
+    Block,
+    agreed,
+    all_ranks,
+    all_reduce_many,
+    data_groups,
+    from_first,
+    is_dtensor,
+    is_fsdp_module,
+    local_part,
+    ranks_in,
+    require_same,
+)
+from s2d.shrink import (
+    channels_here,
+    measured,
+    penalty_gradient,
+    shrink_directions,
+    shrink_rows,
+    shrink_singular,
+    summed_over,
+)
+from s2d.targets import Kind, Selector, Target, find_targets
 from s2d.views import (
-    bias_of,
     bias_parameter,
     call_views,
     is_compiled,
     modules_with_mask,
+    parts_of,
     projection_views,
+    refuse_unreadable,
     tells_padding,
 )
 
-MetricName = Literal["site", "data", "weight"]
-Mode = Literal["decoupled", "coupled"]
-
 _STATE_VERSION = 1
 _HISTORY_LENGTH = 100_000
-
-
-@dataclass(frozen=True)
-class DecaySettings:
-    """The numbers behind a decay. `PRESETS` holds the named ones.
-
-    Attributes:
-        metric: Component of what: see `s2d.selection`.
-        mode: ``"decoupled"`` or ``"coupled"``.
-        power: n of the penalty; 1 is exponential decay, the same for every size of component.
-        strength: lambda. Decoupled: per step, times the schedule. Coupled: of the loss.
-        threshold: tau, the share of the outliers that selects a component (weight and data metric).
-        max_rank: K_max, components per weight at most (weight and data metric).
-        refresh_every: m, optimizer steps between two looks at the activations.
-        outlier_ratio: Largest activation over RMS from which a site or an output is worth touching.
-        track: Follow a component until its outlier is gone.
-        kinds: Kinds of weight considered.
-    """
-
-    metric: MetricName = "site"
-    mode: Mode = "decoupled"
-    power: float = 1.0
-    strength: float = 0.05
-    threshold: float = 0.3
-    max_rank: int = 3
-    refresh_every: int = 5
-    outlier_ratio: float = 8.0
-    track: bool = True
-    kinds: tuple[Kind, ...] = ("linear", "norm")
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings.
-
-        Raises:
-            InputError: Naming the setting, its value and the range.
-        """
-        for name, value, allowed in (
-            ("metric", self.metric, get_args(MetricName)),
-            ("mode", self.mode, get_args(Mode)),
-        ):
-            if value not in allowed:
-                raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(allowed)}")
-        if not self.kinds or not set(self.kinds) <= set(KINDS):
-            raise InputError(f"kinds={self.kinds!r} must be one or several of {', '.join(KINDS)}")
-        if not isinstance(self.track, bool):
-            raise InputError(f"track={self.track!r} must be True or False")
-        ranges = (
-            ("strength", self.strength, 0.0, math.inf, "at least 0"),
-            ("power", self.power, 1.0, 16.0, "between 1 (plain decay) and 16"),
-            ("threshold", self.threshold, 0.0, 1.0, "between 0 and 1 (a share of the outliers)"),
-            ("outlier_ratio", self.outlier_ratio, 0.0, math.inf, "at least 0"),
-        )
-        for name, value, low, high, text in ranges:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not low <= value <= high or value == math.inf:
-                raise InputError(f"{name}={value!r} is out of range; it must be {text}")
-        for name, value in (("max_rank", self.max_rank), ("refresh_every", self.refresh_every)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value!r} is out of range; it must be a whole number, at least 1")
-        if self.metric == "site" and self.mode == "coupled":
-            raise InputError(
-                "metric='site' shrinks rows and gains directly and has no loss form; "
-                "use mode='decoupled', or metric='weight' or 'data' with mode='coupled'"
-            )
-
-
-PRESETS: dict[str, DecaySettings] = {
-    "default": DecaySettings(),
-    "paper": DecaySettings(
-        metric="weight",
-        mode="coupled",
-        power=2.0,
-        strength=5e-4,
-        threshold=0.95,
-        max_rank=3,
-        refresh_every=100,
-        outlier_ratio=0.0,
-        track=False,
-        kinds=("linear", "conv"),
-    ),
-}
 
 
 class SelectiveSpectralDecay:
@@ -178,7 +116,8 @@ class SelectiveSpectralDecay:
         """Attach to a model and its optimizer.
 
         Args:
-            model: Any module, compiled, or wrapped by DDP or not.
+            model: Any module: compiled, wrapped by DDP, sharded by FSDP2 (``fully_shard``), tensor-parallel, or none of
+                these. All ranks that train it must construct the decay, with the same settings.
             optimizer: The optimizer (or several) that trains it. Weights that none of them holds are not touched.
             preset: ``"paper"`` for the paper's recipe, ``"default"`` (also None) for ours.
             metric, mode, ..., kinds: Override the preset one by one; see `DecaySettings`.
@@ -212,6 +151,7 @@ class SelectiveSpectralDecay:
         self.optimizers = [_innermost(each) for each in several]
         if not self.optimizers or not all(isinstance(o, Optimizer) for o in self.optimizers):
             raise InputError("pass a torch.optim.Optimizer (or several); its steps are what the decay rides on")
+        self._data_groups, self._everyone = data_groups(model), all_ranks(model)
         if frozen and self.settings.mode == "coupled":
             raise InputError("frozen=True shrinks weights that no loss can reach; use it with mode='decoupled'")
         self._rates = PeakRates(self.optimizers)
@@ -219,14 +159,18 @@ class SelectiveSpectralDecay:
         coupled = self.settings.mode == "coupled"
         self.targets, self.skipped = eligible(model, found, self._rates, coupled=coupled, frozen=frozen)
         self._frozen = {t.name: t for t in self.targets if id(t.parameter) not in self._rates}
+        self._changed: set[str] = set()
         for target in self._frozen.values():  # they follow the schedule of what is trained instead of them
             self._rates.follow(target.parameter)
-        ranks = [min(target.matrix().shape) for target in self.targets if target.kind != "norm"]
+        self._between_steps = {target.name: target.parameter for target in self.targets}
+        ranks = [min(target.block().shape) for target in self.targets if target.kind != "norm"]
         if max_rank is not None and ranks and max_rank > max(ranks):
             raise InputError(f"max_rank={max_rank} exceeds the rank of every weight here, at most {max(ranks)}")
         s = self.settings
         shared = {"threshold": s.threshold, "max_rank": s.max_rank, "outlier_ratio": s.outlier_ratio, "track": s.track}
-        self._metric = METRICS[s.metric](self.targets, **shared, seed=seed, gradients=s.mode == "coupled")
+        self._metric = METRICS[s.metric](
+            self.targets, **shared, seed=seed, gradients=s.mode == "coupled", everyone=self._everyone
+        )
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
         self.step_count = 0
         self._ran: set[str] = set()
@@ -234,7 +178,7 @@ class SelectiveSpectralDecay:
         self._handles: list[Any] = []
         self._stance: Any = None
         self._eager = is_compiled(model)
-        self._saw_any = False
+        self._seen_now: dict[str, None] = {}
         self._model = model
         self._mask_sources = modules_with_mask(model)
         self._step_hooks: list[Any] = []
@@ -305,37 +249,67 @@ class SelectiveSpectralDecay:
         strength = self.settings.strength
         if strength == 0:
             return
-        for target, components in self._selected_of(optimizer):
+        members = list(self._selected_of(optimizer))
+        present = self._present(members)
+        for target, components in members:
             amount, bias = strength * self._rates.share(target.parameter), self._own_bias(target)
+            along, along_bias = present.get(target.name, (None, None))
 
-            def change(W: Tensor, target=target, components=components, amount=amount, bias=bias) -> None:
-                self.shrink(target, W.mT if target.kind == "embedding" else W, components, amount, bias)
+            def change(
+                W: Block, t=target, c=components, amount=amount, bias=bias, along=along, along_bias=along_bias
+            ) -> None:
+                self.shrink(t, W.mT if t.kind == "embedding" else W, c, amount, bias, along, along_bias)
 
             target.edit(change)
+            if target.name in self._frozen:
+                self._changed.add(target.name)
 
-    def shrink(self, target: Target, W: Tensor, components: Components, amount: float, bias: Tensor | None) -> None:
-        """Shrink the selected components of one weight, in place; a control of an experiment may do something else.
+    def shrink(
+        self, target: Target, W: Block, components: Components, amount: float, bias: Block | None,
+        along: Tensor | None, along_bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Shrink the selected components of one weight, in place; the control of an experiment does something else.
 
         Args:
             target: Whose weight it is.
-            W: ``[O, I]``, or a gain ``[O]``.
+            W: ``[O, I]``; a gain is one column.
             components: What was selected.
             amount: The strength times the schedule.
-            bias: Of the target's rows, ``[O]``, where it is trained.
+            bias: Of the target's rows, where it is trained.
+            along, along_bias: Of a sharded weight and its bias, what must be known of the whole.
         """
         power = self.settings.power
         if components.channels is not None:
             shrink_rows(W, components, amount, power, bias)
         elif self.settings.metric == "weight":
-            shrink_singular(W, components, amount, power)
+            shrink_singular(W, components, amount, power, along)
         else:
-            shrink_directions(W, components, amount, power, bias)
+            shrink_directions(W, components, amount, power, bias, along, along_bias)
 
-    def _own_bias(self, target: Target) -> Tensor | None:
+    def _present(self, members: list[tuple[Target, Components]]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """What must be known of the whole of each sharded weight, and of its bias, before its step."""
+        divided = [(t, c) for t, c in members if is_dtensor(t.parameter) and c.U is not None]
+        weights = self._measured([(_oriented(t), c) for t, c in divided])
+        biases = {t.name: (bias, c) for t, c in divided if (bias := self._own_bias(t)) is not None}
+        if self.settings.metric == "weight":
+            biases = {}  # it leaves them alone
+        along = dict(zip(biases, self._measured(list(biases.values())), strict=True))
+        return {t.name: (weight, along.get(t.name)) for (t, _), weight in zip(divided, weights, strict=True)}
+
+    def _measured(self, members: list[tuple[Block, Components]]) -> list[Tensor]:
+        """`measured` of every whole weight: one message for all of them."""
+        metric = self.settings.metric
+        parts = [measured(W, components, metric) for W, components in members]
+        return all_reduce_many(parts, [summed_over(W, components, metric) for W, components in members])
+
+    def _own_bias(self, target: Target) -> Block | None:
         """The bias of a target's rows, unless it is frozen and the weight is not."""
         bias = bias_parameter(target)
         trained = bias is not None and bias.requires_grad and id(bias) in self._rates
-        return bias_of(target) if trained or target.name in self._frozen else None
+        if bias is None or not (trained or target.name in self._frozen):
+            return None
+        whole = Block.of(bias.detach())
+        return whole if target.rows is None else whole.take(target.rows)
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
         """Coupled: the gradient of the penalty joins the gradient of the loss."""
@@ -343,19 +317,20 @@ class SelectiveSpectralDecay:
         factor = self.settings.strength * (1.0 if scale is None else float(scale))
         if factor == 0:
             return
-        for target, components in self._selected_of(optimizer):
-            parameter = target.parameter
-            if parameter.grad is None:
-                continue
+        members = [
+            (target, components, _oriented(target), _oriented(target, target.parameter.grad))
+            for target, components in self._selected_of(optimizer)
+            if target.parameter.grad is not None
+        ]
+        known = self._measured([(W, components) for _, components, W, _ in members])
+        for (target, components, W, grad), present in zip(members, known, strict=True):
             if target.kind == "norm":
-                gain = parameter.detach()[components.channels]
-                parameter.grad[components.channels] += factor * gain.sign() * gain.abs().pow(self.settings.power)
+                _, rows = channels_here(W, components)
+                gain = W.local[rows]
+                grad.local[rows] += factor * gain.sign() * gain.abs().pow(self.settings.power)
                 continue
-            grad, W = target.view(parameter.grad), target.matrix()
-            if target.kind == "embedding":
-                grad, W = grad.mT, W.mT
-            gradient = penalty_gradient(W, components, self.settings.power, self.settings.metric)
-            grad.add_(gradient.to(grad.dtype), alpha=factor)
+            gradient = penalty_gradient(grad, components, self.settings.power, self.settings.metric, present)
+            grad.local.add_(gradient.to(grad.local.dtype), alpha=factor)
 
     # -- refresh -------------------------------------------------------------------------------------------------------
 
@@ -363,14 +338,16 @@ class SelectiveSpectralDecay:
         """Put the forward hooks in; they see every forward pass until the next step."""
         self._disarm()
         self._metric.begin()
-        self._saw_any = False
+        self._seen_now = {}
         by_module: dict[nn.Module, list[Target]] = {}
         for target in self.targets:
             by_module.setdefault(target.module, []).append(target)
         for module in self._mask_sources:
             self._handles.append(module.register_forward_pre_hook(self._remember_mask, with_kwargs=True))
         for module, targets in by_module.items():
-            self._handles.append(module.register_forward_hook(self._look(targets), with_kwargs=True))
+            # FSDP2's own hook takes the gathered weights away again.
+            first = is_fsdp_module(module)
+            self._handles.append(module.register_forward_hook(self._look(targets), with_kwargs=True, prepend=first))
         if self._eager:
             self._stance = torch.compiler.set_stance("force_eager")  # compiled code does not run hooks added later
 
@@ -403,29 +380,32 @@ class SelectiveSpectralDecay:
                 return
             if not (module.training or made.requires_grad):
                 return  # an evaluation between two steps
-            self._saw_any = True
             given = self._mask if not attention or module.batch_first else None  # no mask has its tokens first
             # Looking is not part of the model: a function mode that is on (quantized attention) must not see it.
             with torch._C.DisableTorchFunction(), self._exact_arithmetic():
                 for target in targets:
                     self._ran.add(target.name)
+                    self._seen_now[target.name] = None
+                    refuse_unreadable(target, args[0] if args else made, made)
                     if attention:
                         x, y = projection_views(target, module, args, kwargs)
                     else:
-                        x, y = call_views(target, module, args[0], made)
+                        x, y = call_views(target, module, local_part(args[0]), local_part(made))
+                    parts = parts_of(target, self._between_steps[target.name], x, y, self._data_groups)
                     mask = given if given is not None and given.numel() == y[..., 0].numel() else None
-                    self._metric.observe(target, x, y, mask)
+                    self._metric.observe(target, x, y, mask, parts)
 
         return hook
 
     def _refresh(self) -> None:
         """Turn what the hooks saw into the new selection."""
-        if not self._eager and (not self._saw_any or is_compiled(self._model)):
+        require_same(self._seen_now, self._everyone, self.targets[0].parameter.device)
+        if not self._eager and (not self._seen_now or is_compiled(self._model)):
             self._eager = True  # perhaps the model was compiled after this decay was made: look again, eagerly
             return self._arm()
         self._disarm()
         findings = self._metric.finish()
-        self._share_across_ranks()
+        self._agree()
         for name, finding in findings.items():
             self.history.append(self._record(name, finding))
         self._note_what_ran()
@@ -455,16 +435,22 @@ class SelectiveSpectralDecay:
             "selected": 0 if components is None else len(components),
         }
 
-    def _share_across_ranks(self) -> None:
-        """Every rank shrinks what rank 0 selected: data-parallel copies must stay equal."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    def _agree(self) -> None:
+        """Every rank shrinks the same, as copies of a model must stay equal; where they differ in a bit, rank 0's."""
+        if ranks_in(self._everyone) == 1:
             return
-        if torch.distributed.get_world_size() == 1:
+        selected, device = self._metric.selected, self.targets[0].parameter.device
+        marks = [_mark(selected.get(target.name), device) for target in self.targets]
+        same = agreed(torch.stack(marks), self._everyone).tolist()
+        differing = {t.name: t for t, agrees in zip(self.targets, same, strict=True) if not agrees}
+        if not differing:
             return
-        box = [{name: c.to(torch.device("cpu")) for name, c in self._metric.selected.items()}]
-        torch.distributed.broadcast_object_list(box, src=0)
-        device = {target.name: target.parameter.device for target in self.targets}
-        self._metric.selected = {name: c.to(device[name]) for name, c in box[0].items()}
+        mine = {name: selected[name].to(torch.device("cpu")) for name in differing if name in selected}
+        theirs = from_first(mine, self._everyone)
+        for name, target in differing.items():
+            selected.pop(name, None)
+            if name in theirs:
+                selected[name] = theirs[name].to(target.parameter.device)
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -490,7 +476,7 @@ class SelectiveSpectralDecay:
             "metric": self._metric.state(),
             "history": list(self.history),
             "ran": sorted(self._ran),
-            "frozen": {name: _stored(target) for name, target in self._frozen.items()},
+            "frozen": {name: _stored(self._frozen[name]) for name in sorted(self._changed)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -525,6 +511,7 @@ class SelectiveSpectralDecay:
         for name, tensors in state.get("frozen", {}).items():
             for here, saved in zip(_held(known[name]), tensors, strict=True):
                 here.copy_(saved)
+            self._changed.add(name)
         self.step_count = state["step_count"]
         self._rates.load_state(state["peak_lr"])
         self._metric.selected = {
@@ -557,6 +544,19 @@ class SelectiveSpectralDecay:
             f"SelectiveSpectralDecay({len(self.targets)} weights, metric={s.metric}, mode={s.mode}, power={s.power}, "
             f"strength={s.strength}, step {self.step_count}, shrinking {sum(self.selected.values())} components)"
         )
+
+
+def _oriented(target: Target, tensor: Tensor | None = None) -> Block:
+    """``[out, in]`` of a weight, or of a tensor like it; an embedding table maps one-hot tokens to features."""
+    block = target.block(tensor)
+    return block.mT if target.kind == "embedding" else block
+
+
+def _mark(components: Components | None, device: torch.device) -> Tensor:
+    """A number that tells two selections apart: sums of the same bits are the same."""
+    tensors = [] if components is None else [t for t in vars(components).values() if t is not None]
+    parts = [t.float().sum().to(device) * (number + 1) for number, t in enumerate(tensors)]
+    return torch.stack(parts).sum() if parts else torch.zeros((), device=device)
 
 
 def _held(target: Target) -> list[Tensor]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from s2d.errors import InputError
+from s2d.sharding import Groups, Part, all_reduce
 from s2d.spectrum import Triplets, top_singular
 
 OUTLIER_FRACTION = 1e-5
@@ -124,6 +125,7 @@ def outlier_entries(
     fraction: float = OUTLIER_FRACTION,
     row_max: Tensor | None = None,
     kept: Tensor | None = None,
+    among: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Where the largest activations are.
 
@@ -135,6 +137,7 @@ def outlier_entries(
         fraction: Share of the entries that count as outliers; never fewer than 16 entries.
         row_max: ``max_o |Y|`` of every row ``[N]``, if it is known; see `row_sums`.
         kept: Indices of the rows to look at, see `kept_rows`; all by default.
+        among: Of how many entries the outliers are to be a share, where these are a part; by default of these.
 
     Returns:
         Row and column indices into ``Y_NO``, ``[E]`` each, largest first.
@@ -142,13 +145,18 @@ def outlier_entries(
     maxima: Tensor = row_sums(Y_NO)[0] if row_max is None else row_max
     maxima = maxima if kept is None else maxima[kept]
     entries = len(maxima) * Y_NO.shape[1]
-    count = min(max(math.ceil(fraction * entries), FEWEST_OUTLIERS), entries)
+    count = min(outlier_count(entries if among is None else among, fraction), entries)
     rows = maxima.topk(min(count, len(maxima))).indices
     rows = rows if kept is None else kept[rows]
     block = Y_NO.index_select(0, rows).abs()
     columns = block.amax(0).topk(min(count, Y_NO.shape[1])).indices
     flat = block.index_select(1, columns).flatten().topk(count).indices
     return rows[flat // len(columns)], columns[flat % len(columns)]
+
+
+def outlier_count(entries: int, fraction: float = OUTLIER_FRACTION) -> int:
+    """How many of so many activations count as outliers, where there are that many."""
+    return max(math.ceil(fraction * entries), FEWEST_OUTLIERS)
 
 
 def largest_over_rms(Y: Tensor) -> float:
@@ -267,6 +275,7 @@ def principal_components(
     *,
     bias: Tensor | None = None,
     kept: Tensor | None = None,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Leading directions of the outputs: left singular vectors of ``W C^(1/2)``, C the second moment of the inputs.
 
@@ -281,48 +290,59 @@ def principal_components(
         seed: Of the random start.
         bias: ``[O]``, subtracted from the outputs first.
         kept: Indices of the rows to look at, see `kept_rows`; all by default.
+        part: Which part of the outputs these are; by default all. The directions are those of the whole, and all its
+            ranks must call this.
 
     Returns:
         Directions, orthonormal ``[O, k]``, in order of falling energy, and the root mean square ``[k]`` of the outputs
         along each (the singular values of ``W C^(1/2)``), float32.
     """
+    part = Part(Y_NO.shape[1]) if part is None else part
     offset = None if bias is None else bias.float()
     if warm is None or warm.shape[1] != k:
         generator = torch.Generator().manual_seed(seed)
-        U = torch.linalg.qr(torch.randn(Y_NO.shape[1], k, generator=generator)).Q.to(Y_NO.device)
+        U = torch.linalg.qr(torch.randn(part.width, k, generator=generator)).Q.to(Y_NO.device)
     else:
         U, steps = warm.to(Y_NO.device, torch.float32), 1
     energy = U.new_zeros(k)
     for _ in range(steps):
-        V_KO = U.mT.contiguous()  # a product with a skinny operand is much faster with its vectors as rows
+        V_KO = part.narrowed(U, 0).mT.contiguous()  # skinny products are much faster with their vectors as rows
         moment_KO = torch.zeros_like(V_KO)
+        known_KN = projections(Y_NO, U, bias, kept, part).mT if part.column_groups else None
+        first = 0
         for piece in _pieces(Y_NO, kept, offset):
-            moment_KO.addmm_(V_KO @ piece.mT, piece)
+            along = V_KO @ piece.mT if known_KN is None else known_KN[:, first : first + len(piece)]
+            moment_KO.addmm_(along, piece)
+            first += len(piece)
+        moment_KO = all_reduce(part.widened(moment_KO), part.groups)
         U, energy, _ = torch.linalg.svd(moment_KO.mT, full_matrices=False)
-    count = len(Y_NO) if kept is None else len(kept)
-    return U, (energy / max(count, 1)).sqrt()
+    count = torch.tensor(len(Y_NO) if kept is None else len(kept), device=U.device)
+    return U, (energy / all_reduce(count, part.row_groups).clamp_min(1)).sqrt()
 
 
-def projections(Y_NO: Tensor, U_OK: Tensor, bias: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
-    """``(Y - bias) U`` over the rows of index `kept`, in one pass, ``[M, K]`` float32."""
-    V_KO, offset = U_OK.mT.contiguous(), None if bias is None else bias.float()
+def projections(
+    Y_NO: Tensor, U_OK: Tensor, bias: Tensor | None = None, kept: Tensor | None = None, part: Part | None = None
+) -> Tensor:
+    """``(Y - bias) U`` over the rows of index `kept`, in one pass, ``[M, K]`` float32; U is that of all columns."""
+    part = Part(Y_NO.shape[1]) if part is None else part
+    V_KO, offset = part.narrowed(U_OK, 0).mT.contiguous(), None if bias is None else bias.float()
     parts = [V_KO @ piece.mT for piece in _pieces(Y_NO, kept, offset)]
-    return torch.cat(parts, 1).mT if parts else U_OK.new_zeros(0, U_OK.shape[1])
+    whole = all_reduce(torch.cat(parts, 1), part.column_groups) if parts else U_OK.new_zeros(U_OK.shape[1], 0)
+    return whole.mT
 
 
-def outlier_shares(U_OK: Tensor, Y_EO: Tensor, column_E: Tensor) -> Tensor:
+def outlier_shares(part_EK: Tensor, value_E: Tensor, groups: Groups = ()) -> Tensor:
     """Which share of the outlier entries each output direction makes.
 
     Args:
-        U_OK: Orthonormal directions.
-        Y_EO: The rows of the outputs that hold the outlier entries, one row per entry.
-        column_E: Columns of the outlier entries.
+        part_EK: What each direction contributes to each entry, ``(u . y) u_o`` for an orthonormal ``u``.
+        value_E: The entries.
+        groups: Ranks with further entries.
 
     Returns:
         ``[K]``: sum of ``sign(A) * (component's part of A)`` over ``sum |A|``; the cumulative sum is PCDR in the
         metric of the data.
     """
-    Y_EO = Y_EO.to(U_OK.dtype)
-    value_E = Y_EO.gather(1, column_E[:, None])[:, 0]
-    part_EK = (Y_EO @ U_OK) * U_OK[column_E]
-    return (part_EK * value_E.sign()[:, None]).sum(0) / value_E.abs().sum().clamp_min(torch.finfo(U_OK.dtype).tiny)
+    made, total = (part_EK * value_E.sign()[:, None]).sum(0), value_E.abs().sum()[None]
+    made, total = all_reduce(torch.cat([made, total]), groups).split([len(made), 1])
+    return made / total.clamp_min(torch.finfo(part_EK.dtype).tiny)

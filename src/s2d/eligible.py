@@ -6,8 +6,9 @@ from collections.abc import Container, Iterable
 
 from torch import nn
 
-from s2d.adapters import changes_the_sum
+from s2d.adapters import AdaptedTarget, why_not_a_sum
 from s2d.errors import InputError
+from s2d.sharding import is_dtensor
 from s2d.targets import Target
 
 
@@ -27,7 +28,7 @@ def eligible(
         The targets kept; the others by name, with the reason.
 
     Raises:
-        InputError: A weight is sharded, or nothing is left.
+        InputError: A weight is divided in a way that has no rows, or nothing is left.
     """
     owners: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -55,10 +56,15 @@ def _reason(
 ) -> str | None:
     """Why a weight is left out, None where it is not."""
     parameter = target.parameter
-    if type(parameter.data).__name__ == "DTensor" or (target.kind != "norm" and parameter.ndim < 2):
+    if target.kind != "norm" and parameter.ndim < 2:
         raise InputError(
-            f"{target.name} is sharded (FSDP or DTensor); conditioning sharded weights is not supported yet: "
-            "condition before sharding, or train with DDP"
+            f"{target.name} is kept as a flat vector without rows; shard by torch.distributed.fsdp.fully_shard "
+            "(FSDP2), or use DDP"
+        )
+    if is_dtensor(parameter) and (isinstance(target, AdaptedTarget) or (frozen and id(parameter) not in trained)):
+        raise InputError(
+            f"{target.name} is sharded and not trained itself (LoRA); conditioning that is not supported: "
+            "use DDP, or merge the adapter and train all weights"
         )
     if ".lora_" in f".{target.name}" or "lora_embedding" in target.name:
         return "a LoRA factor, not the weight that runs"
@@ -66,7 +72,7 @@ def _reason(
         return "frozen (requires_grad is False)"
     if not frozen and id(parameter) not in trained:
         return "no optimizer passed here holds it"
-    if (reason := changes_the_sum(target)) is not None:
+    if (reason := why_not_a_sum(target)) is not None:
         return reason
     if getattr(target.owner, "groups", 1) != 1:
         return "a grouped convolution, which is not one matrix"

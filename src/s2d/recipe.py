@@ -20,7 +20,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from s2d import baselines
-from s2d.decay import PRESETS, DecaySettings, SelectiveSpectralDecay
+from s2d.decay import SelectiveSpectralDecay
+from s2d.decay_settings import PRESETS, DecaySettings
 from s2d.errors import InputError, choices, first_line
 from s2d.quant import QuantSpec
 from s2d.quant.observers import ObserverSpec

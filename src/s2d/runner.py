@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from s2d import quant
+from s2d import launch, quant
 from s2d.audit import audit
 from s2d.baselines import attach
 from s2d.errors import InputError, MissingExtra
@@ -38,8 +38,9 @@ from s2d.training import train
 _ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
 _HEADS = ("models/heads.py", "models/image_heads.py", "models/dual_encoder.py", "models/preprocessing.py")
 _TRAINING = ("training.py", "optimizers.py", "guard.py", "tasks", *_HEADS, *_ANCHORING)
-_SEEING = ("selection.py", "views.py", "writers.py", "dominance.py", "spectrum.py", "targets.py")
-_DECAY = ("decay.py", "shrink.py", "rates.py", "adapters.py", "eligible.py", "baselines", *_SEEING)
+_SPECTRA = ("dominance.py", "spectrum.py", "subspace.py", "sharding.py")
+_SEEING = ("selection", "channels.py", "views.py", "writers.py", "targets.py", *_SPECTRA)
+_DECAY = ("decay.py", "decay_settings.py", "eligible.py", "adapters.py", "shrink.py", "rates.py", "baselines", *_SEEING)
 _JUDGING = ("evaluation.py", "tasks", *_HEADS)
 _QUANTIZING = ("quant", "models")
 _QAT = ("quantized_training.py", *_QUANTIZING, *_TRAINING)
@@ -106,9 +107,10 @@ class Runner:
         self._rehearse()
         self._told: list[str] = []
         self._tell_notes()
-        for part in ("arms", "cells", "audits"):
-            sweep(folder / part)
-        write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
+        if launch.leads():
+            for part in ("arms", "cells", "audits"):
+                sweep(folder / part)
+            write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
         self.watcher.advance(3)
 
     def _tell_notes(self) -> None:
@@ -172,6 +174,19 @@ class Runner:
             self.watcher.say(f"no report.html: {error}")
         return results
 
+    def follow(self) -> None:
+        """What every process but the first does of `run`: train along, in the same order."""
+        for seed in self.recipe.seeds:
+            for arm in self.recipe.arms:
+                if arm != UNTRAINED or seed == self.recipe.seeds[0]:
+                    self._train(arm, seed)
+                    self._trained_cells(arm, seed)
+
+    def _missing(self, path: Path) -> bool:
+        """Whether what a file should hold is yet to be found: as the first process sees it, which writes it."""
+        launch.meet(device_of(self.recipe.device) == "cpu")
+        return launch.as_first(not path.is_file())
+
     def _describe(self, arm: str, seed: int, about: JSON, training: JSON | None, records: list[JSON]) -> None:
         """The card beside an arm's model: its own numbers, and those of the arms of its seed before it."""
         if training is None:
@@ -199,8 +214,9 @@ class Runner:
             return None
         folder = self._arm_folder(arm, seed)
         notes = folder / "training.json"
-        if notes.is_file():
-            (folder / "state.pt").unlink(missing_ok=True)  # of a run that was killed before the last line below
+        if not self._missing(notes):
+            if launch.leads():
+                (folder / "state.pt").unlink(missing_ok=True)  # of a run that was killed before the last line below
             self.watcher.say(f"{arm}, seed {seed}: trained already ({shown_path(folder)})")
             return read_json(notes)
         settings = self.recipe.train
@@ -216,6 +232,8 @@ class Runner:
             on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
             on_checkpoint=lambda step: self._save(model, folder / "checkpoints" / f"{step:07}", arm),
         )
+        if not launch.leads():
+            return None
         self._save(model, folder / "model", arm)
         content = {**asdict(done), "arm": arm, "seed": seed, "decay": self._decay_key(arm)}
         write_json(notes, content)
@@ -349,8 +367,12 @@ class Runner:
         for spec in qat.specs:
             stem = f"{arm}-{seed}-{_spec_name(spec)}-qat-{digest({**key, 'spec': QuantSpec.parse(spec).to_dict()})}"
             path = self.folder / "cells" / f"{stem}.json"
-            if not path.is_file():
-                write_json(path, self._train_quantized(arm, seed, spec, decay, path.with_suffix(".pt")))
+            if self._missing(path):
+                trained = self._train_quantized(arm, seed, spec, decay, path.with_suffix(".pt"))
+                if launch.leads():
+                    write_json(path, trained)
+            if not launch.leads():
+                continue
             path.with_suffix(".pt").unlink(missing_ok=True)  # also that of a run killed right here
             found = records_of(self.recipe, self.task, arm, seed, spec, "qat", "", read_json(path))
             records += found
@@ -376,6 +398,8 @@ class Runner:
                 state=state,
                 on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
             )
+            if not launch.leads():
+                return {}
             metrics = evaluate(trained, self.task, split=recipe.split, batch_size=recipe.batch_size)
         return {
             "metrics": metrics,

@@ -27,13 +27,10 @@ import torch
 from torch import Tensor
 
 from s2d.errors import InputError
+from s2d.sharding import Block, Groups, all_reduce
+from s2d.subspace import filter_degree, filtered, power_steps, rayleigh_ritz, rayleigh_ritz_qr
 
 METHODS = ("auto", "exact", "randomized", "warm")
-
-# A power step takes this many bytes of the weight at a time, so that its second product finds them in the cache. On an
-# accelerator launches cost more than memory traffic.
-_PIECE_BYTES_CPU = 3 << 19
-_PIECE_BYTES_ACCELERATOR = 64 << 20
 
 # Up to this min(m, n) an exact SVD is cheaper than iterating.
 _EXACT_UP_TO_COLD = 128
@@ -43,16 +40,6 @@ _GROUP_SIZE = 32  # larger groups are split, which bounds their memory
 
 # Relative size of the noise stirred into the last column of a warm block.
 _STIR = 0.3
-
-# Gram matrices: columns in float64 at a time; ratio of the block's smallest to largest singular value that they stand.
-_GRAM_COLUMNS = 768
-_GRAM_CONDITION = 1e-2
-
-# The Chebyshev filter: singular values above this multiple of the block's smallest converge fast enough by themselves;
-# the others are amplified at most so much in one go (fp32 resolves 1e7), by a polynomial of at most this degree.
-_FILTER_LEAD = 4.0
-_FILTER_GAIN = 1e4
-_FILTER_DEGREE = 12
 
 # Products of this size or not: outside, sigma^2 might leave float32, and the weight is looked at (real ones never are).
 _SAFE_PRODUCT = (1e-15, 1e15)
@@ -174,7 +161,7 @@ def top_singular(
 
 @torch.no_grad()
 def top_singular_many(
-    Ws: Sequence[Tensor],
+    Ws: Sequence[Tensor | Block],
     k: int = 3,
     *,
     warm: Sequence[Triplets | None] | None = None,
@@ -191,7 +178,9 @@ def top_singular_many(
     a warm refresh needs at most three times the skinny blocks, ``(m + n) * (k + oversample)`` numbers per matrix.
 
     Args:
-        Ws: Matrices ``[m, n]``, of any mix of shapes, dtypes and devices.
+        Ws: Matrices ``[m, n]``, of any mix of shapes, dtypes and devices. Of a DTensor, or a `Block`, only the
+            local part is read; all its ranks must call this, and get the same bits. It is never decomposed exactly:
+            where it does not converge, the last iterate is returned, and counted in ``fallbacks``.
         k: As in `top_singular`, for every matrix.
         warm: One earlier result (or None) per matrix.
         method: As in `top_singular`, like ``tol``, ``max_iterations`` and ``oversample``.
@@ -204,7 +193,7 @@ def top_singular_many(
     Raises:
         InputError: As in `top_singular`; the message names the matrix.
     """
-    matrices = [W.detach() for W in Ws]
+    matrices = [W if isinstance(W, Block) else W.detach() for W in Ws]
     labels = [f"weight {i}" for i in range(len(matrices))] if names is None else list(names)
     starts: list[Triplets | None] = [None] * len(matrices) if warm is None else list(warm)
     _check_arguments(matrices, labels, starts, k, method)
@@ -214,24 +203,31 @@ def top_singular_many(
             "pass a tol between 0 and 1, at least one iteration, and no negative oversample"
         )
 
+    blocks = [Block.of(W) for W in matrices]
     results: dict[int, Triplets] = {}
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (W, start) in enumerate(zip(matrices, starts, strict=True)):
         width = min(k + oversample, *W.shape)
         use_warm = start is not None and method != "randomized" and start.basis.shape[-1] >= width
         small = min(W.shape) <= (_EXACT_UP_TO_WARM if use_warm else _EXACT_UP_TO_COLD)
-        if method == "exact" or (method == "auto" and small):
-            results[i] = _exact(W, width, k, labels[i])
+        place = (blocks[i].row_groups, blocks[i].column_groups)
+        if method == "exact" and blocks[i].groups:
+            raise InputError(
+                f"{labels[i]} is sharded, and an exact SVD needs all of it; leave out method, or gather it"
+            )
+        if method == "exact" or (method == "auto" and small and not blocks[i].groups):
+            results[i] = _exact(blocks[i].local, width, k, labels[i])
         else:
-            groups.setdefault((tuple(W.shape), W.dtype, W.device, use_warm), []).append(i)
-    with _full_precision(matrices):
+            local = blocks[i].local
+            groups.setdefault((tuple(W.shape), local.dtype, local.device, place, use_warm), []).append(i)
+    with _full_precision([block.local for block in blocks]):
         for (*_, use_warm), members in groups.items():
             for first in range(0, len(members), _GROUP_SIZE):
                 chunk = members[first : first + _GROUP_SIZE]
-                Ws_names = [matrices[i] for i in chunk], [labels[i] for i in chunk]
+                Ws_names = [blocks[i] for i in chunk], [labels[i] for i in chunk]
                 group = _Group(*Ws_names, k, oversample, tol, max_iterations, seed)
-                blocks = [start for i in chunk if (start := starts[i]) is not None] if use_warm else None
-                results.update(zip(chunk, group.solve(blocks), strict=True))
+                warm_ones = [start for i in chunk if (start := starts[i]) is not None] if use_warm else None
+                results.update(zip(chunk, group.solve(warm_ones), strict=True))
     return [results[i] for i in range(len(matrices))]
 
 
@@ -264,142 +260,15 @@ def singular_values(W: Tensor) -> Tensor:
     return torch.linalg.svdvals(W.detach().to(_work_dtype(W.dtype)))
 
 
-def _power_step(W: Tensor, V: Tensor, Y: Tensor, Z: Tensor) -> None:
-    """Both skinny products of a power step, Y = V W^T and Z = Y W, in one pass over W.
-
-    This is the only place where the iteration reads a weight: a sharded weight needs another version of this
-    function (local rows give their part of Y and a partial sum of Z) and nothing else.
-
-    W ``[m, n]`` of any floating dtype is converted piece by piece to that of the blocks V ``[p, n]``, Y ``[p, m]`` and
-    Z ``[p, n]``, of which the last two are overwritten.
-    """
-    on_cpu = W.device.type == "cpu"
-    budget = _PIECE_BYTES_CPU if on_cpu else _PIECE_BYTES_ACCELERATOR
-    rows = -(-W.shape[0] // max(1, round(W.numel() * V.element_size() / budget)))
-    Z.zero_()
-    for first in range(0, W.shape[0], rows):
-        A = W[first : first + rows]
-        if A.dtype != V.dtype:
-            A = A.to(V.dtype)
-        elif on_cpu:
-            A.sum()  # a streaming read fetches the piece faster than the products would: 15 to 25 % of the whole step
-        part = Y[:, first : first + rows]
-        torch.mm(V, A.mT, out=part)
-        Z.addmm_(part, A)
-
-
-def _gram(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """X X^T of a block ``[B, p, n]`` in another precision, a piece at a time so that the copies stay small."""
-    total = X.new_zeros(*X.shape[:-1], X.shape[-2], dtype=dtype)
-    for part in X.split(_GRAM_COLUMNS, dim=-1):
-        part = part.to(dtype)
-        total += part @ part.mT
-    return total
-
-
-def _rayleigh_ritz(V: Tensor, Y: Tensor, Z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Singular triplets of W restricted to the left space span(Y), from the products alone.
-
-    With Q = T Y orthonormal, W^T Q = T Z; the singular values of that are the Ritz values. Everything p x p is done
-    in float64, because a Gram matrix squares the condition number.
-
-    Takes V ``[B, p, n]`` with orthonormal rows, Y ``[B, p, m]`` = V W^T and Z ``[B, p, n]`` = Y W. Returns U
-    ``[B, k, m]``, S ``[B, p]``, the new V ``[B, p, n]``, the residual ``[B]`` of the Ritz pairs of the old V (relative
-    to their largest), and whether the Gram matrices were well-conditioned enough, ``[B]``.
-    """
-    wide = torch.float32 if V.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    values, P = torch.linalg.eigh(_gram(Y, wide))
-    D, P = values.clamp_min(0).sqrt().flip(-1), P.flip(-1)
-    tiny = torch.finfo(wide).tiny ** 0.5  # only where there is nothing but zeros
-    well = D[:, -1] > _GRAM_CONDITION * D[:, 0]
-    T = P.mT / D.maximum(1e-9 * D[:, :1] + tiny)[..., None]
-
-    gram = T @ _gram(Z, wide) @ T.mT
-    values, R = torch.linalg.eigh((gram + gram.mT) / 2)
-    S, R = values.clamp_min(0).sqrt().flip(-1), R.flip(-1)
-    rotate = R.mT @ T
-
-    dtype = V.dtype
-    off = T[:, :k].to(dtype) @ Z
-    off.baddbmm_((P.mT[:, :k] * D[:, :k, None]).to(dtype), V, alpha=-1)
-    residual = torch.linalg.vector_norm(off, dim=-1).amax(dim=-1) / D[:, 0].clamp_min(tiny)
-    del off  # the new V takes its place
-    U = rotate[:, :k].to(dtype) @ Y
-    V_new = (rotate / S.clamp_min(tiny)[..., None]).to(dtype) @ Z
-    return U, S.to(dtype), V_new, residual.to(dtype), well
-
-
-def _rayleigh_ritz_qr(W: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for one matrix by Householder QR: orthonormal whatever the rank, at one more pass over W.
-
-    W is of moderate scale; returns U ``[k, m]``, S ``[p]``, the new V ``[p, n]`` and the residual, a scalar.
-    """
-    V = torch.linalg.qr(V.mT).Q.mT.contiguous()
-    Y, Z = V.new_empty(V.shape[0], W.shape[0]), torch.empty_like(V)
-    _power_step(W, V, Y, Z)
-    Q, R = torch.linalg.qr(Y.mT)
-    left, D, right = torch.linalg.svd(R)
-    Q = (Q @ left).mT.contiguous()
-    _power_step(W.mT, Q, Z, torch.empty_like(Y))
-    off = Z[:k] - D[:k, None] * (right[:k].contiguous() @ V)
-    residual = torch.linalg.vector_norm(off, dim=-1).amax() / D[0].clamp_min(torch.finfo(D.dtype).tiny)
-    X, S, V_new = torch.linalg.svd(Z, full_matrices=False)
-    return X.mT[:k] @ Q, S, V_new, residual
-
-
-def _filter_degree(S: Sequence[float], k: int, residual: float, tol: float) -> int:
-    """Degree of the Chebyshev filter that should bring the k-th triplet to ``tol``; below 2, none is worth it."""
-    bound = S[-1]
-    if bound <= 1e-6 * S[0]:
-        return 0  # rounding noise: the block holds all there is
-
-    def rate(s: float) -> float:  # a Chebyshev polynomial of degree d amplifies s by cosh(d * rate)
-        return math.acosh(max(2 * (s / bound) ** 2 - 1, 1 + 1e-6))
-
-    lead = sum(s > _FILTER_LEAD * bound for s in S)
-    if lead >= len(S) - 1:
-        return 0
-    enough = math.ceil(math.acosh(max(2 * residual / tol, 1.0)) / rate(S[max(k - 1, lead)]))
-    return min(enough, int(math.acosh(_FILTER_GAIN) / rate(S[lead])), _FILTER_DEGREE)
-
-
-def _filtered(W: Tensor, V: Tensor, S: Tensor, degree: int) -> Tensor:
-    """Apply the Chebyshev polynomial in W^T W of a degree, small on [0, s_p^2] and growing fastest above.
-
-    The far-leading rows would drown the others; they are kept out, and projected out of the others. V ``[p, n]`` and
-    S ``[p]`` are the Ritz vectors and values; returns ``[p, n]`` with orthonormal rows.
-    """
-    lead = int((S / S[-1] > _FILTER_LEAD).sum())
-    leading, before = V[:lead], V[lead:]
-    Y = V.new_empty(before.shape[0], W.shape[0])
-
-    def apply(X: Tensor, factor: Tensor) -> Tensor:
-        Z = torch.empty_like(X)
-        _power_step(W, X, Y, Z)
-        Z *= factor
-        return Z
-
-    factor = 2 / S[-1].square()
-    current = apply(before, factor) - before
-    current -= (current @ leading.mT) @ leading
-    for _ in range(degree - 1):
-        after = apply(current, 2 * factor)
-        after -= 2 * current
-        after -= before
-        after -= (after @ leading.mT) @ leading
-        before, current = current, after
-    return torch.linalg.qr(torch.cat([leading, current]).mT).Q.mT
-
-
 class _Group:
     """Matrices of one shape, dtype and device, iterated together: each leaves when it has converged."""
 
     def __init__(
-        self, Ws: list[Tensor], names: list[str], k: int, oversample: int, tol: float, max_iterations: int, seed: int
+        self, Ws: list[Block], names: list[str], k: int, oversample: int, tol: float, max_iterations: int, seed: int
     ) -> None:
         self.Ws, self.names, self.k, self.tol, self.max_iterations, self.seed = Ws, names, k, tol, max_iterations, seed
         self.m, self.n = Ws[0].shape
-        self.dtype, self.device = _work_dtype(Ws[0].dtype), Ws[0].device
+        self.dtype, self.device = _work_dtype(Ws[0].local.dtype), Ws[0].local.device
         self.width = min(k + oversample, self.m, self.n)
         self.steps = [0] * len(Ws)
         self.edges: dict[int, Tensor] = {}  # of those that continue from a warm start
@@ -411,10 +280,8 @@ class _Group:
         active = list(range(len(self.Ws)))
         V = self._random_block(self.width).repeat(len(active), 1, 1) if starts is None else self._warm_block(starts)
         while active:
-            Y = V.new_empty(len(active), self.width, self.m)
-            Z = torch.empty_like(V)
-            for row, i in enumerate(active):
-                _power_step(self.Ws[i], V[row], Y[row], Z[row])
+            Y, Z = power_steps([self.Ws[i] for i in active], V)
+            for i in active:
                 self.steps[i] += 1
             if refused := self._out_of_range(active, Y):
                 self.done.update({active[row]: self._exactly(active[row]) for row in refused})
@@ -422,10 +289,10 @@ class _Group:
                 active, V, Y, Z = [active[row] for row in kept], V[kept], Y[kept], Z[kept]
                 if not active:
                     break
-            U, S, V_new, residual, well = _rayleigh_ritz(V, Y, Z, self.k)
+            U, S, V_new, residual, well = rayleigh_ritz(V, Y, Z, self.k)
             for row, sound in enumerate(well.tolist()):
                 if not sound:
-                    found = _rayleigh_ritz_qr(self.Ws[active[row]], V[row], self.k)
+                    found = rayleigh_ritz_qr(self.Ws[active[row]], V[row], self.k)
                     U[row], S[row], V_new[row], residual[row] = found
             V = V_new
             del Y, Z, V_new
@@ -438,7 +305,8 @@ class _Group:
         refused = []
         for row, size in enumerate(torch.linalg.vector_norm(Y, dim=(1, 2)).tolist()):
             if not _SAFE_PRODUCT[0] < size < _SAFE_PRODUCT[1]:
-                largest = _require_finite(self.Ws[active[row]], self.names[active[row]])
+                W, name = self.Ws[active[row]], self.names[active[row]]
+                largest = _require_finite(W.local, name, W.groups)
                 if largest > 0 or not math.isfinite(size):  # a zero weight is no trouble, a damaged warm start is
                     refused.append(row)
         return refused
@@ -456,7 +324,11 @@ class _Group:
                 self.done[i] = Triplets(u.mT, s, v[: self.k].mT, residual[row], self.steps[i], False, 0, v.mT, edge)
                 continue
             if self.steps[i] >= self.max_iterations:
-                self.done[i] = self._exactly(i)
+                self.done[i] = (
+                    self._exactly(i)
+                    if not self.Ws[i].groups
+                    else Triplets(u.mT, s, v[: self.k].mT, residual[row], self.steps[i], False, 1, v.mT, S[row, -1])
+                )
                 continue
             left.append(row)
             if converged:  # on singular triplets, but larger ones may have been outside all along
@@ -464,15 +336,20 @@ class _Group:
                 del self.edges[i]
             elif edge is None or self.steps[i] > 1:
                 most = self.max_iterations - self.steps[i] - 1
-                degree = min(_filter_degree(S[row].tolist(), self.k, rest, self.tol), most)
+                degree = min(filter_degree(S[row].tolist(), self.k, rest, self.tol), most)
                 if degree > 1:
-                    V[row] = _filtered(self.Ws[i], V[row], S[row], degree)
+                    V[row] = filtered(self.Ws[i], V[row], S[row], degree)
                     self.steps[i] += degree
             # else: a move of the weight errs in all directions, and one more plain step clears most of that
         return left
 
     def _exactly(self, i: int) -> Triplets:
-        found = _exact(self.Ws[i], self.width, self.k, self.names[i])
+        if self.Ws[i].groups:
+            raise InputError(
+                f"{self.names[i]} has values beyond {_SAFE_PRODUCT[1]:.0e} or none above {_SAFE_PRODUCT[0]:.0e}, which "
+                "only an unsharded weight may; rescale it, or condition before sharding"
+            )
+        found = _exact(self.Ws[i].local, self.width, self.k, self.names[i])
         found.iterations, found.fallbacks = self.steps[i], 1
         return found
 
@@ -552,14 +429,18 @@ def _rebatch(found: Sequence[Triplets], batch: torch.Size) -> Triplets:
     return Triplets(U, S, basis[..., : S.shape[-1]], residual, steps, exact, fallbacks, basis, edge)
 
 
-def _require_finite(W: Tensor, name: str) -> float:
-    """The largest magnitude in W, after refusing NaN and Inf."""
-    low, high = (float(x) for x in torch.aminmax(W))
-    if math.isfinite(low) and math.isfinite(high):
-        return max(-low, high)
+def _require_finite(W: Tensor, name: str, groups: Groups = ()) -> float:
+    """The largest magnitude in W, after refusing NaN and Inf; where others hold more of it, on each of the ranks."""
+    low, high = (float(x) for x in torch.aminmax(W)) if W.numel() else (0.0, 0.0)
+    sound = math.isfinite(low) and math.isfinite(high)
+    told = torch.tensor([max(-low, high) if sound else 0.0, float(not sound)], device=W.device)
+    largest, damaged = all_reduce(told, groups, "max").tolist() if groups else (max(-low, high), not sound)
+    if not damaged:
+        return largest
     bad = (~torch.isfinite(W)).nonzero()
+    found = f"{len(bad)} NaN or Inf of {W.numel()} values, the first at {bad[0].tolist()}" if len(bad) else "NaN or Inf"
     raise InputError(
-        f"{name} holds {len(bad)} NaN or Inf of {W.numel()} values, the first at {bad[0].tolist()}; "
+        f"{name} holds {found}{' in one of its shards' if groups else ''}; "
         "reload the checkpoint, or lower the learning rate if training diverged"
     )
 
@@ -574,16 +455,17 @@ def _check_matrix(W: Tensor, name: str) -> None:
 
 
 def _check_arguments(
-    Ws: Sequence[Tensor], names: Sequence[str], starts: Sequence[Triplets | None], k: int, method: str
+    Ws: Sequence[Tensor | Block], names: Sequence[str], starts: Sequence[Triplets | None], k: int, method: str
 ) -> None:
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if not len(names) == len(starts) == len(Ws):
         raise InputError(f"{len(Ws)} matrices, {len(starts)} warm starts and {len(names)} names; pass one per matrix")
     for W, name, start in zip(Ws, names, starts, strict=True):
-        if W.ndim != 2:
-            raise InputError(f"{name} has shape {list(W.shape)}; pass a matrix [m, n] (as_matrix flattens others)")
-        _check_matrix(W, name)
+        if not isinstance(W, Block):
+            if W.ndim != 2:
+                raise InputError(f"{name} has shape {list(W.shape)}; pass a matrix [m, n] (as_matrix flattens others)")
+            _check_matrix(W, name)
         if not 1 <= k <= min(W.shape):
             raise InputError(
                 f"k is {k}, and {name} of shape {list(W.shape)} has {min(W.shape)} singular values; "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from s2d.errors import InputError
+from s2d.sharding import Block, is_dtensor
 
 Kind: TypeAlias = Literal["linear", "conv", "embedding", "norm"]
 Selector: TypeAlias = str | Sequence[str] | Callable[[nn.Module, str], bool]
@@ -97,9 +98,21 @@ class Target:
         """The weight as a detached `[out, in]` view that shares the parameter's memory; see `view`."""
         return self.view(self.parameter.detach())
 
-    def edit(self, change: Callable[[Tensor], None]) -> None:
-        """Let `change` write to the weight: to a view `[out, in]` of it, of a norm to the gain `[d]` itself."""
-        change(self.parameter.detach() if self.kind == "norm" else self.matrix())
+    def block(self, tensor: Tensor | None = None) -> Block:
+        """The part of the matrix that this rank holds, in the weight or in a tensor shaped like it; see `view`.
+
+        A norm gain is one column. Nothing but DTensors is divided.
+
+        Raises:
+            InputError: The weight is divided along other dimensions than rows and columns of a matrix.
+        """
+        whole = Block.of(self.parameter.detach() if tensor is None else tensor)
+        whole = whole.mT if self.transposed else whole
+        return whole if self.rows is None else whole.take(self.rows)
+
+    def edit(self, change: Callable[[Block], None]) -> None:
+        """Let `change` write to this rank's part of the weight."""
+        change(self.block())
 
     def __str__(self) -> str:
         return self.name
@@ -204,7 +217,7 @@ def _usable(parameter: nn.Parameter) -> bool:
     if is_lazy(parameter) or parameter.is_meta or not parameter.is_floating_point() or parameter.element_size() < 2:
         return False
     # Quantized weights may pose as floating point through a tensor subclass; sharded ones (DTensor) are genuine.
-    plain = type(parameter.data) is Tensor or type(parameter.data).__name__ == "DTensor"
+    plain = type(parameter.data) is Tensor or is_dtensor(parameter)
     return plain and not parameter.is_quantized and parameter.numel() > 0
 
 

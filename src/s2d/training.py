@@ -1,8 +1,9 @@
 """Fine-tuning: a task's loss, AdamW or Muon with a warm-up, and, when asked for, selective spectral decay.
 
-The loop runs on accelerate, which brings the device and the precision. One run is one process. What a run yields is
-determined by the model, the data, the settings and the seed; one that was interrupted and continued ends bit-identical
-on the CPU.
+The loop runs on accelerate, which brings the device, the precision and, under torchrun, data parallelism: every process
+takes its share of each batch, and only the first one writes. What a run yields is determined by the model, the data,
+the settings and the seed; one that was interrupted and continued ends bit-identical on the CPU. On several processes it
+ends where one process ends, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from s2d import launch
 from s2d.anchor import Anchor
 from s2d.baselines import Baseline, attach
 from s2d.decay import SelectiveSpectralDecay
@@ -49,7 +51,7 @@ class TrainSettings(BaseModel):
         steps: Optimizer steps; at most so many where `minutes` is given.
         minutes: End after so much time in the loop, the schedule of the learning rate included; None for no limit. What
             a run yields then depends on the machine too.
-        batch_size: Examples a step.
+        batch_size: Examples a step, of all processes together.
         optimizer: ``adamw``, or ``muon`` for the matrices of the blocks with AdamW for the rest (see `s2d.optimizers`).
         lr: Peak learning rate of the encoder.
         head_lr: Of everything else (a new classification head); as `lr` when None.
@@ -179,7 +181,7 @@ def train(
     settings = settings or TrainSettings()
     place = next(model.parameters()).device
     key = _key(model, task, settings, seed, decay, companion)
-    accelerator = _accelerator(place)
+    accelerator = _accelerator(place, task, settings)
     raw = make_optimizer(settings.optimizer, model, parameter_groups(model, settings, companion), settings.lr)
     prepared, optimizer = accelerator.prepare(model, raw)
     clock = _Clock(settings)
@@ -205,6 +207,7 @@ def train(
         guard = StepGuard(settings.spike, settings.lr)
         run = _Run(model, raw, scheduler, spectral, companion, guard, Path(state) if state is not None else None, key)
         run.restore()
+        _require_together(run.step, accelerator)
         interrupt = stack.enter_context(_deferred_interrupt()) if run.path is not None else None
         cost = stack.enter_context(measured())
         model.train()
@@ -213,11 +216,13 @@ def train(
         before = clock.seconds = run.seconds
         while clock.steps(run.step) < settings.steps:
             with torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                loss = task.loss(prepared, next(batches))
+                loss = task.loss(prepared, _share(next(batches), accelerator))
                 for other in (companion, spectral):
                     added = None if other is None or isinstance(other, SelectiveSpectralDecay) else other.loss()
                     loss = loss if added is None else loss + added
-            value = loss.item()
+            value, seconds, ending = _together(
+                accelerator, loss.item(), time.monotonic() - started, interrupt is not None and interrupt.is_set()
+            )
             optimizer.zero_grad()
             taken = guard.loss(run.step + 1, value)
             if taken:
@@ -228,17 +233,17 @@ def train(
                 optimizer.step()
             elif spectral is not None:
                 spectral.forget()  # what this step showed is not its next one's
-            run.seconds = clock.seconds = before + time.monotonic() - started
+            run.seconds = clock.seconds = before + (time.monotonic() - started if seconds is None else seconds)
             scheduler.step()
             run.step += 1
             run.losses.append(value)
-            if on_step is not None:
+            if on_step is not None and launch.leads():
                 on_step(run.step, value)
-            if on_checkpoint is not None and run.step in settings.checkpoints:
+            if on_checkpoint is not None and run.step in settings.checkpoints and launch.leads():
                 model.eval()
                 on_checkpoint(run.step)
                 model.train()
-            if interrupt is not None and interrupt.is_set():
+            if ending or (seconds is None and interrupt is not None and interrupt.is_set()):
                 run.save()
                 raise KeyboardInterrupt
             if run.path is not None and time.monotonic() - saved >= settings.save_every and run.step < settings.steps:
@@ -251,21 +256,75 @@ def train(
     return Training(run.step, run.seconds, cost.peak_mb, run.losses, history, guard.skipped)
 
 
-def _accelerator(place: torch.device) -> Any:
-    """An accelerator of one process on the model's device. The precision is left to torch: accelerate fixes its own for
-    the life of the process.
+def _accelerator(place: torch.device, task: Task, settings: TrainSettings) -> Any:
+    """An accelerator on the model's device, for all processes that torchrun started. The precision is left to torch:
+    accelerate fixes its own for the life of the process.
     """
     accelerate = require("accelerate", "hf")
+    launch.meet(place.type == "cpu")
+    # Some models have parts that a task does not use, whose gradients no process must wait for.
+    parallel = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
     try:
-        accelerator = accelerate.Accelerator(cpu=place.type == "cpu", mixed_precision="no")
+        accelerator = accelerate.Accelerator(
+            cpu=place.type == "cpu", mixed_precision="no", kwargs_handlers=[parallel] if launch.count() > 1 else None
+        )
     except ValueError as error:
         raise InputError(
             "this process has an Accelerator with other settings already; train in a process of its own "
             f"({_first_line(error)})"
         ) from error
-    if accelerator.num_processes > 1:
-        raise InputError("training runs in one process; start it without accelerate launch or torchrun")
+    if accelerator.num_processes == 1:
+        return accelerator
+    if accelerator.distributed_type.value not in ("MULTI_CPU", "MULTI_GPU"):
+        raise InputError(
+            f"s2d's own training is data-parallel, not {accelerator.distributed_type.value}; unset the plugin, or "
+            "shard in a loop of your own: SelectiveSpectralDecay works with fully_shard (docs/scaling.md)"
+        )
+    if not task.separable:
+        raise InputError(
+            f"the loss of {task.name} compares all examples of a batch, which {accelerator.num_processes} processes do "
+            "not see; train it in one process"
+        )
+    if settings.batch_size % accelerator.num_processes:
+        raise InputError(
+            f"train.batch_size={settings.batch_size} cannot be shared by {accelerator.num_processes} processes; "
+            "choose a multiple of them"
+        )
     return accelerator
+
+
+def _share(batch: Batch, accelerator: Any) -> Batch:
+    """This process's rows of a batch; of a short one the rows that do not go round are left out."""
+    each = _rows(batch) // accelerator.num_processes
+    if each == 0:
+        raise InputError(
+            f"{_rows(batch)} training examples cannot be shared by {accelerator.num_processes} processes; use fewer"
+        )
+    first = each * accelerator.process_index
+    return batch if accelerator.num_processes == 1 else {n: t[first : first + each] for n, t in batch.items()}
+
+
+def _together(accelerator: Any, loss: float, seconds: float, ending: bool) -> tuple[float, float | None, bool]:
+    """The mean loss, the time of the slowest process, and whether any was asked to end: the same for all of them.
+
+    One process alone goes by its own clock, at the end of the step.
+    """
+    if accelerator.num_processes == 1:
+        return loss, None, False
+    told = torch.tensor([[loss, seconds, float(ending)]], device=accelerator.device)
+    losses, times, endings = accelerator.gather(told).unbind(1)
+    return losses.mean().item(), times.max().item(), bool(endings.any())
+
+
+def _require_together(step: int, accelerator: Any) -> None:
+    """Refuse to continue from different places."""
+    if accelerator.num_processes == 1:
+        return
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"the processes found saved states of steps {sorted(set(steps))}; keep the state on a disk that all share"
+        )
 
 
 @dataclass
@@ -393,6 +452,8 @@ class _Run:
 
     def save(self) -> None:
         assert self.path is not None
+        if not launch.leads():
+            return  # all processes hold the same
         content = {
             "version": _STATE_VERSION,
             "key": self.key,

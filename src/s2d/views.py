@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from s2d.errors import InputError
+from s2d.sharding import Groups, Part, Parts, data_groups_of, is_divided_by_rows, is_dtensor, local_part
 from s2d.targets import Target
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -25,6 +27,53 @@ def call_views(target: Target, module: nn.Module, x: Tensor, y: Tensor) -> tuple
         if channels_first or y.shape[-1] != target.parameter.numel():
             y = y.movedim(1, -1)
     return x, (y[..., target.rows] if target.rows is not None else y)
+
+
+def parts_of(target: Target, stored: Tensor, x: Tensor, y: Tensor, data: Groups) -> Parts:
+    """Which parts of a call's input and output this rank sees.
+
+    Args:
+        target: Whose module was called.
+        stored: Its parameter as it is between steps.
+        x: What of the input is here, as `call_views` gives it.
+        y: What of the output is here.
+        data: The ranks with other data, where the weight does not tell; see `s2d.sharding.data_groups`.
+    """
+    running = target.parameter
+    rows = data_groups_of(stored, running, data)
+    if not is_dtensor(running):
+        return Parts(Part(x.shape[-1], row_groups=rows), Part(y.shape[-1], row_groups=rows))
+    embeds = target.kind == "embedding"
+    W = target.block().mT if embeds else target.block()
+    given = Part(1, row_groups=rows) if embeds else _part(x.shape[-1], W.shape[1], W.columns, rows, W.column_groups)
+    return Parts(given, _part(y.shape[-1], W.shape[0], W.rows, rows, W.row_groups))
+
+
+def _part(here: int, width: int, columns: slice, rows: Groups, divided: Groups) -> Part:
+    """Columns are divided like the weight's, unless the module has brought them together already."""
+    return Part(width, columns, rows, divided) if divided and here != width else Part(here, row_groups=rows)
+
+
+def refuse_unreadable(target: Target, x: Tensor, y: Tensor) -> None:
+    """Refuse what tensor parallelism may do to a call that hides which tokens and channels belong together.
+
+    Raises:
+        InputError: Sequence parallelism, or a fused projection.
+    """
+    if not is_dtensor(target.parameter):
+        return
+    if target.rows is not None or isinstance(target.module, nn.MultiheadAttention):
+        raise InputError(
+            f"{target.name} is a fused projection divided by tensor parallelism, whose rows are not those of q, k, v; "
+            "use a model with separate projections, exclude it, or shard it with fully_shard only"
+        )
+    tokens = [local_part(each).shape[:-1].numel() for each in (x, y)]
+    moved = target.kind == "linear" and tokens[0] != tokens[1]
+    if moved or any(is_divided_by_rows(each) for each in (x, y)):
+        raise InputError(
+            f"the tokens that {target.name} reads or makes are divided over ranks (sequence parallelism), which is not "
+            "supported; keep activations whole between tensor-parallel layers, or exclude it"
+        )
 
 
 def projection_input(target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -144,6 +144,7 @@ def test_the_state_carries_what_checkpoints_of_adapters_do_not() -> None:
     model, optimizer, decay = start()
     steps(model, optimizer, 3)
     adapters, state = factors(model), copy.deepcopy((optimizer.state_dict(), decay.state_dict()))
+    assert state[1]["frozen"].keys() == {"base_model.model.0.weight"}  # what was shrunk, not the whole base
     model, optimizer, decay = start()  # the published base again, as PEFT loads it
     for name, parameter in model.named_parameters():
         if name in adapters:

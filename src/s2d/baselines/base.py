@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from s2d.errors import InputError
 from s2d.rates import PeakRates
+from s2d.sharding import is_dtensor
 from s2d.targets import KINDS, Kind, Target, find_targets
 
 
@@ -118,12 +119,14 @@ class Baseline:
         """The weights of some kinds that the optimizer trains.
 
         Raises:
-            InputError: There are none.
+            InputError: There are none, or one is sharded.
         """
         found = find_targets(model, kinds=kinds)
         held = [t for t in found if t.parameter.requires_grad and self._rates.trainer(t.parameter) is not None]
         if not held:
             raise InputError(f"{self.name}: the optimizer trains no {' or '.join(kinds)} weight of this model")
+        if sharded := next((target.name for target in held if is_dtensor(target.parameter)), None):
+            raise InputError(f"{sharded} is sharded; baselines work on whole weights, so compare on one device")
         return held
 
 

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from s2d.baselines import base
 from s2d.decay import SelectiveSpectralDecay
 from s2d.selection import Components
+from s2d.sharding import Block, is_dtensor
 from s2d.targets import Target
 
 
@@ -81,19 +82,26 @@ class _Control(SelectiveSpectralDecay):
 
     def __init__(self, *args: Any, seed: int, **settings: Any) -> None:
         super().__init__(*args, seed=seed, **settings)
+        if sharded := next((target.name for target in self.targets if is_dtensor(target.parameter)), None):
+            self.remove()
+            raise base.InputError(f"{sharded} is sharded; baselines work on whole weights, so compare on one device")
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn: dict[str, Tensor] = {}
         self._drawn_at: dict[str, int] = {}
         self.asked = self.done = 0.0
 
-    def shrink(self, target: Target, W: Tensor, components: Components, amount: float, bias: Tensor | None) -> None:
+    def shrink(
+        self, target: Target, W: Block, components: Components, amount: float, bias: Block | None,
+        along: Tensor | None, along_bias: Tensor | None,
+    ) -> None:  # fmt: skip
         """Do it to a copy, to see how much it is; then to random components of the weight."""
-        shrunk = W.clone()
-        super().shrink(target, shrunk, components, amount, None)
-        wanted = float(torch.linalg.vector_norm(shrunk - W))
-        drawn = self._draw(target, W, components)
+        whole, shrunk = W.local, W.local.clone()
+        super().shrink(target, Block.of(shrunk), components, amount, None, along, along_bias)
+        wanted = float(torch.linalg.vector_norm(shrunk - whole))
+        drawn = self._draw(target, whole, components)
+        shrink = shrink_channels if components.channels is not None else shrink_span
         self.asked += wanted
-        self.done += (shrink_channels if components.channels is not None else shrink_span)(W, drawn, wanted, bias)
+        self.done += shrink(whole, drawn, wanted, None if bias is None else bias.local)
 
     def _draw(self, target: Target, W: Tensor, components: Components) -> Tensor:
         """Channels ``[K]`` that are not selected (where enough are left), or directions ``[O, K]``."""

@@ -64,6 +64,7 @@ def condition(
     check_folder(out)
     check_file(json_file)
     task = _task_of(objective, task, data)
+    from s2d import launch
     from s2d.checkpoint import load
     from s2d.models import save_model
     from s2d.report import write_card
@@ -82,6 +83,7 @@ def condition(
         arms={"s2d": {} if preset is None else {"preset": preset}},
     )
     state = out.with_name(f"{out.name}.training") / "state.pt"
+    quiet = quiet or not launch.leads()
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         watch.stage(f"loading {model}", 1)
         made: Task = create(recipe.task.name, **recipe.task.options)
@@ -97,6 +99,9 @@ def condition(
             state=state,
             on_step=lambda step, loss: watch.advance(step, f"loss {loss:.3f}"),
         )
+        launch.part()
+        if not launch.leads():
+            return  # the first process writes
         notes = {"conditioned": recipe.model_dump(include={"model", "task", "train", "arms"}), "seed": seed}
         save_model(built, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
         run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)

@@ -73,8 +73,9 @@ def _run(
     smoke: bool = False,
 ) -> None:
     check_file(json_file)
+    from s2d import launch
     from s2d.recipe import read_recipe
-    from s2d.runner import Runner
+    from s2d.runner import Runner, device_of
     from s2d.terminal import Watch, comparison
 
     name, content = read_recipe(recipe, overrides or ())
@@ -82,9 +83,15 @@ def _run(
     if smoke:
         from s2d.smoke import smoke_test
 
-        content = smoke_test(content, folder / "data")
+        launch.meet(device_of(content.device) == "cpu")
+        content = launch.as_first(smoke_test(content, folder / "data") if launch.leads() else None)
+    quiet = quiet or not launch.leads()
     with Watch(Console(stderr=True), quiet=quiet) as watch:
-        results = Runner(name, content, folder, watch, trial=smoke).run()
+        runner = Runner(name, content, folder, watch, trial=smoke)
+        results = runner.run() if launch.leads() else runner.follow()
+    launch.part()
+    if results is None:
+        return
     if json_file is not None:
         save_json(json_file, results)
     if not quiet:

@@ -35,13 +35,17 @@ class Task(ABC):
         name: The name it is registered under.
         primary: The metric that matters, a key of what `evaluate` returns.
         higher_is_better: Of the primary metric.
+        adds_head: `build` puts new, untrained outputs on the model.
+        separable: The mean of the losses of a batch's parts is the loss of the batch, so that processes can share it.
+        ragged: Examples differ in length, so that batches of like length save time.
     """
 
     name: ClassVar[str]
     primary: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
-    adds_head: ClassVar[bool] = False  # `build` puts new, untrained outputs on the model
-    ragged: ClassVar[bool] = True  # examples differ in length, so that batches of like length save time
+    adds_head: ClassVar[bool] = False
+    separable: ClassVar[bool] = True
+    ragged: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -98,6 +102,19 @@ class Task(ABC):
 
 TaskClass = TypeVar("TaskClass", bound=type[Task])
 _TASKS: dict[str, type[Task]] = {}
+
+
+def from_all_ranks(rows: Tensor) -> Tensor:
+    """The rows ``[n, D]`` of every process's share of a batch, in order, for losses that compare examples.
+
+    Gradients flow back to where the rows come from, so that the mean of the processes' gradients is that of the loss
+    over the whole batch.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or not torch.is_grad_enabled():
+        return rows
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(rows.contiguous()))
 
 
 def register(name: str) -> Callable[[TaskClass], TaskClass]:

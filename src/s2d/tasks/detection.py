@@ -45,6 +45,7 @@ class Detection(ImageRows):
     """
 
     primary = "ap"
+    separable = False  # normalized by the number of boxes in the batch
 
     def __init__(
         self,

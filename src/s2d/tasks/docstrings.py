@@ -26,6 +26,7 @@ from s2d.tasks.base import (
     check_batch_size,
     check_split,
     device_of,
+    from_all_ranks,
     register,
     to_device,
 )
@@ -140,7 +141,8 @@ class Docstrings(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Symmetric InfoNCE: each query against the batch's documents, and each document against its queries."""
-        query, document = (model(**inputs) for inputs in self.inputs(to_device(batch, device_of(model))))
+        own_rows = (model(**inputs) for inputs in self.inputs(to_device(batch, device_of(model))))
+        query, document = (from_all_ranks(rows) for rows in own_rows)
         scores = self.scale * query @ document.T  # [batch, batch]
         own = torch.arange(len(scores), device=scores.device)
         return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2

@@ -39,6 +39,7 @@ class Retrieval(ImageRows):
     """
 
     primary = "mean_r1"
+    separable = False
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class ZeroShot(LabelledImages):
     """
 
     primary = "accuracy"
+    separable = False
 
     def __init__(
         self,

@@ -1,0 +1,42 @@
+"""The decay in torch's distributed checkpoints: saved on so many ranks, continued on any other number.
+
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments, "decay": DecayState(decay)}, checkpoint_id=folder)
+
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments, "decay": DecayState(decay)}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+
+What a decay remembers (triplets, directions, the selection) is whole and the same on every rank, however the weights
+are divided, so that it does not matter how many there are. It has other keys at every refresh, which a checkpoint that
+is loaded in place cannot have; so it is kept as one value.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+
+from s2d.decay import SelectiveSpectralDecay
+
+
+class DecayState:
+    """A ``Stateful`` of ``torch.distributed.checkpoint`` around a decay."""
+
+    def __init__(self, decay: SelectiveSpectralDecay) -> None:
+        """Around the decay of this rank."""
+        self._decay = decay
+
+    def state_dict(self) -> dict[str, Any]:
+        """The decay's state as bytes."""
+        buffer = io.BytesIO()
+        torch.save(self._decay.state_dict(), buffer)
+        return {"state": buffer.getvalue()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`; nothing in it can run code."""
+        self._decay.load_state_dict(torch.load(io.BytesIO(state["state"]), map_location="cpu", weights_only=True))

@@ -1,0 +1,52 @@
+"""Which of the processes that torchrun started this one is; a process that was started alone is the first of one.
+
+All of them run the same command. They train together; the first one alone writes, prints and measures.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+from s2d.errors import require
+
+# The others wait for what the first one does alone (evaluating, quantizing), which may take hours. torchrun ends all
+# when one fails.
+_PATIENCE = timedelta(days=7)
+
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Whether this is the first one."""
+    return count() == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def meet(cpu: bool) -> None:
+    """Let the processes find each other, if there are several and they have not yet."""
+    if count() > 1:
+        require("accelerate", "hf").PartialState(cpu=cpu, timeout=_PATIENCE)
+
+
+def as_first(content: Any) -> Any:
+    """A picklable object as the first process has it; the others wait for it. `meet` comes before."""
+    if count() == 1:
+        return content
+    import torch.distributed
+
+    box = [content]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def part() -> None:
+    """The work is done, and no process needs another any more."""
+    if count() > 1:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,68 @@
+"""`s2d.train` under torchrun: one result, that of one process; a killed process costs nothing but time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_text import make_data, make_model
+
+from s2d.errors import InputError
+from s2d.results import read_json
+from s2d.training import _share
+
+pytest.importorskip("accelerate")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def torchrun(ranks: int, *given: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    places = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+    # With gloo the processes of a restart would find the addresses of those before them in the agent's store.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", *given]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def job(folder: Path, ranks: int, decay: str, *given: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    script = str(ROOT / "tests" / "train_job.py")
+    ended = torchrun(ranks, script, str(folder), decay, *given, restarts=len(given))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    name = f"{decay}-{ranks}{'-killed' if given else ''}"
+    return read_json(folder / f"{name}.json"), torch.load(folder / f"{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("job")
+    make_model(made / "bert")
+    make_data(made / "words")
+    return made
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_end_where_one_does_and_survive_a_kill(folder: Path) -> None:
+    alone, weights = job(folder, 1, "default")
+    assert sum(number for _, number in alone["selected"])
+    told, found = job(folder, 2, "default", "kill")  # the killed run saves after each step
+    assert told["continued_from"] > 0, "it began again from the start"
+    assert told["selected"] == alone["selected"]
+    assert told["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    for name, expected in weights.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    assert not list(folder.glob(".default-2*")), "two processes wrote the same file"
+
+
+def test_a_batch_is_shared_evenly_or_refused() -> None:
+    class Two:
+        num_processes, process_index = 2, 0
+
+    assert {k: v.tolist() for k, v in _share({"a": torch.arange(5)}, Two()).items()} == {"a": [0, 1]}
+    with pytest.raises(InputError, match="1 training examples cannot be shared by 2 processes"):
+        _share({"a": torch.arange(1)}, Two())
