@@ -34,6 +34,8 @@ DECAYS: dict[str, dict[str, Any] | None] = {
     "default": {"refresh_every": 3, "outlier_ratio": 1.5, "threshold": 0.1},
     "paper": {"preset": "paper", "refresh_every": 3, "threshold": 0.1},
     "data": {"metric": "data", "refresh_every": 3, "outlier_ratio": 1.5, "threshold": 0.1},
+    "penalty": {"baseline": "tweo", "weight": 0.1},
+    "control": {"baseline": "random-directions", "refresh_every": 3, "outlier_ratio": 1.5},
 }
 
 

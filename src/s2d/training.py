@@ -27,6 +27,7 @@ from torch import nn
 
 from s2d import launch
 from s2d.anchor import Anchor
+from s2d.baselines import Baseline, attach
 from s2d.decay import SelectiveSpectralDecay
 from s2d.errors import InputError, require
 from s2d.guard import StepGuard
@@ -180,7 +181,8 @@ def train(
         task: Its data and loss.
         settings: See `TrainSettings`.
         seed: Of the order of the data and of dropout. The global random state is left as it was.
-        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), or None to train without it.
+        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), ``{"baseline": NAME, ...}`` for a rival
+            with its settings (see `s2d.baselines`), or None to train without either.
         companion: Something that trains along, such as the ranges of quantizers.
         state: A file to keep the training's state in. Where it exists already, training continues from it. It is
             written every ``settings.save_every`` seconds, on Ctrl-C and at the end; remove it when the model is saved.
@@ -210,7 +212,7 @@ def train(
             stack.callback(companion.remove)
         spectral = None
         if decay is not None:
-            spectral = SelectiveSpectralDecay(model, raw, seed=seed, **decay)
+            spectral = attach(model, raw, decay, seed=seed)
             stack.callback(spectral.remove)
         if companion is not None:
             companion.attach(raw)
@@ -232,8 +234,9 @@ def train(
         while clock.steps(run.step) < settings.steps and not held_out.spent:
             with torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = task.loss(prepared, _share(next(batches), accelerator))
-                added = None if companion is None else companion.loss()
-                loss = loss if added is None else loss + added
+                for other in (companion, spectral):
+                    added = None if other is None or isinstance(other, SelectiveSpectralDecay) else other.loss()
+                    loss = loss if added is None else loss + added
             value, seconds, ending = _together(
                 accelerator, loss.item(), time.monotonic() - started, interrupt is not None and interrupt.is_set()
             )
@@ -458,7 +461,7 @@ class _Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    decay: SelectiveSpectralDecay | None
+    decay: SelectiveSpectralDecay | Baseline | None
     companion: Companion | None
     guard: StepGuard
     held_out: Patience
