@@ -265,9 +265,15 @@ class SelectiveSpectralDecay:
                 self._changed.add(target.name)
 
     def shrink(
-        self, target: Target, W: Block, components: Components, amount: float, bias: Block | None,
-        along: Tensor | None, along_bias: Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        target: Target,
+        W: Block,
+        components: Components,
+        amount: float,
+        bias: Block | None,
+        along: Tensor | None,
+        along_bias: Tensor | None,
+    ) -> None:
         """Shrink the selected components of one weight, in place; the control of an experiment does something else.
 
         Args:
@@ -276,7 +282,8 @@ class SelectiveSpectralDecay:
             components: What was selected.
             amount: The strength times the schedule.
             bias: Of the target's rows, where it is trained.
-            along, along_bias: Of a sharded weight and its bias, what must be known of the whole.
+            along: Of a sharded weight, what must be known of the whole.
+            along_bias: The same of its bias.
         """
         power = self.settings.power
         if components.channels is not None:
