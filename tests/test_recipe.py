@@ -8,7 +8,7 @@ import pytest
 
 from s2d.decay_settings import PRESETS
 from s2d.errors import InputError
-from s2d.recipe import decay_settings, make_recipe, packaged, read_recipe, read_text
+from s2d.recipe import arm_settings, decay_settings, make_recipe, packaged, read_recipe, read_text
 
 SMALL = {"model": "some-model", "task": {"name": "docstrings"}}
 
@@ -79,6 +79,12 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         ("arms.s2d.strength=-1", r"arms: strength=-1 is out of range"),
         ("arms.s2d.preset=papre", r"arms: preset='papre' is unknown; choose from default, paper"),
         ("arms.s2d.model=x", r"arms: the decay has no setting 'model'"),
+        ("arms.tweo={baseline: twoe}", r"arms: there is no baseline 'twoe'; did you mean tweo\?"),
+        (
+            "arms.tweo={baseline: tweo, wieght: 1}",
+            r"arms: the baseline tweo has no setting 'wieght'; did you mean weight",
+        ),
+        ("arms.tweo={baseline: tweo, weight: -1}", r"arms: weight=-1 is out of range"),
         ("arms.none={}", r"arms: the arm 'none' is the model as it is"),
         ("arms={'a/b': null}", r"arms: an arm's name holds letters"),
         ("arms={}", r"arms=\{\}"),
@@ -126,3 +132,11 @@ def test_arms_stand_for_settings_of_the_decay() -> None:
     assert decay_settings({"preset": "paper", "include": "*.fc2"}) == PRESETS["paper"]
     assert decay_settings({"strength": 0.5, "kinds": ["norm"]}).kinds == ("norm",)
     assert make_recipe(SMALL).arms == {"adamw": None, "s2d": {}}
+
+
+def test_an_arm_can_name_a_rival() -> None:
+    recipe = make_recipe(SMALL, ["arms.tweo={baseline: tweo, weight: 0.5}"])
+    assert recipe.arms["tweo"] == {"baseline": "tweo", "weight": 0.5}
+    whole = arm_settings({"baseline": "tweo", "weight": 0.5})
+    assert whole == {"baseline": "tweo", "weight": 0.5, "tau": 3.0, "power": 4.0, "at": "blocks"}
+    assert arm_settings({"strength": 0.5})["outlier_ratio"] == PRESETS["default"].outlier_ratio

@@ -38,6 +38,13 @@ def test_the_whole_recipe_runs(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_an_eager_decay_is_not_put_on_a_rival(tmp_path: Path) -> None:
+    recipe = read_recipe("vit-cifar10-small", ["arms.l2={baseline: l2, strength: 0.1}"])[1]
+    arms = smoke_test(recipe, tmp_path).arms
+    assert arms["l2"] == {"baseline": "l2", "strength": 0.1} and arms["adamw"] is None
+    assert arms["s2d"] is not None and arms["s2d"]["refresh_every"] == 2
+
+
 def test_a_recipe_without_a_smoke_section_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no smoke section"):
         smoke_test(read_recipe("minilm-sst2")[1], tmp_path)

@@ -37,6 +37,7 @@ from s2d.adapters import with_adapters
 from s2d.decay_settings import PRESETS, MetricName, Mode
 from s2d.eligible import eligible
 from s2d.errors import InputError
+from s2d.rates import PeakRates
 from s2d.selection import METRICS, Components, Finding
 from s2d.sharding import (
     Block,
@@ -153,19 +154,14 @@ class SelectiveSpectralDecay:
         self._data_groups, self._everyone = data_groups(model), all_ranks(model)
         if frozen and self.settings.mode == "coupled":
             raise InputError("frozen=True shrinks weights that no loss can reach; use it with mode='decoupled'")
-        self._group = {
-            id(parameter): (each, index)
-            for each in self.optimizers
-            for index, group in enumerate(each.param_groups)
-            for parameter in group["params"]
-        }
+        self._rates = PeakRates(self.optimizers)
         found = with_adapters(model, find_targets(model, include, exclude, self.settings.kinds))
         coupled = self.settings.mode == "coupled"
-        self.targets, self.skipped = eligible(model, found, self._group, coupled=coupled, frozen=frozen)
-        self._frozen = {t.name: t for t in self.targets if id(t.parameter) not in self._group}
+        self.targets, self.skipped = eligible(model, found, self._rates, coupled=coupled, frozen=frozen)
+        self._frozen = {t.name: t for t in self.targets if id(t.parameter) not in self._rates}
         self._changed: set[str] = set()
         for target in self._frozen.values():  # they follow the schedule of what is trained instead of them
-            self._group[id(target.parameter)] = (self.optimizers[0], 0)
+            self._rates.follow(target.parameter)
         self._between_steps = {target.name: target.parameter for target in self.targets}
         ranks = [min(target.block().shape) for target in self.targets if target.kind != "norm"]
         if max_rank is not None and ranks and max_rank > max(ranks):
@@ -177,7 +173,6 @@ class SelectiveSpectralDecay:
         )
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
         self.step_count = 0
-        self._peak_lr: dict[tuple[int, int], float] = {}
         self._ran: set[str] = set()
         self._mask: Tensor | None = None
         self._handles: list[Any] = []
@@ -224,7 +219,7 @@ class SelectiveSpectralDecay:
         def hook(optimizer: Optimizer, *_: Any) -> None:
             if _skips_step(optimizer):
                 return
-            self._note_peaks(optimizer)
+            self._rates.note(optimizer)
             if self.settings.mode == "decoupled":
                 with self._exact_arithmetic():
                     self._shrink(optimizer)
@@ -246,52 +241,50 @@ class SelectiveSpectralDecay:
     def _selected_of(self, optimizer: Optimizer) -> Iterable[tuple[Target, Components]]:
         for target in self.targets:
             components = self._metric.selected.get(target.name)
-            if components is not None and len(components) and self._place(target)[0] is optimizer:
+            if components is not None and len(components) and self._rates.trainer(target.parameter) is optimizer:
                 yield target, components
-
-    def _place(self, target: Target) -> tuple[Optimizer | None, int]:
-        """The optimizer and group that train a weight; none for one put in the place of the weight trained."""
-        return self._group.get(id(target.parameter), (None, 0))
-
-    def _note_peaks(self, optimizer: Optimizer) -> None:
-        """The largest learning rate of each group: seen, or announced by its scheduler."""
-        for index, group in enumerate(optimizer.param_groups):
-            key = (self.optimizers.index(optimizer), index)
-            announced = float(group.get("max_lr", group.get("initial_lr", 0.0)))
-            self._peak_lr[key] = max(self._peak_lr.get(key, 0.0), float(group["lr"]), announced)
-
-    def _schedule(self, target: Target) -> float:
-        """The learning rate as a share of its peak, like the factor on AdamW's weight decay."""
-        optimizer, index = self._place(target)
-        assert optimizer is not None
-        peak = self._peak_lr[self.optimizers.index(optimizer), index]
-        return float(optimizer.param_groups[index]["lr"]) / peak if peak > 0 else 0.0
 
     def _shrink(self, optimizer: Optimizer) -> None:
         """Decoupled: the closed form on the selected components, nothing else."""
-        power, strength, metric = self.settings.power, self.settings.strength, self.settings.metric
+        strength = self.settings.strength
         if strength == 0:
             return
         members = list(self._selected_of(optimizer))
         present = self._present(members)
         for target, components in members:
-            amount, bias = strength * self._schedule(target), self._own_bias(target)
+            amount, bias = strength * self._rates.share(target.parameter), self._own_bias(target)
             along, along_bias = present.get(target.name, (None, None))
 
             def change(
                 W: Block, t=target, c=components, amount=amount, bias=bias, along=along, along_bias=along_bias
             ) -> None:
-                W = W.mT if t.kind == "embedding" else W
-                if c.channels is not None:
-                    shrink_rows(W, c, amount, power, bias)
-                elif metric == "weight":
-                    shrink_singular(W, c, amount, power, along)
-                else:
-                    shrink_directions(W, c, amount, power, bias, along, along_bias)
+                self.shrink(t, W.mT if t.kind == "embedding" else W, c, amount, bias, along, along_bias)
 
             target.edit(change)
             if target.name in self._frozen:
                 self._changed.add(target.name)
+
+    def shrink(
+        self, target: Target, W: Block, components: Components, amount: float, bias: Block | None,
+        along: Tensor | None, along_bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Shrink the selected components of one weight, in place; the control of an experiment does something else.
+
+        Args:
+            target: Whose weight it is.
+            W: ``[O, I]``; a gain is one column.
+            components: What was selected.
+            amount: The strength times the schedule.
+            bias: Of the target's rows, where it is trained.
+            along, along_bias: Of a sharded weight and its bias, what must be known of the whole.
+        """
+        power = self.settings.power
+        if components.channels is not None:
+            shrink_rows(W, components, amount, power, bias)
+        elif self.settings.metric == "weight":
+            shrink_singular(W, components, amount, power, along)
+        else:
+            shrink_directions(W, components, amount, power, bias, along, along_bias)
 
     def _present(self, members: list[tuple[Target, Components]]) -> dict[str, tuple[Tensor, Tensor | None]]:
         """What must be known of the whole of each sharded weight, and of its bias, before its step."""
@@ -312,7 +305,7 @@ class SelectiveSpectralDecay:
     def _own_bias(self, target: Target) -> Block | None:
         """The bias of a target's rows, unless it is frozen and the weight is not."""
         bias = bias_parameter(target)
-        trained = bias is not None and bias.requires_grad and id(bias) in self._group
+        trained = bias is not None and bias.requires_grad and id(bias) in self._rates
         if bias is None or not (trained or target.name in self._frozen):
             return None
         whole = Block.of(bias.detach())
@@ -478,7 +471,7 @@ class SelectiveSpectralDecay:
             "settings": {f.name: getattr(self.settings, f.name) for f in fields(self.settings)},
             "targets": [[target.name, list(target.parameter.shape)] for target in self.targets],
             "step_count": self.step_count,
-            "peak_lr": [[*key, value] for key, value in self._peak_lr.items()],
+            "peak_lr": self._rates.state(),
             "selected": {name: vars(c.to(torch.device("cpu"))) for name, c in self._metric.selected.items()},
             "metric": self._metric.state(),
             "history": list(self.history),
@@ -520,7 +513,7 @@ class SelectiveSpectralDecay:
                 here.copy_(saved)
             self._changed.add(name)
         self.step_count = state["step_count"]
-        self._peak_lr = {(a, b): value for a, b, value in state["peak_lr"]}
+        self._rates.load_state(state["peak_lr"])
         self._metric.selected = {
             name: Components(**parts).to(known[name].parameter.device) for name, parts in state["selected"].items()
         }

@@ -12,13 +12,14 @@ import inspect
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from s2d import baselines
 from s2d.decay import SelectiveSpectralDecay
 from s2d.decay_settings import PRESETS, DecaySettings
 from s2d.errors import InputError, choices, first_line
@@ -187,7 +188,8 @@ class Recipe(_Section):
         task: The task and its options.
         train: See `TrainSettings`.
         arms: Name of each arm, and the keywords of `SelectiveSpectralDecay` it trains with: ``{}`` for the defaults,
-            null to train without decay. An arm called ``none`` is not trained at all.
+            null to train without decay; or the name of a rival and its settings, ``{baseline: tweo, weight: 0.1}`` (see
+            `s2d.baselines`). An arm called ``none`` is not trained at all.
         seeds: Each is a repetition of all arms.
         split: What is evaluated. Settings are chosen on ``validation``.
         quantize: Bit widths and calibrators.
@@ -223,7 +225,7 @@ class Recipe(_Section):
             if name == UNTRAINED and decay is not None:
                 raise InputError(f"the arm {UNTRAINED!r} is the model as it is, not trained; give it null")
             if decay is not None:
-                decay_settings(decay)
+                arm_settings(decay)
         return arms
 
     @model_validator(mode="after")
@@ -241,6 +243,15 @@ class Recipe(_Section):
         if len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise InputError(f"seeds must be different whole numbers from 0 on, not {seeds}")
         return seeds
+
+
+def arm_settings(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of what an arm trains with, the defaults included.
+
+    Raises:
+        InputError: An unknown baseline or keyword (close ones are listed), preset or value.
+    """
+    return baselines.settings_of(arm) if baselines.KEY in arm else {**arm, **asdict(decay_settings(arm))}
 
 
 def decay_settings(decay: Mapping[str, Any]) -> DecaySettings:

@@ -20,13 +20,13 @@ from torch import nn
 
 from s2d import launch, quant
 from s2d.audit import audit
-from s2d.decay import SelectiveSpectralDecay
+from s2d.baselines import attach
 from s2d.errors import InputError, MissingExtra
 from s2d.evaluation import evaluate, model_for
 from s2d.models import Loaded, load, save_model
 from s2d.quant import QuantSpec
 from s2d.quantized_training import train_quantized
-from s2d.recipe import FULL, UNTRAINED, Calibration, Cell, Recipe, decay_settings
+from s2d.recipe import FULL, UNTRAINED, Calibration, Cell, Recipe, arm_settings
 from s2d.report import write_card, write_report
 from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, sweep, write_json
 from s2d.tasks import Task, create
@@ -37,10 +37,10 @@ from s2d.training import train
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
 _ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
 _HEADS = ("models/heads.py", "models/image_heads.py", "models/dual_encoder.py", "models/preprocessing.py")
-_TRAINING = ("training.py", "optimizers.py", "guard.py", "tasks", *_HEADS, *_ANCHORING)
+_TRAINING = ("training.py", "optimizers.py", "guard.py", "patience.py", "tasks", *_HEADS, *_ANCHORING)
 _SPECTRA = ("dominance.py", "spectrum.py", "subspace.py", "sharding.py")
 _SEEING = ("selection", "channels.py", "views.py", "writers.py", "targets.py", *_SPECTRA)
-_DECAY = ("decay.py", "decay_settings.py", "eligible.py", "adapters.py", "shrink.py", *_SEEING)
+_DECAY = ("decay.py", "decay_settings.py", "eligible.py", "adapters.py", "shrink.py", "rates.py", "baselines", *_SEEING)
 _JUDGING = ("evaluation.py", "tasks", *_HEADS)
 _QUANTIZING = ("quant", "models")
 _QAT = ("quantized_training.py", *_QUANTIZING, *_TRAINING)
@@ -130,7 +130,7 @@ class Runner:
         optimizer = torch.optim.AdamW(model.parameters())
         for decay in recipe.arms.values():
             if decay is not None:
-                SelectiveSpectralDecay(model, optimizer, **decay).remove()
+                attach(model, optimizer, decay).remove()
         for spec in [*recipe.quantize.specs, *(recipe.qat.specs if recipe.qat else [])]:
             if spec != FULL:
                 quant.plan(model, QuantSpec.parse(spec))
@@ -268,7 +268,7 @@ class Runner:
 
     def _decay_key(self, arm: str) -> JSON | None:
         decay = self.recipe.arms[arm]
-        return None if decay is None else {**decay, **asdict(decay_settings(decay))}
+        return None if decay is None else arm_settings(decay)
 
     @contextmanager
     def _model(self, arm: str, seed: int) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from s2d.baselines import KEY
 from s2d.errors import InputError, require
 from s2d.recipe import Recipe
 from s2d.results import write_atomic
@@ -35,7 +36,8 @@ def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
     options = {name: value for name, value in recipe.task.options.items() if name not in _COLUMNS}
     # Tiny random models have no outliers; the decay should have something to do all the same.
     eager = {"refresh_every": 2, "threshold": 0.1, "outlier_ratio": 1.5}
-    arms = {name: decay if decay is None else {**decay, **eager} for name, decay in recipe.arms.items()}
+    plain = [name for name, decay in recipe.arms.items() if decay is None or KEY in decay]  # no decay to be made eager
+    arms = {name: decay if name in plain else {**(decay or {}), **eager} for name, decay in recipe.arms.items()}
     train = {"steps": 4, "batch_size": 8, "checkpoints": ()}
     content = recipe.model_dump() | {
         "about": f"Only a trial: {recipe.about}",
@@ -55,7 +57,7 @@ def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
 
 def _images(folder: Path) -> Path:
     """Coloured shapes, a folder for each class and split, and beside them what other tasks read: captions, questions,
-    boxes.
+    boxes, running text.
     """
     image = require("PIL.Image", "vision")
     draw = require("PIL.ImageDraw", "vision")
@@ -90,4 +92,6 @@ def _images(folder: Path) -> Path:
                 )
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(folder / split / "metadata.jsonl", lambda file, lines=lines: file.write(lines.encode()))
+        story = "".join(f"{row['text']} lies beside {row['file_name']}\n" for row in rows * 8)
+        write_atomic(folder / f"{split}.txt", lambda file, story=story: file.write(story.encode()))
     return folder

@@ -47,6 +47,11 @@ def test_the_text_compares_the_arms_and_says_what_the_decay_saw() -> None:
     assert "3 seeds." in text and "simulated" in text
 
 
+def test_a_rival_is_not_called_spectral_decay() -> None:
+    text = made(arm="tweo", training={"steps": 3, "decay": {"baseline": "tweo", "weight": 0.1}})
+    assert "with the baseline `tweo`" in text and "**selective spectral decay**" not in text
+
+
 def test_a_card_without_numbers_is_one_too() -> None:
     found = hub.ModelCard(card(base="./folder", task="my-task"))
     assert found.data.to_dict().get("base_model") is None and found.data.eval_results is None

@@ -155,7 +155,10 @@ def _opening(base: str, task: str, arm: str, training: JSON) -> str:
     steps = training.get("steps")
     length = f" for {steps} optimizer steps" if isinstance(steps, int) else ""
     what = f"{_code(base)}, fine-tuned on {_plain(task)}{length}"
-    if arm.startswith("s2d") or training.get("decay"):
+    decay = training.get("decay")
+    if isinstance(decay, Mapping) and decay.get("baseline"):
+        return f"{what} with the baseline {_code(decay['baseline'])}, which spectral decay is compared with."
+    if arm.startswith("s2d") or decay:
         return (
             f"{what} with **selective spectral decay**: only the components of its weights that make activation "
             "outliers were shrunk, so that low-bit quantizers do better on it. Same architecture, same state dict."

@@ -1,0 +1,94 @@
+"""What spectral decay is compared with, one file each and one contract: `base.Baseline`.
+
+They are here for fair comparisons (``benchmarks/rivals.py``), not as recommendations: docs/baselines.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from s2d.baselines.base import REGISTERED, Baseline, Settings
+from s2d.decay import SelectiveSpectralDecay
+from s2d.errors import InputError, choices
+
+__all__ = ["Baseline", "attach", "baselines", "create", "settings_of"]
+KEY = "baseline"  # of an arm: which one it trains with
+
+
+@lru_cache(maxsize=1)
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+
+
+def baselines() -> dict[str, str]:
+    """The known baselines: name and one line."""
+    _import_all()
+    return {name: (inspect.getdoc(found) or "").partition("\n")[0] for name, found in sorted(REGISTERED.items())}
+
+
+def create(name: str, model: nn.Module, optimizer: Optimizer, *, seed: int = 0, **settings: Any) -> Baseline:
+    """A baseline on a model and the optimizer that trains it.
+
+    Args:
+        name: One of `baselines()`.
+        model: Changed in place.
+        optimizer: The one that trains it.
+        seed: Of whatever is random in it.
+        settings: Its own; see its file.
+
+    Raises:
+        InputError: Unknown name or setting (close ones are listed), an impossible value, or a model that has nothing
+            for it to act on.
+    """
+    found = _find(name)
+    return found(model, optimizer, _settings(found, settings), seed=seed)
+
+
+def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings that an arm's ``{"baseline": NAME, ...}`` stands for, and the name.
+
+    Raises:
+        InputError: As `create`, as far as it shows without a model.
+    """
+    found = _find(arm[KEY])
+    given = {name: value for name, value in arm.items() if name != KEY}
+    return {KEY: found.name, **asdict(_settings(found, given))}
+
+
+def attach(
+    model: nn.Module, optimizer: Optimizer, arm: Mapping[str, Any], *, seed: int = 0
+) -> SelectiveSpectralDecay | Baseline:
+    """What an arm of an experiment trains with: the baseline that it names, else spectral decay with these keywords.
+
+    Raises:
+        InputError: As `create` or `SelectiveSpectralDecay`.
+    """
+    if KEY not in arm:
+        return SelectiveSpectralDecay(model, optimizer, seed=seed, **arm)
+    settings = {name: value for name, value in arm.items() if name != KEY}
+    return create(arm[KEY], model, optimizer, seed=seed, **settings)
+
+
+def _find(name: Any) -> type[Baseline]:
+    _import_all()
+    if not isinstance(name, str) or name not in REGISTERED:
+        raise InputError(f"there is no baseline {name!r}; {choices(str(name), sorted(REGISTERED))}")
+    return REGISTERED[name]
+
+
+def _settings(found: type[Baseline], given: Mapping[str, Any]) -> Settings:
+    accepted = [field.name for field in fields(found.Settings)]
+    for name in given:
+        if name not in accepted:
+            raise InputError(f"the baseline {found.name} has no setting {name!r}; {choices(name, accepted)}")
+    return found.Settings(**given)
