@@ -39,7 +39,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^[ >]*```(\w*)[ \t]*$.*?^[ >]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 ABOVE = re.compile(r"^<!-- (.*) -->\n\s*\Z", re.MULTILINE)
-NOT_CODE = {"text", "yaml", "json", "bibtex"}
+NOT_CODE = {
+    "text",
+    "yaml",
+    "json",
+    "bibtex",
+    "html",
+    "javascript",
+    "js",
+    "cpp",
+    "c",
+    "swift",
+    "kotlin",
+    "java",
+}  # no CI here runs these
 
 
 def comment_above(example: sybil.Example) -> str:

@@ -58,7 +58,7 @@ def _reason(
     parameter = target.parameter
     if target.kind != "norm" and parameter.ndim < 2:
         raise InputError(
-            f"{target.name} is kept as a flat vector without rows; shard by torch.distributed.fsdp.fully_shard "
+            f"{target.name} is sharded into a flat vector without rows; shard by torch.distributed.fsdp.fully_shard "
             "(FSDP2), or use DDP"
         )
     if is_dtensor(parameter) and (isinstance(target, AdaptedTarget) or (frozen and id(parameter) not in trained)):
