@@ -429,7 +429,9 @@ def quick(folder: Path) -> tuple[Bed, list[str]]:
     vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **sizes)
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder / "bert")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder / "bert")
     transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=16).save_pretrained(folder / "bert")
     (folder / "data").mkdir()
     for split, start in (("train", 0), ("test", 1)):
