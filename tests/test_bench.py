@@ -59,7 +59,9 @@ def test_bad_input_is_one_line(exported: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_table_and_the_json(exported: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    out = tmp_path / "bench.json"
-    assert main(["bench", str(exported), "--batch", "1", "--rounds", "2", "--length", "8", "--json", str(out)]) == 0
+    out, plot = tmp_path / "bench.json", tmp_path / "made" / "bench.svg"
+    files = ["--json", str(out), "--plot", str(plot)]
+    assert main(["bench", str(exported), "--batch", "1", "--rounds", "2", "--length", "8", *files]) == 0
+    assert "onnxruntime, 1 thread" in plot.read_text()
     assert "rows/s" in capsys.readouterr().out
     assert {row["batch"] for row in json.loads(out.read_text())["bench"]} == {1}

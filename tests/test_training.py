@@ -15,6 +15,7 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.models import Loaded, load
+from s2d.patience import Patience
 from s2d.tasks import Task
 from s2d.training import (
     TrainSettings,
@@ -381,3 +382,71 @@ def test_distillation_leaves_no_hooks_behind_when_the_decay_is_refused(loaded: L
     with pytest.raises(InputError):
         train(model, task, SETTINGS.model_copy(update={"distill": 1.0}), decay={"strength": -1.0})
     assert not any(module._forward_hooks for module in model.modules())
+
+
+# -- held-out checks ---------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A measure that was written down beforehand."""
+
+    primary = "drift"
+    higher_is_better = False
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = iter(values)
+
+    def evaluate(self, model: nn.Module, split: str, batch_size: int) -> dict[str, float]:
+        assert split == "validation"
+        return {"drift": next(self.values)}
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ([3, 2, 1, 2, 1.5], 5),  # two checks without a new best
+        ([1, 2, 1, 9], 3),  # an equal one is none
+        ([1, 2, 0.5, 2, 3], 5),
+        ([5, float("nan"), float("inf"), 1], 3),
+        ([3, 2.5, 2, 1.5, 1], None),
+    ],
+)
+def test_patience_ends_with_the_second_check_that_is_no_better(values: list[float], ends: int | None) -> None:
+    held_out = Patience(Scripted(values), every=4, patience=2, batch_size=1)  # pyright: ignore[reportArgumentType]
+    model = nn.Linear(1, 1)
+    for step in range(1, 4 * len(values) + 1):
+        held_out.look(model, step)
+        if held_out.spent:
+            assert ends is not None and step == 4 * ends
+            break
+    else:
+        assert ends is None
+    assert [check["step"] for check in held_out.checks] == [4 * i for i in range(1, (ends or len(values)) + 1)]
+
+
+def test_a_training_ends_early_and_continues_with_its_checks(loaded: Loaded, task: Task, tmp_path: Path) -> None:
+    hopeless = SETTINGS.model_copy(update={"steps": 50, "lr": 1e-9, "head_lr": 1e-9, "check_every": 2, "patience": 2})
+    done = train(task.build(loaded), task, hopeless)
+    assert (done.stopped_early, done.steps, [check["step"] for check in done.checks]) == (True, 6, [2, 4, 6])
+    path = tmp_path / "state.pt"
+
+    def stop(step: int, loss: float) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(task.build(loaded), task, hopeless, state=path, on_step=stop)
+    again = train(task.build(loaded), task, hopeless, state=path)
+    assert (again.checks, again.losses) == (done.checks, done.losses)
+
+
+def test_looking_at_held_out_data_changes_nothing(loaded: Loaded, task: Task) -> None:
+    models = [task.build(loaded) for _ in range(2)]
+    for model, every in zip(models, (0, 3), strict=True):
+        train(model, task, SETTINGS.model_copy(update={"check_every": every}), decay=DECAYS["default"])
+    assert equal(models[0], models[1])
+
+
+def test_patience_without_checks_is_refused() -> None:
+    with pytest.raises(ValueError, match="patience=3 counts checks, and there are none; set check_every too"):
+        TrainSettings(patience=3)

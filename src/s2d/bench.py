@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from s2d.checkpoint import load
 from s2d.errors import InputError, MissingExtra, require
-from s2d.export import OnnxModel, OpenVinoModel, exporters, open_exported
+from s2d.export import RUNNABLE, OnnxModel, OpenVinoModel, open_exported
 from s2d.export.turns import take_turns
 from s2d.models.heads import encoder_of
 
@@ -88,7 +88,7 @@ def bench(
         if not values or any(value < 1 for value in values):
             raise InputError(f"{name} must be 1 or more, not {', '.join(map(str, values)) or 'nothing'}")
     for model in map(str, models):
-        if Path(model).suffix in exporters() and not Path(model).is_file():
+        if Path(model).suffix in RUNNABLE and not Path(model).is_file():
             raise InputError(f"there is no file {model}; write it with s2d export")
     found: list[Timing] = []
     before = torch.get_num_threads()
@@ -120,7 +120,7 @@ class _Runner:
 
 def _runtimes(model: str) -> list[str]:
     suffix = Path(model).suffix
-    if suffix not in exporters():
+    if suffix not in RUNNABLE:
         return ["torch"]
     return ["openvino"] if suffix == ".xml" else ["onnxruntime", *(["openvino"] if _has_openvino() else [])]
 

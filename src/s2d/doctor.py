@@ -17,6 +17,8 @@ _EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "openclip": (("open_clip", "open_clip_torch"),),
     "export": (("onnx", "onnx"), ("onnxscript", "onnxscript"), ("onnxruntime", "onnxruntime")),
     "openvino": (("openvino", "openvino"),),
+    "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
+    "executorch": (("executorch", "executorch"), ("torchao", "torchao")),
     "report": (("jinja2", "jinja2"),),
 }
 

@@ -44,20 +44,31 @@ def choices(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
 
 
-def require(module: str, extra: str) -> ModuleType:
+def require(module: str, extra: str, at_least: str | None = None) -> ModuleType:
     """Import an optional dependency when it is first needed.
 
     Args:
         module: Dotted name of the module, e.g. ``"transformers"``.
         extra: The extra of s2d that brings it, e.g. ``"hf"``.
+        at_least: The first version that does what is needed here, if an older one may be installed.
 
     Raises:
-        MissingExtra: It is not installed.
+        MissingExtra: It is not installed, or too old.
     """
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        version = str(getattr(found, "__version__", ""))
+        if at_least is not None and version and _numbers(version) < _numbers(at_least):
+            raise MissingExtra(
+                f'{module} {version} is too old, {at_least} is needed; run: pip install --upgrade "s2d[{extra}]"'
+            )
+        return found
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         package = module.split(".")[0]
         raise MissingExtra(f'{package} is needed here and is not installed; run: pip install "s2d[{extra}]"') from None
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]

@@ -37,7 +37,7 @@ from s2d.training import train
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
 _ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
 _HEADS = ("models/heads.py", "models/image_heads.py", "models/dual_encoder.py", "models/preprocessing.py")
-_TRAINING = ("training.py", "optimizers.py", "guard.py", "tasks", *_HEADS, *_ANCHORING)
+_TRAINING = ("training.py", "optimizers.py", "guard.py", "patience.py", "tasks", *_HEADS, *_ANCHORING)
 _SPECTRA = ("dominance.py", "spectrum.py", "subspace.py", "sharding.py")
 _SEEING = ("selection", "channels.py", "views.py", "writers.py", "targets.py", *_SPECTRA)
 _DECAY = ("decay.py", "decay_settings.py", "eligible.py", "adapters.py", "shrink.py", "rates.py", "baselines", *_SEEING)

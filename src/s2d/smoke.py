@@ -57,7 +57,7 @@ def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
 
 def _images(folder: Path) -> Path:
     """Coloured shapes, a folder for each class and split, and beside them what other tasks read: captions, questions,
-    boxes.
+    boxes, running text.
     """
     image = require("PIL.Image", "vision")
     draw = require("PIL.ImageDraw", "vision")
@@ -92,4 +92,6 @@ def _images(folder: Path) -> Path:
                 )
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomic(folder / split / "metadata.jsonl", lambda file, lines=lines: file.write(lines.encode()))
+        story = "".join(f"{row['text']} lies beside {row['file_name']}\n" for row in rows * 8)
+        write_atomic(folder / f"{split}.txt", lambda file, story=story: file.write(story.encode()))
     return folder

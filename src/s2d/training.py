@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from s2d import launch
@@ -34,12 +34,13 @@ from s2d.guard import StepGuard
 from s2d.models import fingerprint
 from s2d.models.checkpoints import refuse_compressed
 from s2d.optimizers import OptimizerName, make_optimizer
+from s2d.patience import Patience
 from s2d.results import measured, write_atomic
 from s2d.tasks import Batch, Task
 
 # Texts of like length share a batch: this many batches are drawn together and sorted before they are cut.
 MEGA_BATCH = 16
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 OnStep = Callable[[int, float], None]
 
@@ -66,6 +67,8 @@ class TrainSettings(BaseModel):
             `s2d.anchor`); 0 leaves it out. Costs a forward pass a step. Quantized training has a weight of its own.
         precision: ``fp32``, or ``bf16`` for the computation; weights stay as they are.
         checkpoints: Steps after which the model is kept as it is then, to see how it changes over the training.
+        check_every: Steps between two looks at the task's measure on the validation split; 0 for none. They take time.
+        patience: Looks in a row without a new best after which training ends (see `s2d.patience`); 0 for never.
         save_every: Seconds between two saved states, where a place for them is given.
     """
 
@@ -86,7 +89,15 @@ class TrainSettings(BaseModel):
     distill: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoints: tuple[int, ...] = ()
+    check_every: int = Field(default=0, ge=0)
+    patience: int = Field(default=0, ge=0)
     save_every: float = Field(default=120.0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_to_wait_for(self) -> TrainSettings:
+        if self.patience and not self.check_every:
+            raise InputError(f"patience={self.patience} counts checks, and there are none; set check_every too")
+        return self
 
     def outcome(self) -> dict[str, Any]:
         """The settings that the trained model depends on; what is kept on the way makes no difference to it."""
@@ -137,6 +148,8 @@ class Training:
         losses: One a step.
         history: The decay's, one record a refresh and weight; empty without decay.
         skipped: Steps that were counted and not taken, and why: their loss or gradient was no number, or a spike.
+        checks: Step and value of each look at the validation split.
+        stopped_early: It ended by ``settings.patience``.
     """
 
     steps: int
@@ -145,6 +158,8 @@ class Training:
     losses: list[float]
     history: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    stopped_early: bool = False
 
 
 def train(
@@ -205,7 +220,9 @@ def train(
             stack.enter_context(without_dropout(model))
         stack.callback(model.eval)
         guard = StepGuard(settings.spike, settings.lr)
-        run = _Run(model, raw, scheduler, spectral, companion, guard, Path(state) if state is not None else None, key)
+        held_out = Patience(task, settings.check_every, settings.patience, settings.batch_size)
+        place_of_state = Path(state) if state is not None else None
+        run = _Run(model, raw, scheduler, spectral, companion, guard, held_out, place_of_state, key)
         run.restore()
         _require_together(run.step, accelerator)
         interrupt = stack.enter_context(_deferred_interrupt()) if run.path is not None else None
@@ -214,7 +231,7 @@ def train(
         batches = itertools.islice(training_batches(task, settings, seed), run.step, None)
         started = saved = time.monotonic()
         before = clock.seconds = run.seconds
-        while clock.steps(run.step) < settings.steps:
+        while clock.steps(run.step) < settings.steps and not held_out.spent:
             with torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = task.loss(prepared, _share(next(batches), accelerator))
                 for other in (companion, spectral):
@@ -237,6 +254,7 @@ def train(
             scheduler.step()
             run.step += 1
             run.losses.append(value)
+            held_out.look(model, run.step)
             if on_step is not None and launch.leads():
                 on_step(run.step, value)
             if on_checkpoint is not None and run.step in settings.checkpoints and launch.leads():
@@ -253,7 +271,9 @@ def train(
     if run.path is not None:
         run.save()
     history = list(spectral.history) if spectral is not None else []
-    return Training(run.step, run.seconds, cost.peak_mb, run.losses, history, guard.skipped)
+    return Training(
+        run.step, run.seconds, cost.peak_mb, run.losses, history, guard.skipped, held_out.checks, held_out.spent
+    )
 
 
 def _accelerator(place: torch.device, task: Task, settings: TrainSettings) -> Any:
@@ -444,6 +464,7 @@ class _Run:
     decay: SelectiveSpectralDecay | Baseline | None
     companion: Companion | None
     guard: StepGuard
+    held_out: Patience
     path: Path | None
     key: str
     step: int = 0
@@ -466,6 +487,7 @@ class _Run:
             "decay": None if self.decay is None else self.decay.state_dict(),
             "companion": None if self.companion is None else self.companion.state_dict(),
             "guard": self.guard.state_dict(),
+            "checks": self.held_out.checks,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         }
@@ -487,6 +509,7 @@ class _Run:
         if self.companion is not None:
             self.companion.load_state_dict(content["companion"])
         self.guard.load_state_dict(content["guard"])
+        self.held_out.checks = content["checks"]
         torch.set_rng_state(content["random"])
         if content["random_cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(content["random_cuda"])

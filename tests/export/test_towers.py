@@ -11,7 +11,7 @@ from tests.tiny_images import make_folders
 
 from s2d import quant
 from s2d.errors import InputError
-from s2d.export import example_of, export, exporters, open_exported
+from s2d.export import example_of, export, open_exported
 from s2d.export.towers import ExportedTowers, Tower, export_towers, paths_of
 from s2d.models import load
 from s2d.models.dual_encoder import DualEncoder
@@ -82,7 +82,3 @@ def test_what_cannot_be_exported_has_its_line_and_leaves_no_file(tmp_path: Path)
     with torch.no_grad(), pytest.raises(InputError, match="unknown kind of file"):
         export_towers(model, tmp_path / "m.pt", example=example, task=task)
     assert not list(tmp_path.glob("m*"))
-
-
-def test_exporters_are_named() -> None:
-    assert set(exporters()) == {".onnx", ".xml"} and all(exporters().values())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.models import Loaded
+from s2d.models import Loaded, save_model
 from s2d.tasks import create
 from s2d.tasks.language_modeling import cut_windows
 
@@ -108,3 +108,57 @@ def test_bad_input(tmp_path: Path, encoder: Loaded, decoder: Loaded) -> None:
             create("language-modeling", data=path)
     with pytest.raises(InputError, match="there is no folder or file"):
         create("language-modeling", data=tmp_path / "nowhere")
+
+
+@pytest.fixture()
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"w{i % 7} w{i % 5} w{i * i % 11}\n" for i in range(200)))
+    return path
+
+
+def test_a_beginning_is_seen_and_not_scored(text: Path, decoder: Loaded) -> None:
+    plain, begun = (create("language-modeling", data=text, window=8 + bos, bos=bos) for bos in (False, True))
+    decoder.tokenizer.bos_token = "[CLS]"  # pyright: ignore[reportOptionalMemberAccess]
+    for task in (plain, begun):
+        task.prepare(decoder)
+    for a, b in zip(plain.batches("test", batch_size=3), begun.batches("test", batch_size=3), strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"][:, 1:]) and torch.equal(a["labels"], b["labels"][:, 1:])
+        first = decoder.tokenizer.bos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+        assert (b["input_ids"][:, 0] == first).all() and (b["labels"][:, 0] == -100).all()
+        assert (b["attention_mask"][:, 0] == 1).all()
+    decoder.tokenizer.bos_token = None  # pyright: ignore[reportOptionalMemberAccess]
+    with pytest.raises(InputError, match="tiny-llama has no token for a beginning; leave out bos"):
+        create("language-modeling", data=text, window=8, bos=True).prepare(decoder)
+
+
+def test_the_original_teaches(text: Path, decoder: Loaded) -> None:
+    """The loss is the divergence of whole distributions, 0 at the start, and the text's own tokens play no part."""
+    task = create("language-modeling", data=text, window=8, loss="original")
+    model = task.build(decoder)
+    batch = next(task.batches("train", batch_size=4))
+    assert task.loss(model, batch).item() == pytest.approx(0.0, abs=1e-6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    inputs = task.inputs(batch)[0]
+    with torch.no_grad():
+        found, wanted = (m(**inputs).logits.log_softmax(-1) for m in (model, decoder.model))
+    divergence = (wanted.exp() * (wanted - found)).sum(-1)
+    assert task.loss(model, batch).item() == pytest.approx(divergence.mean().item(), rel=1e-4)
+    changed = {**batch, "labels": batch["labels"].roll(1, 0)}
+    assert task.loss(model, changed).item() == task.loss(model, batch).item()
+    task.loss(model, batch).backward()
+    assert all(p.grad is None for p in decoder.model.parameters()), "the original is not trained"
+
+
+def test_an_original_that_does_not_match_is_one_line(
+    text: Path, decoder: Loaded, encoder: Loaded, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    save_model(encoder.model, other, tokenizer=decoder.tokenizer)
+    task = create("language-modeling", data=text, window=8, loss="original", original=str(other))
+    with pytest.raises(InputError, match="cannot teach tiny-llama: it says 0 scores a token, not 6"):
+        task.build(decoder)
+    with pytest.raises(InputError, match="unknown loss 'orginal'; did you mean original?"):
+        create("language-modeling", data=text, loss="orginal")

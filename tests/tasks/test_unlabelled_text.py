@@ -13,8 +13,9 @@ from s2d.errors import InputError
 from s2d.evaluation import evaluate
 from s2d.models import Loaded, save_model
 from s2d.tasks import SPLITS, Task, create
+from s2d.tasks.original import divergence
 from s2d.tasks.text_files import read_texts
-from s2d.tasks.unlabelled_text import divergence, split_texts, variance_share
+from s2d.tasks.unlabelled_text import split_texts, variance_share
 
 LINES = [f"w{i % 60} w{i % 7} w{i * i % 11} " + "w1 " * (i % 4) for i in range(400)]
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from s2d.audit.carriers import Carriers
 from s2d.audit.results import Audit, AuditRow, Trend
 from s2d.audit.streams import Judgement, Survey
 from s2d.audit.watching import MaskOf, batches_twice, unreadable, watching, with_progress
@@ -91,8 +92,16 @@ def audit(
     missed = {target.name: reason for target in targets if (reason := unreadable(target))}
     readable = [target for target in targets if target.name not in missed]
     surveys = {target.name: Survey(target, parsed) for target in readable}
-    with watching(model, readable, lambda target, x, A: surveys[target.name].add(x, A), mask) as feed:
-        count = feed(with_progress(source, max_batches, "looking at activations, 1 of 2", progress))
+    family, carriers = family_of(model), Carriers()
+
+    def see(target: Target, x: Tensor, A: Tensor) -> None:
+        surveys[target.name].add(x, A)
+        if family.modality == "causal-lm":
+            carriers.add(target.name, x)
+
+    with watching(model, readable, see, mask) as feed:
+        batches_seen = with_progress(source, max_batches, "looking at activations, 1 of 2", progress)
+        count = feed(carriers.noting(batches_seen))
     if count == 0:
         raise InputError("the audit was given no batches; give at least one")
     missed |= {name: "no batch reached its module" for name, survey in surveys.items() if survey.rows == 0}
@@ -111,13 +120,13 @@ def audit(
     if again != count:
         raise InputError(f"the batches were {count} and then {again} when read again; give a list or a DataLoader")
 
-    family = family_of(model)
     rows = []
     for target in targets:
         triplets, values = spectra[target.name]
         row = _row(target, family, triplets, values)
         if target.name in judgements:
             _fill(row, surveys[target.name], judgements[target.name])
+            row.carriers = carriers.record(target.name)
         rows.append(row)
     details = run_metadata(
         fingerprint=fingerprint(model),

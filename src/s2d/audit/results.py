@@ -42,6 +42,7 @@ class AuditRow:
         selected_by: Which rule says so: ``"weight"`` (the paper's) or ``"data"``.
         components: How many components that takes.
         error: ``||Q(x) Q(W)^T - x W^T|| / ||x W^T||`` with this weight and its input quantized, nothing else.
+        carriers: Of language models, which tokens carry the largest inputs; see `s2d.audit.carriers.Carriers.record`.
         spectrum: All singular values as a curve of a few dozen points; see `s2d.audit.measure.curve`.
         histogram: Of the inputs, for the worst weights; see `s2d.audit.streams.binned`.
     """
@@ -64,6 +65,7 @@ class AuditRow:
     selected_by: Literal["weight", "data"] | None = None
     components: int | None = None
     error: float | None = None
+    carriers: JSON | None = None
     spectrum: JSON | None = None
     histogram: JSON | None = None
 
@@ -281,7 +283,7 @@ def _flat(record: JSON) -> JSON:
     for key, value in record.items():
         if key in ("sigma", "pcdr", "pcdr_data"):
             flat.update({f"{key}_{rank}": number for rank, number in enumerate(value or [], 1)})
-        elif key not in ("histogram", "spectrum"):
+        elif key not in ("histogram", "spectrum", "carriers"):
             flat[key] = tuple(value) if isinstance(value, list) else value
     return flat
 

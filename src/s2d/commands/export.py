@@ -17,6 +17,7 @@ from s2d.commands.shared import (
     TaskName,
     app,
     check_file,
+    check_folder,
     command,
     save_json,
     say,
@@ -31,10 +32,13 @@ if TYPE_CHECKING:
 @command(app, example="s2d export runs/w4a4 --out model.onnx --task docstrings")
 def export(
     model: Model,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="NAME.onnx, or NAME.xml for OpenVINO.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="NAME.onnx, NAME.xml, NAME.gguf, or a folder: see below.")
+    ] = None,
     task: TaskName = None,
     data: Data = None,
     embeddings: Annotated[int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to leave them.")] = 8,
+    form: Annotated[str, typer.Option(help="Of ONNX: qdq, integer (MatMulInteger) or types (INT4, UINT4).")] = "qdq",
     split: Annotated[str, typer.Option(help="On which the metric is compared.")] = "validation",
     time_it: Annotated[bool, typer.Option("--time/--no-time", help="Measure latency against fp32.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Keep a file that does not compute the same.")] = False,
@@ -42,21 +46,24 @@ def export(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a quantized model as one file that onnxruntime and OpenVINO run with integer kernels.
+    """Write a quantized model for a runtime; onnxruntime and OpenVINO run NAME.onnx with integer kernels.
 
     Before it is handed over, every layer is compared with the simulated one, and with --task the metric too. The report
     says what is 4-bit on disk, what in memory, and what the multiply really is; it is kept beside the file as JSON, and
     the tokenizer or image processor in the folder NAME.inputs. CLIP and SigLIP become two files, NAME.image.onnx and
     NAME.text.onnx, whose vectors multiply to the scores (scale and bias: NAME.json).
+
+    A name without a suffix is a folder in the format of compressed-tensors, for transformers and servers like vLLM;
+    NAME.gguf is for llama.cpp. Both are read back by those libraries and compared before they are handed over.
     """
     if out is None:
         raise InputError("where should the exported model go? add --out NAME.onnx")
-    check_file(out)
+    (check_file if out.suffix else check_folder)(out)
     check_file(json_file)
     from s2d.audit import audit_batches
     from s2d.checkpoint import load
     from s2d.evaluation import model_for
-    from s2d.export import example_of
+    from s2d.export import RUNNABLE, example_of
     from s2d.export import export as write
     from s2d.export.towers import export_towers
     from s2d.models.checkpoints import save_parts
@@ -82,10 +89,13 @@ def export(
             built = model_for(loaded, made)
             # A model that was saved for this task is whole; else the task's parts are put on the quantized encoder.
             plain = loaded.model if type(loaded.model) is type(built) else built
+            del built
+            loaded.model = plain  # whichever is not exported needs no memory
             inputs = (each for batch in made.batches("train", batch_size=16) for each in made.inputs(batch))
         options: dict[str, Any] = {
             "example": example_of(inputs),
             "embeddings": embeddings,
+            "form": form,
             "task": made,
             "split": wanted,
             "time_it": time_it,
@@ -96,8 +106,9 @@ def export(
         if isinstance(plain, DualEncoder):
             reports += export_towers(plain, out, **options).values()
         else:
-            reports.append(write(plain, out, **options))
-    save_parts(out.with_suffix(".inputs"), loaded.tokenizer, loaded.processor)
+            reports.append(write(plain, out, tokenizer=loaded.tokenizer, **options))
+    if out.suffix in RUNNABLE:
+        save_parts(out.with_suffix(".inputs"), loaded.tokenizer, loaded.processor)
     if json_file is not None:
         content = [report.to_dict() for report in reports]
         save_json(json_file, {"export": content[0] if len(content) == 1 else content})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from s2d.commands.shared import (
     check_file,
     check_folder,
     command,
+    refuse_too_little,
     save_json,
     say,
     settings,
@@ -42,6 +44,9 @@ def quantize(
     ] = None,
     method: Annotated[str, typer.Option(help="How, for example rotation+gptq: see [bold]s2d doctor[/bold].")] = "rtn",
     protocol: Annotated[str, typer.Option(help="Ranges: each method's own, or one rule for all (unified).")] = "own",
+    prefix: Annotated[
+        int, typer.Option(min=0, help="First tokens of a text that stay at full precision, and out of the ranges.")
+    ] = 0,
     task: TaskName = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the quantized model.")] = None,
@@ -77,10 +82,13 @@ def quantize(
     from s2d.tasks import create
 
     parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
+    if prefix:
+        parsed = replace(parsed, prefix=prefix)
     quant.get_methods(method)
     bits = None if budget is None else affordable(budget, CHOICES)  # before the model is loaded
     recipe = settings(model, task, data, o) if task is not None or o else None
     made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
+    refuse_too_little(f"quantizing {model}", model, device_of(device))
     loaded = load(model, device=device_of(device))
     plain = loaded.model if made is None else model_for(loaded, made)
     plan = quant.plan(plain, parsed)

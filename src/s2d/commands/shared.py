@@ -100,6 +100,17 @@ def _check_writable(path: Path) -> None:
         )
 
 
+def refuse_too_little(doing: str, model: str, device: str) -> None:
+    """Refuse a model of which two copies, the loaded one and the one that is worked on, do not fit, before it is
+    loaded.
+    """
+    from s2d.models import memory
+
+    shapes = memory.shapes_of(model)
+    if shapes is not None:
+        memory.refuse_too_little(memory.to_load(shapes, copies=2), doing, device)
+
+
 def save_json(path: Path, content: Any) -> None:
     """Write results, atomically."""
     from s2d.results import write_json

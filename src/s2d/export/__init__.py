@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError, require
-from s2d.export import gate, openvino
+from s2d.errors import InputError, choices, require
+from s2d.export import checkpoints, executorch
 from s2d.export.gate import ExportReport
-from s2d.export.lowering import lower, round_embeddings
-from s2d.export.onnx import OnnxModel, write_onnx
+from s2d.export.graphs import export_graph
+from s2d.export.onnx import OnnxModel
 from s2d.export.openvino import OpenVinoModel
-from s2d.export.parity import compare_layers
+from s2d.export.operators import FORMS, Form
 from s2d.export.torch_int import integer_model
-from s2d.models.checkpoints import fingerprint
-from s2d.quant.state import Record, peek, record
+from s2d.quant.sites import is_quantized
+from s2d.quant.state import check_unchanged, holder, record
 from s2d.results import run_metadata, write_json
 from s2d.tasks import Split, Task
 
@@ -30,11 +28,15 @@ __all__ = ["ExportReport", "OnnxModel", "OpenVinoModel", "export", "exporters", 
 _FORMATS = {
     ".onnx": "ONNX for onnxruntime and OpenVINO",
     ".xml": "OpenVINO's own form, weights in NAME.bin beside it",
+    ".gguf": "GGUF for llama.cpp: language models of the Llama kind, weights only",
+    ".pte": "ExecuTorch for phones and boards, Linears run by XNNPACK",
+    checkpoints.FOLDER: "a folder in the format of compressed-tensors, for transformers and servers like vLLM",
 }
+RUNNABLE = (".onnx", ".xml")  # by `open_exported`, with rows and threads to choose
 
 
 def exporters() -> dict[str, str]:
-    """What can be written: the file's suffix, and one line."""
+    """What can be written: the file's suffix (none for a folder), and one line."""
     return dict(_FORMATS)
 
 
@@ -44,23 +46,29 @@ def export(
     *,
     example: Mapping[str, Tensor],
     embeddings: int = 8,
+    form: Form = "qdq",
+    tokenizer: Any = None,
     task: Task | None = None,
     split: Split = "validation",
-    batch_size: int = 64,
+    batch_size: int = 16,
     time_it: bool = True,
     force: bool = False,
     notes: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Write a quantized model for a runtime, when it computes there what it computes here.
 
-    The products run as uint8 x int8 with int32 sums on CPUs, whatever the bits: 4 bits make the file smaller, not the
-    product faster than 8 bits. Weights of 4 bits are unpacked to int8 when the file is opened.
+    In ONNX and OpenVINO the products run as uint8 x int8 with int32 sums on CPUs, whatever the bits: 4 bits make the
+    file smaller, not the product faster than 8 bits. Weights of 4 bits are unpacked to int8 when the file is opened.
 
     Args:
         model: From `s2d.quantize` or `s2d.load`, on the CPU.
-        path: ``NAME.onnx`` or ``NAME.xml``; ``NAME.json`` beside it will hold the report.
+        path: ``NAME.onnx``, ``NAME.xml``, ``NAME.pte``, ``NAME.gguf``, or a name without a suffix for a folder of
+            compressed-tensors; ``NAME.json`` beside it will hold the report.
         example: Keyword inputs of the model, a batch of two or more; batch and length stay free in the file.
         embeddings: Bits of the embedding tables (one scale a row at 8, one for 32 columns below), 0 to leave them.
+            compressed-tensors leaves them always.
+        form: Of ONNX: ``"qdq"``, ``"integer"`` or ``"types"``; see `s2d.export.operators`.
+        tokenizer: Goes into formats that hold one (GGUF, compressed-tensors).
         task: Compares the metric, on ``split``; without it, the outputs on the example are compared.
         split: Which data.
         batch_size: Of the comparison.
@@ -72,19 +80,57 @@ def export(
         What was found out.
 
     Raises:
-        InputError: The model is not quantized, a site has no form in the runtime, the place cannot be written, or the
-            file does not compute what the simulated model does (then no file is left).
+        InputError: The model is not quantized, or changed since; a site has no form in the runtime; the place cannot be
+            written; or the file does not compute what the simulated model does (then no file is left).
     """
     target = Path(path)
+    _check_target(target, embeddings, form)
+    _check_example(model, example)
+    if not is_quantized(model):
+        raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
+    check_unchanged(model)
+    kept = record(holder(model))
+    report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
+    about: dict[str, Any] = {"task": task, "split": split, "batch_size": batch_size, "force": force, "notes": notes}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix in checkpoints.FORMATS:
+            checkpoints.export_checkpoint(model, target, report, example, tokenizer=tokenizer, **about)
+        elif target.suffix == executorch.SUFFIX:
+            executorch.export_program(model, target, report, example, time_it=time_it, **about)
+        else:
+            export_graph(model, target, report, example, kept.calibrated, form=form, time_it=time_it, **about)
+        content = {"run": run_metadata(model_fingerprint=kept.calibrated), "export": report.to_dict()}
+        write_json(target.with_name(f"{target.stem}.json"), content)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written: {error.strerror or error}; free some space or choose another place"
+        ) from error
+    return report
+
+
+def _check_target(target: Path, embeddings: int, form: str) -> None:
     if target.suffix not in _FORMATS:
-        raise InputError(f"{target}: unknown kind of file; name it {' or '.join(f'NAME{each}' for each in _FORMATS)}")
-    if target.is_dir():
+        names = ", ".join(f"NAME{each}" for each in _FORMATS if each)
+        raise InputError(f"{target}: unknown kind of file; name it {names}, or without a suffix for a folder")
+    if target.suffix == checkpoints.FOLDER:
+        if target.is_file() or (target.is_dir() and any(target.iterdir())):
+            raise InputError(f"{target} exists and is not an empty folder; choose another name or remove it")
+    elif target.is_dir():
         raise InputError(f"{target} is a folder; name a file")
     if embeddings != 0 and not 2 <= embeddings <= 8:
         raise InputError(f"embeddings={embeddings!r} is a number of bits, 2 to 8, or 0 to leave the tables")
-    require("onnxruntime", "export")
+    if form not in FORMS:
+        raise InputError(f"unknown form {form!r}; {choices(form, FORMS)}")
+    if form != FORMS[0] and target.suffix != ".onnx":
+        raise InputError(f"form {form} is one of ONNX; name the file NAME.onnx")
+    if target.suffix in RUNNABLE:
+        require("onnxruntime", "export", at_least="1.22")
     if target.suffix == ".xml":
         require("openvino", "openvino")
+
+
+def _check_example(model: nn.Module, example: Mapping[str, Tensor]) -> None:
     if len({len(value) for value in example.values()}) > 1:
         sizes = ", ".join(f"{name} of {len(value)}" for name, value in example.items())
         raise InputError(
@@ -93,48 +139,13 @@ def export(
         )
     if not example or any(len(value) < 2 for value in example.values()):
         raise InputError("the example needs a batch of two or more, so that the file takes any number")
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    tables = round_embeddings(reference, embeddings) if embeddings else {}
-    lowered = lower(reference, tables)
-    kept, weights = _record_within(model), fingerprint(model)
-    report = ExportReport(str(target), str(kept.spec), kept.method, embeddings if tables else 0)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        made = Path(scratch) / f"{target.stem}.onnx"
-        notes("tracing")
-        metadata = {"s2d.spec": report.spec, "s2d.method": kept.method, "s2d.weights": weights}
-        write_onnx(lowered, example, made, metadata)
-        notes("comparing every layer")
-        gate.judge_layers(report, *compare_layers(made, lowered, reference, dict(example)))
-        del lowered
-        if target.suffix == ".xml":
-            openvino.convert(made, made.with_suffix(".xml"))
-        runner = open_exported(made.with_suffix(target.suffix))
-        files = [each for each in Path(scratch).iterdir() if target.suffix == ".onnx" or each.suffix != ".onnx"]
-        report.file_mb = sum(each.stat().st_size for each in files) / 1e6
-        if task is None:
-            gate.judge_output(report, reference, runner, example)
-        else:
-            notes(f"comparing {task.primary} on {split}")
-            gate.judge_task(report, reference, runner, task, split, batch_size)
-        notes("measuring")
-        gate.describe_cost(report, made, reference, example, time_it=time_it)
-        if report.failures and not force:
-            raise InputError(
-                f"{target} was not written: {'; '.join(report.failures)}; force (--force) keeps the file anyway"
-            )
-        for each in files:
-            os.replace(each, target.parent / each.name)
-    about = run_metadata(model_fingerprint=weights)
-    write_json(target.with_suffix(".json"), {"run": about, "export": report.to_dict()})
-    return report
 
 
 def open_exported(path: str | os.PathLike[str], *, runtime: str | None = None, threads: int = 1) -> nn.Module:
     """An exported file as a module: keyword tensors in, named tensors out.
 
     Args:
-        path: ``.onnx`` or ``.xml``.
+        path: ``.onnx``, ``.xml`` or ``.pte``.
         runtime: ``"onnxruntime"`` or ``"openvino"``; by default the one of the file.
         threads: For one product.
 
@@ -142,20 +153,16 @@ def open_exported(path: str | os.PathLike[str], *, runtime: str | None = None, t
         InputError: No such file, another kind of file, a runtime that is missing.
     """
     source = Path(path)
-    if not source.is_file() or source.suffix not in _FORMATS:
-        raise InputError(f"{source} is not an exported model; name a file ending in {' or '.join(_FORMATS)}")
+    if not source.is_file() or source.suffix not in (*RUNNABLE, executorch.SUFFIX):
+        raise InputError(f"{source} is not an exported model; name a file ending in {', '.join(RUNNABLE)} or .pte")
+    if source.suffix == executorch.SUFFIX:
+        return executorch.PteModel(source, threads)
     chosen = runtime or ("openvino" if source.suffix == ".xml" else "onnxruntime")
     if chosen == "openvino":
         return OpenVinoModel(source, threads)
     if chosen != "onnxruntime" or source.suffix == ".xml":
         raise InputError(f"{chosen} does not run {source.name}; runtimes are onnxruntime (.onnx) and openvino")
     return OnnxModel(source, threads)
-
-
-def _record_within(model: nn.Module) -> Record:
-    """How the model, or the encoder that it was built on, was quantized."""
-    known = [module for module in model.modules() if peek(module) is not None]
-    return record(known[0] if known else model)
 
 
 def example_of(batches: Iterable[Any]) -> dict[str, Tensor]:

@@ -87,8 +87,13 @@ def integer_activation(quantizer: Quantizer) -> IntegerActivation:
             f"{quantizer.name} is rounded on two grids ({quantizer.kind}), which runtimes have no codes for; "
             "use a method without such grids"
         )
+    if quantizer.prefix:
+        raise InputError(
+            f"{quantizer.name} keeps the first {quantizer.prefix} tokens at full precision, which no runtime here "
+            "does; quantize without a prefix, or with ranges of each token (w4a4-token)"
+        )
     format = _integers(quantizer)
-    if quantizer.granularity == "token":
+    if quantizer.granularity in ("token", "span"):
         return IntegerActivation(format)
     return IntegerActivation(format, quantizer.scale.detach().clone(), quantizer.zero_point.detach() - format.qmin)
 

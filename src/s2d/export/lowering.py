@@ -7,8 +7,6 @@ model's own forward.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import operators
+from s2d.export.copies import shared_copy
 from s2d.export.integers import (
     IntegerActivation,
     IntegerWeight,
@@ -94,13 +93,17 @@ class _IntegerProduct:
     weight_codes: Codes
     input_quantizer: nn.Module | None
     token: IntegerActivation | None
+    written_out: bool
     bias: Tensor | None
 
     def quantized_product(self, input: Tensor) -> Tensor:
         """``input [..., in]`` to ``[..., out]``."""
+        codes, scale = self.weight_codes.codes, self.weight_codes.weight_scale
         if self.token is not None:
-            codes, scale = self.weight_codes.codes, self.weight_codes.weight_scale
             output = operators.token_product(input, codes, scale, self.token.format.name)
+        elif self.written_out:
+            rounded: Any = self.input_quantizer
+            output = operators.static_product(input, rounded.scale, rounded.zero_point, rounded.top, codes, scale)
         else:
             rounded = input if self.input_quantizer is None else self.input_quantizer(input)
             # Not the @ of Python: inside a quantized attention that would count as one of its two products.
@@ -143,58 +146,54 @@ class LoweredEmbedding(nn.Module):
         return rows * scale if groups == 1 else (rows.unflatten(-1, (groups, -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
-def round_embeddings(model: nn.Module, bits: int) -> dict[str, LoweredEmbedding]:
-    """Round the values of a model's embedding tables, in place, as `lower` stores them.
+def round_embeddings(model: nn.Module, bits: int) -> list[str]:
+    """Put codes in place of a model's embedding tables.
 
     Tables that share their parameter with another layer (a tied head) stay as they are.
 
     Returns:
-        The lowered table of every rounded one, by module name.
+        The names of the rounded ones.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    made: dict[str, LoweredEmbedding] = {}
-    for name, module in model.named_modules():
+    made = []
+    for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Embedding) or type(module) is not nn.Embedding or module.max_norm is not None:
             continue
         if owners[id(module.weight)] > 1 or module.num_embeddings < SMALLEST_TABLE:
             continue
-        table = embedding_codes(module.weight, bits)
-        made[name] = lowered = LoweredEmbedding(table)
-        with torch.no_grad():
-            module.weight.copy_(lowered.weight)
+        model.set_submodule(name, LoweredEmbedding(embedding_codes(module.weight, bits)))
+        made.append(name)
     return made
 
 
-def lower(model: nn.Module, embeddings: Mapping[str, nn.Module] | None = None) -> nn.Module:
+def lower(model: nn.Module, *, written_out: bool = False) -> nn.Module:
     """A copy of a quantized model in integer operators.
 
     Args:
         model: Quantized, on the CPU; left as it is.
-        embeddings: From `round_embeddings`.
+        written_out: Linears with codes on both sides multiply them in one operator.
 
     Raises:
         InputError: It is not quantized, or a site has no integer form; the message names the site.
     """
     if not is_quantized(model):
         raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
-    made = copy.deepcopy(model).eval().requires_grad_(False)
-    for name, module in list(made.named_modules()):
+    made = shared_copy(model)
+    for module in list(made.modules()):
         if isinstance(module, QuantizedLinear):
-            _lower_linear(module)
+            _lower_linear(module, written_out)
         elif isinstance(module, QuantizedConv):
             _lower_conv(module)
         elif isinstance(module, QuantizedAttention):
             _lower_attention(module)
-        elif embeddings and name in embeddings:
-            made.set_submodule(name, embeddings[name])
     return made
 
 
-def _lower_linear(module: Any) -> None:
+def _lower_linear(module: Any, written_out: bool) -> None:
     online = isinstance(module, OnlineLinear)
     quantizer = module.input_quantizer
     token = None
@@ -212,6 +211,7 @@ def _lower_linear(module: Any) -> None:
         raise InputError(f"{weights.name}: groups of inputs do not go with scales per token; use per-channel weights")
     turn_into(module, LoweredOnlineLinear if online else LoweredLinear)
     module.weight_codes, module.token = Codes(weight, integer=module.input_quantizer is not None), token
+    module.written_out = written_out and isinstance(module.input_quantizer, Rounded) and module.weight_codes.integer
     module.weight_quantizer = None
     module.weight = None
 

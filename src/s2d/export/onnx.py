@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError, require
-from s2d.export.operators import translations
+from s2d.export.operators import Form, translations
 
 OPSET = 21
 TWO_GB = 2**31 - 2**20
@@ -61,7 +61,13 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
 
 
 def write_onnx(
-    model: nn.Module, example: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    form: Form = "qdq",
+    beside: bool = False,
 ) -> None:
     """Trace a model and write it.
 
@@ -70,11 +76,14 @@ def write_onnx(
         example: A batch of keyword inputs, at least two in the batch.
         path: The file; over 2 GB the weights go into ``NAME.data`` beside it.
         metadata: Kept in the file.
+        form: What the operators become.
+        beside: Put the weights there whatever their size, which takes less memory.
 
     Raises:
         InputError: The model cannot be traced; an extra is missing.
     """
-    require("onnx", "export")
+    require("onnx", "export", at_least="1.18")
+    require("onnxscript", "export", at_least="0.5")
     import onnx_ir as ir
 
     with torch.no_grad():
@@ -89,7 +98,7 @@ def write_onnx(
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
-                custom_translation_table=translations(),
+                custom_translation_table=translations(form),
                 dynamic_shapes={"values": tuple(_free(value) for value in example.values())},
             )
         except Exception as error:
@@ -98,12 +107,11 @@ def write_onnx(
             raise InputError(f"{type(model).__name__} cannot be traced for ONNX: {_reason(error)}") from error
     assert program is not None
     graph = program.model.graph
-    _store_narrow(graph, ir)
+    _store_narrow(graph, ir, form)
     program.model.metadata_props.update(metadata or {})
     size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
-    external = size > TWO_GB
     with _quiet():
-        ir.save(program.model, path, external_data=f"{path.name}.data" if external else None)
+        ir.save(program.model, path, external_data=f"{path.name}.data" if beside or size > TWO_GB else None)
 
 
 def _free(value: Tensor) -> dict[int, Any]:
@@ -114,8 +122,11 @@ def _free(value: Tensor) -> dict[int, Any]:
     return dims
 
 
-def _store_narrow(graph: Any, ir: Any) -> None:
-    """Weight codes of up to 4 bits become INT4 initializers; a Cast gives the kernels their INT8."""
+def _store_narrow(graph: Any, ir: Any, form: Form) -> None:
+    """Weight codes of up to 4 bits become INT4 initializers; a Cast gives the kernels their INT8.
+
+    In the form of types a DequantizeLinear reads the INT4 itself.
+    """
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
         if not name.endswith("codes") or tensor is None or value.dtype != ir.DataType.INT8:
@@ -124,8 +135,12 @@ def _store_narrow(graph: Any, ir: Any) -> None:
         if codes.min() < -8 or codes.max() > 7:
             continue
         users = [(use.node, use.idx) for use in value.uses()]
+        if form == "types":
+            users = [(node, index) for node, index in users if node.op_type != "DequantizeLinear"]
         value.const_value = ir.tensor(codes.astype(ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4, name=name)
         value.dtype = ir.DataType.INT4
+        if not users:
+            continue
         cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(ir.DataType.INT8))])
         wide = cast.outputs[0]
         wide.name, wide.dtype, wide.shape = f"{name}.int8", ir.DataType.INT8, value.shape
@@ -143,7 +158,7 @@ def session(path: Path, threads: int = 1, *, optimized: Path | None = None, cont
         optimized: Where the graph as it will run is written, if anywhere.
         content: Run these bytes instead of the file.
     """
-    runtime = require("onnxruntime", "export")
+    runtime = require("onnxruntime", "export", at_least="1.22")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what fails is raised as well

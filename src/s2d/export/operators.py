@@ -2,18 +2,23 @@
 
 Torch sees opaque operators, so that no exporter takes them apart: ``s2d::quantize`` (an activation through its codes),
 ``s2d::weight`` and ``s2d::plain_weight`` (codes to values), ``s2d::token_product`` (a product whose activation scales
-come with each token). Their torch bodies compute the same and are the reference.
+come with each token), ``s2d::static_product`` (one whose scale does not, written out). Their torch bodies compute the
+same and are the reference.
 
-The forms are those that reach integer kernels: activations go through uint8 codes, below 8 bits behind a Clip to the
-grid; weights stay signed codes under a per-channel DequantizeLinear, stored ``[in, out]`` so that no Transpose stands
-between it and the MatMul.
+What they become depends on the form of the file:
+
+- ``"qdq"``: what reaches integer kernels everywhere. Activations go through uint8 codes, below 8 bits behind a Clip to
+  the grid; weights stay signed codes under a per-channel DequantizeLinear, stored ``[in, out]`` so that no Transpose
+  stands between it and the MatMul.
+- ``"integer"``: products of Linears are MatMulInteger on the codes, whatever the runtime's optimizer does.
+- ``"types"``: codes of 4 bits have 4-bit types (UINT4, INT4), as the standard means it. No CPU runs it fast.
 
 Shapes: I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +26,10 @@ from torch import Tensor
 from s2d.errors import require
 from s2d.quant.formats import FORMATS, IntFormat
 from s2d.quant.quantizer import SMALLEST_SCALE, affine_parameters
+
+Form = Literal["qdq", "integer", "types"]
+FORMS: tuple[Form, ...] = get_args(Form)
+_UINT4_TOP, _UINT4 = 15, 21  # the last code; the number of the type in ONNX
 
 
 @torch.library.custom_op("s2d::quantize", mutates_args=())
@@ -84,21 +93,41 @@ def _(x: Tensor, codes: Tensor, scale: Tensor, format: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[1]))
 
 
-def translations() -> dict[Any, Any]:
+@torch.library.custom_op("s2d::static_product", mutates_args=())
+def static_product(
+    x: Tensor, scale: Tensor, zero_point: Tensor, top: int, codes: Tensor, weight_scale: Tensor
+) -> Tensor:
+    """``x [..., I]`` through its codes 0..top times codes ``[I, O]``; scales of both, the zero point uint8 ``[]``."""
+    zero = zero_point.to(x.dtype)
+    rounded = torch.clamp(torch.round(x / scale) + zero, 0, top)
+    return ((rounded - zero) @ codes.to(x.dtype)) * (scale * weight_scale)
+
+
+@static_product.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, top: int, codes: Tensor, weight_scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[1]))
+
+
+def translations(form: Form = "qdq") -> dict[Any, Any]:
     """For ``torch.onnx.export(custom_translation_table=...)``: each operator as a function of opset 21."""
     op: Any = require("onnxscript", "export").opset21
 
+    def clipped(x: Any, scale: Any, zero_point: Any, top: int, axis: int) -> Any:
+        zero = op.Cast(zero_point, to=1)
+        last = op.Constant(value_float=float(top))
+        low, high = op.Mul(op.Neg(zero), scale), op.Mul(op.Sub(last, zero), scale)
+        if axis >= 0:
+            shape = op.Constant(value_ints=[-1, 1, 1])
+            return op.Max(op.Min(x, op.Reshape(high, shape)), op.Reshape(low, shape))
+        return op.Clip(x, low, high)
+
     def quantize_onnx(x: Any, scale: Any, zero_point: Any, top: int, axis: int) -> Any:
-        if top < 255:
-            zero = op.Cast(zero_point, to=1)
-            last = op.Constant(value_float=float(top))
-            low, high = op.Mul(op.Neg(zero), scale), op.Mul(op.Sub(last, zero), scale)
-            if axis >= 0:
-                shape = op.Constant(value_ints=[-1, 1, 1])
-                x = op.Max(op.Min(x, op.Reshape(high, shape)), op.Reshape(low, shape))
-            else:
-                x = op.Clip(x, low, high)
         along = max(axis, 0)
+        narrow = form == "types" and top <= _UINT4_TOP
+        if top < (_UINT4_TOP if narrow else 255):
+            x = clipped(x, scale, zero_point, top, axis)
+        if narrow:
+            zero_point = op.Cast(zero_point, to=_UINT4)
         codes = op.QuantizeLinear(x, scale, zero_point, axis=along)
         return op.DequantizeLinear(codes, scale, zero_point, axis=along)
 
@@ -107,6 +136,12 @@ def translations() -> dict[Any, Any]:
 
     def plain_weight_onnx(codes: Any, scale: Any) -> Any:
         return op.Mul(op.Cast(codes, to=1), scale)
+
+    def static_product_onnx(x: Any, scale: Any, zero_point: Any, top: int, codes: Any, weight_scale: Any) -> Any:
+        if top < 255:
+            x = clipped(x, scale, zero_point, top, -1)
+        products = op.MatMulInteger(op.QuantizeLinear(x, scale, zero_point), codes, zero_point)
+        return op.Mul(op.Cast(products, to=1), op.Mul(scale, weight_scale))
 
     def token_product_onnx(x: Any, codes: Any, scale: Any, format: str) -> Any:
         grid = FORMATS[format]
@@ -133,4 +168,5 @@ def translations() -> dict[Any, Any]:
         torch.ops.s2d.weight.default: weight_onnx,
         torch.ops.s2d.plain_weight.default: plain_weight_onnx,
         torch.ops.s2d.token_product.default: token_product_onnx,
+        torch.ops.s2d.static_product.default: static_product_onnx,
     }

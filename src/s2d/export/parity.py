@@ -7,6 +7,7 @@ or holds a code that fell on the other side of a tie, and the share of those is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from s2d.errors import require
 from s2d.export.lowering import LoweredLinear, LoweredOnlineLinear, Rounded
 from s2d.export.onnx import session
+from s2d.export.operators import Form
+from s2d.quant.modules import QuantizedLinear
 
 TOLERANCE = 1e-5
 FLIPS = 0.01
@@ -45,7 +48,7 @@ class LayerParity:
 
 
 def compare_layers(
-    path: Path, lowered: nn.Module, reference: nn.Module, feed: dict[str, Tensor]
+    path: Path, lowered: nn.Module, reference: nn.Module, feed: dict[str, Tensor], form: Form = "qdq"
 ) -> tuple[list[LayerParity], list[str]]:
     """Run a file once with every layer's input and output shown, and the reference's layers on those inputs.
 
@@ -54,6 +57,7 @@ def compare_layers(
         lowered: What it was written from.
         reference: The quantized model.
         feed: A batch.
+        form: The file's.
 
     Returns:
         A row for every quantized Linear, and the names of those that could not be found in the graph.
@@ -70,7 +74,7 @@ def compare_layers(
     missing = []
     for name, module in lowered.named_modules():
         if isinstance(module, (LoweredLinear, LoweredOnlineLinear)):
-            found = _ends(f"model.{name}.weight_codes.codes", module, made_by, read_by)
+            found = _ends(f"model.{name}.weight_codes.codes", module, made_by, read_by, form)
             if found is None:
                 missing.append(name)
             else:
@@ -79,24 +83,63 @@ def compare_layers(
     for value in dict.fromkeys(value for pair in pairs.values() for value in pair):
         if value not in shown:
             graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
-    run = session(path, content=model.SerializeToString())
+    content = model.SerializeToString()
+    del model, graph
+    run = session(path, content=content)
     inputs = {each.name: feed[each.name].numpy() for each in run.get_inputs()}
-    names = [each.name for each in run.get_outputs()]
-    values = dict(zip(names, run.run(None, inputs), strict=True))
-    return [
-        _compare(name, reference.get_submodule(name), torch.from_numpy(values[x]), torch.from_numpy(values[y]))
-        for name, (x, y) in pairs.items()
-    ], missing
+    rows = []
+    for name, ends in pairs.items():  # a layer at a time, for memory's sake
+        x, y = (torch.from_numpy(value) for value in run.run(list(ends), inputs))
+        rows.append(_compare(name, reference.get_submodule(name), x, y))
+    return rows, missing
+
+
+@torch.no_grad()
+def compare_modules(
+    quantized: nn.Module, found: nn.Module, whole: nn.Module, prefix: str, feed: Mapping[str, Tensor]
+) -> tuple[list[LayerParity], list[str]]:
+    """Compare the Linears of a model that another library read with the quantized ones, on equal inputs.
+
+    Args:
+        quantized: The quantized model.
+        found: The other one; its layers have the same names.
+        whole: A model around the quantized one, or that itself, on the same weights: what the inputs come from.
+        prefix: Of the quantized one's names in it.
+        feed: A batch for it.
+
+    Returns:
+        A row for every quantized Linear, and the names of those that the other model lacks.
+    """
+    layers = {name: each for name, each in quantized.named_modules() if isinstance(each, QuantizedLinear)}
+    theirs = dict(found.named_modules())
+    names = {whole.get_submodule(f"{prefix}{name}"): name for name in layers}
+    rows: dict[str, LayerParity] = {}
+
+    def compare(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        name = names[module]
+        if name in theirs and name not in rows:
+            rows[name] = _compare(name, layers[name], inputs[0], theirs[name](inputs[0]))
+
+    handles = [module.register_forward_pre_hook(compare) for module in names]
+    try:
+        whole(**feed)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [rows[name] for name in layers if name in rows], [name for name in layers if name not in rows]
 
 
 @torch.no_grad()
 def _compare(name: str, layer: Any, x: Tensor, y: Tensor) -> LayerParity:
     expected = layer.quantized_product(x).flatten(0, -2)
+    layer.eval()  # its quantizer forgets the rounded weight that it keeps
     difference = (y.flatten(0, -2) - expected).abs().amax(-1) / expected.abs().amax(-1).clamp(min=1e-12)
     return LayerParity(name, float(difference.median()), float((difference > TOLERANCE).float().mean()))
 
 
-def _ends(codes: str, module: Any, made_by: dict[str, Any], read_by: dict[str, list[Any]]) -> tuple[str, str] | None:
+def _ends(
+    codes: str, module: Any, made_by: dict[str, Any], read_by: dict[str, list[Any]], form: Form
+) -> tuple[str, str] | None:
     """The names of a layer's (transformed) input and of its output before any low-rank branch."""
 
     def only(value: str, kind: str) -> Any:
@@ -105,12 +148,13 @@ def _ends(codes: str, module: Any, made_by: dict[str, Any], read_by: dict[str, l
 
     value = codes
     # Whichever of them stand between. A product of tokens takes the codes as they are, unpacked.
-    between = ("Cast",) if module.token is not None else ("Cast", "DequantizeLinear", "Cast", "Mul", "Reshape")
+    integer = module.token is not None or module.written_out
+    between = ("Cast",) if integer else ("Cast", "DequantizeLinear", "Cast", "Mul", "Reshape")
     for kind in between:
         node = only(value, kind)
-        if node is not None and (module.token is None or node.output[0].endswith(".int8")):
+        if node is not None and (not integer or node.output[0].endswith(".int8")):
             value = node.output[0]
-    product = only(value, "MatMulInteger" if module.token is not None else "MatMul")
+    product = only(value, "MatMulInteger" if integer else "MatMul")
     if product is None:
         return None
     x, y = product.input[0], product.output[0]
@@ -118,9 +162,11 @@ def _ends(codes: str, module: Any, made_by: dict[str, Any], read_by: dict[str, l
         before, after = _TOKEN_BEFORE, _TOKEN_AFTER
     else:
         rounded = isinstance(module.input_quantizer, Rounded)
-        clipped = rounded and module.input_quantizer.top < 255
-        before = (("DequantizeLinear", "QuantizeLinear") if rounded else ()) + (("Clip",) if clipped else ())
-        after = ()
+        full = (15, 255) if form == "types" else (255,)  # grids that the type of the codes ends by itself
+        clipped = rounded and module.input_quantizer.top not in full
+        codes_of = ("QuantizeLinear",) if module.written_out else ("DequantizeLinear", "QuantizeLinear")
+        before = (codes_of if rounded else ()) + (("Clip",) if clipped else ())
+        after = ("Cast", "Mul") if module.written_out else ()
     for kind in before:
         node = made_by.get(x)
         if node is None or node.op_type != kind:

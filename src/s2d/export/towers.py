@@ -6,7 +6,6 @@ vectors are unit vectors: a score is their product, times the scale and plus the
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,9 +16,12 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import export, gate, open_exported
+from s2d.export.copies import shared_copy
 from s2d.export.gate import ExportReport
 from s2d.export.lowering import round_embeddings
+from s2d.export.operators import Form
 from s2d.models.dual_encoder import DualEncoder
+from s2d.quant.state import check_unchanged, holder, note, peek
 from s2d.results import run_metadata, write_json
 from s2d.tasks import Split, Task
 
@@ -33,7 +35,7 @@ class Tower(nn.Module):
         """Copy the model and drop what a pass through the tower does not enter."""
         super().__init__()
         self.kind = kind
-        self.model = copy.deepcopy(model).eval()
+        self.model = shared_copy(model)
         entered: set[str] = set()
         names = {module: name for name, module in self.model.named_modules()}
         handles = [
@@ -46,6 +48,9 @@ class Tower(nn.Module):
         for handle in handles:
             handle.remove()
         self._drop(self.model, "", entered)
+        part = holder(self.model)
+        if (kept := peek(part)) is not None:
+            note(part, kept)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Unit vectors ``[batch, width]``."""
@@ -94,9 +99,10 @@ def export_towers(
     *,
     example: Mapping[str, Tensor],
     embeddings: int = 8,
+    form: Form = "qdq",
     task: Task | None = None,
     split: Split = "validation",
-    batch_size: int = 64,
+    batch_size: int = 16,
     time_it: bool = True,
     force: bool = False,
     notes: Callable[[str], None] = lambda text: None,
@@ -109,6 +115,7 @@ def export_towers(
             holds both reports, scale and bias.
         example: A batch: ``pixel_values`` of two or more images, and the keywords of two or more texts.
         embeddings: Bits of embedding tables; 0 leaves them.
+        form: As for `s2d.export`.
         task: Zero-shot or retrieval: its metric is compared too, with both files together.
         split: On which it is compared.
         batch_size: Examples at once.
@@ -125,9 +132,10 @@ def export_towers(
     texts = {name: value for name, value in example.items() if name != "pixel_values"}
     if "pixel_values" not in example or not texts:
         raise InputError("two towers need an example of images and texts: pixel_values and input_ids")
+    check_unchanged(model)
     targets, inputs = paths_of(path), {"image": {"pixel_values": example["pixel_values"]}, "text": texts}
     reports: dict[str, ExportReport] = {}
-    options: dict[str, Any] = {"embeddings": embeddings, "time_it": time_it, "force": force}
+    options: dict[str, Any] = {"embeddings": embeddings, "form": form, "time_it": time_it, "force": force}
     try:
         for kind in TOWERS:
             tower = Tower(model, kind, inputs[kind])
@@ -140,7 +148,7 @@ def export_towers(
             )
         if task is not None:
             notes(f"comparing {task.primary} on {split}")
-            reference = copy.deepcopy(model).eval().requires_grad_(False)
+            reference = shared_copy(model)
             if embeddings:
                 round_embeddings(reference, embeddings)
             opened = ExportedTowers(*(open_exported(targets[kind]) for kind in TOWERS))

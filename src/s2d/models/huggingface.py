@@ -199,7 +199,12 @@ def _explain(error: BaseException, shown: str, folder: Path | None, offline: boo
         kind = f"model type {found.group(1)!r}" if found else "kind of model"
         return f"{shown}: transformers {_version()} does not know its {kind}; upgrade transformers or check config.json"
     if "GGUF" in text and "not supported" in text:
-        return f"{shown}: {_one_line(error)}"
+        return f"{shown}: {_one_line(error)} Take the model's original weights (a folder with config.json)"
+    if (kind := re.search(r"Dequantization for (\w+) is not", text)) is not None:
+        return (
+            f"{shown}: its weights are of the GGUF type {kind[1]}, which cannot be read; take a file of another type, "
+            "such as Q8_0, Q4_K_M or F16, or the original weights"
+        )
     if folder is not None:
         return f"cannot load {shown}: {_one_line(error)}"
     if "is not a local folder and is not a valid model identifier" in text or "Repository Not Found" in text:
@@ -225,7 +230,7 @@ def _tokenizer(transformers: Any, source: str, options: dict[str, Any]) -> Any:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
     except ImportError as error:
         raise InputError(f"the tokenizer of {source} needs a library that is missing: {_one_line(error)}") from error
-    except _FAILURES as error:
+    except Exception as error:  # the tokenizers library raises nothing more special
         if Path(source).is_dir():
             raise InputError(f"cannot read the tokenizer of {source}: {_one_line(error)}") from error
     return None

@@ -393,7 +393,11 @@ def _watcher(observer: Observer | PerHead, site: Site, mask: Callable[[], Tensor
                 f"{site.name} has {x.ndim} dimensions, but a range a head needs [batch, heads, tokens, features]; "
                 "use granularity tensor"
             )
-        observer.update(real_tokens(x, mask(), site.what))
+        real = mask()
+        if site.prefix:  # those are neither rounded nor in the range
+            x = x[..., site.prefix :, :]
+            real = None if real is None else real[:, site.prefix :]
+        observer.update(real_tokens(x, real, site.what))
 
     return see
 

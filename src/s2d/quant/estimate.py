@@ -108,7 +108,7 @@ def _difference(model: nn.Module, sites: Sequence[Site]) -> int:
         if site.format is None:
             continue
         if site.what != "weight":
-            change += PAIR_BYTES if site.granularity != "token" else 0
+            change += PAIR_BYTES if site.granularity not in ("token", "span") else 0
             continue
         weight = model.get_parameter(weight_name(model, site))
         packed = weight_bytes(site)

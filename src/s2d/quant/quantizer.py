@@ -10,6 +10,7 @@ Scale and zero point broadcast against x:
     per group    [C, D]        one pair for every g inputs of a row (kept as [C, D / g])
     per head     [H, 1, 1]     one pair a head of an attention operand [B, H, T, D]
     per token    [..., 1]      one pair a vector, found anew in every forward
+    per span     [..., T, D]   one pair for a channel of every g successive tokens, found anew in every forward
     per block    []            the tensor's scale, above those of the blocks (1 for formats that have none)
 """
 
@@ -23,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2d.errors import InputError
 from s2d.quant.formats import BlockFormat, FloatFormat, Format, IntFormat, round_float
 
-Granularity = Literal["tensor", "channel", "group", "token", "head", "block"]
+Granularity = Literal["tensor", "channel", "group", "token", "span", "head", "block"]
 
 # Dead channels have an empty range; their scale stops here, so that 1/scale stays finite and zeros stay zeros.
 SMALLEST_SCALE = 2.0**-40
@@ -74,6 +76,23 @@ def spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
     if scale.ndim == 2:
         return scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
     return scale.view((-1,) + (1,) * (len(shape) - 1)) if scale.ndim else scale
+
+
+def span_range(x: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of every channel over each ``span`` successive tokens.
+
+    Args:
+        x: ``[..., T, D]``.
+        span: How many tokens share a range; the last ones may be fewer.
+
+    Returns:
+        ``lo`` and ``hi``, each ``[..., T, D]``: every value's own range.
+    """
+    parts = x.detach().split(span, dim=-2)
+    return tuple(  # pyright: ignore[reportReturnType]
+        torch.cat([end(part, dim=-2, keepdim=True).expand_as(part) for part in parts], dim=-2)
+        for end in (torch.amin, torch.amax)
+    )
 
 
 def quantize_codes(x: Tensor, scale: Tensor, zero_point: Tensor, format: IntFormat) -> Tensor:
@@ -199,7 +218,7 @@ class Quantizer(nn.Module):
     """Fake-quantizes one site.
 
     A fresh quantizer passes everything through; `set_range` gives it its parameters and `enabled` switches it on.
-    ``dynamic`` says that no range has to be found beforehand: each token, or each block, brings its own. While
+    ``dynamic`` says that no range has to be found beforehand: each token, span or block brings its own. While
     ``watch`` is set, every tensor that passes is shown to it first (that is how calibration looks in).
 
     A quantizer that rounds in another way is a subclass with a ``kind`` of its own: it overrides `set_range`, `fit` and
@@ -211,7 +230,14 @@ class Quantizer(nn.Module):
     zero_point: Tensor
 
     def __init__(
-        self, format: Format, granularity: Granularity, *, name: str, channels: int = 0, groups: int = 0
+        self,
+        format: Format,
+        granularity: Granularity,
+        *,
+        name: str,
+        channels: int = 0,
+        groups: int = 0,
+        span: int = 0,
     ) -> None:
         """Make a quantizer that is still off.
 
@@ -221,17 +247,21 @@ class Quantizer(nn.Module):
             name: The site's name, for messages.
             channels: The number of channels, when ``granularity`` is ``"channel"`` or ``"group"``.
             groups: The number of groups a channel, when it is ``"group"``.
+            span: How many tokens share a range, when it is ``"span"``.
         """
         super().__init__()
         self.name = name
         self.format = format
         self.granularity: Granularity = granularity
-        self.dynamic = granularity == "token" or (isinstance(format, BlockFormat) and format.scale is None)
+        self.span = span
+        self.dynamic = granularity in ("token", "span") or (isinstance(format, BlockFormat) and format.scale is None)
         self.enabled = False
         # Blocks run along the dimension that a product sums over; for an attention's v that is the one before the last.
         self.transposed = False
+        # So many first tokens of every sequence pass as they are.
+        self.prefix = 0
         self.watch: Callable[[Tensor], None] | None = None
-        if granularity != "token":
+        if granularity not in ("token", "span"):
             # How many heads there are is known when the range is set, or loaded.
             shape = {"channel": (channels,), "group": (channels, groups)}.get(granularity, ())
             self.register_buffer("scale", torch.ones(shape))
@@ -259,6 +289,8 @@ class Quantizer(nn.Module):
             # On CPU two reductions are several times faster than one aminmax over a dimension.
             lo, hi = x.detach().amin(-1, keepdim=True), x.detach().amax(-1, keepdim=True)
             return affine_parameters(lo, hi, self.format, self.format.symmetric)
+        if self.granularity == "span":
+            return affine_parameters(*span_range(x, self.span), self.format, self.format.symmetric)
         shape = x.shape[1:] if self.granularity == "head" else x.shape
         return spread(self.scale, shape), spread(self.zero_point, shape)
 
@@ -278,6 +310,16 @@ class Quantizer(nn.Module):
             self.watch(x)
         if not self.enabled:
             return x
+        if self.prefix:
+            if x.ndim < 3:
+                raise InputError(
+                    f"{self.name} sees its tokens without their sequences, {list(x.shape)}, so the first {self.prefix} "
+                    "cannot be kept; leave out the prefix, or override the site with keep"
+                )
+            return torch.cat([x[..., : self.prefix, :], self._rounded(x[..., self.prefix :, :])], dim=-2)
+        return self._rounded(x)
+
+    def _rounded(self, x: Tensor) -> Tensor:
         if self.transposed:
             x = x.transpose(-2, -1)
         x = self.fake_quantize(x)

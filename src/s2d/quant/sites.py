@@ -56,7 +56,8 @@ class Site:
         observer: How the range is found; empty when kept.
         reason: Why it is kept; empty when quantized.
         shape: The weight's shape; empty for activations.
-        group: How many inputs of a channel share a scale, when the granularity is groups.
+        group: How many inputs of a channel, or tokens, share a scale, when the granularity is groups or spans.
+        prefix: First tokens of a sequence that this site leaves at full precision.
     """
 
     module: str
@@ -67,6 +68,7 @@ class Site:
     reason: str
     shape: tuple[int, ...] = ()
     group: int = 0
+    prefix: int = 0
 
     @property
     def name(self) -> str:
@@ -117,7 +119,7 @@ def describe(sites: Sequence[Site]) -> str:
     rows = [("site", "bits", "format", "granularity", "observer", "")]
     for site in sites:
         format = site.format.name if site.format else "full"
-        granularity = f"group-{site.group}" if site.group else site.granularity or "-"
+        granularity = f"{site.granularity}-{site.group}" if site.group else site.granularity or "-"
         rows.append((site.name, str(site.bits), format, granularity, site.observer or "-", site.reason))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -160,6 +162,7 @@ def insert(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Quantizer]:
 
 def replace_quantizer(model: nn.Module, site: Site, quantizer: Quantizer) -> None:
     """Put another quantizer at a site that has one, in place."""
+    quantizer.prefix = site.prefix
     module = model.get_submodule(site.module)
     if isinstance(module, QuantizedAttention):
         setattr(module.attention_quantizer, site.what, quantizer)
@@ -210,7 +213,8 @@ def _quantizer(site: Site) -> Quantizer:
     if site.what == "weight":
         groups = site.shape[1] // site.group if site.group else 0
         return WeightQuantizer(site.format, site.granularity, name=site.name, channels=site.shape[0], groups=groups)
-    quantizer = Quantizer(site.format, site.granularity, name=site.name)
+    quantizer = Quantizer(site.format, site.granularity, name=site.name, span=site.group)
+    quantizer.prefix = site.prefix
     quantizer.transposed = site.what == "v" and site.granularity == "block"
     return quantizer
 
@@ -292,12 +296,13 @@ def _decide(
         reason = default
     if reason or tensor is None:
         return Site(module, what, None, "", "", reason, shape)
-    if tensor.group and (len(shape) != 2 or shape[1] % tensor.group):
+    if tensor.granularity == "group" and (len(shape) != 2 or shape[1] % tensor.group):
         inputs = f"its {shape[1]} inputs" if len(shape) == 2 else "a convolution"
         raise InputError(
             f"{module}: groups of {tensor.group} do not divide {inputs}; choose another group size, or override it"
         )
-    return Site(module, what, tensor.format, tensor.granularity, tensor.observer, "", shape, tensor.group)
+    prefix = 0 if what == "weight" else spec.prefix
+    return Site(module, what, tensor.format, tensor.granularity, tensor.observer, "", shape, tensor.group, prefix)
 
 
 def _check_overrides(spec: QuantSpec, sites: Sequence[Site]) -> None:

@@ -7,12 +7,22 @@ A spec names a format, a granularity and an observer for three groups of sites:
     attention   the operands of the attention products: q, k, the softmax probabilities, v; as the activations
 
 Short texts are ``wXaY`` with 2 to 8 bits, or 16 to keep; ``fp8`` (e4m3, ranges as for integers); and ``mxfp8``,
-``mxfp4`` and ``nvfp4``, whose blocks bring their own scales.
+``mxfp4`` and ``nvfp4``, whose blocks bring their own scales. ``wXaYkvZ`` gives the keys and values of attention Z bits
+in the form in which caches hold them (see below), and ``-token`` behind either gives every token a range of its own.
 
 A ``token`` range is each vector's own, found anew in every forward (the last dimension: a token's features; q, k or v
 of one head; a row of probabilities). For v, that is how caches are quantized and not what an integer product folds.
 
+A ``span-32`` range is that of one channel of one head over 32 successive tokens, found anew as well: how KIVI (arXiv
+2402.02750) caches keys, whose outliers stay in their channels. ``kvZ`` is ``span-32`` for k and ``token`` for v; k is
+what the product reads, after any rotary embedding. A span that is not full yet has its own range too, where KIVI keeps
+it at full precision.
+
 A weight can have one scale for every g inputs of a channel (``group-128``), an attention operand one range a head.
+
+A ``prefix`` of n tokens keeps the inputs and attention operands of the first n tokens of every sequence at full
+precision, and out of the ranges: what decoders need where the first token's values are enormous, and can have, as the
+keys and values of a prefix are computed once and cached (PrefixQuant, arXiv 2410.05265).
 
 Whatever is not a site stays at full precision: norms, softmax, activation functions, residual additions, biases,
 tables of embeddings. So do the first and the last layers (patch embedding, pooler, heads), unless ``ends`` says how to
@@ -23,8 +33,9 @@ Full form, as a dict (YAML or JSON)::
     base: w4a4                      # optional start; the other keys change it
     weight: {bits: 4, granularity: channel, observer: mse}      # channel, group-G or tensor
     activation: {bits: 8, granularity: token}                   # tensor or token
-    attention: false                # or true (as the activations), or {bits: 8, granularity: head}
+    attention: false                # or true (as the activations), or {bits: 8, granularity: head} (token, span-G)
     ends: w8a8                      # first and last layers; keep unless given
+    prefix: 1                       # the first tokens of a text keep activations and cache at full precision
     overrides:                      # fnmatch, or re:..., on "module" or "module.site"; the last match wins
       "*.output.dense": w4a8
       "*.layer.0.*": keep
@@ -53,17 +64,23 @@ _EXAMPLES = 'for example "w4a4", "w8a8", "w4a16", "fp8", or {"base": "w4a4", "ac
 _GRANULARITIES: dict[Group, tuple[Granularity, ...]] = {
     "weight": ("channel", "tensor", "group", "block"),
     "activation": ("tensor", "token", "block"),
-    "attention": ("tensor", "token", "head", "block"),
+    "attention": ("tensor", "token", "head", "span", "block"),
 }
 # Short texts that name a format instead of widths.
 _NAMED = {"fp8": "fp8_e4m3", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 # Ranges that are found anew in every forward, so no observer can choose them.
-_OWN_RANGE = ("token", "block")
+_OWN_RANGE = ("token", "span", "block")
+# Granularities with a size, as they are written.
+_SIZED = {"group": "group-128", "span": "span-32"}
+_SHORT = re.compile(r"w([0-9]{1,4})a([0-9]{1,4})(?:kv([0-9]{1,4}))?(-token)?")
+# What ``kvZ`` stands for, chosen on SmolLM2 at 4 bits (docs/results/smollm2.md): keys by spans lose a sixth of what
+# keys by tokens lose, values by tokens a sixth of what values by channels lose.
+_CACHE: dict[str, str] = {"*.k": "span-32", "*.v": "token"}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How the tensors of one group of sites are quantized; ``group`` is how many inputs share a scale, if any do."""
+    """How the tensors of one group of sites are quantized; ``group`` is how many inputs or tokens share a scale."""
 
     format: Format
     granularity: Granularity
@@ -72,7 +89,7 @@ class TensorSpec:
 
     def to_dict(self) -> dict[str, str]:
         """The full form."""
-        granularity = f"group-{self.group}" if self.granularity == "group" else self.granularity
+        granularity = f"{self.granularity}-{self.group}" if self.group else self.granularity
         return {"format": self.format.name, "granularity": granularity, "observer": self.observer}
 
 
@@ -85,6 +102,7 @@ class QuantSpec:
     attention: TensorSpec | None = None
     overrides: tuple[tuple[str, QuantSpec], ...] = ()
     ends: QuantSpec | None = None
+    prefix: int = 0
 
     @staticmethod
     def parse(source: str | Mapping[str, Any] | QuantSpec) -> QuantSpec:
@@ -141,6 +159,8 @@ class QuantSpec:
             form[group] = KEEP if tensor is None else tensor.to_dict()
         if self.ends is not None:
             form["ends"] = self.ends.to_dict()
+        if self.prefix:
+            form["prefix"] = self.prefix
         if self.overrides:
             form["overrides"] = {pattern: spec.to_dict() for pattern, spec in self.overrides}
         return form
@@ -150,7 +170,15 @@ class QuantSpec:
             if all(tensor is not None and tensor.format.name == name for tensor in (self.weight, self.activation)):
                 return text
         bits = [FULL_BITS if tensor is None else tensor.format.bits for tensor in (self.weight, self.activation)]
-        return f"w{bits[0]}a{bits[1]}"
+        by_token = self.activation is not None and self.activation.granularity == "token"
+        return f"w{bits[0]}a{bits[1]}{self._cache_name()}{'-token' if by_token else ''}"
+
+    def _cache_name(self) -> str:
+        """``kv8`` where the overrides say what that does."""
+        overrides = dict(self.overrides)
+        held = {overrides[pattern].attention for pattern in _CACHE if pattern in overrides}
+        bits = {FULL_BITS if tensor is None else tensor.format.bits for tensor in held}
+        return f"kv{bits.pop()}" if len(bits) == 1 and all(pattern in overrides for pattern in _CACHE) else ""
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -167,23 +195,37 @@ def _from_text(text: str) -> QuantSpec:
         blocks = isinstance(format, BlockFormat)
         activation = TensorSpec(format, "block" if blocks else "tensor")
         return QuantSpec(TensorSpec(format, "block" if blocks else "channel"), activation, activation)
-    match = re.fullmatch(r"w([0-9]{1,4})a([0-9]{1,4})", text.strip().lower())
+    match = _SHORT.fullmatch(text.strip().lower())
     if match is None:
         raise InputError(f"unknown quantization spec {text[:80]!r}; {_EXAMPLES}")
     weight_bits, activation_bits = int(match[1]), int(match[2])
-    for bits in (weight_bits, activation_bits):
-        if bits != FULL_BITS and not MIN_BITS <= bits <= MAX_BITS:
+    cache_bits = None if match[3] is None else int(match[3])
+    for bits in (weight_bits, activation_bits, cache_bits):
+        if bits is not None and bits != FULL_BITS and not MIN_BITS <= bits <= MAX_BITS:
             possible = f"{MIN_BITS} to {MAX_BITS} bits, or {FULL_BITS} to keep full precision"
             raise InputError(f"spec {text!r}: {bits} bits is not possible; use {possible}")
     weight = None if weight_bits == FULL_BITS else TensorSpec(integer_format(weight_bits, signed=True), "channel")
-    activation = (
-        None if activation_bits == FULL_BITS else TensorSpec(integer_format(activation_bits, signed=False), "tensor")
+    granularity: Granularity = "token" if match[4] else "tensor"
+    activation = None
+    if activation_bits != FULL_BITS:
+        activation = TensorSpec(integer_format(activation_bits, signed=False), granularity)
+    spec = QuantSpec(weight, activation, activation)
+    return spec if cache_bits is None else replace(spec, overrides=_cache(cache_bits, spec))
+
+
+def _cache(bits: int, base: QuantSpec) -> tuple[tuple[str, QuantSpec], ...]:
+    """Overrides that give the keys and values of attention so many bits, as caches hold them."""
+    return tuple(
+        (
+            pattern,
+            replace(base, attention=_tensor("attention", {"bits": bits, "granularity": granularity}, None)),
+        )
+        for pattern, granularity in _CACHE.items()
     )
-    return QuantSpec(weight, activation, activation)
 
 
 def _from_mapping(form: Mapping[str, Any], base: QuantSpec | None) -> QuantSpec:
-    _refuse_unknown("the quantization spec", form, ("base", *GROUPS, "ends", "overrides"))
+    _refuse_unknown("the quantization spec", form, ("base", *GROUPS, "ends", "prefix", "overrides"))
     if "base" in form:
         base = QuantSpec.parse(form["base"])
     # Attention follows the activations, unless it is given on its own or the base keeps it.
@@ -206,7 +248,10 @@ def _from_mapping(form: Mapping[str, Any], base: QuantSpec | None) -> QuantSpec:
     if not isinstance(overrides, Mapping):
         raise InputError('overrides is a mapping from pattern to spec, for example {"*.fc2": "w4a8", "head": "keep"}')
     added = tuple((str(pattern), _override(str(pattern), value, spec)) for pattern, value in overrides.items())
-    return replace(spec, overrides=base.overrides + added, ends=ends)
+    prefix = form.get("prefix", base.prefix)
+    if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
+        raise InputError(f"prefix is a number of tokens, 0 or more, not {prefix!r}")
+    return replace(spec, overrides=base.overrides + added, ends=ends, prefix=prefix)
 
 
 def _override(pattern: str, value: Any, base: QuantSpec) -> QuantSpec:
@@ -224,6 +269,8 @@ def _inner(where: str, value: Any, base: QuantSpec) -> QuantSpec:
         return QuantSpec.parse(value)
     if "overrides" in value:
         raise InputError(f"{where} holds overrides of its own; list them side by side instead")
+    if "prefix" in value:
+        raise InputError(f"{where} holds a prefix of its own; give it once, beside it")
     if "ends" in value:
         raise InputError(f"{where} holds ends of its own; give them once, beside it")
     return _from_mapping(value, base)
@@ -260,18 +307,18 @@ def _tensor(group: Group, form: Any, base: TensorSpec | None) -> TensorSpec | No
     if granularity in _OWN_RANGE and observer != "minmax":
         raise InputError(f"{group}: a range per {granularity} is its own; observer must be minmax, not {observer!r}")
     ObserverSpec.parse(observer)
-    return TensorSpec(format, granularity, observer, size if granularity == "group" else 0)
+    return TensorSpec(format, granularity, observer, size if granularity in _SIZED else 0)
 
 
 def _granularity(group: Group, text: Any) -> tuple[Granularity, int]:
     """A granularity, and the size of its groups if it is one of groups."""
-    match = re.fullmatch(r"group-([1-9][0-9]{0,8})", str(text))
-    granularity = "group" if match else text
-    # The bare word "group" says no size.
-    if granularity not in _GRANULARITIES[group] or text == "group":
-        known = ", ".join("group-128" if name == "group" else name for name in _GRANULARITIES[group])
+    match = re.fullmatch(r"(group|span)-([1-9][0-9]{0,8})", str(text))
+    granularity: Any = match[1] if match else text
+    # The bare words say no size.
+    if granularity not in _GRANULARITIES[group] or text in _SIZED:
+        known = ", ".join(_SIZED.get(name, name) for name in _GRANULARITIES[group])
         raise InputError(f"{group}: granularity {text!r} is not one of {known}")
-    return granularity, int(match[1]) if match else 0
+    return granularity, int(match[2]) if match else 0
 
 
 def _refuse_unknown(where: str, form: Mapping[str, Any], known: tuple[str, ...]) -> None:

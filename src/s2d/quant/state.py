@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from s2d.errors import InputError
+from s2d.models.checkpoints import fingerprint
 from s2d.quant import sites
 from s2d.quant.sites import Site
 from s2d.quant.spec import QuantSpec
@@ -18,20 +19,46 @@ _ATTRIBUTE = "_s2d_quantization"
 class Record:
     """How a model was quantized: the spec, the method, and the plan that was carried out.
 
-    ``training`` says that its quantizers are still being trained.
+    ``training`` says that its quantizers are still being trained; ``calibrated`` is the fingerprint of weights and
+    ranges as they were left, empty while they are trained.
     """
 
     spec: QuantSpec
     method: str
     sites: tuple[Site, ...]
     training: bool = False
+    calibrated: str = ""
 
 
 def switch_on(model: nn.Module, record: Record) -> None:
     """Turn on every quantizer in the model and note how it was quantized."""
     for quantizer in sites.quantizers_of(model):
         quantizer.enabled = True
-    model.__dict__[_ATTRIBUTE] = record
+    note(model, record)
+
+
+def note(model: nn.Module, record: Record) -> None:
+    """Note how a model was quantized, and what it is now."""
+    model.__dict__[_ATTRIBUTE] = replace(record, calibrated="" if record.training else fingerprint(model))
+
+
+def holder(model: nn.Module) -> nn.Module:
+    """The module that was quantized: the model, or the encoder that it was built on."""
+    return next((module for module in model.modules() if peek(module) is not None), model)
+
+
+def check_unchanged(model: nn.Module) -> None:
+    """Refuse a quantized model whose weights or ranges are no longer those that it was calibrated with.
+
+    Raises:
+        InputError: They changed, or it is no quantized model.
+    """
+    model = holder(model)
+    if record(model).calibrated != fingerprint(model):
+        raise InputError(
+            f"the weights of this {type(model).__name__} changed after it was calibrated, so its ranges are not "
+            "theirs; quantize it again, or load the saved one"
+        )
 
 
 def peek(model: nn.Module) -> Record | None:

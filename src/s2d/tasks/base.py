@@ -48,6 +48,11 @@ class Task(ABC):
     ragged: ClassVar[bool] = True
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the longest example; 0 where the task does not say."""
+        return 0
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """Short SHA-256 of the data, independent of any model."""

@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2d.errors import InputError
+from s2d.errors import InputError, choices
 from s2d.models import Loaded
 from s2d.tasks.base import (
     SPLITS,
@@ -26,9 +27,11 @@ from s2d.tasks.base import (
     to_device,
 )
 from s2d.tasks.files import read_utf8, split_files
+from s2d.tasks.original import find_original, head_of, mean_divergence
 from s2d.tasks.tokens import check_max_length, digest, require_tokenizer, row_batches, tokenizer_key
 
 _SUFFIXES = (".txt",)
+LOSSES = ("text", "original")
 _IGNORED = -100  # torch's cross-entropy skips these labels
 
 
@@ -40,6 +43,7 @@ class LanguageModeling(Task):
     tokens that start every `stride` tokens. Each token is scored once, in the first window that holds it; only tokens
     with no token before them in their window are not scored. With ``stride == window`` the windows do not overlap (what
     most quantization papers report); a smaller stride gives each token at least ``window - stride`` tokens of context.
+    No token marks the beginning of a window unless `bos` puts the tokenizer's own there, where it is never scored.
     Metrics: ``perplexity`` (lower is better; infinite when the model's output is not finite) and its logarithm ``nll``.
 
     A folder has one file per split, named ``train``, ``test`` and ``validation`` (or ``valid``, ``val``, ``dev``).
@@ -51,6 +55,10 @@ class LanguageModeling(Task):
         window: Tokens the model sees at once.
         stride: Tokens between the starts of windows, at most `window`, which is the default. Train never overlaps.
         windows: Read at most so many windows of each split; None for all.
+        bos: Begin each window with the tokenizer's beginning-of-sequence token; `window` counts it.
+        loss: What training minimizes: ``text``, the mean negative log-likelihood of the text, or ``original``, without
+            anything to learn from the text: KL(original || model) of the next token, averaged over all tokens.
+        original: The model that teaches with ``loss=original``; None for the first model that the task builds on.
     """
 
     primary = "perplexity"
@@ -62,6 +70,9 @@ class LanguageModeling(Task):
         window: int = 512,
         stride: int | None = None,
         windows: int | None = None,
+        bos: bool = False,
+        loss: str = "text",
+        original: str | None = None,
     ) -> None:
         if window < 2:
             raise InputError(f"the window must hold at least 2 tokens, not {window}")
@@ -69,10 +80,21 @@ class LanguageModeling(Task):
             raise InputError(f"the stride must be from 1 to the window's {window} tokens, not {stride}")
         if windows is not None and windows < 1:
             raise InputError(f"the number of windows must be positive, not {windows}")
+        if loss not in LOSSES:
+            raise InputError(f"unknown loss {loss!r}; {choices(loss, LOSSES)}")
+        if bos and window < 3:
+            raise InputError(f"the window must hold at least 3 tokens with bos, not {window}")
         self.window, self.stride, self.windows = window, stride or window, windows
+        self.bos, self._loss, self.original = bos, loss, original or ""
+        self._teacher: nn.Module | None = None
         self._texts = _texts(Path(data))
         self._windows: dict[Split, tuple[Tensor, Tensor, Tensor]] = {}
         self._tokenized_by = ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a window."""
+        return self.window
 
     @property
     def fingerprint(self) -> str:
@@ -93,16 +115,24 @@ class LanguageModeling(Task):
             tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             if len(tokens) < 2:
                 raise InputError(f"the {split} text makes {len(tokens)} tokens; at least 2 are needed")
-            stride = window if split == "train" else self.stride
-            self._windows[split] = cut_windows(tokens, window, stride, self.windows)
+            read = window - self.bos
+            stride = read if split == "train" else min(self.stride, read)
+            self._windows[split] = cut_windows(tokens, read, stride, self.windows)
+            if self.bos:
+                self._windows[split] = with_first(self._windows[split], _bos(loaded, tokenizer))
         self._tokenized_by = key
 
     def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
-        """A copy of the causal language model as it is; nothing is random, so `seed` plays no part."""
-        output = getattr(loaded.model, "get_output_embeddings", lambda: None)()
-        if output is None:
+        """A copy of the causal language model as it is; nothing is random, so `seed` plays no part.
+
+        Raises:
+            InputError: The model predicts no tokens, or the original does not fit it.
+        """
+        if head_of(loaded.model) is None:
             raise InputError(f"task {self.name} needs a causal language model; {loaded.source} predicts no tokens")
         self.prepare(loaded)
+        if self._loss == "original":
+            self._check_original(loaded)
         model = copy.deepcopy(loaded.model)
         model.config.use_cache = False  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
         return model.train()
@@ -123,9 +153,23 @@ class LanguageModeling(Task):
         return [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean negative log-likelihood of the scored tokens."""
+        """Mean negative log-likelihood of the scored tokens, or the mean divergence from the original."""
+        if self._teacher is not None:
+            batch = to_device(batch, device_of(model))
+            return mean_divergence(model, self._teacher, self.inputs(batch)[0])
         total, count = self._negative_log_likelihood(model, batch)
         return total / max(count, 1)
+
+    def _check_original(self, loaded: Loaded) -> None:
+        """Find the teacher, unless it is known, and see that it says as much as the model."""
+        if self._teacher is None:
+            self._teacher = find_original(loaded, self.original, self.name).model.eval()
+        theirs, own = _vocabulary(self._teacher), _vocabulary(loaded.model)
+        if theirs != own:
+            raise InputError(
+                f"{self.original or 'the original'} cannot teach {loaded.source}: it says {theirs} scores a token, not "
+                f"{own}; name the model that it was made from: -o task.original=MODEL"
+            )
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 4) -> dict[str, float]:
@@ -185,6 +229,26 @@ def cut_windows(tokens: Tensor, window: int, stride: int, most: int | None) -> t
         labels[row, first - start : len(part)] = part[first - start :]
         scored = start + len(part)
     return ids, mask, labels
+
+
+def with_first(table: tuple[Tensor, Tensor, Tensor], token: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows as `cut_windows` gives them, each with one token more, in front, which is seen and not scored."""
+    return tuple(  # pyright: ignore[reportReturnType]
+        torch.cat([torch.full_like(part[:, :1], value), part], dim=1)
+        for part, value in zip(table, (token, 1, _IGNORED), strict=True)
+    )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Scores that a model says for each token."""
+    head = head_of(model)
+    return 0 if head is None else len(head.get_parameter("weight"))
+
+
+def _bos(loaded: Loaded, tokenizer: Any) -> int:
+    if tokenizer.bos_token_id is None:
+        raise InputError(f"the tokenizer of {loaded.source} has no token for a beginning; leave out bos")
+    return tokenizer.bos_token_id
 
 
 def _texts(data: Path) -> dict[Split, str]:

@@ -17,6 +17,11 @@ class TokenizedTexts(Task):
         self._tables: dict[Split, TokenTable] = {}
         self._tokenized_by = ""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest text."""
+        return self.max_length
+
     @abstractmethod
     def texts(self, split: Split) -> list[str]:
         """The texts of a split."""

@@ -10,18 +10,16 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from s2d.errors import InputError
-from s2d.models import Loaded, SentenceEncoder, load, read_notes
-from s2d.models.checkpoints import CONFIG_NAME
+from s2d.models import Loaded, SentenceEncoder
 from s2d.models.heads import encoder_of
 from s2d.tasks.base import (
     SPLITS,
@@ -32,16 +30,13 @@ from s2d.tasks.base import (
     register,
     to_device,
 )
+from s2d.tasks.original import divergence, find_original, head_of, hidden_states, known_head, mean_divergence
 from s2d.tasks.text_files import read_texts
 from s2d.tasks.tokenized_texts import TokenizedTexts
 from s2d.tasks.tokens import (
     digest,
-    require_tokenizer,
     row_batches,
 )
-
-# Tokens whose scores over the vocabulary exist at a time: 50 MB for a vocabulary of 50,000.
-_CHUNK = 256
 
 
 @register("unlabelled-text")
@@ -123,7 +118,7 @@ class UnlabelledText(TokenizedTexts):
         """
         self.prepare(loaded)
         if self._teacher is None:
-            self._teacher = self._find_original(loaded)
+            self._teacher = _model_of(find_original(loaded, self.original, self.name)).eval()
         teacher = self._teacher
         model = copy.deepcopy(_model_of(loaded))
         if type(_core(model)) is not type(_core(teacher)) or _width(model) != _width(teacher):
@@ -131,24 +126,9 @@ class UnlabelledText(TokenizedTexts):
                 f"{loaded.source} cannot be compared with {self.original or 'the original'}: "
                 "they are models of different kinds or widths; name the model that it was made from"
             )
-        if _head(model) is not None:
+        if head_of(model) is not None:
             model.config.use_cache = False  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
         return model.train()
-
-    def _find_original(self, loaded: Loaded) -> nn.Module:
-        """The teacher, in evaluation mode; that of the loaded model shares its weights."""
-        remedy = "name the model that it was made from: -o task.original=MODEL"
-        if self.original:
-            found = load(self.original, device=device_of(loaded.model))
-            tokenizers = [require_tokenizer(each, self.name) for each in (found, loaded)]
-            if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-                raise InputError(f"{self.original} and {loaded.source} have different tokenizers; {remedy}")
-            return _model_of(found).eval()
-        if any(type(module).__module__.startswith("s2d.quant") for module in loaded.model.modules()):
-            raise InputError(f"{loaded.source} is quantized, so it cannot be its own original; {remedy}")
-        if (Path(loaded.source) / CONFIG_NAME).is_file() and "conditioned" in read_notes(loaded.source):
-            raise InputError(f"{loaded.source} is conditioned, so it cannot be its own original; {remedy}")
-        return _model_of(loaded).eval()
 
     def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
         """Batches of ``input_ids`` and ``attention_mask`` `[batch, tokens]`."""
@@ -166,12 +146,8 @@ class UnlabelledText(TokenizedTexts):
         batch = to_device(batch, device_of(model))
         teacher = self._original()
         mask = batch["attention_mask"].bool()
-        head = _head(model)
-        if head is not None:
-            found = _hidden(model, head, batch)[mask]
-            with torch.no_grad():
-                wanted = _hidden(teacher, _known_head(teacher), batch)[mask]
-            return divergence(found, wanted, head, _known_head(teacher))[0].mean()
+        if head_of(model) is not None:
+            return mean_divergence(model, teacher, batch)
         embedding, features = _embed(model, batch)
         with torch.no_grad():
             wanted_embedding, wanted_features = _embed(teacher, batch)
@@ -184,7 +160,7 @@ class UnlabelledText(TokenizedTexts):
         teacher = self._original()
         was_training = model.training
         model.eval()
-        head = _head(model)
+        head = head_of(model)
         first, second, count = 0.0, 0.0, 0
         try:
             for batch in self.batches(split, batch_size=batch_size):
@@ -194,9 +170,9 @@ class UnlabelledText(TokenizedTexts):
                     found, wanted = _embed(model, batch)[0], _embed(teacher, batch)[0]
                     parts = F.cosine_similarity(found.double(), wanted.double(), dim=-1), torch.zeros(1)
                 else:
-                    known = _known_head(teacher)
+                    known = known_head(teacher)
                     parts = divergence(
-                        _hidden(model, head, batch)[mask], _hidden(teacher, known, batch)[mask], head, known
+                        hidden_states(model, head, batch)[mask], hidden_states(teacher, known, batch)[mask], head, known
                     )
                 first, second = first + parts[0].sum().item(), second + parts[1].sum().item()
                 count += len(parts[0])
@@ -232,43 +208,6 @@ def variance_share(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).square().mean() / spread.clamp(min=1e-12)
 
 
-def divergence(
-    found: Tensor,
-    wanted: Tensor,
-    head: Callable[[Tensor], Tensor],
-    original_head: Callable[[Tensor], Tensor],
-    chunk: int = _CHUNK,
-) -> tuple[Tensor, Tensor]:
-    """KL(original || model) of the next-token distributions, and where both have the same most likely token.
-
-    The scores over the vocabulary exist for `chunk` tokens at a time, in the backward pass too, where they are computed
-    again.
-
-    Args:
-        found: The model's last hidden states `[tokens, width]`.
-        wanted: The original's.
-        head: Hidden states `[1, n, width]` to scores `[1, n, vocabulary]`.
-        original_head: The original's.
-        chunk: See above.
-
-    Returns:
-        `[tokens]` in nats, and `[tokens]` booleans.
-    """
-
-    def compare(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            expected = original_head(h_t.unsqueeze(0))[0].float().log_softmax(-1)
-        scores = head(h_s.unsqueeze(0))[0].float().log_softmax(-1)
-        return (expected.exp() * (expected - scores)).sum(-1), scores.argmax(-1) == expected.argmax(-1)
-
-    pairs = list(zip(found.split(chunk), wanted.split(chunk), strict=True))
-    if torch.is_grad_enabled():
-        parts = [checkpoint(compare, h_s, h_t, use_reentrant=False) for h_s, h_t in pairs]
-    else:
-        parts = [compare(h_s, h_t) for h_s, h_t in pairs]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-
 @contextmanager
 def _noting_features(encoder: nn.Module, notes: list[Tensor]) -> Iterator[None]:
     hook = encoder.register_forward_hook(lambda _, __, output: notes.append(output.last_hidden_state))
@@ -285,36 +224,9 @@ def _embed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return model(**batch), notes[-1]
 
 
-def _hidden(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
-    """What the head sees, `[batch, tokens, width]`; the head itself sees only one token of each text."""
-    notes: list[Tensor] = []
-
-    def shorten(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        notes.append(args[0])
-        return (args[0][:, :1], *args[1:])
-
-    hook = head.register_forward_pre_hook(shorten)
-    try:
-        model(**batch)
-    finally:
-        hook.remove()
-    return notes[-1]
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """A causal language model's output layer; None of an encoder."""
-    return getattr(model, "get_output_embeddings", lambda: None)()
-
-
-def _known_head(model: nn.Module) -> nn.Module:
-    head = _head(model)
-    assert head is not None
-    return head
-
-
 def _model_of(loaded: Loaded) -> nn.Module:
     """What is compared: the causal language model as it is, or the encoder with mean pooling."""
-    if _head(loaded.model) is not None:
+    if head_of(loaded.model) is not None:
         return loaded.model
     return SentenceEncoder(encoder_of(loaded.model))
 

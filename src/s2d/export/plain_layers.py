@@ -1,0 +1,97 @@
+"""What formats of plain layers can say: Linears with integer weights and, in some, rounded inputs; nothing else.
+
+Checkpoint formats (compressed-tensors, GGUF, ExecuTorch's recipes) describe layers, not graphs: what a method computes
+beside a weight, rounded operands of attention and rounded convolutions have no words there. They are refused by name
+before anything is written, with the nearest spec that can be said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from s2d.errors import InputError
+from s2d.export.integers import IntegerActivation, IntegerWeight, integer_activation, integer_weight
+from s2d.quant.attention import QuantizedAttention
+from s2d.quant.modules import QuantizedConv, QuantizedLinear
+from s2d.quant.online import OnlineLinear, RotatedBlock
+from s2d.quant.quantizer import Quantizer
+from s2d.quant.sites import is_quantized
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """A quantized Linear as integers.
+
+    Attributes:
+        name: The module.
+        weight: Its codes ``[out, in]`` and scales.
+        activation: How its input becomes codes; None where it stays.
+        bits: Of the weight.
+    """
+
+    name: str
+    weight: IntegerWeight
+    activation: IntegerActivation | None
+    bits: int
+
+    @property
+    def run(self) -> int:
+        """How many inputs of a row share a scale."""
+        inputs, scale = self.weight.codes.shape[1], self.weight.scale
+        return inputs // scale.shape[1] if scale.ndim == 2 else inputs
+
+
+def plain_layers(model: nn.Module, format: str) -> Iterator[PlainLayer]:
+    """The quantized Linears of a model, one at a time.
+
+    Args:
+        model: Quantized.
+        format: The format's name, for messages.
+
+    Raises:
+        InputError: It is not quantized; something in it is more than a Linear of integers.
+    """
+    refuse_more_than_linears(model, format)
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLinear):
+            continue
+        quantizer, weight = module.input_quantizer, module.weight_quantizer
+        if weight is None:
+            raise InputError(
+                f"{name} rounds its input but not its weight, which {format} cannot say; use w8a8 or w4a16"
+            )
+        activation = None if quantizer is None else integer_activation(quantizer)
+        yield PlainLayer(name, integer_weight(module.weight, weight), activation, weight.format.bits)
+
+
+def refuse_more_than_linears(model: nn.Module, format: str) -> None:
+    """Refuse by name what is more than Linears of integers.
+
+    Raises:
+        InputError: The model is not quantized, or holds such a thing.
+    """
+    if not is_quantized(model):
+        raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
+    for name, module in model.named_modules():
+        if isinstance(module, (OnlineLinear, RotatedBlock)):
+            raise InputError(
+                f"{name}: the method computes beside the weight, which {format} cannot say; "
+                "quantize with rtn, gptq, awq or smoothquant"
+            )
+        if isinstance(module, QuantizedAttention) and (site := _operand(module)):
+            raise InputError(
+                f"{site}: operands of attention are rounded, which {format} cannot say; the nearest spec that it can "
+                "adds attention: false (in Python {'base': 'w4a8', 'attention': False}), or w4a16"
+            )
+        if isinstance(module, QuantizedConv):
+            raise InputError(f"{name}: {format} has no rounded convolutions; leave ends out of the spec")
+
+
+def _operand(module: Any) -> str | None:
+    holder = module.attention_quantizer
+    found = (getattr(holder, operand) for operand in holder.OPERANDS)
+    return next((each.name for each in found if isinstance(each, Quantizer)), None)

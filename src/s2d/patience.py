@@ -1,0 +1,48 @@
+"""Early stopping: a measure of held-out data now and then, and an end to a training that only moves away from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from s2d.tasks import Task
+
+
+@dataclass
+class Patience:
+    """Looks at the task's primary measure on the validation split, and says when it has not improved for long enough.
+
+    The model stays as it is then. It is not set back to its best check: under a decay the earliest checks are the best,
+    and the least conditioned.
+
+    Attributes:
+        task: Its data; labels and the original, if any, are the task's business.
+        every: Steps between two checks; 0 for none.
+        patience: Checks in a row without a new best after which to stop; 0 to look and never stop.
+        batch_size: Of a check.
+        checks: ``step`` and ``value`` of each.
+    """
+
+    task: Task
+    every: int
+    patience: int
+    batch_size: int
+    checks: list[dict[str, Any]] = field(default_factory=list)
+
+    def look(self, model: nn.Module, step: int) -> None:
+        """Check the model, if it is time; its mode is kept."""
+        if self.every and step % self.every == 0:
+            found = self.task.evaluate(model, "validation", self.batch_size)
+            self.checks.append({"step": step, "value": found[self.task.primary]})
+
+    @property
+    def spent(self) -> bool:
+        """The last `patience` checks were all no better than the best before them; what is no number is no better."""
+        if not self.patience or len(self.checks) <= self.patience:
+            return False
+        sign = -1 if self.task.higher_is_better else 1
+        values = [sign * check["value"] if math.isfinite(check["value"]) else math.inf for check in self.checks]
+        return min(values[-self.patience :]) >= min(values[: -self.patience])
