@@ -49,7 +49,7 @@ from s2d.training import train
 
 SPEC = "w4a4"
 OBSERVERS = ("minmax", "percentile", "mse")
-CODE = ("baselines", "decay.py", "selection.py", "shrink.py", "training.py", "optimizers.py")
+CODE = ("baselines", "decay.py", "selection", "shrink.py", "training.py", "optimizers.py")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ METHODS: dict[str, list[Look]] = {
     "adamw": [Look(), Look(rate=0.5), Look(rate=2.0)],
     "s2d": [Look({}), Look({"strength": 0.1}), Look({"outlier_ratio": 6.0})],
     "random-directions": rival("random-directions", {}, {"strength": 0.02}, {"strength": 0.1}),
-    "l2": rival("l2", {"strength": 0.01, "kinds": BOTH}, {"strength": 0.01}, {"strength": 0.03, "kinds": BOTH}),
+    "l2": rival("l2", {"strength": 0.01, "kinds": BOTH}, {"strength": 0.01}, {"strength": 0.003}),
     "tweo": rival("tweo", {"at": "inputs"}, {}, {"at": "inputs", "weight": 0.1}),
     "kure": rival("kure", {"of": "activations", "weight": 0.3}, {}, {"of": "activations", "weight": 3.0}),
     "clip": rival("clip", {"limit": 3.0}, {"limit": 1.5}, {"limit": 5.0}),
@@ -429,7 +429,9 @@ def quick(folder: Path) -> tuple[Bed, list[str]]:
     vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **sizes)
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder / "bert")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder / "bert")
     transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=16).save_pretrained(folder / "bert")
     (folder / "data").mkdir()
     for split, start in (("train", 0), ("test", 1)):
