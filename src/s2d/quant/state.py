@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class Record:
     method: str
     sites: tuple[Site, ...]
     training: bool = False
-    calibrated: str = ""
+    calibrated: str = field(default="", compare=False)  # a saved model holds its weights rounded
 
 
 def switch_on(model: nn.Module, record: Record) -> None:
