@@ -23,7 +23,7 @@ WORDS = {
 FILLERS = ("the", "a", "old", "new", "very", "good", "bad", "one", "two", "three")
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, width: int = 16) -> Path:
     """A folder as transformers saves it: a random BERT and a tokenizer of whole words."""
     transformers = pytest.importorskip("transformers")
     words = [word for group in WORDS.values() for word in group]
@@ -32,8 +32,8 @@ def make_model(folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=32,
