@@ -60,7 +60,7 @@ def test_links_are_relative_and_lead_somewhere(page: Path):
 
 def test_commands_and_their_options_exist():
     commands = typer.main.get_command(app).commands
-    for page in PAGES:
+    for page in (page for page in PAGES if page.name != "bad-inputs.md"):  # which shows wrong ones
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in re.findall(r"(?:^|`|\.venv/bin/)s2d ([a-z]+[^`\n]*)", text, re.MULTILINE):
             name, _, rest = line.partition(" ")
