@@ -105,7 +105,7 @@ def test_an_evaluation_between_two_steps_plays_no_part(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_number_has_bounds_and_each_name_close_ones(name: str) -> None:
     assert settings_of({"baseline": name})["baseline"] == name
-    for field in fields(REGISTERED[name].Settings):
+    for field in fields(REGISTERED.all()[name].Settings):
         for wrong in (-1.0, math.nan, "many"):
             with pytest.raises(InputError, match=field.name):
                 settings_of({"baseline": name, field.name: wrong})

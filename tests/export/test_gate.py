@@ -10,7 +10,7 @@ from torch import nn
 
 from s2d.export import gate
 from s2d.export.copies import shared_copy
-from s2d.export.gate import ExportReport, judge_task, perturbed
+from s2d.export.gate import Check, ExportReport, judge_task, perturbed
 from s2d.tasks import Task
 
 
@@ -62,7 +62,7 @@ class Scored:
 )
 def test_the_model_is_perturbed_until_it_is_settled(scores: tuple[float, ...], left: int, passes: bool) -> None:
     task, report = Scored(*scores), ExportReport("m.onnx", "w4a8", "rtn", 0)
-    judge_task(report, Net(), Net(), cast(Task, task), "validation", 4)
+    judge_task(report, Net(), Net(), cast(Task, task), Check(batch_size=4))
     assert len(task.scores) == left and report.passed == passes
     assert report.parity["simulated"] == 70.0 and abs(report.parity["perturbed"] - 70.0) == pytest.approx(
         max(abs(each - 70.0) for each in scores[2 : 5 - left])

@@ -5,12 +5,9 @@ They are here for fair comparisons (``benchmarks/rivals.py``), not as recommenda
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -24,16 +21,9 @@ __all__ = ["Baseline", "attach", "baselines", "create", "settings_of"]
 KEY = "baseline"  # of an arm: which one it trains with
 
 
-@lru_cache(maxsize=1)
-def _import_all() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-
-
 def baselines() -> dict[str, str]:
     """The known baselines: name and one line."""
-    _import_all()
-    return {name: (inspect.getdoc(found) or "").partition("\n")[0] for name, found in sorted(REGISTERED.items())}
+    return {name: (inspect.getdoc(found) or "").partition("\n")[0] for name, found in sorted(REGISTERED.all().items())}
 
 
 def create(name: str, model: nn.Module, optimizer: Optimizer, *, seed: int = 0, **settings: Any) -> Baseline:
@@ -80,10 +70,10 @@ def attach(
 
 
 def _find(name: Any) -> type[Baseline]:
-    _import_all()
-    if not isinstance(name, str) or name not in REGISTERED:
-        raise InputError(f"there is no baseline {name!r}; {choices(str(name), sorted(REGISTERED))}")
-    return REGISTERED[name]
+    known = REGISTERED.all()
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"there is no baseline {name!r}; {choices(str(name), sorted(known))}")
+    return known[name]
 
 
 def _settings(found: type[Baseline], given: Mapping[str, Any]) -> Settings:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from s2d.errors import InputError
 from s2d.rates import PeakRates
+from s2d.registry import Registry
 from s2d.sharding import is_dtensor
 from s2d.targets import KINDS, Kind, Target, find_targets
 
@@ -131,16 +132,15 @@ class Baseline:
 
 
 B = TypeVar("B", bound=type[Baseline])
-REGISTERED: dict[str, type[Baseline]] = {}
+REGISTERED: Registry[type[Baseline]] = Registry("baseline", "s2d.baselines")
 
 
 def register(name: str) -> Callable[[B], B]:
     """Make a baseline known by name; its docstring's first line describes it."""
 
     def decorate(baseline: B) -> B:
-        assert name not in REGISTERED, f"baseline {name} is registered twice"
         baseline.name = name
-        REGISTERED[name] = baseline
+        REGISTERED.add(name, baseline)
         return baseline
 
     return decorate

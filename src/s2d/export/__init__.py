@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, choices, require
 from s2d.export import checkpoints, executorch
-from s2d.export.gate import ExportReport
+from s2d.export.gate import Check, ExportReport
 from s2d.export.graphs import export_graph
 from s2d.export.onnx import OnnxModel
 from s2d.export.openvino import OpenVinoModel
@@ -91,15 +91,15 @@ def export(
     check_unchanged(model)
     kept = record(holder(model))
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
-    about: dict[str, Any] = {"task": task, "split": split, "batch_size": batch_size, "force": force, "notes": notes}
+    check = Check(task, split, batch_size, time_it, force, notes)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix in checkpoints.FORMATS:
-            checkpoints.export_checkpoint(model, target, report, example, tokenizer=tokenizer, **about)
+            checkpoints.export_checkpoint(model, target, report, example, tokenizer, check)
         elif target.suffix == executorch.SUFFIX:
-            executorch.export_program(model, target, report, example, time_it=time_it, **about)
+            executorch.export_program(model, target, report, example, check)
         else:
-            export_graph(model, target, report, example, kept.calibrated, form=form, time_it=time_it, **about)
+            export_graph(model, target, report, example, kept.calibrated, form, check)
         content = {"run": run_metadata(model_fingerprint=kept.calibrated), "export": report.to_dict()}
         write_json(target.with_name(f"{target.stem}.json"), content)
     except OSError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from s2d.errors import InputError, require
 from s2d.export import compressed_tensors, gate, gguf
 from s2d.export.copies import shared_copy
-from s2d.export.gate import ExportReport
+from s2d.export.gate import Check, ExportReport
 from s2d.export.parity import compare_modules
-from s2d.tasks import Split, Task
 
 
 class Format(Protocol):
@@ -48,13 +47,8 @@ def export_checkpoint(
     target: Path,
     report: ExportReport,
     example: Mapping[str, Tensor],
-    *,
-    tokenizer: Any = None,
-    task: Task | None = None,
-    split: Split = "validation",
-    batch_size: int = 16,
-    force: bool = False,
-    notes: Callable[[str], None] = lambda text: None,
+    tokenizer: Any,
+    check: Check,
 ) -> None:
     """Write a model, read it back, compare it, and put it in its place.
 
@@ -64,11 +58,7 @@ def export_checkpoint(
         report: Filled in.
         example: A batch of keyword inputs.
         tokenizer: For formats that hold it.
-        task: Its metric is compared; else the outputs on the example.
-        split: On which.
-        batch_size: Of the comparison.
-        force: Keep a file that fails.
-        notes: Told what is being done.
+        check: What is compared, and what follows.
 
     Raises:
         InputError: The format cannot say what the model is; the comparison failed.
@@ -82,13 +72,13 @@ def export_checkpoint(
         gguf.as_written(compared)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         made = Path(scratch) / target.name
-        notes("writing")
+        check.notes("writing")
         format.write(inner, made, embeddings=report.embeddings, tokenizer=tokenizer)
         files = [made] if made.is_file() else [each for each in made.rglob("*") if each.is_file()]
         report.file_mb = sum(each.stat().st_size for each in files) / 1e6
         report.fp32_mb = sum(each.numel() for each in inner.parameters()) * 4 / 1e6
         report.about = ["in memory and the multiply: up to what loads it; the file holds codes, not kernels"]
-        notes("reading it back")
+        check.notes("reading it back")
         found = format.read(made, inner)
         runner = found
         if name:
@@ -96,14 +86,10 @@ def export_checkpoint(
             runner.set_submodule(name, found)
         with torch.no_grad():
             runner(**example)  # compressed-tensors unpacks the weights in a model's first call
-        notes("comparing every layer")
+        check.notes("comparing every layer")
         gate.judge_layers(report, *compare_modules(compared, found, reference, name and f"{name}.", example))
-        if task is None:
-            gate.judge_output(report, reference, runner, example)
-        else:
-            notes(f"comparing {task.primary} on {split}")
-            gate.judge_task(report, reference, runner, task, split, batch_size)
-        report.refuse(target, force)
+        gate.judge(report, reference, runner, example, check)
+        report.refuse(target, check.force)
         if made.is_dir() and target.is_dir():
             target.rmdir()  # it is empty
         os.replace(made, target)

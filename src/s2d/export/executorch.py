@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from s2d.errors import InputError, first_line, require
 from s2d.export import gate
 from s2d.export.copies import shared_copy
-from s2d.export.gate import ExportReport
+from s2d.export.gate import Check, ExportReport
 from s2d.export.lowering import round_embeddings
 from s2d.export.onnx import Face, named, tensors_of
 from s2d.export.parity import compare_modules
 from s2d.export.plain_layers import PlainLayer, plain_layers
 from s2d.quant.state import remove
-from s2d.tasks import Split, Task
 
 NAME = "ExecuTorch"
 SUFFIX = ".pte"
@@ -37,7 +36,7 @@ _GROUPS = "weight: {bits: 4, granularity: group-32}, activation: {bits: 8, granu
 _INPUTS, _OUTPUTS = "s2d_inputs", "s2d_outputs"
 
 
-def check(model: nn.Module) -> None:
+def refuse_without_product(model: nn.Module) -> None:
     """Refuse up front what XNNPACK has no product for.
 
     Raises:
@@ -64,13 +63,7 @@ def export_program(
     target: Path,
     report: ExportReport,
     example: Mapping[str, Tensor],
-    *,
-    task: Task | None = None,
-    split: Split = "validation",
-    batch_size: int = 16,
-    time_it: bool = True,
-    force: bool = False,
-    notes: Callable[[str], None] = lambda text: None,
+    check: Check,
 ) -> None:
     """Lower a model, run the file, compare, and put it in its place.
 
@@ -79,26 +72,21 @@ def export_program(
         target: ``NAME.pte``; it takes one row at a time, and texts of up to 512 tokens (or the model's own limit).
         report: Filled in; its layers are those that were lowered, as torchao computes them.
         example: A batch of keyword inputs.
-        task: Its metric is compared; else the outputs on the example.
-        split: On which.
-        batch_size: Of the simulated model.
-        time_it: Measure latency against torch.
-        force: Keep a file that fails.
-        notes: Told what is being done.
+        check: What is compared and measured, and what follows.
 
     Raises:
         InputError: A layer has no product there; the model cannot be lowered; the comparison failed.
     """
-    check(model)
+    refuse_without_product(model)
     reference = shared_copy(model)
     if report.embeddings and not round_embeddings(reference, report.embeddings):
         report.embeddings = 0
     prepared = with_codes(reference)
-    notes("comparing every layer")
+    check.notes("comparing every layer")
     gate.judge_layers(report, *compare_modules(reference, prepared, reference, "", example))
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         made = Path(scratch) / target.name
-        notes("lowering")
+        check.notes("lowering")
         delegated, left = _write(prepared, example, made)
         del prepared
         report.about = [
@@ -108,17 +96,13 @@ def export_program(
         report.file_mb = made.stat().st_size / 1e6
         report.fp32_mb = sum(each.numel() for each in model.parameters()) * 4 / 1e6
         runner = PteModel(made)
-        if task is None:
-            gate.judge_output(report, reference, runner, example)
-        else:
-            notes(f"comparing {task.primary} on {split}")
-            gate.judge_task(report, reference, runner, task, split, batch_size)
-        if time_it:
+        gate.judge(report, reference, runner, example, check)
+        if check.time_it:
             one = {name: value[:1] for name, value in example.items()}
             plain = remove(shared_copy(model))
             report.latency_ms["executorch"] = gate.latencies({"torch": plain, "file": runner}, one)
         del runner
-        report.refuse(target, force)
+        report.refuse(target, check.force)
         os.replace(made, target)
 
 

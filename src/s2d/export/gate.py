@@ -38,6 +38,27 @@ PERTURBATIONS = (1e-6, -1e-6, 3e-6)
 _ROUNDS = 7
 
 
+@dataclass(frozen=True)
+class Check:
+    """How a file is judged, and what follows.
+
+    Attributes:
+        task: Its metric is compared; without one, the outputs on the example.
+        split: Which data of the task.
+        batch_size: Of the comparison.
+        time_it: Measure latency against full precision.
+        force: Keep a file that does not pass.
+        notes: Told what is being done.
+    """
+
+    task: Task | None = None
+    split: Split = "validation"
+    batch_size: int = 16
+    time_it: bool = True
+    force: bool = False
+    notes: Callable[[str], None] = lambda text: None
+
+
 @dataclass
 class ExportReport:
     """What was found out about an exported file.
@@ -139,13 +160,22 @@ def judge_layers(report: ExportReport, rows: list[LayerParity], missing: list[st
         report.failures.append(f"{len(missing)} layers are not in the graph as integer products, such as {missing[0]}")
 
 
-def judge_task(
-    report: ExportReport, reference: nn.Module, runner: nn.Module, task: Task, split: Split, batch_size: int
+def judge(
+    report: ExportReport, reference: nn.Module, runner: nn.Module, example: Mapping[str, Tensor], check: Check
 ) -> None:
+    """Note the metric, or without a task the outputs on an example, of the simulated model and of the file."""
+    if check.task is None:
+        judge_output(report, reference, runner, example)
+    else:
+        judge_task(report, reference, runner, check.task, check)
+
+
+def judge_task(report: ExportReport, reference: nn.Module, runner: nn.Module, task: Task, check: Check) -> None:
     """Note the metric of the simulated model and of the file."""
+    check.notes(f"comparing {task.primary} on {check.split}")
 
     def score(model: nn.Module) -> float:
-        found = task.evaluate(model, split=split, batch_size=batch_size)[task.primary]
+        found = task.evaluate(model, split=check.split, batch_size=check.batch_size)[task.primary]
         model.eval()  # quantizers forget the rounded weights that they keep
         give_back()
         return found
@@ -159,14 +189,15 @@ def judge_task(
             break
     report.parity = {
         "metric": task.primary,
-        "split": split,
+        "split": check.split,
         "simulated": simulated,
         "exported": exported,
         "perturbed": control,
     }
     if abs(exported - simulated) > allowed:
         report.failures.append(
-            f"{task.primary} on {split} is {exported:.2f}, simulated {simulated:.2f} (perturbed by 1e-6: {control:.2f})"
+            f"{task.primary} on {check.split} is {exported:.2f}, simulated {simulated:.2f} "
+            f"(perturbed by 1e-6: {control:.2f})"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from s2d.export import gate, openvino
 from s2d.export.copies import shared_copy
-from s2d.export.gate import ExportReport
+from s2d.export.gate import Check, ExportReport
 from s2d.export.lowering import lower, round_embeddings
 from s2d.export.memory import give_back
 from s2d.export.onnx import OnnxModel, write_onnx
 from s2d.export.operators import Form
 from s2d.export.parity import compare_layers
-from s2d.tasks import Split, Task
 
 
 def export_graph(
@@ -27,14 +26,8 @@ def export_graph(
     report: ExportReport,
     example: Mapping[str, Tensor],
     calibrated: str,
-    *,
-    form: Form = "qdq",
-    task: Task | None = None,
-    split: Split = "validation",
-    batch_size: int = 16,
-    time_it: bool = True,
-    force: bool = False,
-    notes: Callable[[str], None] = lambda text: None,
+    form: Form,
+    check: Check,
 ) -> None:
     """Trace a model, compare the file, and put it in its place.
 
@@ -45,12 +38,7 @@ def export_graph(
         example: A batch of keyword inputs.
         calibrated: Fingerprint of the model, for the file's metadata.
         form: Of the operators.
-        task: Its metric is compared; else the outputs on the example.
-        split: On which.
-        batch_size: Of the comparison.
-        time_it: Measure latency against full precision.
-        force: Keep a file that fails.
-        notes: Told what is being done.
+        check: What is compared and measured, and what follows.
 
     Raises:
         InputError: A site has no form in the runtime; the comparison failed.
@@ -61,7 +49,7 @@ def export_graph(
     lowered = lower(reference, written_out=form == "integer")
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         made = Path(scratch) / f"{target.stem}.onnx"
-        notes("tracing")
+        check.notes("tracing")
         metadata = {
             "s2d.spec": report.spec,
             "s2d.method": report.method,
@@ -71,7 +59,7 @@ def export_graph(
         }
         write_onnx(lowered, example, made, metadata, form=form)
         give_back()
-        notes("comparing every layer")
+        check.notes("comparing every layer")
         gate.judge_layers(report, *compare_layers(made, lowered, reference, dict(example), form))
         del lowered
         give_back()
@@ -81,15 +69,11 @@ def export_graph(
         runner: nn.Module = openvino.OpenVinoModel(own) if target.suffix == ".xml" else OnnxModel(own)
         files = [each for each in Path(scratch).iterdir() if target.suffix == ".onnx" or each.suffix != ".onnx"]
         report.file_mb = sum(each.stat().st_size for each in files) / 1e6
-        if task is None:
-            gate.judge_output(report, reference, runner, example)
-        else:
-            notes(f"comparing {task.primary} on {split}")
-            gate.judge_task(report, reference, runner, task, split, batch_size)
+        gate.judge(report, reference, runner, example, check)
         del reference, runner
         give_back()
-        notes("measuring")
-        gate.describe_cost(report, made, model, example, time_it=time_it)
-        report.refuse(target, force)
+        check.notes("measuring")
+        gate.describe_cost(report, made, model, example, time_it=check.time_it)
+        report.refuse(target, check.force)
         for each in files:
             os.replace(each, target.parent / each.name)

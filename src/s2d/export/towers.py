@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError
 from s2d.export import export, gate, open_exported
 from s2d.export.copies import shared_copy
-from s2d.export.gate import ExportReport
+from s2d.export.gate import Check, ExportReport
 from s2d.export.lowering import round_embeddings
 from s2d.export.operators import Form
 from s2d.models.dual_encoder import DualEncoder
@@ -135,7 +135,7 @@ def export_towers(
     check_unchanged(model)
     targets, inputs = paths_of(path), {"image": {"pixel_values": example["pixel_values"]}, "text": texts}
     reports: dict[str, ExportReport] = {}
-    options: dict[str, Any] = {"embeddings": embeddings, "form": form, "time_it": time_it, "force": force}
+    check = Check(task, split, batch_size, time_it, force, notes)
     try:
         for kind in TOWERS:
             tower = Tower(model, kind, inputs[kind])
@@ -143,16 +143,18 @@ def export_towers(
                 tower,
                 targets[kind],
                 example=inputs[kind],
+                embeddings=embeddings,
+                form=form,
+                time_it=time_it,
+                force=force,
                 notes=lambda text, kind=kind: notes(f"{kind}: {text}"),
-                **options,
             )
         if task is not None:
-            notes(f"comparing {task.primary} on {split}")
             reference = shared_copy(model)
             if embeddings:
                 round_embeddings(reference, embeddings)
             opened = ExportedTowers(*(open_exported(targets[kind]) for kind in TOWERS))
-            gate.judge_task(reports["image"], reference, opened, task, split, batch_size)
+            gate.judge_task(reports["image"], reference, opened, task, check)
             reports["text"].parity = reports["image"].parity
             if reports["image"].failures and not force:
                 raise InputError(f"{path} was not written: {'; '.join(reports['image'].failures)}; --force keeps it")

@@ -28,8 +28,8 @@ from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
 
 from s2d.errors import InputError, require
-from s2d.models.family import import_families
 from s2d.models.preprocessing import preprocessing_of
+from s2d.registry import Registry
 from s2d.results import parse_json, sync_folder
 from s2d.targets import clean_name
 
@@ -51,7 +51,7 @@ class Architecture:
     rebuild: Callable[[JSON], nn.Module]
 
 
-_ARCHITECTURES: dict[str, Architecture] = {}
+_ARCHITECTURES: Registry[Architecture] = Registry("architecture", "s2d.models")
 
 
 def register_architecture(
@@ -62,8 +62,7 @@ def register_architecture(
     rebuild: Callable[[JSON], nn.Module],
 ) -> None:
     """Let `save_model` and `load_saved` handle a kind of model."""
-    assert name not in _ARCHITECTURES, f"architecture {name} is registered twice"
-    _ARCHITECTURES[name] = Architecture(name, matches, describe, rebuild)
+    _ARCHITECTURES.add(name, Architecture(name, matches, describe, rebuild))
 
 
 def describe(model: nn.Module) -> JSON:
@@ -72,23 +71,22 @@ def describe(model: nn.Module) -> JSON:
     Raises:
         InputError: No registered architecture knows how to build such a model again.
     """
-    import_families()
-    for architecture in _ARCHITECTURES.values():
+    known = _ARCHITECTURES.all()
+    for architecture in known.values():
         if architecture.matches(model):
             return {"architecture": architecture.name, **architecture.describe(model)}
     raise InputError(
-        f"cannot save a {type(model).__name__}: its architecture is not known ({', '.join(_ARCHITECTURES)}); "
+        f"cannot save a {type(model).__name__}: its architecture is not known ({', '.join(known)}); "
         "register it with s2d.models.register_architecture, or save its state_dict yourself"
     )
 
 
 def rebuild(description: JSON) -> nn.Module:
     """The inverse of `describe`; the weights are whatever the constructor leaves."""
-    import_families()
-    name = description.get("architecture")
-    if name not in _ARCHITECTURES:
-        raise InputError(f"unknown architecture {name!r} in {CONFIG_NAME}; this s2d knows {', '.join(_ARCHITECTURES)}")
-    return _ARCHITECTURES[name].rebuild(description)
+    known, name = _ARCHITECTURES.all(), description.get("architecture")
+    if name not in known:
+        raise InputError(f"unknown architecture {name!r} in {CONFIG_NAME}; this s2d knows {', '.join(known)}")
+    return known[name].rebuild(description)
 
 
 def save_model(

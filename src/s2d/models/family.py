@@ -6,16 +6,14 @@ are first asked for, so adding the file is all there is to do.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
+from s2d.registry import Registry
 from s2d.targets import clean_name
 
 Modality: TypeAlias = Literal["text", "vision", "multimodal", "causal-lm"]
@@ -100,18 +98,16 @@ class Family:
         return {name: module for name, module in found.items() if not any(n.startswith(name + ".") for n in found)}
 
 
-_FAMILIES: dict[str, Family] = {}
-_LOADERS: dict[str, Loader] = {}
+_FAMILIES: Registry[Family] = Registry("family", "s2d.models")
+_LOADERS: Registry[Loader] = Registry("loader", "s2d.models")
 FALLBACK = "generic"
 
 
 def register_family(family: Family) -> Family:
     """Make a family known; each name once, each role one of `ROLES`."""
-    assert family.name not in _FAMILIES, f"family {family.name} is registered twice"
     unknown = {role for _, role in family.roles} - set(ROLES)
     assert not unknown, f"family {family.name} uses unknown roles {unknown}"
-    _FAMILIES[family.name] = family
-    return family
+    return _FAMILIES.add(family.name, family)
 
 
 def register_loader(prefix: str) -> Callable[[Loader], Loader]:
@@ -122,31 +118,19 @@ def register_loader(prefix: str) -> Callable[[Loader], Loader]:
     """
 
     def register(loader: Loader) -> Loader:
-        assert prefix not in _LOADERS, f"loader {prefix} is registered twice"
-        _LOADERS[prefix] = loader
-        return loader
+        return _LOADERS.add(prefix, loader)
 
     return register
 
 
-@lru_cache(maxsize=1)
-def import_families() -> None:
-    """Import every module of this folder, which registers families, loaders and architectures."""
-    package = importlib.import_module("s2d.models")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"s2d.models.{module.name}")
-
-
 def families() -> dict[str, Family]:
     """Every known family by name."""
-    import_families()
-    return dict(_FAMILIES)
+    return _FAMILIES.all()
 
 
 def loaders() -> dict[str, Loader]:
     """Every loader by its prefix."""
-    import_families()
-    return dict(_LOADERS)
+    return _LOADERS.all()
 
 
 def family_of(model: nn.Module) -> Family:

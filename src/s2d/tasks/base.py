@@ -6,12 +6,9 @@ tasks are first asked for, so adding the file is all there is to do.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, choices
 from s2d.models import Loaded
+from s2d.registry import Registry
 
 Batch: TypeAlias = dict[str, Tensor]
 Split: TypeAlias = Literal["train", "validation", "test"]
@@ -106,7 +104,7 @@ class Task(ABC):
 
 
 TaskClass = TypeVar("TaskClass", bound=type[Task])
-_TASKS: dict[str, type[Task]] = {}
+_TASKS: Registry[type[Task]] = Registry("task", "s2d.tasks")
 
 
 def from_all_ranks(rows: Tensor) -> Tensor:
@@ -126,25 +124,16 @@ def register(name: str) -> Callable[[TaskClass], TaskClass]:
     """Make a task class known by name; its docstring's first line describes it."""
 
     def decorate(task: TaskClass) -> TaskClass:
-        assert name not in _TASKS, f"task {name} is registered twice"
         task.name = name
-        _TASKS[name] = task
+        _TASKS.add(name, task)
         return task
 
     return decorate
 
 
-@lru_cache(maxsize=1)
-def _import_all() -> None:
-    package = importlib.import_module("s2d.tasks")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"s2d.tasks.{module.name}")
-
-
 def tasks() -> dict[str, str]:
     """The known tasks: name and one line."""
-    _import_all()
-    return {name: (inspect.getdoc(task) or "").partition("\n")[0] for name, task in sorted(_TASKS.items())}
+    return {name: (inspect.getdoc(task) or "").partition("\n")[0] for name, task in sorted(_TASKS.all().items())}
 
 
 def create(name: str, **options: Any) -> Task:
@@ -157,10 +146,10 @@ def create(name: str, **options: Any) -> Task:
     Raises:
         InputError: Unknown name or option; close names are listed. The task's data cannot be read.
     """
-    known = tasks()
+    known = _TASKS.all()
     if name not in known:
-        raise InputError(f"unknown task {name!r}; {choices(name, known)}")
-    accepted = inspect.signature(_TASKS[name]).parameters
+        raise InputError(f"unknown task {name!r}; {choices(name, sorted(known))}")
+    accepted = inspect.signature(known[name]).parameters
     for option in options:
         if option not in accepted:
             raise InputError(f"task {name} has no option {option!r}; it has {', '.join(accepted)}")
@@ -169,7 +158,7 @@ def create(name: str, **options: Any) -> Task:
     ]
     if missing:
         raise InputError(f"task {name} needs the option {missing[0]!r}")
-    return _TASKS[name](**options)
+    return known[name](**options)
 
 
 def check_split(split: str) -> Split:

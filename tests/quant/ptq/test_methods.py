@@ -32,7 +32,7 @@ def scaled() -> Iterator[str]:
                 block.attn.proj.weight /= 2.0
 
     yield "scaled"
-    del ptq._METHODS["scaled"]
+    ptq._METHODS.drop("scaled")
 
 
 def test_every_method_has_a_stage() -> None:
@@ -105,7 +105,7 @@ def test_replacing_a_quantizer(scaled: str) -> None:
     try:
         model = quantize(PlainTransformer().eval(), "w8a8", calibration=[torch.randn(2, 7, 16)], method="doubling")
     finally:
-        del ptq._METHODS["doubling"]
+        ptq._METHODS.drop("doubling")
     found = [quantizer.name for quantizer in quantizers_of(model) if isinstance(quantizer, Doubling)]
     assert sorted(found) == sorted(replaced) and len(found) == 2 * (4 + 1)
 

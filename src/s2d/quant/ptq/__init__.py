@@ -7,15 +7,13 @@ stays what it was (rotation, smoothing). A *rounding* finds the ranges and the f
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 from s2d.errors import InputError
 from s2d.quant.calibration import Job, Stage
+from s2d.registry import Registry
 
 DEFAULT_ROUNDING = "rtn"
 
@@ -43,7 +41,7 @@ class Entry:
     method: Method
 
 
-_METHODS: dict[str, Entry] = {}
+_METHODS: Registry[Entry] = Registry("method", "s2d.quant.ptq")
 
 
 def register(name: str, summary: str, stage: Stage = "rounding", *, passes: float = 1.0) -> Callable[[Method], Method]:
@@ -57,29 +55,21 @@ def register(name: str, summary: str, stage: Stage = "rounding", *, passes: floa
     """
 
     def add(method: Method) -> Method:
-        assert name not in _METHODS and "+" not in name, f"method {name} is registered twice"
-        _METHODS[name] = Entry(name, summary, stage, passes, method)
+        assert "+" not in name, f"a + joins methods; {name} cannot be one"
+        _METHODS.add(name, Entry(name, summary, stage, passes, method))
         return method
 
     return add
 
 
-@cache
-def _import_all() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-
-
 def methods() -> dict[str, str]:
     """Every method's name, with one line about it."""
-    _import_all()
-    return {name: entry.summary for name, entry in sorted(_METHODS.items())}
+    return {name: entry.summary for name, entry in sorted(_METHODS.all().items())}
 
 
 def stages() -> dict[str, Stage]:
     """Every method's name, with its stage."""
-    _import_all()
-    return {name: entry.stage for name, entry in sorted(_METHODS.items())}
+    return {name: entry.stage for name, entry in sorted(_METHODS.all().items())}
 
 
 def get_methods(text: str) -> list[Entry]:
@@ -88,14 +78,16 @@ def get_methods(text: str) -> list[Entry]:
     Raises:
         InputError: An unknown name, the same name twice, two roundings, or a transform after the rounding.
     """
-    known = methods()
+    known = _METHODS.all()
     names = [name.strip() for name in text.split("+")]
     for name in names:
         if name not in known:
-            raise InputError(f"unknown quantization method {name!r}; choose from {', '.join(known)}, or join with +")
+            raise InputError(
+                f"unknown quantization method {name!r}; choose from {', '.join(sorted(known))}, or join with +"
+            )
     if len(set(names)) < len(names):
         raise InputError(f"method {text!r} names one method twice; name each once")
-    roundings = [name for name in names if _METHODS[name].stage == "rounding"]
+    roundings = [name for name in names if known[name].stage == "rounding"]
     if len(roundings) > 1:
         raise InputError(f"method {text!r}: {' and '.join(roundings)} both round the weights; choose one of them")
     if roundings and names[-1] != roundings[0]:
@@ -103,4 +95,4 @@ def get_methods(text: str) -> list[Entry]:
         raise InputError(
             f"method {text!r}: {roundings[0]} rounds and comes last; write {'+'.join([*names, *roundings])}"
         )
-    return [_METHODS[name] for name in names] + ([] if roundings else [_METHODS[DEFAULT_ROUNDING]])
+    return [known[name] for name in names] + ([] if roundings else [known[DEFAULT_ROUNDING]])

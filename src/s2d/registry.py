@@ -1,0 +1,42 @@
+"""Things known by name, one file each in a package: adding the file is all there is to do."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """What the modules of a package register when they are imported, which happens when it is first asked for."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        """An empty registry.
+
+        Args:
+            kind: What it holds, in one word.
+            package: Dotted name of the package whose modules register themselves.
+        """
+        self._kind, self._package = kind, package
+        self._found: dict[str, T] = {}
+        self._complete = False
+
+    def add(self, name: str, thing: T) -> T:
+        """Make a thing known; each name once."""
+        assert name not in self._found, f"{self._kind} {name} is registered twice"
+        self._found[name] = thing
+        return thing
+
+    def drop(self, name: str) -> None:
+        """Forget a thing; for tests that add their own."""
+        del self._found[name]
+
+    def all(self) -> dict[str, T]:
+        """Everything there is, by name, in the order of the modules' names."""
+        if not self._complete:
+            for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+            self._complete = True
+        return dict(self._found)
