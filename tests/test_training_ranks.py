@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import pytest
 import torch
 from tests.tiny_text import make_data, make_model
 
+from s2d import launch
 from s2d.errors import InputError
-from s2d.results import read_json
+from s2d.recipe import make_recipe
+from s2d.results import read_json, write_json
+from s2d.runner import Runner
 from s2d.training import _share
 
 pytest.importorskip("accelerate")
@@ -57,6 +61,43 @@ def test_two_processes_end_where_one_does_and_survive_a_kill(folder: Path) -> No
     for name, expected in weights.items():
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
     assert not list(folder.glob(".default-2*")), "two processes wrote the same file"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_recipe_ends_where_one_process_does_when_either_of_two_is_killed(folder: Path) -> None:
+    content = {
+        "model": str(folder / "bert"),
+        "task": {"name": "text-classification", "data": str(folder / "words"), "max_length": 24},
+        "train": {"steps": 24, "batch_size": 8, "lr": 5e-3, "head_lr": 5e-2, "save_every": 0},
+        "arms": {"s2d": {"refresh_every": 2, "outlier_ratio": 1.5, "threshold": 0.1}},
+        "audit": False,
+        "quantize": {"specs": ["fp32", "w8a8"], "observers": ["minmax"], "calibration": {"samples": 24}},
+        "qat": {"specs": ["w8a8"], "steps": 4},
+    }
+    write_json(folder / "recipe.json", content)
+    alone = Runner("a", make_recipe(content), folder / "alone").run()
+    # The other process in training, then the first one, which is about to write, in what it does alone.
+    plan, out = [(1, "step", 9), (0, "cells", 2)], folder / "two"
+    script = [str(ROOT / "benchmarks" / "rank_kills.py"), "--child", json.dumps(plan)]
+    ended = torchrun(2, *script, "run", str(folder / "recipe.json"), "--out", str(out), "--quiet", restarts=2)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "killed in start 0: step 9" in ended.stderr and "killed in start 1: cells 2" in ended.stderr
+    assert "another process of this run ended" in ended.stderr and "defect" not in ended.stderr
+    told = read_json(out / "results.json")
+    assert [r["spec"] for r in told["records"]] == ["fp32", "w8a8", "w8a8"]
+    assert [r["value"] for r in told["records"]] == [r["value"] for r in alone["records"]]
+    assert max(r["value"] for r in told["records"]) > 60, "it learned"
+    assert [(r["step"], r["weight"], r["selected"]) for r in told["history"]] == [
+        (r["step"], r["weight"], r["selected"]) for r in alone["history"]
+    ]
+
+
+def test_only_a_broken_connection_is_put_down_to_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    assert not launch.lost_another(broken), "there is no other process"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch.lost_another(broken) and not launch.lost_another(RuntimeError("mat1 and mat2 do not fit"))
 
 
 def test_a_batch_is_shared_evenly_or_refused() -> None:

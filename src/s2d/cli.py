@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from s2d import launch
+
 # Importing a command registers it; in the order of the help.
 from s2d.commands import runs  # isort: skip
 from s2d.commands import audit, condition, quantize, evaluate, export, bench, report, recipes, doctor  # isort: skip
@@ -89,6 +91,12 @@ def _unexpected(error: Exception) -> int:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return _fail("not enough memory; use smaller batches (-o train.batch_size=16 -o batch_size=16)", 2)
+    if launch.lost_another(error):
+        return _fail(
+            "another process of this run ended, and its own last line says why; run again to continue, or have "
+            "torchrun do so: --max-restarts 3",
+            1,
+        )
     handle, place = tempfile.mkstemp(prefix="s2d-", suffix=".txt")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         traceback.print_exception(error, file=file)

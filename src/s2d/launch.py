@@ -15,15 +15,23 @@ from s2d.errors import require
 # when one fails.
 _PATIENCE = timedelta(days=7)
 
+# What the backends and the store say of a connection that broke.
+_BROKEN = ("gloo/transport", "NCCL", "DistBackendError", "DistNetworkError", "DistStoreError")
+
 
 def count() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return 0 if count() == 1 else int(os.environ.get("RANK", "0"))
+
+
 def leads() -> bool:
     """Whether this is the first one."""
-    return count() == 1 or int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def meet(cpu: bool) -> None:
@@ -41,6 +49,14 @@ def as_first(content: Any) -> Any:
     box = [content]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error tells that another process ended while this one waited for it."""
+    if count() == 1:
+        return False
+    text = f"{type(error).__name__}: {error}"  # gloo raises plain RuntimeErrors
+    return isinstance(error, RuntimeError) and any(word in text for word in _BROKEN)
 
 
 def part() -> None:
