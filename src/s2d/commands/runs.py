@@ -22,7 +22,7 @@ from s2d.commands.shared import (
 )
 
 
-@command(app, example="s2d demo")
+@command(app, example="s2d demo", together=True)
 def demo(
     o: Overrides = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The run's folder.")] = Path("runs/demo"),
@@ -42,7 +42,7 @@ def demo(
         webbrowser.open((out / "report.html").resolve().as_uri())
 
 
-@command(app, example="s2d run minilm-banking77 -o 'seeds=[0]' -o split=validation --out runs/try")
+@command(app, example="s2d run minilm-banking77 -o 'seeds=[0]' -o split=validation --out runs/try", together=True)
 def run(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A name from [bold]s2d recipes list[/bold], or a file.")

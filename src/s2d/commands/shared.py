@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands, so that help is there at once.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from s2d import launch
 from s2d.errors import InputError, visible
 
 if TYPE_CHECKING:
@@ -30,12 +32,25 @@ app = typer.Typer(
 )
 
 
-def command(of: typer.Typer, name: str | None = None, *, example: str) -> Callable[[Callable[..., None]], Callable]:
-    """Register a command; its docstring is the help, its paragraphs without the line breaks of the source."""
+def command(
+    of: typer.Typer, name: str | None = None, *, example: str, together: bool = False
+) -> Callable[[Callable[..., None]], Callable]:
+    """Register a command; its docstring is the help, its paragraphs without the line breaks of the source.
+
+    Those that do not work `together` with others of the same command are refused under torchrun.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(function.__doc__ or ""))
-        return of.command(name, help=text, epilog=f"Example: {example}")(function)
+        called = f"s2d {name or function.__name__}"
+
+        @functools.wraps(function)
+        def checked(*args: Any, **options: Any) -> None:
+            if launch.count() > 1 and not together:
+                raise InputError(f"{called} runs in one process; start it without torchrun")
+            function(*args, **options)
+
+        return of.command(name, help=text, epilog=f"Example: {example}")(checked)
 
     return register
 

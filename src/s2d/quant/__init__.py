@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast, get_args
 
 from torch import nn
@@ -14,12 +14,13 @@ from s2d.errors import InputError
 from s2d.models.checkpoints import fingerprint
 from s2d.quant.calibration import Batches, Job, Protocol, find_attention
 from s2d.quant.estimate import Estimate, estimate
-from s2d.quant.ptq import get_methods, methods, stages
+from s2d.quant.ptq import Entry, get_methods, methods, refuse_undivided, stages
 from s2d.quant.resume import Snapshot, Store, fingerprint_batches
 from s2d.quant.sites import Site, describe, insert, is_quantized, plan, refuse_quantized
 from s2d.quant.spec import QuantSpec
 from s2d.quant.state import Record, record, remove, switch_on
 from s2d.quant.storage import load, save
+from s2d.sharding import Groups, all_ranks, in_common, is_dtensor
 
 __all__ = [
     "Estimate",
@@ -35,6 +36,7 @@ __all__ = [
     "plan",
     "quantize",
     "record",
+    "refuse_undivided",
     "remove",
     "save",
     "stages",
@@ -52,6 +54,7 @@ def quantize(
     seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
+    shared: bool = False,
     progress: bool = False,
 ) -> nn.Module:
     """Quantize a model after training: values are rounded to what their codes can hold, computing stays as it was.
@@ -71,6 +74,9 @@ def quantize(
         resume: A folder that keeps every finished block (of methods that go block by block); the same call with the
             same folder continues an interrupted one, with the same result to the bit.
         inplace: Quantize this very model instead of a copy. A failed call leaves it as it was.
+        shared: Under torchrun: every rank calls this with the same model and its own share of the calibration batches,
+            and gets the same quantized model. What the methods take from the data (extremes, counts, Hessians) is
+            summed over the ranks.
         progress: Show progress bars.
 
     Returns:
@@ -89,6 +95,7 @@ def quantize(
     entries = get_methods(method)
     name = "+".join(entry.name for entry in entries)
     refuse_quantized(model)
+    ranks = _ranks(model, entries, resume) if shared else ()
     batches = Batches(calibration)
     seen = find_attention(model, batches) if _wants_attention(parsed) else []
     decided = plan(model, parsed, seen)
@@ -97,7 +104,9 @@ def quantize(
     if not inplace:
         model = copy.deepcopy(model)
     quantizers = insert(model, decided)
-    job = Job(model, parsed, decided, quantizers, batches, seed, progress, name, cast(Protocol, protocol), store)
+    job = Job(
+        model, parsed, decided, quantizers, batches, seed, progress, name, cast(Protocol, protocol), store, ranks=ranks
+    )
     try:
         for entry in entries:
             job.stage = entry.stage
@@ -109,6 +118,19 @@ def quantize(
         raise
     switch_on(model, Record(parsed, name, tuple(decided)))
     return model
+
+
+def _ranks(model: nn.Module, entries: Sequence[Entry], resume: str | os.PathLike[str] | None) -> Groups:
+    """The processes among which the data are divided, after what cannot be divided has been refused."""
+    refuse_undivided(entries)
+    if resume is not None:
+        raise InputError("resume keeps the blocks of one process; leave it out, or quantize in one process")
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
+        raise InputError("the weights are sharded (DTensors), and each rank needs all of them here; gather them first")
+    ranks = all_ranks(model)
+    if not in_common([fingerprint(model)], ranks):
+        raise InputError("the ranks hold different models; load the same one on each")
+    return ranks
 
 
 def _belongs(

@@ -23,6 +23,7 @@ from s2d.quant.quantizer import Quantizer
 from s2d.quant.resume import Store
 from s2d.quant.sites import OPERANDS, Site, What, replace_quantizer, weight_name
 from s2d.quant.spec import QuantSpec
+from s2d.sharding import Groups
 
 Stage = Literal["transform", "rounding"]
 Protocol = Literal["own", "unified"]
@@ -86,6 +87,7 @@ class Job:
         stage: Which kind of method is running.
         published: The observer of the running method's own protocol, for sites whose spec names none (min-max); None
             for methods that have none, and under the unified protocol.
+        ranks: The processes that each have their own share of the data, all with this same model; empty for one.
     """
 
     model: nn.Module
@@ -100,6 +102,7 @@ class Job:
     store: Store | None = None
     stage: Stage = "rounding"
     published: str | None = None
+    ranks: Groups = ()
 
     def observer_of(self, site: Site) -> str:
         """The observer that finds the range of a site."""
@@ -327,6 +330,9 @@ def observing(
         for quantizer in static.values():
             quantizer.watch = None
     _refuse_unreached(observers)
+    if job.ranks:
+        for observer in observers.values():
+            observer.add_up(job.ranks)
     for site, quantizer in static.items():
         quantizer.fit(observers[site])
 
@@ -375,6 +381,11 @@ class PerHead:
             raise InputError(f"{self.site.name}: {len(self.heads)} heads, then {x.shape[1]}; use granularity tensor")
         for head, observer in zip(x.unbind(1), self.heads, strict=True):
             observer.update(head)
+
+    def add_up(self, groups: Groups) -> None:
+        """Take in what those of other ranks saw."""
+        for observer in self.heads:
+            observer.add_up(groups)
 
     def range(self, format: Format, rounding: Rounding | None = None) -> tuple[Tensor, Tensor]:
         """The range of every head, ``lo`` and ``hi`` of shape ``[H]``."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from s2d.errors import InputError
 from s2d.quant.formats import Format
 from s2d.quant.quantizer import affine_parameters, fake_quantize
+from s2d.sharding import Groups, all_reduce
 
 # Rounds values to what a range can hold: (values, lo, hi) -> values, the ends broadcast against the values.
 Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -108,6 +109,15 @@ class Observer(ABC):
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
         self._count(x.detach())
 
+    def add_up(self, groups: Groups) -> None:
+        """Take in what the observers of this site on other ranks saw; all end with the same, exactly.
+
+        Every rank has seen something.
+        """
+        assert self.lo is not None and self.hi is not None
+        ends = all_reduce(torch.stack([-self.lo, self.hi]), groups, "max")
+        self.lo, self.hi = -ends[0], ends[1]
+
     def range(self, format: Format, rounding: Rounding | None = None) -> tuple[Tensor, Tensor]:
         """The range ``(lo, hi)`` to quantize with, two scalars.
 
@@ -148,6 +158,11 @@ class _Counting(Observer):
     def _count(self, x: Tensor) -> None:
         counts = torch.bincount(value_codes(x), minlength=2**16)
         self.counts = counts if self.counts is None else self.counts.add_(counts)
+
+    def add_up(self, groups: Groups) -> None:
+        super().add_up(groups)
+        assert self.counts is not None
+        all_reduce(self.counts, groups)
 
     def distribution(self) -> tuple[Tensor, Tensor]:
         """The distinct values, ascending (float32), and how often each occurred (int64)."""

@@ -7,7 +7,7 @@ stays what it was (rotation, smoothing). A *rounding* finds the ranges and the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,19 +32,24 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered method: its name, one line about it, its stage, how often it reads the data, and the method."""
+    """A registered method: its name, one line about it, its stage, how often it reads the data, the method, and whether
+    ranks can each read a share of the data.
+    """
 
     name: str
     summary: str
     stage: Stage
     passes: float
     method: Method
+    shares: bool
 
 
 _METHODS: Registry[Entry] = Registry("method", "s2d.quant.ptq")
 
 
-def register(name: str, summary: str, stage: Stage = "rounding", *, passes: float = 1.0) -> Callable[[Method], Method]:
+def register(
+    name: str, summary: str, stage: Stage = "rounding", *, passes: float = 1.0, shares: bool = False
+) -> Callable[[Method], Method]:
     """Register the decorated function as a method.
 
     Args:
@@ -52,11 +57,12 @@ def register(name: str, summary: str, stage: Stage = "rounding", *, passes: floa
         summary: One line about it.
         stage: What kind of method it is.
         passes: How many forwards of the whole model a batch costs, about; for estimates of time.
+        shares: All it takes from the data adds up over ``job.ranks``, and it adds it up.
     """
 
     def add(method: Method) -> Method:
         assert "+" not in name, f"a + joins methods; {name} cannot be one"
-        _METHODS.add(name, Entry(name, summary, stage, passes, method))
+        _METHODS.add(name, Entry(name, summary, stage, passes, method, shares))
         return method
 
     return add
@@ -96,3 +102,18 @@ def get_methods(text: str) -> list[Entry]:
             f"method {text!r}: {roundings[0]} rounds and comes last; write {'+'.join([*names, *roundings])}"
         )
     return [known[name] for name in names] + ([] if roundings else [known[DEFAULT_ROUNDING]])
+
+
+def refuse_undivided(entries: Sequence[Entry]) -> None:
+    """Refuse methods that need all data in one process.
+
+    Raises:
+        InputError: There are such; the message names them, and those that can divide.
+    """
+    whole = [entry.name for entry in entries if not entry.shares]
+    if whole:
+        able = ", ".join(sorted(name for name, entry in _METHODS.all().items() if entry.shares))
+        raise InputError(
+            f"{' and '.join(whole)} cannot divide the calibration data among processes; start s2d without torchrun, or "
+            f"choose from {able}"
+        )

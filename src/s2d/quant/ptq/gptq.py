@@ -41,6 +41,7 @@ from s2d.quant.ptq import register
 from s2d.quant.ptq.correcting import correctable, dampings, to_nearest, write
 from s2d.quant.ptq.rtn import least_error, set_weight_range
 from s2d.quant.quantizer import Quantizer, block_scales, fake_quantize, switched_on, to_blocks
+from s2d.sharding import Groups, all_reduce
 
 LAZY_BLOCK = 128
 DAMPING = 0.01  # section 3.3, step 3
@@ -245,6 +246,16 @@ class Moments:
             cross = _wide((reference.float() - x).t() @ x)
             self.cross = cross if self.cross is None else self.cross.add_(cross)
 
+    def add_up(self, groups: Groups) -> None:
+        """Add the sums of other ranks, which saw other tokens of the same layer."""
+        if not groups:
+            return
+        assert self.square is not None
+        self.count = int(all_reduce(torch.tensor(self.count, device=self.square.device), groups))
+        all_reduce(self.square, groups)
+        if self.cross is not None:
+            all_reduce(self.cross, groups)
+
     def hessian(self) -> Tensor:
         """``2/N X^T X``, float64."""
         assert self.square is not None
@@ -255,7 +266,9 @@ class Moments:
         return None if self.cross is None else self.cross * (2.0 / self.count)
 
 
-@register("gptq", "GPTQ: columns rounded one by one, each one's error compensated by those that follow", passes=5)
+@register(
+    "gptq", "GPTQ: columns rounded one by one, each one's error compensated by those that follow", passes=5, shares=True
+)
 def gptq(job: Job) -> None:
     """GPTQ on every quantized weight, block by block, on inputs behind quantized blocks.
 
@@ -265,7 +278,12 @@ def gptq(job: Job) -> None:
     _go(job, reference=False, damping=DAMPING)
 
 
-@register("gptaq", "GPTAQ: GPTQ that also corrects what quantized layers before have changed in the inputs", passes=8)
+@register(
+    "gptaq",
+    "GPTAQ: GPTQ that also corrects what quantized layers before have changed in the inputs",
+    passes=8,
+    shares=True,
+)
 def gptaq(job: Job) -> None:
     """GPTAQ in the blocks; weights outside, which have no second stream to compare with, get GPTQ.
 
@@ -302,6 +320,8 @@ def _round_layers(job: Job, layers: list[Layer], runs: BlockRuns | ModelRuns, da
         set_weight_range(job.observed(layer.site), layer.quantizer, layer.weight.detach())
     for group in correctable(layers, runs, _warn):
         moments = _moments(group, runs)
+        for moment in moments:
+            moment.add_up(job.ranks)
         for layer in group.layers:
             _round_layer(layer, moments, damping)
 

@@ -55,7 +55,12 @@ from s2d.quant.ptq.rtn import least_error
 _ROTARY = re.compile(r"rotary|rope", re.IGNORECASE)
 
 
-@register("rotation", "QuaRot: Hadamard rotations of the residual stream, heads and MLP inputs", stage="transform")
+@register(
+    "rotation",
+    "QuaRot: Hadamard rotations of the residual stream, heads and MLP inputs",
+    stage="transform",
+    shares=True,
+)
 def rotation(job: Job) -> None:
     """Rotate the model; the data are only looked at to check that its function was kept.
 

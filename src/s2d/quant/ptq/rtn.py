@@ -11,7 +11,7 @@ from s2d.quant.quantizer import Quantizer
 from s2d.quant.sites import Site
 
 
-@register("rtn", "round to nearest: ranges by min-max, percentile or MSE, weights rounded as they are")
+@register("rtn", "round to nearest: ranges by min-max, percentile or MSE, weights rounded as they are", shares=True)
 def rtn(job: Job) -> None:
     """Activation ranges from one pass of the full-precision model, weight ranges from the weights."""
     observe(job)
