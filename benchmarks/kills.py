@@ -1,13 +1,14 @@
 """Runs that are killed at random moments and started again: does the end differ from that of a run left alone?
 
-    python benchmarks/kills.py [--kills 50] [--seed 0] [--json FILE]
+    python benchmarks/kills.py [--kills 50] [--seed 0] [--after 0] [--json FILE]
 
 What is measured:
 
 * The run: a whole recipe (audit, two arms of training, quantization and evaluation, training with quantizers, audits,
   report) on a tiny random ViT and made-up pictures, then ``s2d condition`` of the same model, then ``s2d quantize
-  --method repq --resume`` of the outcome, which keeps finished blocks. Every step of training saves its state, which is
-  the hardest case.
+  --method repq --resume`` of the outcome, which keeps finished blocks, then ``s2d export`` of that to ONNX. Every step
+  of training saves its state, which is the hardest case. With --after N the first N of these four commands are done
+  already, so that all kills hit the later ones.
 * A process of its own for each attempt: forked from one that has imported the libraries, with one thread, running the
   command line's own entry. Each is killed with SIGKILL in one of three ways, in turn: after a random time; before a
   random one of its changes to the disk (a file opened to be written, renamed or removed, a folder made); or by the
@@ -80,6 +81,7 @@ def prepare(place: Path, small: bool) -> list[list[str]]:
         run,
         ["condition", "new:vit-tiny", "--task", "image-classification", *pictures, *few, "--out", "conditioned", "-q"],
         ["quantize", "conditioned", *pictures, "--method", "repq", "--resume", "blocks", "--out", "quantized", "-q"],
+        ["export", "quantized", *pictures, "--no-time", "--out", "exported.onnx", "-q"],
     ]
 
 
@@ -160,7 +162,8 @@ def stage(path: str) -> str:
     """Which stage makes a file."""
     top, _, rest = path.partition("/")
     if top != "run":
-        return "condition" if top == "conditioned" else "quantize"
+        named = {"done-0": "report", "done-1": "condition", "conditioned": "condition", "done-3": "export"}
+        return named.get(top, "export" if top.startswith("exported") else "quantize")
     part = rest.partition("/")[0]
     if part == "arms":
         return "train"
@@ -225,12 +228,15 @@ def temporaries(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.name.startswith(".")}
 
 
-def run(kills: int, seed: int, most: int, small: bool, place: Path, say: Callable[[str], None]) -> Tally:
+def run(kills: int, seed: int, most: int, small: bool, after: int, place: Path, say: Callable[[str], None]) -> Tally:
     """Kill until there were so many kills, and compare every trial's end with the run that was left alone."""
     rng, tally = random.Random(seed), Tally()
     commands = prepare(place, small)
-    straight = place / "straight"
-    straight.mkdir()
+    done, straight = place / "done", place / "straight"
+    done.mkdir()
+    if after and (ended := attempt(done, commands[:after])).code != 0:
+        raise SystemExit(f"the commands before the kills failed: {ended.said}")
+    shutil.copytree(done, straight)
     began = time.monotonic()
     alone = attempt(straight, commands)
     seconds = time.monotonic() - began
@@ -242,7 +248,7 @@ def run(kills: int, seed: int, most: int, small: bool, place: Path, say: Callabl
     while tally.kills < kills and len(tally.failures) < MOST_FAILURES:
         tally.trials += 1
         folder = place / f"trial-{tally.trials}"
-        folder.mkdir()
+        shutil.copytree(done, folder)
         for number in range(most + 1):
             kind = KINDS[tally.kills % len(KINDS)] if number < most and tally.kills < kills else ""
             at = {
@@ -293,6 +299,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--most", type=int, default=8, help="kills of one run before it is let through")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--after", type=int, default=0, help="how many of the commands are done before the kills")
     parser.add_argument("--small", action="store_true", help="one arm of a few steps, without audit: for a test")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -301,7 +308,13 @@ def main() -> int:
     _warm()
     place = Path(tempfile.mkdtemp(prefix="s2d-kills-"))
     tally = run(
-        arguments.kills, arguments.seed, arguments.most, arguments.small, place, lambda text: print(text, flush=True)
+        arguments.kills,
+        arguments.seed,
+        arguments.most,
+        arguments.small,
+        arguments.after,
+        place,
+        lambda text: print(text, flush=True),
     )
     print(
         f"{tally.kills} kills in {tally.trials} runs; by kind {dict(tally.by_kind)}; by stage {dict(tally.by_stage)}; "
