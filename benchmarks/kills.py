@@ -260,7 +260,7 @@ def run(kills: int, seed: int, most: int, small: bool, after: int, place: Path, 
             if result.code == 0:
                 break
             said = [line for line in result.said.splitlines() if not line.startswith("s2d: note: ")]
-            if kind == "full" and result.code == 2 and len(said) == 1 and "could not write" in said[0]:
+            if kind == "full" and result.code == 2 and len(said) == 1 and "free some space" in said[0]:
                 tally.kills += 1
                 tally.by_kind[kind] += 1
                 say(f"kill {tally.kills}: full disk: {said[0][:150]}")

@@ -93,10 +93,12 @@ def test_both_arms_start_alike_and_see_the_same_batches(done: tuple[Recipe, Path
 
 def test_nothing_is_computed_twice(done: tuple[Recipe, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, folder, results = done
+    cards = {path: path.read_text() for path in folder.glob("arms/*/model/README.md")}
     calls = count(monkeypatch)
     again = Runner("tiny", recipe, folder).run()
     assert calls == {"train": 0, "evaluate": 0, "audit": 0}
     assert again["records"] == results["records"] and again["audits"] == results["audits"]
+    assert len(cards) == 2 and all(path.read_text() == text for path, text in cards.items())
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ class Runner:
         self.watcher.say(
             f"{arm}, seed {seed}: {done.steps} steps in {done.seconds:.0f} s{skipped}, last loss {done.losses[-1]:.3f}"
         )
-        return content
+        return read_json(notes)  # as a run that continues sees it: lists, no tuples
 
     def _save(self, model: nn.Module, folder: Path, arm: str) -> None:
         loaded = self.loaded
