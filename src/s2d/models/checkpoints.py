@@ -349,10 +349,10 @@ def check_finite(model: nn.Module, source: str) -> None:
     """Refuse weights with NaN or Inf, naming the first one.
 
     Raises:
-        InputError: Some floating-point parameter or buffer holds NaN or Inf.
+        InputError: A floating-point parameter, or a buffer that checkpoints hold, has NaN or Inf.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+    for name, tensor in model.state_dict().items():  # buffers that no checkpoint holds may be masks of -Inf
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(f"{source}: weight {name} holds {bad} NaN or Inf values; the checkpoint is damaged")
 
