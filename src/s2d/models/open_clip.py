@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+import torch
 from torch import nn
 
 from s2d.errors import InputError, first_line, require
@@ -100,10 +101,12 @@ register_architecture(
     matches=lambda model: hasattr(model, _NAME),
     describe=lambda model: {"name": getattr(model, _NAME)},
     rebuild=lambda description: _rebuild(description["name"]),
+    tokenizer=lambda model: require("open_clip", "openclip").get_tokenizer(getattr(model, _NAME)),
 )
 
 
 def _rebuild(name: str) -> nn.Module:
-    model = require("open_clip", "openclip").create_model(name, pretrained=None)
+    device = torch.get_default_device()  # "meta" where only shapes are asked for
+    model = require("open_clip", "openclip").create_model(name, pretrained=None, device=device)
     setattr(model, _NAME, name)
     return model
