@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from types import ModuleType
 
+from s2d.torchvision_operators import declare_missing_operators
+
 
 class S2DError(Exception):
     """Base class of every error s2d raises on purpose."""
@@ -20,6 +22,8 @@ class InputError(S2DError, ValueError):
 class MissingExtra(InputError):
     """An optional dependency is not installed; the message holds the install line."""
 
+
+_ON_TORCHVISION = ("transformers", "timm", "open_clip")  # they import it where it is installed
 
 # Control characters (terminal escapes among them) and marks that turn the direction of text have no place in a line.
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -55,6 +59,8 @@ def require(module: str, extra: str, at_least: str | None = None) -> ModuleType:
     Raises:
         MissingExtra: It is not installed, or too old.
     """
+    if module.split(".")[0] in _ON_TORCHVISION:
+        declare_missing_operators()
     try:
         found = importlib.import_module(module)
         version = str(getattr(found, "__version__", ""))

@@ -85,7 +85,7 @@ def test_pixels_are_what_transformers_own_processor_makes(folders: Path, tmp_pat
         loaded.processor.save_pretrained(tmp_path)
         import transformers
 
-        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")  # as here
         made = task(folders)
         made.prepare(replace(loaded, processor=processor))
         inputs = made.inputs(next(made.batches("test", batch_size=4)))[0]["pixel_values"]

@@ -1,0 +1,7 @@
+"""For all tests."""
+
+from __future__ import annotations
+
+from s2d.torchvision_operators import declare_missing_operators
+
+declare_missing_operators()  # tests import transformers by themselves, some before s2d does
