@@ -152,10 +152,10 @@ def attempt(folder: Path, commands: list[list[str]], kind: str = "", at: float =
             break
         said += part
     _, status = os.waitpid(child, 0)
-    changes = os.read(counter, 100)
+    told = os.read(counter, 100)
     os.close(reader), os.close(counter)
     code = None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-    return Attempt(code, said.decode(errors="replace"), int(changes or 0))
+    return Attempt(code, said.decode(errors="replace"), int(told or 0))
 
 
 def stage(path: str) -> str:
