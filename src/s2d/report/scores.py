@@ -58,7 +58,7 @@ def _scale(group: Group, values: Sequence[float]) -> tuple[tuple[float, float], 
     if not group.higher_is_better and low > 0 and high / low > 20:
         return (low / 1.3, high * 1.3), True
     if low >= 0 and (group.higher_is_better or low < 0.5 * high):
-        return (0.0, (103.0 if 60 < high <= 100 else high * 1.08) or 1.0), False
+        return (0.0, (103.0 if 90 < high <= 100 else high * 1.08) or 1.0), False
     margin = 0.08 * (high - low or abs(high) or 1.0)
     return (low - margin, high + margin), False
 

@@ -328,7 +328,7 @@ def _audit_sentence(audit: Audit, worst: Weight, selected: Sequence[Weight], nam
         )
     if "w4a4_error" in worst.values:
         error = percent(worst.values["w4a4_error"])
-        text += f"; quantizing this weight and its input alone to W4A4 changes its output by {error}"
+        text += f"; quantizing this weight and its input alone to W4A4 changes its typical output channel by {error}"
     by_data = sum(weight.selected_by == "data" for weight in selected)
     if by_data:
         text += (

@@ -8,8 +8,8 @@
   const short = (name) => {
     const parts = name.replace(/\.weight$/, "").split(".");
     const number = parts.findIndex((part) => /^\d+$/.test(part));
-    const tail = parts.slice(number < 0 ? -3 : number).join(".");
-    return safe(tail.length > 34 ? "…" + tail.slice(-33) : tail);
+    const tail = parts.slice(number < 0 ? -2 : number).join(".");
+    return safe(tail.length > 28 ? "…" + tail.slice(-27) : tail);
   };
   const fine = matchMedia("(pointer: fine)");
   const narrow = matchMedia("(max-width: 560px)");
@@ -101,10 +101,15 @@
       text: series.values.map((value, index) => `${safe(labels[index])}${series.name ? ": " + safe(series.name) : ""}: ${show(value)}`), hoverinfo: "text",
     }));
     const values = known(panel.series.flatMap((series) => series.values)).filter((value) => value > 0);
+    // "step 250", "step 500", ...: the word stands once, below the numbers.
+    const word = (labels[0].match(/^\S+ (?=\S)/) || [""])[0];
+    const shared = word && labels.every((label) => label.startsWith(word)) ? word : "";
+    const ticks = labels.map((label) => label.slice(shared.length)).map((label) => safe(label.length > 16 ? label.slice(0, 15) + "…" : label));
+    const wide = Math.max(...ticks.map((tick) => tick.length)) * 7 * ticks.length > (place.clientWidth || 400) - 50;
     draw(place, traces, frame({
-      showlegend: many, margin: { b: 54 }, legend: { y: -0.3 },
-      xaxis: { tickvals: labels.map((_, index) => index), ticktext: labels.map((label) => safe(label.length > 16 ? label.slice(0, 15) + "…" : label)), range: [-0.3, labels.length - 0.7], showgrid: false, tickangle: labels.length > 4 ? -35 : 0 },
-      yaxis: panel.logarithmic && values.length ? log(values) : { rangemode: "tozero", nticks: 5 },
+      showlegend: many, margin: { b: shared ? 44 : 54 }, legend: { y: shared ? -0.32 : -0.3, font: { color: colour("--ink"), size: 11.5 } },
+      xaxis: { tickvals: labels.map((_, index) => index), ticktext: ticks, range: [-0.3, labels.length - 0.7], showgrid: false, tickangle: wide ? -35 : 0, title: shared ? { text: safe(shared.trim()), standoff: 6 } : undefined },
+      yaxis: panel.logarithmic && values.length && Math.max(...values) > 5 * Math.min(...values) ? log(values) : { rangemode: "tozero", nticks: 5 },
     }));
   };
 
