@@ -156,6 +156,7 @@ def test_quantize_saves_what_evaluate_reads(
         assert main(["evaluate", str(name), *task, "--json", str(tmp_path / "score.json"), "-q"]) == 0
         record = json.loads((tmp_path / "score.json").read_text())["records"][0]
         scores.append(record["spec"])
+        assert record["model"] != str(name) and record["conditioning"] == f"s2d ({conditioned})"
         assert record["metric"] == "accuracy" and 0 <= record["value"] <= 100
     assert scores == ["fp32", "w4a4"]
     capsys.readouterr()

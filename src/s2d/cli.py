@@ -27,9 +27,9 @@ COMMANDS = (runs, audit, condition, quantize, evaluate, export, bench, report, r
 
 _INTERRUPTED = 130  # the shell's code for Ctrl-C
 
-# Loggers through which libraries speak to their developers on every start: torch about the classes of an installed
-# torchao.
-_CHATTER = ("torch.utils._pytree",)
+# Loggers that speak to developers on every start: torch about the classes of an installed torchao, torchao about its
+# kernels for other machines.
+_CHATTER = ("torch.utils._pytree", "torchao")
 
 # Failures of the disk and of permissions: for people to settle, not a defect of s2d.
 _THEIRS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}

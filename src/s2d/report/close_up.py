@@ -124,6 +124,8 @@ def _look(label: str, labels: Sequence[str]) -> dict[str, Any]:
     """A run's arms look as they do everywhere on the page; the checkpoints of a training go from pale to strong."""
     if len(labels) > 3:
         return {"ramp": labels.index(label) / (len(labels) - 1), "dash": "solid", "symbol": "circle"}
+    if len(labels) == 1:
+        return {"colour": "--s2d", "dash": "solid", "symbol": "circle"}
     raw = {shown: name for name, shown in LABELS.items()}
     return style(raw.get(label, label), [raw.get(name, name) for name in labels])
 

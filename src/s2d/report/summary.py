@@ -19,7 +19,8 @@ LABELS = {"none": "as published", "adamw": "AdamW", "s2d": "AdamW + S2D"}
 
 def label(conditioning: str) -> str:
     """A conditioning as people say it."""
-    return LABELS.get(conditioning, conditioning)
+    name, found, rest = conditioning.partition(" (")
+    return LABELS.get(conditioning, f"S2D ({rest}" if found and name == "s2d" else conditioning)
 
 
 @dataclass(frozen=True)

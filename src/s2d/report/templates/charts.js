@@ -168,7 +168,7 @@
       marker: { color: tint(curve), symbol: curve.symbol, size: curve.rank.map((rank) => rank <= 3 ? 9 : 0.1) },
       text: curve.sigma.map((value, index) => `${safe(curve.name)}: σ of rank ${curve.rank[index]} is ${show(value)}`),
     })), frame({
-      showlegend: true, margin: { b: 44 }, legend: { y: -0.24 },
+      showlegend: curves.length > 1, margin: { b: 44 }, legend: { y: -0.24 },
       xaxis: { type: "log", showgrid: false, title: { text: "rank", standoff: 6 }, dtick: 1, range: [-0.06, Math.log10(Math.max(2, ...curves.flatMap((curve) => curve.rank))) + 0.05] },
       yaxis: { ...log(values), range: [Math.log10(Math.max(Math.min(...values), Math.max(...values) / 3000)) - 0.08, Math.log10(Math.max(...values)) + 0.08], dtick: Math.max(...values) / Math.min(...values) > 100 ? 1 : "D2" },
     }));
@@ -183,7 +183,7 @@
       text: shown.flatMap(([key]) => row[key].map((value, index) => `${safe(row.name)}: ${ranks[index]} ${value === null ? "–" : value.toFixed(3)}`)), hoverinfo: "text", textposition: "none",
     }));
     draw(place, traces, frame({
-      showlegend: true, margin: { b: 54 }, legend: { y: -0.3 }, bargap: 0.28, bargroupgap: 0.06,
+      showlegend: rows.length > 1, margin: { b: 54 }, legend: { y: -0.3 }, bargap: 0.28, bargroupgap: 0.06,
       xaxis: { type: "multicategory", showgrid: false, showdividers: false },
       yaxis: { range: [0, Math.max(1.05, ...known(rows.flatMap((row) => [...row.weight, ...row.data])))], dtick: 0.25 },
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: colour("--quiet"), width: 1, dash: "dot" } }],
