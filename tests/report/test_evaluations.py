@@ -26,9 +26,8 @@ def test_a_conditioned_checkpoint_is_compared_with_the_published_model() -> None
 
 def test_two_conditioned_checkpoints_are_not_averaged_and_look_different() -> None:
     names = ["s2d (runs/a)", "s2d (runs/b)"]
-    group = groups(read_results([evaluation(name, "w4a4", value) for name, value in zip(names, (50.0, 60.0))]).records)[
-        0
-    ]
+    files = [evaluation(names[0], "w4a4", 50.0), evaluation(names[1], "w4a4", 60.0)]
+    group = groups(read_results(files).records)[0]
     assert [group.values(name, "w4a4") for name in names] == [[50.0], [60.0]]
     assert style(names[0], names) != style(names[1], names)
     assert style(names[0], names[:1]) == style("s2d", ["s2d"])
