@@ -20,10 +20,10 @@ from s2d.commands.shared import (
     command,
     refuse_too_little,
     save_json,
+    say,
     settings,
     show,
 )
-from s2d.errors import visible
 
 
 @command(app, example="s2d evaluate runs/w4a4 --task docstrings")
@@ -77,10 +77,11 @@ def evaluate(
     if json_file is not None:
         about = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint)
         save_json(json_file, {"run": about, "records": records})
-    table = Table(title=visible(f"{model} on {recipe.task.label} ({split})"))
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for metric, value in metrics.items():
         table.add_row(metric, f"{value:.2f}")
     if not quiet:
+        say(quiet, f"{model} on {recipe.task.label} ({split})")
         show(table)
