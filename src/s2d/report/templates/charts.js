@@ -98,7 +98,7 @@
     const many = panel.series.length > 1;
     const traces = panel.series.map((series, number) => line(look(number), {
       name: short(series.name), x: labels.map((_, index) => index), y: series.values,
-      text: series.values.map((value, index) => `${safe(labels[index])}${series.name ? ": " + safe(series.name) : ""}: ${show(value)}`), hoverinfo: "text",
+      text: series.values.map((value, index) => `${safe(labels[index])}${series.name ? ": " + safe(series.name) : ""}: ${panel.percent && value !== null ? percent(value) : show(value)}`), hoverinfo: "text",
     }));
     const values = known(panel.series.flatMap((series) => series.values)).filter((value) => value > 0);
     // "step 250", "step 500", ...: the word stands once, below the numbers.
@@ -109,7 +109,7 @@
     draw(place, traces, frame({
       showlegend: many, margin: { b: shared ? 44 : 54 }, legend: { y: shared ? -0.32 : -0.3, font: { color: colour("--ink"), size: 11.5 } },
       xaxis: { tickvals: labels.map((_, index) => index), ticktext: ticks, range: [-0.3, labels.length - 0.7], showgrid: false, tickangle: wide ? -35 : 0, title: shared ? { text: safe(shared.trim()), standoff: 6 } : undefined },
-      yaxis: panel.logarithmic && values.length && Math.max(...values) > 5 * Math.min(...values) ? log(values) : { rangemode: "tozero", nticks: 5 },
+      yaxis: panel.logarithmic && values.length && Math.max(...values) > 5 * Math.min(...values) ? log(values) : { rangemode: "tozero", nticks: 5, tickformat: panel.percent ? ".0%" : undefined },
     }));
   };
 
