@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.builders import library
 from torch import nn
 
 from s2d.errors import InputError
 from s2d.models import SentenceEncoder, TextClassifier, checkpoints, fingerprint, load, read_notes, save_model
+from s2d.models.dual_encoder import DualEncoder
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,6 +40,11 @@ def vit() -> nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, num_labels=5, **_SMALL))
 
 
+def other(module: str, extra: str, name: str) -> nn.Module:
+    library(module, extra)
+    return load(f"new:{module}:{name}").model
+
+
 MODELS = {
     "bert": bert,
     "with pooler": lambda: transformers.BertModel(transformers.BertConfig(vocab_size=50, **_SMALL)),
@@ -45,6 +52,8 @@ MODELS = {
     "vit": vit,
     "sentence encoder": lambda: SentenceEncoder(bert()),
     "classifier": lambda: TextClassifier(bert(), ["no", "yes", "perhaps"]),
+    "timm": lambda: other("timm", "timm", "vit_tiny_patch16_224"),
+    "towers of open_clip": lambda: DualEncoder(other("open_clip", "openclip", "ViT-S-32-alt")),
 }
 
 
@@ -56,6 +65,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     loaded = load(folder)
     assert type(loaded.model) is type(model)
     assert loaded.fingerprint == fingerprint(model)
+    assert (loaded.tokenizer is not None) == isinstance(model, DualEncoder), "open_clip's belongs to the architecture"
     assert read_notes(folder) == {"seed": 3}
     assert [path.name for path in folder.parent.iterdir()] == ["saved"], "no temporary folders are left"
     if isinstance(model, TextClassifier):

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.builders import library
+from tests.tiny_text import equal
 
 from s2d.errors import InputError, MissingExtra
 from s2d.models import huggingface as huggingface_module
@@ -122,6 +124,21 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         with pytest.raises(MissingExtra, match=rf's2d\[{extra}\]"'):
             load(f"{prefix}:anything")
+
+
+@pytest.mark.parametrize(
+    ("library_name", "extra", "name", "family"),
+    [("timm", "timm", "vit_tiny_patch16_224", "timm_vit"), ("open_clip", "openclip", "ViT-S-32-alt", "open_clip")],
+)
+def test_random_models_of_other_libraries(library_name: str, extra: str, name: str, family: str) -> None:
+    library(library_name, extra)
+    first, second, other = (load(f"new:{library_name}:{name}{query}") for query in ("", "", "?seed=1"))
+    assert first.family.name == family and first.processor is not None
+    assert equal(first.model, second.model) and not equal(first.model, other.model)
+    with pytest.raises(InputError, match="did you mean"):
+        load(f"new:{library_name}:{name}x")
+    with pytest.raises(InputError, match="tower= fills models of transformers only"):
+        load(f"new:{library_name}:{name}?tower=folder")
 
 
 def test_not_a_model(tmp_path: Path, bert_folder: Path) -> None:

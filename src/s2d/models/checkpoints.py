@@ -43,12 +43,16 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one kind of model is written down as plain data and built again from it (without its weights)."""
+    """How one kind of model is written down as plain data and built again from it (without its weights).
+
+    Where a tokenizer cannot be saved because it belongs to the architecture, `tokenizer` makes it.
+    """
 
     name: str
     matches: Callable[[nn.Module], bool]
     describe: Callable[[Any], JSON]
     rebuild: Callable[[JSON], nn.Module]
+    tokenizer: Callable[[Any], Any] | None = None
 
 
 _ARCHITECTURES: Registry[Architecture] = Registry("architecture", "s2d.models")
@@ -60,9 +64,19 @@ def register_architecture(
     matches: Callable[[nn.Module], bool],
     describe: Callable[[Any], JSON],
     rebuild: Callable[[JSON], nn.Module],
+    tokenizer: Callable[[Any], Any] | None = None,
 ) -> None:
     """Let `save_model` and `load_saved` handle a kind of model."""
-    _ARCHITECTURES.add(name, Architecture(name, matches, describe, rebuild))
+    _ARCHITECTURES.add(name, Architecture(name, matches, describe, rebuild, tokenizer))
+
+
+def own_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer that belongs to the architecture of a model, or of a part of it; mostly there is none."""
+    having = [each for each in _ARCHITECTURES.all().values() if each.tokenizer is not None]
+    found = (
+        each.tokenizer(part) for part in model.modules() for each in having if each.tokenizer and each.matches(part)
+    )
+    return next(found, None)
 
 
 def describe(model: nn.Module) -> JSON:
@@ -349,10 +363,12 @@ def check_finite(model: nn.Module, source: str) -> None:
     """Refuse weights with NaN or Inf, naming the first one.
 
     Raises:
-        InputError: Some floating-point parameter or buffer holds NaN or Inf.
+        InputError: A floating-point parameter, or a buffer that checkpoints hold, has NaN or Inf.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+    for name, tensor in model.state_dict().items():  # buffers that no checkpoint holds may be masks of -Inf
+        if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.is_floating_point():
+            continue
+        if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(f"{source}: weight {name} holds {bad} NaN or Inf values; the checkpoint is damaged")
 

@@ -19,6 +19,7 @@ from s2d.targets import clean_name
 Modality: TypeAlias = Literal["text", "vision", "multimodal", "causal-lm"]
 NormPosition: TypeAlias = Literal["pre", "post"]
 Loader: TypeAlias = "Callable[[str, dict[str, Any]], tuple[nn.Module, Any, Any]]"
+Maker: TypeAlias = "Callable[[str], tuple[nn.Module, Any, Any]]"
 
 ROLES: dict[str, str] = {
     "embedding": "a table of token, position or type vectors",
@@ -100,6 +101,7 @@ class Family:
 
 _FAMILIES: Registry[Family] = Registry("family", "s2d.models")
 _LOADERS: Registry[Loader] = Registry("loader", "s2d.models")
+_MAKERS: Registry[Maker] = Registry("maker", "s2d.models")
 FALLBACK = "generic"
 
 
@@ -121,6 +123,23 @@ def register_loader(prefix: str) -> Callable[[Loader], Loader]:
         return _LOADERS.add(prefix, loader)
 
     return register
+
+
+def register_random(prefix: str) -> Callable[[Maker], Maker]:
+    """Let ``load("new:PREFIX:NAME")`` call the decorated function: a library's model with random weights.
+
+    It receives the name after the second colon, and returns what a loader returns.
+    """
+
+    def register(maker: Maker) -> Maker:
+        return _MAKERS.add(prefix, maker)
+
+    return register
+
+
+def makers() -> dict[str, Maker]:
+    """Every maker of models with random weights by its prefix."""
+    return _MAKERS.all()
 
 
 def families() -> dict[str, Family]:

@@ -5,6 +5,7 @@ configuration is a JSON file: ``config`` is transformers' own (with ``model_type
 preprocessing (a transformers image processor's settings), and ``bytes: true`` asks for a tokenizer whose tokens are the
 bytes of the text. ``new:NAME?seed=1`` draws other weights; ``new:NAME?tower=FOLDER`` takes the weights of the image
 tower from a saved model of the same shape, which starts a model of images and words from a trained image encoder.
+``new:timm:NAME`` and ``new:open_clip:NAME`` are the architectures of those libraries.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 
 from s2d.errors import InputError, choices, require
 from s2d.models.checkpoints import CONFIG_NAME, load_saved, refuse_foreign_code
-from s2d.models.family import register_loader
+from s2d.models.family import makers, register_loader
 from s2d.models.image_heads import image_encoder
 from s2d.models.preprocessing import Preprocessing
 from s2d.results import parse_json
@@ -32,11 +33,18 @@ def configurations() -> list[str]:
 
 
 @register_loader("new")
-def load_new(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Preprocessing | None]:
-    """A model with random weights, its byte tokenizer and its preprocessing, where the configuration asks for them."""
+def load_new(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, Any]:
+    """A model with random weights, and its tokenizer and preprocessing where its configuration asks for them."""
     name, _, query = name.partition("?")
     options_given = _query(query, name)
     seed = int(options_given.get("seed", 0))
+    library, _, rest = name.partition(":")
+    if (maker := makers().get(library)) is not None:
+        if "tower" in options_given:
+            raise InputError(f"new:{name}: tower= fills models of transformers only; leave it out")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return maker(rest)
     content = _read(name)
     transformers = require("transformers", "hf")
     try:

@@ -13,7 +13,15 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.models import huggingface, packages
-from s2d.models.checkpoints import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, check_finite, fingerprint, load_saved
+from s2d.models.checkpoints import (
+    CONFIG_NAME,
+    PICKLE_SUFFIXES,
+    WEIGHTS_NAME,
+    check_finite,
+    fingerprint,
+    load_saved,
+    own_tokenizer,
+)
 from s2d.models.family import Family, family_of, loaders
 
 _FILES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)
@@ -106,7 +114,9 @@ def _from_path(path: Path, shown: str, dtype: torch.dtype, options: dict[str, An
     """From an existing file or folder."""
     if path.is_dir():
         if (path / CONFIG_NAME).is_file():
-            return load_saved(path).to(dtype), *huggingface.load_parts(path)
+            model = load_saved(path).to(dtype)
+            tokenizer, processor = huggingface.load_parts(path)
+            return model, tokenizer or own_tokenizer(model), processor
         if (path / "config.json").is_file():
             return huggingface.load_transformers(str(path), shown=shown, dtype=dtype, **options)
         found = packages.find_model(path)

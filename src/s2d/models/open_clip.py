@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+import torch
 from torch import nn
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError, first_line, require
 from s2d.models.checkpoints import register_architecture
-from s2d.models.family import Family, register_family, register_loader
+from s2d.models.family import Family, register_family, register_loader, register_random
 from s2d.models.hub import no_waiting
 from s2d.models.timm_vit import TIMM_ROLES
 
@@ -52,26 +53,41 @@ def load_open_clip(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any, 
     """A pretrained open_clip model, its tokenizer, and its evaluation transform."""
     open_clip = require("open_clip", "openclip")
     if name.startswith(("hf-hub:", "local-dir:")):
-        architecture, tag = name, None
-    else:
-        architecture, _, tag = name.partition("/")
-        _check_name(open_clip, architecture, tag)
+        return _create(open_clip, name, None)
+    architecture, _, tag = name.partition("/")
+    _check_name(open_clip, architecture)
+    _check_tag(open_clip, architecture, tag)
+    return _create(open_clip, architecture, tag)
+
+
+@register_random("open_clip")
+def random_open_clip(name: str) -> tuple[nn.Module, Any, Any]:
+    """An architecture of open_clip with random weights."""
+    open_clip = require("open_clip", "openclip")
+    _check_name(open_clip, name)
+    return _create(open_clip, name, None)
+
+
+def _create(open_clip: Any, architecture: str, tag: str | None) -> tuple[nn.Module, Any, Any]:
     try:
         with no_waiting():
             model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag)
             tokenizer = open_clip.get_tokenizer(architecture)
     except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(f"open_clip cannot load {name!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"open_clip cannot make {architecture!r}: {first_line(error)}") from error
     setattr(model, _NAME, architecture)
     return model, tokenizer, transform
 
 
-def _check_name(open_clip: Any, architecture: str, tag: str) -> None:
+def _check_name(open_clip: Any, architecture: str) -> None:
     known = open_clip.list_models()
     if architecture not in known:
         close = difflib.get_close_matches(architecture, known, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() lists what there is"
         raise InputError(f"open_clip has no architecture {architecture!r}; {hint}")
+
+
+def _check_tag(open_clip: Any, architecture: str, tag: str) -> None:
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:
         listed = ", ".join(tags[:6]) or "none"
@@ -85,10 +101,12 @@ register_architecture(
     matches=lambda model: hasattr(model, _NAME),
     describe=lambda model: {"name": getattr(model, _NAME)},
     rebuild=lambda description: _rebuild(description["name"]),
+    tokenizer=lambda model: require("open_clip", "openclip").get_tokenizer(getattr(model, _NAME)),
 )
 
 
 def _rebuild(name: str) -> nn.Module:
-    model = require("open_clip", "openclip").create_model(name, pretrained=None)
+    device = torch.get_default_device()  # "meta" where only shapes are asked for
+    model = require("open_clip", "openclip").create_model(name, pretrained=None, device=device)
     setattr(model, _NAME, name)
     return model

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError, first_line, require
 from s2d.models.checkpoints import register_architecture
-from s2d.models.family import Family, register_family, register_loader
+from s2d.models.family import Family, register_family, register_loader, register_random
 from s2d.models.hub import no_waiting
 
 TIMM_ROLES: tuple[tuple[str, str], ...] = (
@@ -56,6 +56,16 @@ TIMM_VIT = register_family(
 @register_loader("timm")
 def load_timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, None, dict[str, Any]]:
     """A pretrained timm model with its head, and its data configuration."""
+    return _create(name, pretrained=True)
+
+
+@register_random("timm")
+def random_timm(name: str) -> tuple[nn.Module, None, dict[str, Any]]:
+    """The same with random weights."""
+    return _create(name, pretrained=False)
+
+
+def _create(name: str, pretrained: bool) -> tuple[nn.Module, None, dict[str, Any]]:
     timm = require("timm", "timm")
     if not timm.is_model(name.partition(".")[0]):
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
@@ -63,9 +73,10 @@ def load_timm(name: str, options: dict[str, Any]) -> tuple[nn.Module, None, dict
         raise InputError(f"timm has no model {name!r}; {hint}")
     try:
         with no_waiting():
-            model = timm.create_model(name, pretrained=True)
+            model = timm.create_model(name, pretrained=pretrained)
     except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(f"timm cannot load {name!r} with its weights: {str(error).splitlines()[0]}") from error
+        kind = "with its weights" if pretrained else "with random weights"
+        raise InputError(f"timm cannot make {name!r} {kind}: {first_line(error)}") from error
     return model, None, timm.data.resolve_model_data_config(model)
 
 
