@@ -105,7 +105,7 @@ def load(source: str | os.PathLike[str], *, device: str = "cpu", **options: Any)
     if content.get("_version", 0) > _VERSION:
         raise InputError(f"{folder} was written by a newer s2d; upgrade s2d to read it")
     model = quant.load(folder, rebuild(content["model"]), inplace=True).eval().to(device)
-    return Loaded(model, family_of(model), os.fspath(source), *load_parts(folder), fingerprint(model))
+    return Loaded(model, family_of(model), os.fspath(source), *load_parts(folder, model), fingerprint(model))
 
 
 def notes_of(source: str | os.PathLike[str]) -> dict[str, Any]:

@@ -78,13 +78,14 @@ class Codes(nn.Module):
 
     def values(self) -> Tensor:
         """``[in, out]`` in floating point."""
-        if self.integer:
-            return operators.weight(self.codes, self.weight_scale, 1)
-        return operators.plain_weight(self.codes, self.weight_scale).reshape(self.shape)
+        return operators.weight(self.codes, self.weight_scale, 1) if self.integer else self._plain()
 
     def forward(self, weight: Tensor) -> Tensor:
-        """``[out, in]``, in place of the weight."""
-        return self.values().t()
+        """``[out, in]``, in place of a weight that is cut into parts before its products."""
+        return self._plain().t()
+
+    def _plain(self) -> Tensor:
+        return operators.plain_weight(self.codes, self.weight_scale).reshape(self.shape)
 
 
 class _IntegerProduct:
@@ -98,6 +99,8 @@ class _IntegerProduct:
 
     def quantized_product(self, input: Tensor) -> Tensor:
         """``input [..., in]`` to ``[..., out]``."""
+        if input.ndim == 2:  # of matrices, onnxruntime makes a Gemm, whose inputs it dequantizes
+            return self.quantized_product(input.unsqueeze(0)).squeeze(0)
         codes, scale = self.weight_codes.codes, self.weight_codes.weight_scale
         if self.token is not None:
             output = operators.token_product(input, codes, scale, self.token.format.name)
@@ -232,11 +235,11 @@ class _ConvCodes(nn.Module):
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__()
         self.register_buffer("codes", weight.codes)
-        self.register_buffer("weight_scale", weight.scale)
+        self.register_buffer("weight_scale", weight.scale.reshape(-1, *(1 for _ in weight.codes.shape[1:])))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight's values."""
-        return operators.weight(self.codes, self.weight_scale, 0)
+        return operators.plain_weight(self.codes, self.weight_scale)
 
 
 def _lower_attention(module: QuantizedAttention) -> None:

@@ -23,6 +23,10 @@ from s2d.errors import InputError, require
 from s2d.export.operators import Form, translations
 
 OPSET = 21
+# Without VNNI, onnxruntime's products of uint8 and int8 add pairs up in 16 bits, where 8-bit weights overflow;
+# this asks for exact (slower) ones there and changes nothing elsewhere. It fails where a DequantizeLinear of int8 codes
+# per channel is left over, so convolutions, which run in floating point, have a Mul instead.
+EXACT = ("session.x64quantprecision", "1")
 TWO_GB = 2**31 - 2**20
 _BARE = "output"
 _FIRST = ("logits", "image_embeds", "text_embeds", "last_hidden_state", "pooler_output")
@@ -162,6 +166,7 @@ def session(path: Path, threads: int = 1, *, optimized: Path | None = None, cont
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what fails is raised as well
+    options.add_session_config_entry(*EXACT)
     if optimized is not None:
         options.optimized_model_filepath = os.fspath(optimized)
     try:

@@ -15,6 +15,7 @@ from s2d.errors import InputError, require
 from s2d.models.checkpoints import (
     check_safetensors,
     explain_unpickling,
+    own_tokenizer,
     read_json,
     read_weights,
     refuse_foreign_code,
@@ -113,8 +114,13 @@ def load_transformers(
     return model, tokenizer, processor
 
 
-def load_parts(folder: Path) -> tuple[Any, Any]:
-    """The tokenizer and the processor saved in a local folder, None where there is none."""
+def load_parts(folder: Path, model: nn.Module) -> tuple[Any, Any]:
+    """The tokenizer and the processor that a local folder holds for a model, None where there is none."""
+    tokenizer, processor = _saved_parts(folder)
+    return tokenizer or own_tokenizer(model), processor
+
+
+def _saved_parts(folder: Path) -> tuple[Any, Any]:
     files = {file.name for file in folder.iterdir()}
     if not files & {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"}:
         return None, None

@@ -20,7 +20,6 @@ from s2d.models.checkpoints import (
     check_finite,
     fingerprint,
     load_saved,
-    own_tokenizer,
 )
 from s2d.models.family import Family, family_of, loaders
 
@@ -115,8 +114,7 @@ def _from_path(path: Path, shown: str, dtype: torch.dtype, options: dict[str, An
     if path.is_dir():
         if (path / CONFIG_NAME).is_file():
             model = load_saved(path).to(dtype)
-            tokenizer, processor = huggingface.load_parts(path)
-            return model, tokenizer or own_tokenizer(model), processor
+            return model, *huggingface.load_parts(path, model)
         if (path / "config.json").is_file():
             return huggingface.load_transformers(str(path), shown=shown, dtype=dtype, **options)
         found = packages.find_model(path)
