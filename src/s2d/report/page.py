@@ -122,7 +122,7 @@ def _context(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
         "audit_rows": _audit_rows(audits),
         "records": [_record_row(record) for record in results.records],
         "history": history,
-        "runs": [{"summary": _said(run), "lines": _flat(run)} for run in _distinct_runs(results)],
+        "runs": [{"summary": _said(name, run), "lines": _flat(run)} for name, run in _distinct_runs(results)],
     }
     figures = {
         "scores": [] if results.trend else [score_figure(group) for group in found],
@@ -213,19 +213,20 @@ def _record_row(record: Record) -> dict[str, Any]:
     }
 
 
-def _distinct_runs(results: Results) -> list[JSON]:
-    """Every "run" part once; an audit inside a run usually repeats that run's."""
-    found: list[JSON] = []
-    for run in [*results.runs, *(audit.run for audit in results.audits)]:
-        if run and run not in found:
-            found.append(run)
+def _distinct_runs(results: Results) -> list[tuple[str, JSON]]:
+    """Every "run" part once, an audit's with its label; an audit inside a run usually repeats that run's."""
+    found: list[tuple[str, JSON]] = []
+    for name, run in [*(("", run) for run in results.runs), *((audit.label, audit.run) for audit in results.audits)]:
+        if run and all(run != other for _, other in found):
+            found.append((name, run))
     return found
 
 
-def _said(run: JSON) -> str:
+def _said(name: str, run: JSON) -> str:
     """A run in one line: what was run, when, with which version."""
     versions = run.get("versions")
     parts = [
+        name,
         str(run.get("command") or run.get("recipe") or "settings"),
         str(run.get("started") or "")[:10],
         f"s2d {versions.get('s2d')}" if isinstance(versions, dict) and versions.get("s2d") else "",
