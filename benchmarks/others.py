@@ -1,10 +1,11 @@
-"""Does conditioning help other people's quantizers? torchao, quanto, Brevitas and torch.ao on checkpoints of a run.
+"""Does conditioning help other people's quantizers? The arms of a run under each library that is installed.
 
     python benchmarks/others.py [RUN] [--split validation] [--json FILE]
 
 RUN is a finished run of a recipe, runs/demo unless named: every arm and seed in it is quantized by every library that
 is installed, with that library's own code and defaults, and scored by the run's own task; s2d only reads the model.
-The libraries: pip install torchao optimum-quanto brevitas. What is simulated in floating point says "simulated".
+The libraries, beside torch.ao: pip install torchao optimum-quanto brevitas llmcompressor. What is simulated in floating
+point says "simulated".
 """
 
 from __future__ import annotations
@@ -146,6 +147,51 @@ def brevitas_w8a8(model: nn.Module, inputs: Inputs) -> nn.Module:
 @quantizer("brevitas", "Brevitas W4A4, simulated: per channel, one static scale per tensor for inputs")
 def brevitas_w4a4(model: nn.Module, inputs: Inputs) -> nn.Module:
     return _brevitas(model, inputs, 4, 4)
+
+
+def _llmcompressor(model: nn.Module, inputs: Inputs, scheme: Any) -> nn.Module:
+    """Its oneshot on the transformers model inside the task's: Linears by round-to-nearest, ranges by its min-max."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from loguru import logger
+    from torch.utils.data import DataLoader
+
+    logger.remove()  # a line for every layer
+    given = {"scheme": scheme} if isinstance(scheme, str) else {"config_groups": {"linears": scheme}}
+    recipe = QuantizationModifier(targets="Linear", **given)
+    inside: Any = model.get_submodule("encoder")
+    oneshot(model=inside, recipe=recipe, dataset=DataLoader(inputs, batch_size=None), pipeline="basic")
+    return model.eval()
+
+
+@quantizer("llmcompressor", "llm-compressor W8A8: int8 weights per channel, int8 activations per token")
+def llmcompressor_w8a8(model: nn.Module, inputs: Inputs) -> nn.Module:
+    return _llmcompressor(model, inputs, "W8A8")
+
+
+@quantizer("llmcompressor", "llm-compressor W4A16: int4 weights in groups of 128, activations kept")
+def llmcompressor_w4a16(model: nn.Module, inputs: Inputs) -> nn.Module:
+    return _llmcompressor(model, inputs, "W4A16")
+
+
+def _four_bits(**activations: Any) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(num_bits=4, strategy="channel", symmetric=True),
+        input_activations=QuantizationArgs(num_bits=4, symmetric=False, **activations),
+    )
+
+
+@quantizer("llmcompressor", "llm-compressor W4A4, simulated: per channel, int4 activations per token")
+def llmcompressor_token(model: nn.Module, inputs: Inputs) -> nn.Module:
+    return _llmcompressor(model, inputs, _four_bits(strategy="token", dynamic=True))
+
+
+@quantizer("llmcompressor", "llm-compressor W4A4, simulated: per channel, one static scale per tensor")
+def llmcompressor_tensor(model: nn.Module, inputs: Inputs) -> nn.Module:
+    return _llmcompressor(model, inputs, _four_bits(strategy="tensor", dynamic=False))
 
 
 @quantizer("torch", "torch.ao W8A8: quantize_dynamic, one scale per tensor and call")

@@ -166,6 +166,7 @@ def main() -> None:
     for given in arguments.runs:
         arm, _, place = given.partition("=")
         run = Path(place)
+        name = run.parent.parent.name if run.parent.name == "arms" else run.name
         path = run / "paradox.json"
         content = read_json(path) if path.is_file() else {}
         known, audits = content.get("rows", {}), content.get("audits", {})
@@ -176,7 +177,7 @@ def main() -> None:
             step = step_of(folder.name, run)
             if key not in known or f"step {step}" not in audits:
                 known[key], audits[f"step {step}"] = row_of(folder, task, arguments.split, methods)
-            records += records_of(f"step {step}", known[key], task, run.name, arguments.split)
+            records += records_of(f"step {step}", known[key], task, name, arguments.split)
             about = run_metadata(data_hash=task.fingerprint, split=arguments.split, run=str(run.name))
             write_json(path, {"kind": "trend", "run": about, "records": records, "audits": audits, "rows": known})
             rows.setdefault(arm, {})[step] = known[key]

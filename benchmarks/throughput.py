@@ -92,7 +92,8 @@ def main() -> None:
         print(f"{name:14} {median[name] * 1e3:7.1f} ms a step ({spread})   {ratios[name]:5.2f}x   {verdict}")
     if arguments.json:
         run = {"torch": torch.__version__, "threads": torch.get_num_threads(), "model": arguments.model}
-        arguments.json.write_text(json.dumps({"run": run, "seconds": seconds, "ratios": ratios, "goal": GOAL}, indent=1))
+        found = {"run": run, "seconds": seconds, "ratios": ratios, "goal": GOAL}
+        arguments.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

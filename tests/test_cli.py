@@ -100,7 +100,10 @@ def test_the_shell_completes_commands_and_options() -> None:
     assert completed("s2d quantize --sp") == ["--spec"]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "recipes list", "recipes show", "recipes new"])
+TEACHING = (*COMMANDS, "export", "bench", "recipes", "recipes list", "recipes show", "recipes new")
+
+
+@pytest.mark.parametrize("command", TEACHING)
 def test_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -132,7 +135,12 @@ def test_audit_prints_and_writes(model: Path, tmp_path: Path, capsys: pytest.Cap
     assert content["kind"] == "audit" and len(content["records"]) == 12  # two blocks of six linear layers
     assert "<html" in page.read_text()
     assert main(["audit", str(model), "--data", str(texts), "--include", "*.output.dense*", "--rows", "2"]) == 0
-    assert "output.dense" in capsys.readouterr().out.replace("\n", "")
+    told = capsys.readouterr().out
+    assert "output.dense" in told.replace("\n", "")
+    assert "PCDR₁       share of the outliers" in told and "w4a4 error  change of the typical" in told
+    assert main(["audit", str(model), "--data", str(texts), "--rows", "2", "--html", str(page)]) == 0
+    told = capsys.readouterr().out
+    assert "10 more weights: --rows 12" in told and f"The page to look at: {page}" in told
 
 
 def test_quantize_saves_what_evaluate_reads(
@@ -151,6 +159,7 @@ def test_quantize_saves_what_evaluate_reads(
         assert main(["evaluate", str(name), *task, "--json", str(tmp_path / "score.json"), "-q"]) == 0
         record = json.loads((tmp_path / "score.json").read_text())["records"][0]
         scores.append(record["spec"])
+        assert record["model"] != str(name) and record["conditioning"] == f"s2d ({conditioned})"
         assert record["metric"] == "accuracy" and 0 <= record["value"] <= 100
     assert scores == ["fp32", "w4a4"]
     capsys.readouterr()

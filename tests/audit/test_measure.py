@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,10 @@ def test_a_row_is_what_the_definitions_say(outputs: int, inputs: int) -> None:
 
 
 def reference_error(layer: nn.Linear, X: Tensor, bits: int = 4) -> float:
-    """By torch's own operators: weights per row symmetric (-7..7), inputs per tensor asymmetric (0..15)."""
+    """By torch's own operators: weights per row symmetric (-7..7), inputs per tensor asymmetric (0..15).
+
+    Of the channels' own errors the median.
+    """
     limit, W = 2 ** (bits - 1) - 1, layer.weight.detach()
     scale = W.abs().amax(1) / limit
     Wq = torch.fake_quantize_per_channel_affine(W, scale, torch.zeros(len(W), dtype=torch.int32), 0, -limit, limit)
@@ -100,7 +104,7 @@ def reference_error(layer: nn.Linear, X: Tensor, bits: int = 4) -> float:
     lo, hi = min(X.min().item(), 0.0), max(X.max().item(), 0.0)
     Xq = torch.fake_quantize_per_tensor_affine(X, (hi - lo) / steps, round(-lo / ((hi - lo) / steps)), 0, steps)
     exact = X @ W.T
-    return ((Xq @ Wq.T - exact).norm() / exact.norm()).item()
+    return float(np.median(((Xq @ Wq.T - exact).norm(dim=0) / exact.norm(dim=0)).numpy()))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -116,6 +120,42 @@ def test_the_error_of_a_sample_is_near_that_of_all_rows() -> None:
     batches = [torch.randn(3000, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     row = only(audit(layer, batches))
     assert row.error == pytest.approx(reference_error(layer, torch.cat(batches)), rel=0.03)
+
+
+def test_the_error_is_not_hidden_by_the_outlier_that_makes_it() -> None:
+    """One input of 100 takes the 4-bit grid. Most of its output is one channel, and all others become noise."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(64, 32, bias=False)
+    layer.weight.data = torch.randn(32, 64, generator=generator) / 8
+    x = torch.randn(4000, 64, generator=generator)
+    calm = only(audit(layer, [x])).error
+    layer.weight.data[:, 7] = 0.0
+    layer.weight.data[3, 7] = 1.0
+    x[::50, 7] = 100.0
+    row = only(audit(layer, [x]))
+    Xq = torch.fake_quantize_per_tensor_affine(x, 105 / 15, 1, 0, 15)
+    whole = (Xq - x) @ layer.weight.detach().T
+    assert whole.norm() / (x @ layer.weight.detach().T).norm() < 0.5  # over everything at once it looks harmless
+    assert calm is not None and calm < 0.4
+    assert row.error is not None and row.error > 0.9
+
+
+def test_channels_that_are_always_zero_have_no_say_in_the_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(16, 12, bias=False)
+    layer.weight.data = torch.randn(12, 16, generator=generator)
+    x = torch.randn(500, 16, generator=generator)
+    kept = only(audit(nn_of(layer.weight.data[:5]), [x])).error
+    layer.weight.data[5:] = 0.0
+    assert only(audit(layer, [x])).error == pytest.approx(kept)
+    layer.weight.data[:] = 0.0
+    assert only(audit(layer, [x])).error == 0.0
+
+
+def nn_of(W: Tensor) -> nn.Linear:
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False)
+    layer.weight.data = W.clone()
+    return layer
 
 
 def test_each_side_can_be_quantized_alone_and_in_other_ways() -> None:

@@ -6,31 +6,25 @@ With S2D_SCREENSHOTS=FOLDER the pages are kept there as pictures, at the sizes o
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.browsers import SIZES, chromium, needs_chromium
 from tests.report import sample
 from tests.report.test_hostile import HOSTILE, attack, everywhere
 
 from s2d.report import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright, which drives the browser")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
-)
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as found:
         yield found
-        found.close()
 
 
 class Opened:

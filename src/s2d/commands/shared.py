@@ -65,7 +65,10 @@ Model = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--override", "-o", metavar="KEY=VALUE", help="Change a setting, e.g. -o train.steps=100. Repeatable."
+        "--override",
+        "-o",
+        metavar="KEY=VALUE",
+        help="Change a setting by its key in a recipe (s2d recipes show minilm-banking77). Repeatable.",
     ),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")]

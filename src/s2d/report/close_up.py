@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from s2d.report.formatting import percent, ratio, show
+from s2d.report.formatting import percent, ratio, show, two_decimals
 from s2d.report.histograms import caption, chosen, histogram_figure, span
 from s2d.report.histories import Track, track_figure
 from s2d.report.results import Audit, Weight
@@ -20,11 +20,11 @@ COLUMNS = (
     ("σ₃", "sigma_3", show),
     ("σ₁ / median", "sigma_over_median", ratio),
     ("stable rank", "stable_rank", show),
-    ("PCDR₁", "pcdr_1", show),
-    ("PCDR₂", "pcdr_2", show),
-    ("PCDR₃", "pcdr_3", show),
-    ("PCDR₁ (data)", "pcdr_data_1", show),
-    ("PCDR₃ (data)", "pcdr_data_3", show),
+    ("PCDR₁", "pcdr_1", two_decimals),
+    ("PCDR₂", "pcdr_2", two_decimals),
+    ("PCDR₃", "pcdr_3", two_decimals),
+    ("PCDR₁ (data)", "pcdr_data_1", two_decimals),
+    ("PCDR₃ (data)", "pcdr_data_3", two_decimals),
     ("output max", "output_max", show),
     ("output max / RMS", "output_ratio", ratio),
     ("input max", "input_max", show),
@@ -124,6 +124,8 @@ def _look(label: str, labels: Sequence[str]) -> dict[str, Any]:
     """A run's arms look as they do everywhere on the page; the checkpoints of a training go from pale to strong."""
     if len(labels) > 3:
         return {"ramp": labels.index(label) / (len(labels) - 1), "dash": "solid", "symbol": "circle"}
+    if len(labels) == 1:
+        return {"colour": "--s2d", "dash": "solid", "symbol": "circle"}
     raw = {shown: name for name, shown in LABELS.items()}
     return style(raw.get(label, label), [raw.get(name, name) for name in labels])
 

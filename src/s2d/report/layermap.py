@@ -33,7 +33,7 @@ MEASURES = (
     Measure(
         "w4a4_error",
         "W4A4 error",
-        "relative output error when only this weight and its input are quantized",
+        "relative error of the typical output channel when only this weight and its input are quantized",
         False,
         "error",
     ),

@@ -107,9 +107,8 @@ def _context(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
     history = history_figure(most_decayed(told))
     trend = trend_figure(audits, results.records) if results.trend else None
     compared = found if not results.trend else []
-    models = dict.fromkeys([*(group.model for group in found), *(audit.model for audit in audits)])
     context = {
-        "title": (" → ".join if results.trend else ", ".join)([model for model in models if model]) or "s2d",
+        "title": _title(results, found),
         "kind": "trend" if results.trend else "run" if found else "audit",
         "verdict": _verdict(results, compared),
         "extra": audit_change(audits) if compared else (),
@@ -123,7 +122,7 @@ def _context(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
         "audit_rows": _audit_rows(audits),
         "records": [_record_row(record) for record in results.records],
         "history": history,
-        "runs": [_flat(run) for run in _distinct_runs(results)],
+        "runs": [{"summary": _said(name, run), "lines": _flat(run)} for name, run in _distinct_runs(results)],
     }
     figures = {
         "scores": [] if results.trend else [score_figure(group) for group in found],
@@ -132,6 +131,14 @@ def _context(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
         "weights": weight_figures(audits, told),
     }
     return context, figures
+
+
+def _title(results: Results, found: Sequence[Group]) -> str:
+    """The models; of a training, from which checkpoint to which."""
+    models = [group.model for group in found] + [audit.model for audit in results.audits if not results.trend]
+    names = ", ".join(dict.fromkeys(model for model in models if model))
+    ends = [label(audit.label) for audit in (results.audits[0], results.audits[-1])] if results.trend else []
+    return " · ".join(part for part in (names, " → ".join(ends)) if part) or "s2d"
 
 
 def _verdict(results: Results, found: Sequence[Group]) -> Verdict:
@@ -206,13 +213,25 @@ def _record_row(record: Record) -> dict[str, Any]:
     }
 
 
-def _distinct_runs(results: Results) -> list[JSON]:
-    """Every "run" part once; an audit inside a run usually repeats that run's."""
-    found: list[JSON] = []
-    for run in [*results.runs, *(audit.run for audit in results.audits)]:
-        if run and run not in found:
-            found.append(run)
+def _distinct_runs(results: Results) -> list[tuple[str, JSON]]:
+    """Every "run" part once, an audit's with its label; an audit inside a run usually repeats that run's."""
+    found: list[tuple[str, JSON]] = []
+    for name, run in [*(("", run) for run in results.runs), *((audit.label, audit.run) for audit in results.audits)]:
+        if run and all(run != other for _, other in found):
+            found.append((name, run))
     return found
+
+
+def _said(name: str, run: JSON) -> str:
+    """A run in one line: what was run, when, with which version."""
+    versions = run.get("versions")
+    parts = [
+        name,
+        str(run.get("command") or run.get("recipe") or "settings"),
+        str(run.get("started") or "")[:10],
+        f"s2d {versions.get('s2d')}" if isinstance(versions, dict) and versions.get("s2d") else "",
+    ]
+    return visible(" · ".join(part for part in parts if part))
 
 
 def _flat(run: JSON, prefix: str = "") -> list[tuple[str, str]]:

@@ -26,10 +26,12 @@ _OTHERS = (
 
 def style(name: str, names: Sequence[str]) -> dict[str, str]:
     """How a conditioning or a checkpoint is drawn among its neighbours."""
-    if name in _STYLES:
-        colour, dash, symbol = _STYLES[name]
+    kinds = [other.partition(" (")[0] for other in names]
+    kind = name.partition(" (")[0]
+    if name in _STYLES or (kind in _STYLES and kinds.count(kind) == 1):
+        colour, dash, symbol = _STYLES[kind]
     else:
-        others = [other for other in names if other not in _STYLES]
+        others = [other for other in names if other not in _STYLES]  # two decays of one model among them
         colour, dash, symbol = _OTHERS[others.index(name) % len(_OTHERS)]
     return {"colour": colour, "dash": dash, "symbol": symbol}
 
@@ -38,8 +40,8 @@ def score_figure(group: Group) -> dict[str, Any] | None:
     """The panels on one vertical scale: the mean over all quantizers, then every quantizer by itself."""
     quantizers = group.quantizers
     values = [record.value for record in group.records if math.isfinite(record.value)]
-    if not values:
-        return None
+    if not values or len(group.specs) < 2:
+        return None  # one width makes no curve; the table says it
     panels = [("mean of all calibrations", None), *((name, name) for name in quantizers)] if len(quantizers) > 1 else []
     panels = panels or [(quantizers[0] if quantizers else "", None)]
     scale, logarithmic = _scale(group, values)
@@ -58,7 +60,7 @@ def _scale(group: Group, values: Sequence[float]) -> tuple[tuple[float, float], 
     if not group.higher_is_better and low > 0 and high / low > 20:
         return (low / 1.3, high * 1.3), True
     if low >= 0 and (group.higher_is_better or low < 0.5 * high):
-        return (0.0, (103.0 if 60 < high <= 100 else high * 1.08) or 1.0), False
+        return (0.0, (103.0 if 90 < high <= 100 else high * 1.08) or 1.0), False
     margin = 0.08 * (high - low or abs(high) or 1.0)
     return (low - margin, high + margin), False
 

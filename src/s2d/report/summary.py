@@ -19,7 +19,8 @@ LABELS = {"none": "as published", "adamw": "AdamW", "s2d": "AdamW + S2D"}
 
 def label(conditioning: str) -> str:
     """A conditioning as people say it."""
-    return LABELS.get(conditioning, conditioning)
+    name, found, rest = conditioning.partition(" (")
+    return LABELS.get(conditioning, f"S2D ({rest}" if found and name == "s2d" else conditioning)
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,7 @@ def _audit_sentence(audit: Audit, worst: Weight, selected: Sequence[Weight], nam
         )
     if "w4a4_error" in worst.values:
         error = percent(worst.values["w4a4_error"])
-        text += f"; quantizing this weight and its input alone to W4A4 changes its output by {error}"
+        text += f"; quantizing this weight and its input alone to W4A4 changes its typical output channel by {error}"
     by_data = sum(weight.selected_by == "data" for weight in selected)
     if by_data:
         text += (

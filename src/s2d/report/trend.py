@@ -35,6 +35,7 @@ def trend_figure(audits: Sequence[Audit], records: Sequence[Record]) -> dict[str
                 {
                     "heading": heading,
                     "logarithmic": logarithmic,
+                    "percent": write is percent,
                     "series": [{"name": "", "values": line}],
                     "said": f"{heading}: {said}",
                 }

@@ -8,8 +8,8 @@
   const short = (name) => {
     const parts = name.replace(/\.weight$/, "").split(".");
     const number = parts.findIndex((part) => /^\d+$/.test(part));
-    const tail = parts.slice(number < 0 ? -3 : number).join(".");
-    return safe(tail.length > 34 ? "…" + tail.slice(-33) : tail);
+    const tail = parts.slice(number < 0 ? -2 : number).join(".");
+    return safe(tail.length > 28 ? "…" + tail.slice(-27) : tail);
   };
   const fine = matchMedia("(pointer: fine)");
   const narrow = matchMedia("(max-width: 560px)");
@@ -98,13 +98,18 @@
     const many = panel.series.length > 1;
     const traces = panel.series.map((series, number) => line(look(number), {
       name: short(series.name), x: labels.map((_, index) => index), y: series.values,
-      text: series.values.map((value, index) => `${safe(labels[index])}${series.name ? ": " + safe(series.name) : ""}: ${show(value)}`), hoverinfo: "text",
+      text: series.values.map((value, index) => `${safe(labels[index])}${series.name ? ": " + safe(series.name) : ""}: ${panel.percent && value !== null ? percent(value) : show(value)}`), hoverinfo: "text",
     }));
     const values = known(panel.series.flatMap((series) => series.values)).filter((value) => value > 0);
+    // "step 250", "step 500", ...: the word stands once, below the numbers.
+    const word = (labels[0].match(/^\S+ (?=\S)/) || [""])[0];
+    const shared = word && labels.every((label) => label.startsWith(word)) ? word : "";
+    const ticks = labels.map((label) => label.slice(shared.length)).map((label) => safe(label.length > 16 ? label.slice(0, 15) + "…" : label));
+    const wide = Math.max(...ticks.map((tick) => tick.length)) * 7 * ticks.length > (place.clientWidth || 400) - 50;
     draw(place, traces, frame({
-      showlegend: many, margin: { b: 54 }, legend: { y: -0.3 },
-      xaxis: { tickvals: labels.map((_, index) => index), ticktext: labels.map((label) => safe(label.length > 16 ? label.slice(0, 15) + "…" : label)), range: [-0.3, labels.length - 0.7], showgrid: false, tickangle: labels.length > 4 ? -35 : 0 },
-      yaxis: panel.logarithmic && values.length ? log(values) : { rangemode: "tozero", nticks: 5 },
+      showlegend: many, margin: { b: shared ? 44 : 54 }, legend: { y: shared ? -0.32 : -0.3, font: { color: colour("--ink"), size: 11.5 } },
+      xaxis: { tickvals: labels.map((_, index) => index), ticktext: ticks, range: [-0.3, labels.length - 0.7], showgrid: false, tickangle: wide ? -35 : 0, title: shared ? { text: safe(shared.trim()), standoff: 6 } : undefined },
+      yaxis: panel.logarithmic && values.length && Math.max(...values) > 5 * Math.min(...values) ? log(values) : { rangemode: "tozero", nticks: 5, tickformat: panel.percent ? ".0%" : undefined },
     }));
   };
 
@@ -163,7 +168,7 @@
       marker: { color: tint(curve), symbol: curve.symbol, size: curve.rank.map((rank) => rank <= 3 ? 9 : 0.1) },
       text: curve.sigma.map((value, index) => `${safe(curve.name)}: σ of rank ${curve.rank[index]} is ${show(value)}`),
     })), frame({
-      showlegend: true, margin: { b: 44 }, legend: { y: -0.24 },
+      showlegend: curves.length > 1, margin: { b: 44 }, legend: { y: -0.24 },
       xaxis: { type: "log", showgrid: false, title: { text: "rank", standoff: 6 }, dtick: 1, range: [-0.06, Math.log10(Math.max(2, ...curves.flatMap((curve) => curve.rank))) + 0.05] },
       yaxis: { ...log(values), range: [Math.log10(Math.max(Math.min(...values), Math.max(...values) / 3000)) - 0.08, Math.log10(Math.max(...values)) + 0.08], dtick: Math.max(...values) / Math.min(...values) > 100 ? 1 : "D2" },
     }));
@@ -178,7 +183,7 @@
       text: shown.flatMap(([key]) => row[key].map((value, index) => `${safe(row.name)}: ${ranks[index]} ${value === null ? "–" : value.toFixed(3)}`)), hoverinfo: "text", textposition: "none",
     }));
     draw(place, traces, frame({
-      showlegend: true, margin: { b: 54 }, legend: { y: -0.3 }, bargap: 0.28, bargroupgap: 0.06,
+      showlegend: rows.length > 1, margin: { b: 54 }, legend: { y: -0.3 }, bargap: 0.28, bargroupgap: 0.06,
       xaxis: { type: "multicategory", showgrid: false, showdividers: false },
       yaxis: { range: [0, Math.max(1.05, ...known(rows.flatMap((row) => [...row.weight, ...row.data])))], dtick: 0.25 },
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: colour("--quiet"), width: 1, dash: "dot" } }],
