@@ -45,4 +45,5 @@ def test_magnitudes_are_the_known_ones(minilm: Audit) -> None:
     assert 100 < (first.output_ratio or 0.0) < 300 and 50 < (first.input_ratio or 0.0) < 200
     assert minilm.worst(1)[0].histogram is not None
     errors = [row.error for row in minilm.rows]
-    assert all(error is not None and 0.05 < error < 1.0 for error in errors)
+    assert all(error is not None and 0.05 < error < 1.5 for error in errors)
+    assert (first.error or 0.0) > 0.9, "the outlier drowns the other channels of this layer"

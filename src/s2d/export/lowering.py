@@ -216,7 +216,7 @@ def _lower_linear(module: Any, written_out: bool) -> None:
     module.weight_codes, module.token = Codes(weight, integer=module.input_quantizer is not None), token
     module.written_out = written_out and isinstance(module.input_quantizer, Rounded) and module.weight_codes.integer
     module.weight_quantizer = None
-    module.weight = None
+    module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)  # open_clip asks for its type
 
 
 def _lower_conv(module: Any) -> None:
