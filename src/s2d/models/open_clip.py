@@ -7,6 +7,7 @@ names are understood too.
 from __future__ import annotations
 
 import difflib
+import logging
 from typing import Any
 
 import torch
@@ -106,7 +107,14 @@ register_architecture(
 
 
 def _rebuild(name: str) -> nn.Module:
-    device = torch.get_default_device()  # "meta" where only shapes are asked for
-    model = require("open_clip", "openclip").create_model(name, pretrained=None, device=device)
+    open_clip = require("open_clip", "openclip")
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it warns that the weights are random: ours come next
+    try:
+        # "meta" where only shapes are asked for
+        model = open_clip.create_model(name, pretrained=None, device=torch.get_default_device())
+    finally:
+        root.setLevel(level)
     setattr(model, _NAME, name)
     return model
