@@ -72,11 +72,11 @@ def register_architecture(
 
 def own_tokenizer(model: nn.Module) -> Any:
     """The tokenizer that belongs to the architecture of a model, or of a part of it; mostly there is none."""
-    having = [each for each in _ARCHITECTURES.all().values() if each.tokenizer is not None]
-    found = (
-        each.tokenizer(part) for part in model.modules() for each in having if each.tokenizer and each.matches(part)
-    )
-    return next(found, None)
+    for part in model.modules():
+        for each in _ARCHITECTURES.all().values():
+            if each.tokenizer is not None and each.matches(part):
+                return each.tokenizer(part)
+    return None
 
 
 def describe(model: nn.Module) -> JSON:

@@ -13,14 +13,7 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.models import huggingface, packages
-from s2d.models.checkpoints import (
-    CONFIG_NAME,
-    PICKLE_SUFFIXES,
-    WEIGHTS_NAME,
-    check_finite,
-    fingerprint,
-    load_saved,
-)
+from s2d.models.checkpoints import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, check_finite, fingerprint, load_saved
 from s2d.models.family import Family, family_of, loaders
 
 _FILES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)
