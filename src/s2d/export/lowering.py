@@ -78,7 +78,7 @@ class Codes(nn.Module):
 
     def values(self) -> Tensor:
         """``[in, out]`` in floating point."""
-        return operators.weight(self.codes, self.weight_scale, 1) if self.integer else self._plain()
+        return operators.weight(self.codes, self.weight_scale) if self.integer else self._plain()
 
     def forward(self, weight: Tensor) -> Tensor:
         """``[out, in]``, in place of a weight that is cut into parts before its products."""
@@ -250,7 +250,7 @@ def _lower_attention(module: QuantizedAttention) -> None:
             continue
         if operand == "weight":
             parameter = module.in_proj_weight  # type: ignore[attr-defined]
-            codes = Codes(integer_weight(parameter, quantizer), integer=holder.input is not None)
+            codes = Codes(integer_weight(parameter, quantizer), integer=False)
             setattr(holder, operand, codes)
         else:
             setattr(holder, operand, _lowered(quantizer))

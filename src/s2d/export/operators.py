@@ -50,16 +50,13 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, top: int, axis: int) -> Tens
 
 
 @torch.library.custom_op("s2d::weight", mutates_args=())
-def weight(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """Codes (int8) times their scales, ``[]`` or ``[n]`` along ``axis``, for a product of integers."""
-    shape = [1] * codes.ndim
-    if scale.ndim:
-        shape[axis] = -1
-    return codes.to(scale.dtype) * scale.view(shape)
+def weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (int8) ``[in, out]`` times their scales, ``[]`` or ``[out]``, for a product of integers."""
+    return codes.to(scale.dtype) * scale
 
 
 @weight.register_fake
-def _(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
+def _(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
 
 
@@ -131,8 +128,8 @@ def translations(form: Form = "qdq") -> dict[Any, Any]:
         codes = op.QuantizeLinear(x, scale, zero_point, axis=along)
         return op.DequantizeLinear(codes, scale, zero_point, axis=along)
 
-    def weight_onnx(codes: Any, scale: Any, axis: int) -> Any:
-        return op.DequantizeLinear(codes, scale, axis=axis)
+    def weight_onnx(codes: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=1)
 
     def plain_weight_onnx(codes: Any, scale: Any) -> Any:
         return op.Mul(op.Cast(codes, to=1), scale)
