@@ -196,7 +196,7 @@ def train(
     """
     settings = settings or TrainSettings()
     place = next(model.parameters()).device
-    key = _key(model, task, settings, seed, decay, companion)
+    key = key_of(model, task, settings, seed, decay, companion)
     if settings.precision == "bf16" and place.type == "cpu" and not _multiplies_bfloat16():
         warnings.warn(
             "this CPU has no bfloat16 products: precision=bf16 is emulated here and many times slower than fp32",
@@ -543,13 +543,13 @@ def read_state(path: Path) -> dict[str, Any]:
     return content
 
 
-def _key(
+def key_of(
     model: nn.Module,
     task: Task,
     settings: TrainSettings,
     seed: int,
     decay: Mapping[str, Any] | None,
-    companion: Companion | None,
+    companion: Companion | None = None,
 ) -> str:
     """Tells apart trainings that must not continue each other. How often to save makes no difference."""
     options = {name: value for name, value in vars(task).items() if isinstance(value, str | int | float)}

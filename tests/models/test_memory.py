@@ -52,6 +52,16 @@ def test_training_takes_five_copies_and_what_grows_with_the_batch() -> None:
     assert parts["refresh"] < weights / 50, "skinny matrices"
 
 
+def test_block_by_block_only_the_weights_grow_with_the_depth() -> None:
+    shapes = {"embed.weight": (5_000, 64)}
+    deep = {f"layers.{i}.{name}.weight": (256, 64) for i in range(40) for name in ("fc1", "fc2")}
+    shallow = {name: shape for name, shape in deep.items() if name.startswith("layers.0.")}
+    few, many = (memory.to_train_blocks({**shapes, **each}, 100, 4).parts for each in (shallow, deep))
+    assert {name for name, size in many.items() if size != few[name]} == {"weights"}
+    assert few["gradients"] + few["optimizer"] == 3 * 2 * 4 * 256 * 64
+    assert few["tokens"] == 3 * 4 * 100 * 64 * 4, "three streams of so many tokens"
+
+
 @pytest.mark.parametrize(
     ("arguments", "doing"),
     [

@@ -50,6 +50,15 @@ def condition(
     ] = "task",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End after so many minutes of training.")] = None,
+    blockwise: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="BATCHES",
+            help="With --objective distill: one block after the other, on so many batches, for models that do not fit "
+            "twice. --steps are those of each block.",
+        ),
+    ] = None,
     seed: Seed = 0,
     o: Overrides = None,
     device: Device = "auto",
@@ -66,13 +75,17 @@ def condition(
     check_folder(out)
     check_file(json_file)
     task = _task_of(objective, task, data)
+    if blockwise is not None and objective != "distill":
+        raise InputError("--blockwise has each block taught by what it was; add --objective distill")
     if objective == "distill" and task == "language-modeling":
         o = ["task.loss=original", *(o or ())]
     from s2d import launch
+    from s2d.blockwise import condition_blocks
     from s2d.checkpoint import load
     from s2d.models import memory, save_model
+    from s2d.quant.blocks import blocks_of
     from s2d.report import write_card
-    from s2d.results import run_metadata, sweep
+    from s2d.results import run_metadata
     from s2d.runner import device_of
     from s2d.tasks import create
     from s2d.terminal import Watch
@@ -86,27 +99,43 @@ def condition(
         train=_budget(steps, minutes),
         arms={"s2d": {} if preset is None else {"preset": preset}},
     )
-    state = out.with_name(f"{out.name}.training") / "state.pt"
+    held = out.with_name(f"{out.name}.training")
     quiet = quiet or not launch.leads()
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         watch.stage(f"loading {model}", 1)
         made: Task = create(recipe.task.name, **recipe.task.options)
         shapes = memory.shapes_of(model)
         if shapes is not None:
-            needed = memory.to_train(shapes, recipe.train.batch_size * made.tokens)
+            tokens = recipe.train.batch_size * made.tokens
+            needed = memory.to_train(shapes, tokens)
+            if blockwise is not None:
+                needed = memory.to_train_blocks(shapes, tokens, blockwise)
             memory.refuse_too_little(needed, f"conditioning {model}", device_of(device))
         loaded: Loaded = load(model, device=device_of(device))
-        built: nn.Module = made.build(loaded, seed)
-        watch.stage("training", recipe.train.steps)
-        done = train(
-            built,
-            made,
-            recipe.train,
-            seed=seed,
-            decay=recipe.arms["s2d"],
-            state=state,
-            on_step=lambda step, loss: watch.advance(step, f"loss {loss:.3f}"),
-        )
+
+        def note(step: int, loss: float) -> None:
+            watch.advance(step, f"loss {loss:.3g}")
+
+        built: nn.Module
+        if blockwise is None:
+            built = made.build(loaded, seed)
+            watch.stage("training", recipe.train.steps)
+            state = held / "state.pt"
+            done = train(built, made, recipe.train, seed=seed, decay=recipe.arms["s2d"], state=state, on_step=note)
+        else:
+            made.prepare(loaded)
+            built = loaded.model
+            watch.stage("training block by block", recipe.train.steps * len(blocks_of(built)))
+            done = condition_blocks(
+                built,
+                made,
+                recipe.train,
+                batches=blockwise,
+                seed=seed,
+                decay=recipe.arms["s2d"],
+                resume=held / "blocks",
+                on_step=note,
+            )
         launch.part()
         if not launch.leads():
             return  # the first process writes
@@ -115,19 +144,29 @@ def condition(
         run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)
         told = {**asdict(done), "seed": seed, "settings": recipe.train.outcome(), "decay": recipe.arms["s2d"]}
         write_card(out, base=model, task=recipe.task.name, training=told, run=run_part)
-        state.unlink(missing_ok=True)
-        sweep(state.parent, age=0.0)  # by a run that was killed while it saved
-        with suppress(OSError):  # somebody put something there
-            state.parent.rmdir()
+        _clear(held)
     if json_file is not None:
         training = {name: value for name, value in asdict(done).items() if name != "history"}
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
     skipped = f" ({len(done.skipped)} skipped)" if done.skipped else ""
     skipped += ", ended early by the held-out measure" if done.stopped_early else ""
-    say(
-        quiet,
-        f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s; last loss {done.losses[-1]:.3f}",
-    )
+    last = f"; last loss {done.losses[-1]:.3g}" if done.losses else ""  # all blocks were there already
+    say(quiet, f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s{last}")
+
+
+def _clear(held: Path) -> None:
+    """Remove what a training kept to be continued, and nothing that somebody else put there."""
+    from s2d.quant.resume import INDEX
+    from s2d.results import sweep
+
+    if not held.is_dir():
+        return
+    sweep(held, age=0.0)  # by a run that was killed while it saved
+    for path in (held / "state.pt", held / "blocks" / INDEX, *held.glob("blocks/*.safetensors")):
+        path.unlink(missing_ok=True)
+    for folder in (held / "blocks", held):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _task_of(objective: str, task: str | None, data: str | None) -> str | None:

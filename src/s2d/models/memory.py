@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -100,6 +101,30 @@ def to_train(shapes: Shapes, tokens: int) -> Footprint:
             "activations": edges * _SURROUNDINGS * tokens * FLOAT + _SCORES * min(tokens, _SCORED) * vocabulary * FLOAT,
             "libraries": LIBRARIES,
         }
+    )
+
+
+def to_train_blocks(shapes: Shapes, tokens: int, batches: int) -> Footprint:
+    """What it takes to condition a model block by block (see `s2d.blockwise`).
+
+    Args:
+        shapes: Of its tensors.
+        tokens: Of one batch.
+        batches: So many are held.
+    """
+    blocks: dict[str, Shapes] = {}
+    for name, shape in shapes.items():
+        number = re.match(r".*?\.\d+\.", name)
+        if number is not None:
+            blocks.setdefault(number.group(), {})[name] = shape
+    largest = max(blocks.values(), key=_numbers, default=shapes)
+    width = max((min(shape) for shape in largest.values() if len(shape) == 2), default=0)
+    one = to_train(largest, tokens)
+    # The tokens that the block is given now and was given once, and what it made of them then.
+    streams = 3 * batches * tokens * width * FLOAT
+    kept = ("gradients", "optimizer", "refresh", "activations", "libraries")
+    return Footprint(
+        {"weights": _numbers(shapes) * FLOAT, "tokens": streams, **{name: one.parts[name] for name in kept}}
     )
 
 
