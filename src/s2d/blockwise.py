@@ -29,6 +29,7 @@ from s2d import launch
 from s2d.decay import SelectiveSpectralDecay
 from s2d.errors import InputError
 from s2d.guard import StepGuard
+from s2d.models.dual_encoder import has_two_towers
 from s2d.optimizers import make_optimizer
 from s2d.quant.blocks import Block, Call, blocks_of, invoke, walk
 from s2d.quant.calibration import Batches, Job, real_tokens
@@ -189,6 +190,8 @@ def _refuse(model: nn.Module, settings: TrainSettings, batches: int, decay: Mapp
         raise InputError("blocks are conditioned by one process; start it without torchrun")
     if is_quantized(model):
         raise InputError("this model is quantized; condition the one that it was made from")
+    if has_two_towers(getattr(model, "encoder", model)):
+        raise InputError(f"{type(model).__name__} has two towers, and the data are of one; condition it as a whole")
     if not blocks_of(model):
         raise InputError(f"{type(model).__name__} has no blocks that are known; condition it as a whole")
     for name, without in _WHOLE.items():

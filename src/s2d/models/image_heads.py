@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.models.checkpoints import describe, rebuild, register_architecture
+from s2d.models.dual_encoder import DualEncoder
 from s2d.models.heads import hidden_width
 
 
@@ -47,7 +48,11 @@ class ImageClassifier(nn.Module):
 
 def image_features(encoder: nn.Module, pixel_values: Tensor) -> Tensor:
     """The pooled features `[batch, width]` of an image encoder: its pooler's output, else its class token."""
-    found: Any = encoder(pixel_values)
+    return pooled_features(encoder(pixel_values))
+
+
+def pooled_features(found: Any) -> Tensor:
+    """The same, of what an encoder gave."""
     if isinstance(found, Tensor):
         return found
     pooled = getattr(found, "pooler_output", None)
@@ -69,16 +74,26 @@ def image_encoder(model: nn.Module) -> nn.Module:
     Raises:
         InputError: The model does not read images.
     """
-    if isinstance(model, ImageClassifier):
-        model = model.encoder
-    for name in ("vision_model", "visual"):  # transformers' and open_clip's models of two towers
-        tower = getattr(model, name, None)
-        if isinstance(tower, nn.Module):
-            return copy.deepcopy(tower)
-    model = copy.deepcopy(model)
-    reset: Any = getattr(model, "reset_classifier", None)
+    tower = copy.deepcopy(image_tower(model))
+    reset: Any = getattr(tower, "reset_classifier", None)
     if reset is not None:  # timm
         reset(0)
+    return tower
+
+
+def image_tower(model: nn.Module) -> nn.Module:
+    """The part of a model that turns images into features, itself; the head of timm's models is within it.
+
+    Raises:
+        InputError: The model does not read images.
+    """
+    if isinstance(model, ImageClassifier | DualEncoder):
+        model = model.encoder
+    for name in ("vision_model", "visual", "image"):  # models of two towers: transformers', open_clip's, our pairs
+        tower = getattr(model, name, None)
+        if isinstance(tower, nn.Module):
+            return tower
+    if hasattr(model, "reset_classifier"):  # timm
         return model
     backbone = getattr(model, "base_model", None)
     model = backbone if isinstance(backbone, nn.Module) else model
@@ -96,6 +111,8 @@ def reads_images(model: nn.Module) -> bool:
 
 def number_of_classes(model: nn.Module) -> int:
     """How many classes a model's own head tells apart; 0 without one."""
+    if isinstance(model, ImageClassifier):
+        return len(model.labels)
     if type(model).__module__.startswith("timm."):
         return int(getattr(model, "num_classes", 0))
     if type(model).__name__.endswith(("ForImageClassification", "ForImageClassificationWithTeacher")):

@@ -98,6 +98,10 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The training loss, a scalar; the batch is moved to the model's device."""
 
+    def result(self, model: nn.Module) -> nn.Module:
+        """What `s2d condition` saves of a model from `build`: itself, unless the user's own is within."""
+        return model
+
     @abstractmethod
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """All metrics of a split, in points from 0 to 100 unless the task says otherwise; the model's mode is kept."""

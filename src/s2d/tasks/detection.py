@@ -17,7 +17,7 @@ from s2d.errors import InputError, require
 from s2d.models import Loaded
 from s2d.models.preprocessing import preprocessing_of
 from s2d.tasks.base import SPLITS, Batch, Split, device_of, register, to_device
-from s2d.tasks.image_rows import ImageRows
+from s2d.tasks.image_rows import ImageRows, read_image_rows
 
 _OBJECTS = ("objects", "annotations", "object")
 _BOXES = ("bbox", "boxes", "bboxes")
@@ -59,7 +59,7 @@ class Detection(ImageRows):
             raise InputError(f"boxes={boxes!r} is unknown; choose xywh or xyxy")
         require("pycocotools.coco", "detection")
         require("scipy", "detection")  # the matching of transformers' loss
-        super().__init__(data, image, {"objects": (objects, _OBJECTS)})
+        super().__init__(read_image_rows(data, image, {"objects": (objects, _OBJECTS)}))
         found = {split: [_objects(row.cells[0], boxes, row.place) for row in self.rows[split]] for split in SPLITS}
         kinds = {kind for rows in found.values() for _, own in rows for kind in own}
         numbered = all(isinstance(kind, int) for kind in kinds)

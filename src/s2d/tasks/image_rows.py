@@ -50,7 +50,9 @@ class ImageRow:
         return self.source if isinstance(self.source, bytes) else "/".join(self.source.parts[-2:]).encode()
 
 
-def read_image_rows(data: str, image: str | None, columns: Mapping[str, Column]) -> dict[Split, list[ImageRow]]:
+def read_image_rows(
+    data: str | os.PathLike[str], image: str | None, columns: Mapping[str, Column]
+) -> dict[Split, list[ImageRow]]:
     """The rows of all splits; those that are missing are taken out of train, by a hash of the image.
 
     Args:
@@ -61,6 +63,7 @@ def read_image_rows(data: str, image: str | None, columns: Mapping[str, Column])
     Raises:
         InputError: Nothing that can be read is there, or a column is missing.
     """
+    data = os.fspath(data)
     if data.startswith(PREFIX):
         splits = _of_datasets(data, image, columns)
     else:
@@ -91,17 +94,17 @@ def read_image_rows(data: str, image: str | None, columns: Mapping[str, Column])
 
 
 class ImageRows(Task):
-    """A task on such rows; images that stand in several rows are decoded once."""
+    """A task on such rows of every split; images that stand in several rows are decoded once."""
 
     ragged = False
 
-    def __init__(self, data: str | os.PathLike[str], image: str | None, columns: Mapping[str, Column]) -> None:
-        self.rows = read_image_rows(os.fspath(data), image, columns)
+    def __init__(self, rows: dict[Split, list[ImageRow]]) -> None:
+        self.rows = rows
         self._sources: dict[Split, list[Path | bytes]] = {}
         self._image_of: dict[Split, Tensor] = {}
-        for split, rows in self.rows.items():
+        for split, members in self.rows.items():
             known: dict[Path | bytes, int] = {}
-            self._image_of[split] = torch.tensor([known.setdefault(row.source, len(known)) for row in rows])
+            self._image_of[split] = torch.tensor([known.setdefault(row.source, len(known)) for row in members])
             self._sources[split] = list(known)
         self._fingerprint = digest(
             part

@@ -163,7 +163,10 @@ class LanguageModeling(Task):
     def _check_original(self, loaded: Loaded) -> None:
         """Find the teacher, unless it is known, and see that it says as much as the model."""
         if self._teacher is None:
-            self._teacher = find_original(loaded, self.original, self.name).model.eval()
+            found = find_original(
+                loaded, self.original, lambda each: require_tokenizer(each, self.name).get_vocab(), "tokenizers"
+            )
+            self._teacher = found.model.eval()
         theirs, own = _vocabulary(self._teacher), _vocabulary(loaded.model)
         if theirs != own:
             raise InputError(

@@ -1,50 +1,89 @@
-"""The model as it was published, as a teacher: which one it is, and how far a language model is from it.
+"""The model as it was published, as a teacher: which one it is, and how far another is from it.
 
-Source: knowledge distillation (arXiv 1503.02531) at temperature 1, on next-token distributions.
+Sources: knowledge distillation (arXiv 1503.02531) at temperature 1, on the distributions of tokens or classes; for
+encoders the teacher's embedding and its last features, as in MiniLM-style and sentence-embedding distillation (arXiv
+2004.09813).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from s2d.errors import InputError
 from s2d.models import Loaded, load, read_notes
 from s2d.models.checkpoints import CONFIG_NAME
 from s2d.tasks.base import Batch, device_of
-from s2d.tasks.tokens import require_tokenizer
 
 # Tokens whose scores over the vocabulary exist at a time: 50 MB for a vocabulary of 50,000.
 _CHUNK = 256
 
 
-def find_original(loaded: Loaded, original: str, task: str) -> Loaded:
+def find_original(loaded: Loaded, original: str, reads: Callable[[Loaded], object], called: str) -> Loaded:
     """The model that teaches another.
 
     Args:
         loaded: The one that is taught, or compared.
         original: What was named, as `s2d.load` takes it; empty for the loaded model itself.
-        task: Its name, for messages.
+        reads: How a model reads its data, such as its vocabulary: equal for both, or there is nothing to compare.
+        called: What that is called, for messages.
 
     Raises:
-        InputError: None is named and this model is none; or they do not read the same tokens.
+        InputError: None is named and this model is none; or they do not read alike.
     """
     remedy = "name the model that it was made from: -o task.original=MODEL"
     if original:
         found = load(original, device=device_of(loaded.model))
-        tokenizers = [require_tokenizer(each, task) for each in (found, loaded)]
-        if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-            raise InputError(f"{original} and {loaded.source} have different tokenizers; {remedy}")
+        if reads(found) != reads(loaded):
+            raise InputError(f"{original} and {loaded.source} have different {called}; {remedy}")
         return found
     if any(type(module).__module__.startswith("s2d.quant") for module in loaded.model.modules()):
         raise InputError(f"{loaded.source} is quantized, so it cannot be its own original; {remedy}")
     if (Path(loaded.source) / CONFIG_NAME).is_file() and "conditioned" in read_notes(loaded.source):
         raise InputError(f"{loaded.source} is conditioned, so it cannot be its own original; {remedy}")
     return loaded
+
+
+@dataclass(frozen=True)
+class FeatureLoss:
+    """How far an encoder is from the original: ``embedding * (1 - cos) + features * distance``.
+
+    The first is the mean over examples for the pooled embeddings, the second the mean squared distance of the last
+    layer's tokens as a share of the original's variance.
+
+    Attributes:
+        embedding: Weight of an embedding's distance.
+        features: Weight of the distance of the last layer's tokens.
+    """
+
+    embedding: float
+    features: float
+
+    def __post_init__(self) -> None:
+        if min(self.embedding, self.features) < 0 or not 0 < self.embedding + self.features < math.inf:
+            raise InputError(
+                "embedding and features are weights, one of them at least above 0, "
+                f"not {self.embedding} and {self.features}"
+            )
+
+    def __call__(self, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> Tensor:
+        """A scalar, of the embeddings `[batch, width]` and the tokens `[n, width]` of the model and of the original."""
+        distance = 1 - F.cosine_similarity(found[0].float(), wanted[0].float(), dim=-1).mean()
+        return self.embedding * distance + self.features * variance_share(found[1], wanted[1])
+
+
+def variance_share(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared distance of vectors `[n, D]` as a share of the wanted ones' variance, a scalar in fp32."""
+    found, wanted = found.float(), wanted.float()
+    spread = (wanted - wanted.mean(0)).square().mean()
+    return (found - wanted).square().mean() / spread.clamp(min=1e-12)
 
 
 def divergence(

@@ -15,7 +15,7 @@ from s2d.models import Loaded
 from s2d.models.dual_encoder import DualEncoder, pair_loss
 from s2d.tasks.augmentation import augment
 from s2d.tasks.base import SPLITS, Batch, Split, device_of, register, to_device
-from s2d.tasks.image_rows import ImageRows
+from s2d.tasks.image_rows import ImageRows, read_image_rows
 from s2d.tasks.tokens import require_tokenizer, tokenizer_key
 
 _CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "description")
@@ -48,7 +48,7 @@ class Retrieval(ImageRows):
         caption: str | None = None,
         augment: bool = False,
     ) -> None:
-        super().__init__(data, image, {"caption": (caption, _CAPTIONS)})
+        super().__init__(read_image_rows(data, image, {"caption": (caption, _CAPTIONS)}))
         self.augment = augment
         self._captions: dict[Split, list[str]] = {}  # distinct texts of a split
         self._own: dict[Split, list[list[int]]] = {}  # of each row

@@ -1,13 +1,11 @@
 """Conditioning without labels: any pile of text, and the model as it was published as the teacher.
 
-Source of the losses: knowledge distillation (arXiv 1503.02531) at temperature 1 for language models; for encoders the
-teacher's embedding and its last features, as in MiniLM-style and sentence-embedding distillation (arXiv 2004.09813).
+What is held near the original, and after whom: `s2d.tasks.original`.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -30,22 +28,27 @@ from s2d.tasks.base import (
     register,
     to_device,
 )
-from s2d.tasks.original import divergence, find_original, head_of, hidden_states, known_head, mean_divergence
+from s2d.tasks.carving import split_pile
+from s2d.tasks.original import (
+    FeatureLoss,
+    divergence,
+    find_original,
+    head_of,
+    hidden_states,
+    known_head,
+    mean_divergence,
+)
 from s2d.tasks.text_files import read_texts
 from s2d.tasks.tokenized_texts import TokenizedTexts
-from s2d.tasks.tokens import (
-    digest,
-    row_batches,
-)
+from s2d.tasks.tokens import digest, require_tokenizer, row_batches
 
 
 @register("unlabelled-text")
 class UnlabelledText(TokenizedTexts):
     """Stay the model that was published, on texts without labels: embeddings of an encoder, or next-token scores.
 
-    The loss of an encoder is ``embedding * (1 - cos) + features * distance``: the mean over texts for the pooled
-    embeddings, and the mean squared distance of the last layer's tokens as a share of the original's variance. The loss
-    of a causal language model is KL(original || model) per token, in nats.
+    The loss of an encoder is that of `s2d.tasks.original.FeatureLoss`: its embeddings and its last layer's tokens. The
+    loss of a causal language model is KL(original || model) per token, in nats.
 
     Metrics of an encoder: ``cosine``, the mean over texts of the cosine between its embedding and the original's, times
     100, and ``drift``, 100 minus that. Of a language model: ``drift``, the mean KL per token in nats, and
@@ -82,23 +85,12 @@ class UnlabelledText(TokenizedTexts):
     ) -> None:
         if max_length < 2:
             raise InputError(f"max_length must be at least 2 tokens, not {max_length}")
-        if min(embedding, features) < 0 or not 0 < embedding + features < math.inf:
-            raise InputError(
-                f"embedding and features are weights, one of them at least above 0, not {embedding} and {features}"
-            )
-        if train < 1 or heldout < 1:
-            raise InputError(f"train and heldout must be at least 1 text, not {train} and {heldout}")
+        self._distance = FeatureLoss(embedding, features)
         super().__init__(max_length)
         self.original = original or ""
         self.embedding, self.features = embedding, features
-        self._texts = split_texts(
-            read_texts(Path(data), column), {"train": train, "validation": heldout, "test": heldout}
-        )
-        for split in SPLITS:
-            if not self._texts[split]:
-                raise InputError(
-                    f"{data} holds too few different texts for a {split} split; give at least a few hundred"
-                )
+        texts = ((text, text.encode("utf-8", "surrogatepass")) for text in read_texts(Path(data), column))
+        self._texts = split_pile(texts, train, heldout, what="text", shown=os.fspath(data))
         self._teacher: nn.Module | None = None
 
     @property
@@ -118,7 +110,10 @@ class UnlabelledText(TokenizedTexts):
         """
         self.prepare(loaded)
         if self._teacher is None:
-            self._teacher = _model_of(find_original(loaded, self.original, self.name)).eval()
+            found = find_original(
+                loaded, self.original, lambda each: require_tokenizer(each, self.name).get_vocab(), "tokenizers"
+            )
+            self._teacher = _model_of(found).eval()
         teacher = self._teacher
         model = copy.deepcopy(_model_of(loaded))
         if type(_core(model)) is not type(_core(teacher)) or _width(model) != _width(teacher):
@@ -151,8 +146,7 @@ class UnlabelledText(TokenizedTexts):
         embedding, features = _embed(model, batch)
         with torch.no_grad():
             wanted_embedding, wanted_features = _embed(teacher, batch)
-        distance = 1 - F.cosine_similarity(embedding.float(), wanted_embedding.float(), dim=-1).mean()
-        return self.embedding * distance + self.features * variance_share(features[mask], wanted_features[mask])
+        return self._distance((embedding, features[mask]), (wanted_embedding, wanted_features[mask]))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
@@ -188,24 +182,6 @@ class UnlabelledText(TokenizedTexts):
         if self._teacher is None:
             raise RuntimeError("the original is not known yet: call build(loaded) first")
         return self._teacher
-
-
-def split_texts(texts: list[str], most: dict[Split, int]) -> dict[Split, list[str]]:
-    """Each different text once, in the split that its own SHA-256 says: 5 % validation, 5 % test, 90 % train."""
-    found: dict[Split, list[str]] = {split: [] for split in SPLITS}
-    for text in dict.fromkeys(texts):
-        share = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:4], "big") / 2**32
-        split: Split = "validation" if share < 0.05 else "test" if share < 0.1 else "train"
-        if len(found[split]) < most[split]:
-            found[split].append(text)
-    return found
-
-
-def variance_share(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared distance of vectors `[n, D]` as a share of the wanted ones' variance, a scalar in fp32."""
-    found, wanted = found.float(), wanted.float()
-    spread = (wanted - wanted.mean(0)).square().mean()
-    return (found - wanted).square().mean() / spread.clamp(min=1e-12)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from s2d.models import Loaded
 from s2d.tasks.answers import Answer, answers_in, score_answers
 from s2d.tasks.augmentation import augment
 from s2d.tasks.base import SPLITS, Batch, Split, device_of, register, to_device
-from s2d.tasks.image_rows import ImageRows
+from s2d.tasks.image_rows import ImageRows, read_image_rows
 from s2d.tasks.image_table import ImageTable
 from s2d.tasks.tokens import require_tokenizer, tokenizer_key
 
@@ -61,7 +61,9 @@ class VisualQuestionAnswering(ImageRows):
             raise InputError(f"the prompt needs one {_MARK} and {{question}}; it is {prompt!r}")
         if max_answer < 1:
             raise InputError(f"max_answer must be at least 1, not {max_answer}")
-        super().__init__(data, image, {"question": (question, _QUESTIONS), "answer": (answer, _ANSWERS)})
+        super().__init__(
+            read_image_rows(data, image, {"question": (question, _QUESTIONS), "answer": (answer, _ANSWERS)})
+        )
         self.prompt, self.max_answer, self.augment = prompt, max_answer, augment
         self.answers: dict[Split, list[Answer]] = {}
         for split in SPLITS:
