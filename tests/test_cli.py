@@ -310,7 +310,7 @@ def test_damaged_models(
         (["condition", "{model}", *TASK, "{data}", "--out", "{out}", "-o", "train.lrr=1"], "did you mean lr?"),
         (["condition", "{model}", *TASK, "{data}", "--out", "{out}", "--steps", "0"], "Invalid value for '--steps'"),
         (["condition", "{model}", *TASK, "{data}"], "add --out FOLDER"),
-        (["condition", "{model}", "--objective", "distill", "--out", "{out}"], "needs text; add --data"),
+        (["condition", "{model}", "--objective", "distill", "--out", "{out}"], "needs texts or images; add --data"),
         (["condition", "{model}", "--objective", "destill", "--out", "{out}"], "choose from task, distill"),
         (["condition", "{model}", *TASK, "{data}", "--objective", "distill", "--out", "{out}"], "leave out --task"),
         (["condition", "{model}", *TASK, "{data}", "--minutes", "0", "--out", "{out}"], "train.minutes=0.0"),

@@ -47,6 +47,10 @@ def unlabelled_text(folder: Path) -> Task:
     return create("unlabelled-text", data=folder, max_length=8)
 
 
+def unlabelled_images(folder: Path) -> Task:
+    return create("unlabelled-images", data=make_folders(folder / "images", {"": 40}))
+
+
 def retrieval(folder: Path) -> Task:
     words = ("a red thing", "something green", "blue all over")
     texts = {split: [words[n % 3] for n in range(size)] for split, size in SIZES.items()}
@@ -77,6 +81,7 @@ MAKERS = {
     "detection": detection,
     "visual-question-answering": visual_question_answering,
     "unlabelled-text": unlabelled_text,
+    "unlabelled-images": unlabelled_images,
 }
 MODELS = {
     "language-modeling": "decoder",
@@ -85,6 +90,7 @@ MODELS = {
     "retrieval": "clip",
     "detection": "yolos",
     "visual-question-answering": "llava",
+    "unlabelled-images": "vit",
 }
 WHOLE = tuple(MODELS)  # the model keeps its own outputs
 
@@ -172,7 +178,7 @@ def test_bad_use(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> N
     with pytest.raises(InputError, match="batch size must be a positive whole number, not 0"):
         next(task.batches("train", batch_size=0))
     loaded.tokenizer = None
-    if name not in ("image-classification", "detection"):
+    if name not in ("image-classification", "detection", "unlabelled-images"):
         with pytest.raises(InputError, match=f"task {name} reads text, but .*tiny.* comes without a tokenizer"):
             MAKERS[name](tmp_path / "b").prepare(loaded)
 

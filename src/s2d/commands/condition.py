@@ -153,6 +153,8 @@ def condition(
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
     skipped = f" ({len(done.skipped)} skipped)" if done.skipped else ""
     skipped += ", ended early by the held-out measure" if done.stopped_early else ""
+    for line in made.notes():
+        say(quiet, line)
     last = f"; last loss {done.losses[-1]:.3g}" if done.losses else ""  # all blocks were there already
     say(quiet, f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s{last}")
 

@@ -81,7 +81,9 @@ def evaluate(
     table.add_column("metric")
     table.add_column("value", justify="right")
     for metric, value in metrics.items():
-        table.add_row(metric, f"{value:.2f}")
+        table.add_row(metric, f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}")
     if not quiet:
         say(quiet, f"{model} on {recipe.task.label} ({split})")
         show(table)
+        for line in made.notes():
+            say(quiet, line)

@@ -182,7 +182,7 @@ class UnlabelledImages(ImageRows):
         metrics = {name: total / count for name, total in sums.items()}
         if not all(map(math.isfinite, metrics.values())):  # a broken model agrees with nothing
             return {"drift": math.inf, **{name: 0.0 for name in metrics if name != "drift"}}
-        return {"drift": metrics["drift"] if "drift" in metrics else 100 - metrics["cosine"], **metrics}
+        return {"drift": max(0.0, 100 - metrics["cosine"]), **metrics} if "drift" not in metrics else metrics
 
     def _view(self, model: nn.Module, batch: Batch) -> ImageView:
         pixels = self.normalize(batch["pixels"].to(device_of(model)))
