@@ -35,7 +35,7 @@ _TEXTS = 16
 
 @register("unlabelled-images")
 class UnlabelledImages(ImageRows):
-    """Stay the model that was published, on images without labels: features, and class scores where there is a head.
+    """Stay the model that was published, on images without labels: its features, and a classifier's scores.
 
     The model stays what it is: an encoder, a classifier with its head, or CLIP and SigLIP, of which the image tower is
     trained and the text tower stays. The loss is that of `s2d.tasks.original.FeatureLoss` on the pooled features (of
