@@ -39,7 +39,8 @@ def readers(place: Path) -> dict[str, Callable[[], Reader]]:
     import torch
 
     from s2d.models import load, save_model
-    from s2d.recipe import make_recipe, read_recipe, read_text
+    from s2d.recipe import make_recipe, read_recipe
+    from s2d.recipe_files import read_text
 
     def file(name: str, data: bytes) -> Path:
         path = place / name

@@ -16,7 +16,8 @@ import pytest
 from tests.tiny_text import make_data, make_model
 
 from s2d.cli import main
-from s2d.recipe import read_recipe, read_text
+from s2d.recipe import read_recipe
+from s2d.recipe_files import read_text
 
 COMMANDS = ("demo", "audit", "condition", "quantize", "evaluate", "run", "report", "doctor")
 TASK = ("--task", "text-classification", "--data")
@@ -88,6 +89,14 @@ def test_help_is_quick_and_needs_no_torch() -> None:
             process.returncode = os.waitstatus_to_exitcode(status)
             seconds.append(usage.ru_utime + usage.ru_stime)
         assert min(seconds) <= 0.5
+
+
+def test_recipes_are_listed_and_shown_without_torch() -> None:
+    code = "import sys; from s2d.cli import main; main(['recipes', {}]); print(*sys.modules)"
+    for arguments in ("'list'", "'show', 'minilm-docstrings'"):
+        done = fresh(code.format(arguments))
+        assert done.returncode == 0 and "minilm" in done.stdout, done.stderr
+        assert "torch" not in done.stdout.splitlines()[-1].split()
 
 
 def test_the_shell_completes_commands_and_options() -> None:
@@ -463,12 +472,12 @@ def test_ctrl_c_says_how_to_continue(
 def test_a_defect_of_ours_is_one_line_and_leaves_its_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from s2d import recipe
+    from s2d import recipe_files
 
     def broken() -> None:
         raise ZeroDivisionError("oh\nno")
 
-    monkeypatch.setattr(recipe, "packaged", broken)
+    monkeypatch.setattr(recipe_files, "packaged", broken)
     line = fails(capsys, "recipes", "list", code=1)
     assert "ZeroDivisionError: oh; the traceback is in" in line
     place = Path(line.rpartition(" in ")[2].strip())
@@ -477,12 +486,12 @@ def test_a_defect_of_ours_is_one_line_and_leaves_its_traceback(
 
 
 def test_too_little_memory_says_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2d import recipe
+    from s2d import recipe_files
 
     def greedy() -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(recipe, "packaged", greedy)
+    monkeypatch.setattr(recipe_files, "packaged", greedy)
     assert "use smaller batches" in fails(capsys, "recipes", "list")
 
 

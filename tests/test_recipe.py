@@ -8,7 +8,8 @@ import pytest
 
 from s2d.decay_settings import PRESETS
 from s2d.errors import InputError
-from s2d.recipe import arm_settings, decay_settings, make_recipe, packaged, read_recipe, read_text
+from s2d.recipe import arm_settings, decay_settings, make_recipe, read_recipe
+from s2d.recipe_files import packaged, read_text
 
 SMALL = {"model": "some-model", "task": {"name": "docstrings"}}
 

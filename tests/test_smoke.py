@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from s2d.errors import InputError
-from s2d.recipe import packaged, read_recipe
+from s2d.recipe import read_recipe
+from s2d.recipe_files import packaged
 from s2d.runner import Runner
 from s2d.smoke import smoke_test
 

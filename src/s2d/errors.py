@@ -41,11 +41,17 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return visible(text.splitlines()[0] if text else type(error).__name__, most)
 
 
-def choices(name: str, known: Iterable[str]) -> str:
-    """The end of a line about an unknown name: the names that are close to it, else all there are."""
+def choices(name: str, known: Iterable[str], else_: str = "") -> str:
+    """The end of a line about an unknown name: the names that are close to it, else all there are.
+
+    Args:
+        name: The unknown one.
+        known: What there is.
+        else_: What to say in place of a list that is too long, when nothing is close.
+    """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=2)
-    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
+    return f"did you mean {' or '.join(close)}?" if close else else_ or f"choose from {', '.join(known)}"
 
 
 def require(module: str, extra: str, at_least: str | None = None) -> ModuleType:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -28,6 +29,7 @@ from s2d.errors import InputError, first_line
 
 JSON = dict[str, Any]
 _NOTED = ("s2d", "torch", "transformers", "accelerate", "timm", "open_clip_torch", "numpy", "safetensors")
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
@@ -168,12 +170,23 @@ def code_digest(*rooms: str) -> str:
     for room in sorted(rooms):
         place = package / room
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            tree = ast.parse(file.read_bytes())
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-                    node.body = node.body[1:]
-            sha.update(f"{file.relative_to(package).as_posix()} {ast.dump(tree)}".encode())
+            sha.update(f"{file.relative_to(package).as_posix()} {_meaning(file, file.stat().st_mtime_ns)}".encode())
     return sha.hexdigest()[:12]
+
+
+@functools.cache
+def _meaning(file: Path, changed: int) -> str:
+    """A hash of what a Python file says; every stage of a run asks for the same files."""
+    tree = ast.parse(file.read_bytes())
+    pending: list[Any] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+        # Statements only: no expression has a docstring, and most of a tree is expressions.
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            pending += getattr(node, field, [])
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 @dataclass

@@ -242,6 +242,11 @@ def test_images_come_from_parquet(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"label": [0, 1, 2], "img": cells}), tmp_path / "images.parquet")
     (batch,) = audit_batches(image_model(ImageModel(), Processor()), tmp_path / "images.parquet")
     assert isinstance(batch, dict) and len(batch["pixel_values"]) == 3
+    (tmp_path / "folder").mkdir()
+    for name, rows in (("test", cells[:1]), ("train", cells)):
+        parquet.write_table(arrow.table({"img": rows}), tmp_path / "folder" / f"{name}-00000-of-00001.parquet")
+    (batch,) = audit_batches(image_model(ImageModel(), Processor()), tmp_path / "folder")
+    assert len(batch["pixel_values"]) == 3, "of train, as there is no validation"
     parquet.write_table(arrow.table({"label": [0, 1]}), tmp_path / "none.parquet")
     with pytest.raises(InputError, match="no column of encoded images"):
         audit_batches(image_model(ImageModel(), Processor()), tmp_path / "none.parquet")

@@ -17,7 +17,7 @@ from s2d.errors import InputError, require
 from s2d.models import Loaded
 from s2d.tasks.docstring_corpus import STDLIB, collect
 from s2d.tasks.files import split_files
-from s2d.tasks.image_files import IMAGE_SUFFIXES
+from s2d.tasks.image_files import IMAGE_SUFFIXES, tables_in
 from s2d.tasks.language_modeling import cut_windows
 from s2d.tasks.tables import TABLE_SUFFIXES, Table, read_table
 from s2d.tasks.tokens import TokenTable, check_max_length, most_tokens, require_tokenizer, tokenize
@@ -51,7 +51,7 @@ def audit_batches(
         loaded: From `s2d.models.load`; decides what is needed.
         data: Texts: a ``.txt`` file (a text per line; for language models running text), a table (CSV, TSV, JSON
             lines, Parquet), or a folder with such files named train, validation or test. Images: a folder of images,
-            or a Parquet file with an image column.
+            or a Parquet file with an image column, or a folder with such files named likewise.
         texts: The texts themselves. Without these and `data`, docstrings of Python's standard library.
         num: How many texts (128), windows (8) or images (64).
         length: Tokens of the longest text (128), or of a window (512).
@@ -62,7 +62,9 @@ def audit_batches(
     if num is not None and num < 1:
         raise InputError(f"the number of inputs for the audit must be at least 1, not {num}")
     names = set(inspect.signature(loaded.model.forward).parameters)
-    if loaded.family.modality in ("vision", "multimodal") and names & {"pixel_values", "image", "x"}:
+    # A convolutional network of timm is of no family that is known; it comes with the preprocessing of images.
+    known = loaded.family.modality in ("vision", "multimodal")
+    if (known or (loaded.tokenizer is None and loaded.processor is not None)) and names & {"pixel_values", "image", "x"}:
         return _image_batches(loaded, names, data, texts, num or IMAGES, length)
     if loaded.family.modality == "causal-lm":
         return _windows(loaded, data, texts, num or WINDOWS, length)
@@ -231,6 +233,9 @@ def _image_contents(path: Path) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         # Every so many, so that a folder sorted by class gives more than its first class.
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        tables = {} if files else tables_in(path)
+        for table in next((tables[split] for split in ("validation", "train", "test") if split in tables), []):
+            yield from _parquet_images(read_table(table))
         step = max(1, len(files) // IMAGES)
         yield from ((str(file), file) for start in range(step) for file in files[start::step])
     elif path.suffix.lower() == ".parquet":

@@ -31,7 +31,7 @@ app.add_typer(recipes_app, name="recipes")
 @command(recipes_app, "list", example="s2d recipes list")
 def recipes_list(json_file: JsonFile = None, quiet: Quiet = False) -> None:
     """List the recipes that come with s2d."""
-    from s2d.recipe import packaged
+    from s2d.recipe_files import packaged
 
     found = packaged()
     if json_file is not None:
@@ -48,7 +48,7 @@ def recipes_show(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name from s2d recipes list, or a file.")],
 ) -> None:
     """Print a recipe, to read or to start one's own from."""
-    from s2d.recipe import read_text
+    from s2d.recipe_files import read_text
 
     print(read_text(recipe)[1], end="")
 

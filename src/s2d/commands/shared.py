@@ -81,7 +81,8 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random."
 
 def settings(model: str, task: str | None, data: str | None, overrides: list[str] | None, **more: Any) -> Recipe:
     """What the options of a command stand for, as a recipe."""
-    from s2d.recipe import make_recipe, move
+    from s2d.recipe import make_recipe
+    from s2d.recipe_files import move
     from s2d.tasks import tasks
 
     if task is None:

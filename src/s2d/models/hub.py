@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from s2d.errors import require
+from s2d.models.quiet import quiet_log
 
 
 def offline() -> bool:
@@ -34,14 +35,10 @@ def offline() -> bool:
 def no_waiting() -> Iterator[None]:
     """While the hub is out of reach, its client looks only at what was downloaded before, and at once."""
     hub: ModuleType = require("huggingface_hub", "hf")
-    before, loggers = hub.constants.HF_HUB_OFFLINE, [logging.getLogger(), logging.getLogger("huggingface_hub")]
-    levels = [logger.level for logger in loggers]
+    before = hub.constants.HF_HUB_OFFLINE
     hub.constants.HF_HUB_OFFLINE = offline()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with quiet_log("", logging.CRITICAL), quiet_log("huggingface_hub", logging.CRITICAL):
+            yield
     finally:
         hub.constants.HF_HUB_OFFLINE = before
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

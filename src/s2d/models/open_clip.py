@@ -6,17 +6,17 @@ names are understood too.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from typing import Any
 
 import torch
 from torch import nn
 
-from s2d.errors import InputError, first_line, require
+from s2d.errors import InputError, choices, first_line, require
 from s2d.models.checkpoints import register_architecture
 from s2d.models.family import Family, register_family, register_loader, register_random
 from s2d.models.hub import no_waiting
+from s2d.models.quiet import quiet_log
 from s2d.models.timm_vit import TIMM_ROLES
 
 OPEN_CLIP = register_family(
@@ -83,8 +83,7 @@ def _create(open_clip: Any, architecture: str, tag: str | None) -> tuple[nn.Modu
 def _check_name(open_clip: Any, architecture: str) -> None:
     known = open_clip.list_models()
     if architecture not in known:
-        close = difflib.get_close_matches(architecture, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() lists what there is"
+        hint = choices(architecture, known, "open_clip.list_models() lists what there is")
         raise InputError(f"open_clip has no architecture {architecture!r}; {hint}")
 
 
@@ -108,13 +107,8 @@ register_architecture(
 
 def _rebuild(name: str) -> nn.Module:
     open_clip = require("open_clip", "openclip")
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it warns that the weights are random: ours come next
-    try:
+    with quiet_log("", logging.ERROR):  # it warns that the weights are random: ours come next
         # "meta" where only shapes are asked for
         model = open_clip.create_model(name, pretrained=None, device=torch.get_default_device())
-    finally:
-        root.setLevel(level)
     setattr(model, _NAME, name)
     return model

@@ -18,21 +18,35 @@ def quiet(transformers: Any) -> Iterator[None]:
     Args:
         transformers: The imported library.
     """
-    log, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")
-    verbosity, bars, hub_level = log.get_verbosity(), log.is_progress_bar_enabled(), hub.level
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(logging.CRITICAL)
     log.disable_progress_bar()
-    hub.setLevel(logging.CRITICAL)
     try:
         # Some progress bars obey no setting; all of them write to the standard error of the moment.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            quiet_log("huggingface_hub", logging.CRITICAL),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
-        hub.setLevel(hub_level)
+
+
+@contextlib.contextmanager
+def quiet_log(name: str, level: int) -> Iterator[None]:
+    """A logger (the root one for ``""``) lets through only what is that serious."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

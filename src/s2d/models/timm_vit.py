@@ -7,12 +7,11 @@ crop), as a dictionary.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import nn
 
-from s2d.errors import InputError, first_line, require
+from s2d.errors import InputError, choices, first_line, require
 from s2d.models.checkpoints import register_architecture
 from s2d.models.family import Family, register_family, register_loader, register_random
 from s2d.models.hub import no_waiting
@@ -68,8 +67,7 @@ def random_timm(name: str) -> tuple[nn.Module, None, dict[str, Any]]:
 def _create(name: str, pretrained: bool) -> tuple[nn.Module, None, dict[str, Any]]:
     timm = require("timm", "timm")
     if not timm.is_model(name.partition(".")[0]):
-        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists what there is"
+        hint = choices(name.partition(".")[0], timm.list_models(), "timm.list_models() lists what there is")
         raise InputError(f"timm has no model {name!r}; {hint}")
     try:
         with no_waiting():

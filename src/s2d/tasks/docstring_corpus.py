@@ -9,7 +9,6 @@ change of a source file makes them stale.
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import importlib.util
 import itertools
@@ -22,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from s2d.errors import InputError
+from s2d.errors import InputError, choices
 from s2d.models.quiet import no_garbage_collection
 from s2d.tasks import corpus_cache
 from s2d.tasks.base import SPLITS, Split
@@ -236,6 +235,5 @@ def _root(package: str) -> tuple[Path | None, tuple[str, ...]]:
 def _not_installed(package: str) -> str:
     # Names that are importable already, plus the defaults: enough for a hint, without listing a whole site-packages.
     known = sorted({*DEFAULT_PACKAGES, *(name for name in sys.modules if "." not in name and not name.startswith("_"))})
-    close = difflib.get_close_matches(package, known, n=2)
-    hint = f"did you mean {' or '.join(close)}?" if close else f'use import names of installed packages, or "{STDLIB}"'
+    hint = choices(package, known, f'use import names of installed packages, or "{STDLIB}"')
     return f"no Python source found for package {package!r}; {hint}"
