@@ -458,7 +458,7 @@ def records_of(
             "observer": observer,
             "metric": metric,
             "value": float("nan") if value is None else value,
-            "higher_is_better": task.higher_is_better,
+            "higher_is_better": task.prefers_higher(metric),
             "seconds": cell["seconds"],
             "peak_mb": cell["peak_mb"],
             "split": recipe.split,

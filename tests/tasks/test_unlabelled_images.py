@@ -312,6 +312,8 @@ def test_from_condition_to_export(
     assert "is conditioned, so it cannot be its own original" in capsys.readouterr().err
     judge = (*judge, "-o", f"task.original={model}")
     assert main(["evaluate", "c", *judge, "--json", str(notes)]) == 0
+    better = {r["metric"]: r["higher_is_better"] for r in json.loads(notes.read_text())["records"]}
+    assert better["cosine"] and not better["drift"]
     conditioned = values(notes)
     assert conditioned["cosine"] > 90 and conditioned["drift"] > 0
     kind = type(load(model).model)
@@ -345,6 +347,7 @@ def test_the_command_names_what_is_wrong(photos: Path, tmp_path: Path, capsys: p
     texts, images = str(tmp_path / "texts"), str(photos)
     assert "new:vit-tiny comes without a tokenizer" in says("new:vit-tiny", "--data", texts)
     assert "does not read images" in says("new:llama-tiny", "--data", images)
+    assert "is a model of images and texts" in says("new:clip-tiny", "--data", texts)
     assert "holds no images" in says("new:vit-tiny", "--data", texts, "--task", "unlabelled-images")
     assert "two towers" in says("new:clip-tiny", "--data", images, "--blockwise", "2", "--steps", "1")
     shutil.copy(photos / "cat" / "0.png", texts)

@@ -64,7 +64,11 @@ def audit_batches(
     names = set(inspect.signature(loaded.model.forward).parameters)
     # A convolutional network of timm is of no family that is known; it comes with the preprocessing of images.
     known = loaded.family.modality in ("vision", "multimodal")
-    if (known or (loaded.tokenizer is None and loaded.processor is not None)) and names & {"pixel_values", "image", "x"}:
+    if (known or (loaded.tokenizer is None and loaded.processor is not None)) and names & {
+        "pixel_values",
+        "image",
+        "x",
+    }:
         return _image_batches(loaded, names, data, texts, num or IMAGES, length)
     if loaded.family.modality == "causal-lm":
         return _windows(loaded, data, texts, num or WINDOWS, length)

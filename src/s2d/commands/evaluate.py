@@ -67,7 +67,7 @@ def evaluate(
             "method": "none" if known is None else known.method,
             "metric": metric,
             "value": value,
-            "higher_is_better": made.higher_is_better,
+            "higher_is_better": made.prefers_higher(metric),
             "seconds": cost.seconds,
             "peak_mb": cost.peak_mb,
             "split": split,

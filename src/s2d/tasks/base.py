@@ -32,7 +32,8 @@ class Task(ABC):
     Attributes:
         name: The name it is registered under.
         primary: The metric that matters, a key of what `evaluate` returns.
-        higher_is_better: Of the primary metric.
+        higher_is_better: Of the primary metric, and of all others but those in `opposed`.
+        opposed: Metrics of which the opposite is true.
         adds_head: `build` puts new, untrained outputs on the model.
         separable: The mean of the losses of a batch's parts is the loss of the batch, so that processes can share it.
         ragged: Examples differ in length, so that batches of like length save time.
@@ -41,6 +42,7 @@ class Task(ABC):
     name: ClassVar[str]
     primary: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
+    opposed: ClassVar[tuple[str, ...]] = ()
     adds_head: ClassVar[bool] = False
     separable: ClassVar[bool] = True
     ragged: ClassVar[bool] = True
@@ -85,6 +87,10 @@ class Task(ABC):
     def notes(self) -> list[str]:
         """What the user should know about the data, one line each, such as files that were left out."""
         return []
+
+    def prefers_higher(self, metric: str) -> bool:
+        """Whether more of a metric is better."""
+        return self.higher_is_better != (metric in self.opposed)
 
     def num_batches(self, split: Split, batch_size: int) -> int:
         """How many batches one pass has; the last may be smaller."""

@@ -62,6 +62,7 @@ class UnlabelledImages(ImageRows):
 
     primary = "drift"
     higher_is_better = False
+    opposed = ("cosine", "agreement")
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from s2d.errors import InputError
 from s2d.models import Loaded, SentenceEncoder
+from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.heads import encoder_of
 from s2d.tasks.base import (
     SPLITS,
@@ -71,6 +72,7 @@ class UnlabelledText(TokenizedTexts):
 
     primary = "drift"
     higher_is_better = False
+    opposed = ("cosine", "agreement")
 
     def __init__(
         self,
@@ -108,6 +110,11 @@ class UnlabelledText(TokenizedTexts):
         Raises:
             InputError: No original is named and this model is none; or the original is of another kind or width.
         """
+        if isinstance(loaded.model, DualEncoder) or has_two_towers(loaded.model):
+            raise InputError(
+                f"{loaded.source} is a model of images and texts, which is conditioned on images: "
+                "--task unlabelled-images"
+            )
         self.prepare(loaded)
         if self._teacher is None:
             found = find_original(
