@@ -59,6 +59,12 @@ def test_images_of_a_folder_at_any_depth_and_of_tables(tmp_path: Path) -> None:
     table = make_parquet(tmp_path / "a" / "any-name.parquet", 2)
     assert {row.source for row in read_images(table)} == {picture(number) for number in range(6)}
     assert len(read_images(tmp_path)) == 8
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"file_name": ["1.png"], "photo": [picture(9)]}), tmp_path / "metadata.parquet")
+    assert len(read_images(tmp_path)) == 8, "a table without images is left out"
+    with pytest.raises(InputError, match="which column is the image\\? name it; the columns are file_name, photo"):
+        read_images(tmp_path / "metadata.parquet")
+    assert [row.source for row in read_images(tmp_path / "metadata.parquet", "photo")] == [picture(9)]
 
 
 def test_a_data_set_of_the_datasets_library_is_read(tmp_path: Path) -> None:
@@ -122,7 +128,8 @@ def test_a_classifier_s_measures_are_those_of_the_formulas(vit: Loaded, photos: 
     pixels = made.inputs(batch)[0]["pixel_values"]
     with torch.no_grad():
         (h_s, y_s), (h_t, y_t) = (
-            (m.vit(pixels).last_hidden_state, m(pixels).logits.log_softmax(-1)) for m in (model, vit.model)
+            (m.get_submodule("vit")(pixels).last_hidden_state, m(pixels).logits.log_softmax(-1))
+            for m in (model, vit.model)
         )
     cosine = F.cosine_similarity(h_s[:, 0], h_t[:, 0]).mean().item()
     divergence = F.kl_div(y_s, y_t, log_target=True, reduction="batchmean").item()

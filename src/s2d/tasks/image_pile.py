@@ -22,7 +22,7 @@ def read_images(data: str | os.PathLike[str], image: str | None = None) -> list[
 
     Args:
         data: A folder with images or Parquet files at any depth, one Parquet file, or ``datasets:NAME``, all of its
-            splits. Hidden files are left out.
+            splits. Hidden files are left out, and so are tables without images.
         image: Name of the image column; found by usual names when None.
 
     Raises:
@@ -30,15 +30,16 @@ def read_images(data: str | os.PathLike[str], image: str | None = None) -> list[
     """
     data = os.fspath(data)
     if data.startswith(PREFIX):
-        rows = list(_of_datasets(data, image))
-        root = data
+        rows, root = list(_of_datasets(data, image)), data
     else:
-        path, root = Path(data).expanduser(), str(Path(data).expanduser())
-        files = _files_in(path)
+        path = Path(data).expanduser()
+        files, root = _files_in(path), str(path)
         rows = [ImageRow(file, (), str(file)) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-        rows += [row for file in files if file.suffix.lower() == _TABLE for row in _of_table(file, image)]
-    if not rows:
-        raise InputError(f"{data} holds no images ({_NAMES}); {_held(data)}")
+        tables = [file for file in files if file.suffix.lower() == _TABLE]
+        known = [file for file in tables if image is not None or _has_images(file)]
+        rows += [row for file in known or (() if rows else tables) for row in _of_table(file, image)]
+        if not rows:
+            raise InputError(f"{data} holds no images ({_NAMES}); {_held(path, files)}")
     return sorted(
         rows, key=lambda row: hashlib.sha256(row.place.removeprefix(root).encode("utf-8", "replace")).digest()
     )
@@ -78,7 +79,7 @@ def holds_images(data: str | os.PathLike[str]) -> bool:
         )
     if not images and not texts:
         raise InputError(
-            f"{data} holds neither texts ({', '.join(TEXT_SUFFIXES)}) nor images ({_NAMES}); {_held(data)}"
+            f"{data} holds neither texts ({', '.join(TEXT_SUFFIXES)}) nor images ({_NAMES}); {_held(path, files)}"
         )
     return images
 
@@ -134,8 +135,6 @@ def _of_datasets(data: str, image: str | None) -> Iterator[ImageRow]:
             yield ImageRow(image_source(row[column], place), (), place)
 
 
-def _held(data: str) -> str:
-    path = Path(data).expanduser()
-    files = _files_in(path)
+def _held(path: Path, files: list[Path]) -> str:
     listed = ", ".join(str(file.relative_to(path)) for file in files[:4]) if path.is_dir() else path.name
     return f"it holds {listed or 'no files'}"

@@ -183,7 +183,8 @@ class UnlabelledImages(ImageRows):
         metrics = {name: total / count for name, total in sums.items()}
         if not all(map(math.isfinite, metrics.values())):  # a broken model agrees with nothing
             return {"drift": math.inf, **{name: 0.0 for name in metrics if name != "drift"}}
-        return {"drift": max(0.0, 100 - metrics["cosine"]), **metrics} if "drift" not in metrics else metrics
+        drift = metrics["drift"] if self._classifies else max(0.0, 100 - metrics["cosine"])
+        return {"drift": drift, **{name: value for name, value in metrics.items() if name != "drift"}}
 
     def _view(self, model: nn.Module, batch: Batch) -> ImageView:
         pixels = self.normalize(batch["pixels"].to(device_of(model)))
