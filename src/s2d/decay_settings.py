@@ -33,7 +33,7 @@ class DecaySettings:
     metric: MetricName = "site"
     mode: Mode = "decoupled"
     power: float = 1.0
-    strength: float = 0.05
+    strength: float = 0.03
     threshold: float = 0.3
     max_rank: int = 3
     refresh_every: int = 5

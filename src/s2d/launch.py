@@ -51,6 +51,13 @@ def as_first(content: Any) -> Any:
     return box[0]
 
 
+def inside(model: Any) -> Any:
+    """The model that torch's DistributedDataParallel holds; any other one itself."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def lost_another(error: BaseException) -> bool:
     """Whether an error tells that another process ended while this one waited for it."""
     if count() == 1:

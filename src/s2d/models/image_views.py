@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.launch import inside
 from s2d.models.dual_encoder import DualEncoder
 from s2d.models.image_heads import image_tower, pooled_features
 
@@ -41,7 +42,7 @@ def view_images(model: nn.Module, inputs: dict[str, Tensor], *, scores: bool) ->
     Raises:
         InputError: The model does not read images, or has two towers and is trained by several processes.
     """
-    own = getattr(model, "module", model)  # of torch's DistributedDataParallel
+    own = inside(model)
     with _noting(image_tower(own)) as notes:
         if isinstance(own, DualEncoder):
             if own is not model:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from s2d.errors import InputError
+from s2d.launch import inside
 from s2d.models import Loaded, load, read_notes
 from s2d.models.checkpoints import CONFIG_NAME
 from s2d.tasks.base import Batch, device_of
@@ -151,7 +152,7 @@ def hidden_states(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
 
 def head_of(model: nn.Module) -> nn.Module | None:
     """A causal language model's output layer; None of an encoder."""
-    return getattr(model, "get_output_embeddings", lambda: None)()
+    return getattr(inside(model), "get_output_embeddings", lambda: None)()
 
 
 def known_head(model: nn.Module) -> nn.Module:

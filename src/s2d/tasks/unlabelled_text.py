@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2d.errors import InputError
+from s2d.launch import inside
 from s2d.models import Loaded, SentenceEncoder
 from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.heads import encoder_of
@@ -215,7 +216,8 @@ def _model_of(loaded: Loaded) -> nn.Module:
 
 
 def _core(model: nn.Module) -> nn.Module:
-    return model.encoder if isinstance(model, SentenceEncoder) else model
+    own = inside(model)
+    return own.encoder if isinstance(own, SentenceEncoder) else own
 
 
 def _width(model: nn.Module) -> tuple[object, object]:
