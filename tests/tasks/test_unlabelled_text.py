@@ -131,6 +131,29 @@ def test_the_loss_trains_the_model_and_not_the_original(kind: str, request: pyte
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_the_loss_of_a_model_that_several_processes_train(
+    kind: str, request: pytest.FixtureRequest, task: Task, tmp_path: Path
+) -> None:
+    model = disturbed(task.build(request.getfixturevalue(kind))).eval()  # no dropout
+    batch = next(task.batches("train", batch_size=8))
+    expected = task.loss(model, batch)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    distributed, store = torch.distributed, torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        found = task.loss(wrapped, batch)
+        found.backward()
+    finally:
+        distributed.destroy_process_group()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6) and found.item() > 0
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_a_conditioned_model_is_not_its_own_original(encoder: Loaded, task: Task, tmp_path: Path) -> None:
     save_model(encoder.model, tmp_path / "m", tokenizer=encoder.tokenizer, notes={"conditioned": {"model": "x"}})
     source = Loaded(encoder.model, encoder.family, str(tmp_path / "m"), encoder.tokenizer, None, "0")
