@@ -155,9 +155,9 @@ def test_an_interrupted_run_continues_where_it_was(
 )
 def test_no_room_that_a_stage_runs_through_is_forgotten(start: str, listed: tuple[str, ...]) -> None:
     package = Path(runner.__file__).parent
-    # What a stage finds does not depend on these: errors, registers, files on the disk, checkpoints (their fingerprint
-    # counts).
-    elsewhere = {"errors", "registry", "results", "models"}
+    # What a stage finds does not depend on these: errors, registers, files on the disk, which process this is,
+    # checkpoints (their fingerprint counts).
+    elsewhere = {"errors", "registry", "results", "launch", "models"}
     seen, pending = set(), [start]
     while pending:
         room = pending.pop()

@@ -36,7 +36,8 @@ from s2d.training import train
 # are left out of training and judging; the weights' fingerprint stands for them.
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
 _ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
-_HEADS = ("models/heads.py", "models/image_heads.py", "models/dual_encoder.py", "models/preprocessing.py")
+_TOWERS = ("models/image_heads.py", "models/image_views.py", "models/dual_encoder.py")
+_HEADS = ("models/heads.py", "models/preprocessing.py", *_TOWERS)
 _TRAINING = ("training.py", "optimizers.py", "guard.py", "patience.py", "tasks", *_HEADS, *_ANCHORING)
 _SPECTRA = ("dominance.py", "spectrum.py", "subspace.py", "sharding.py")
 _SEEING = ("selection", "channels.py", "views.py", "writers.py", "targets.py", *_SPECTRA)
