@@ -82,6 +82,7 @@ def test_missing_splits_are_taken_from_the_others(tmp_path: Path) -> None:
 
     assert texts(train=100) == {"train": 72, "validation": 8, "test": 20}
     assert texts(valid=100, test=10) == {"train": 90, "validation": 10, "test": 10}
+    assert texts(validation=100) == {"train": 72, "validation": 10, "test": 18}
     assert texts(train=50, test=10) == {"train": 45, "validation": 5, "test": 10}
     assert texts(train=50, dev=7, test=10) == {"train": 50, "validation": 7, "test": 10}
     with pytest.raises(InputError, match="neither a train nor a validation text"):

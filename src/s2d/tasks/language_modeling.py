@@ -261,7 +261,8 @@ def _texts(data: Path) -> dict[Split, str]:
         if "validation" not in lines:
             raise InputError(f"{data} has neither a train nor a validation text; add train.txt")
         whole = lines["validation"]
-        cut = _cut(whole, 0.1, files["validation"])
+        files["train"] = files["validation"]
+        cut = _cut(whole, 0.1, files["train"])
         lines["train"], lines["validation"] = whole[:cut], whole[cut:]
     carved: tuple[tuple[Split, float], ...] = (("test", 0.2), ("validation", 0.1))
     for split, share in carved:
