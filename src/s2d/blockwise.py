@@ -155,7 +155,8 @@ def _condition(
                 output = alone(block.inputs[index], attention_mask=None if mask is None else mask.to(place))
             wanted = block.outputs[index].to(place)
             loss = relative_error(*(real_tokens(y, mask, "input").flatten(0, -2) for y in (output, wanted)))
-            taken = guard.loss(step, loss.item())
+            value = loss.item()
+            taken = guard.loss(step, value)
             optimizer.zero_grad()
             if taken:
                 loss.backward()
@@ -166,9 +167,9 @@ def _condition(
                 spectral.forget()
             rates.step()
             done.steps += 1
-            done.losses.append(loss.item())
+            done.losses.append(value)
             if on_step is not None:
-                on_step(done.steps, done.losses[-1])
+                on_step(done.steps, value)
     guard.check_end(settings.steps)
     done.skipped += [{**each, "block": block.name} for each in guard.skipped]
     if spectral is not None:

@@ -63,12 +63,9 @@ def audit_batches(
         raise InputError(f"the number of inputs for the audit must be at least 1, not {num}")
     names = set(inspect.signature(loaded.model.forward).parameters)
     # A convolutional network of timm is of no family that is known; it comes with the preprocessing of images.
-    known = loaded.family.modality in ("vision", "multimodal")
-    if (known or (loaded.tokenizer is None and loaded.processor is not None)) and names & {
-        "pixel_values",
-        "image",
-        "x",
-    }:
+    without_family = loaded.tokenizer is None and loaded.processor is not None
+    sees = loaded.family.modality in ("vision", "multimodal") or without_family
+    if sees and names & {"pixel_values", "image", "x"}:
         return _image_batches(loaded, names, data, texts, num or IMAGES, length)
     if loaded.family.modality == "causal-lm":
         return _windows(loaded, data, texts, num or WINDOWS, length)
@@ -235,11 +232,12 @@ def _images(path: Path) -> Iterator[Any]:
 
 def _image_contents(path: Path) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
-        # Every so many, so that a folder sorted by class gives more than its first class.
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        tables = {} if files else tables_in(path)
-        for table in next((tables[split] for split in ("validation", "train", "test") if split in tables), []):
-            yield from _parquet_images(read_table(table))
+        if not files:
+            tables = tables_in(path)
+            for table in next((tables[split] for split in ("validation", "train", "test") if split in tables), []):
+                yield from _parquet_images(read_table(table))
+        # Every so many, so that a folder sorted by class gives more than its first class.
         step = max(1, len(files) // IMAGES)
         yield from ((str(file), file) for start in range(step) for file in files[start::step])
     elif path.suffix.lower() == ".parquet":

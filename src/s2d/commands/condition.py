@@ -161,17 +161,14 @@ def condition(
 
 def _clear(held: Path) -> None:
     """Remove what a training kept to be continued, and nothing that somebody else put there."""
-    from s2d.quant.resume import INDEX
+    from s2d.quant.resume import Store
     from s2d.results import sweep
 
-    if not held.is_dir():
-        return
     sweep(held, age=0.0)  # by a run that was killed while it saved
-    for path in (held / "state.pt", held / "blocks" / INDEX, *held.glob("blocks/*.safetensors")):
-        path.unlink(missing_ok=True)
-    for folder in (held / "blocks", held):
-        with suppress(OSError):
-            folder.rmdir()
+    (held / "state.pt").unlink(missing_ok=True)
+    Store.discard(held / "blocks")
+    with suppress(OSError):
+        held.rmdir()
 
 
 def _task_of(objective: str, task: str | None, data: str | None) -> str | None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -148,6 +149,14 @@ class Store:
             file.write(to_bytes(tensors))
 
         write_atomic(self._path(walk, name), write)
+
+    @staticmethod
+    def discard(folder: Path) -> None:
+        """Remove what a store kept in a folder, and the folder if nothing that is somebody else's is left in it."""
+        for path in (folder / INDEX, *folder.glob("*.safetensors")):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
 
     def _path(self, walk: int, name: str) -> Path:
         return self.folder / f"{walk}-{name}.safetensors"

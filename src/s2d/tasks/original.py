@@ -7,6 +7,7 @@ encoders the teacher's embedding and its last features, as in MiniLM-style and s
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,55 @@ def find_original(loaded: Loaded, original: str, reads: Callable[[Loaded], objec
     if (Path(loaded.source) / CONFIG_NAME).is_file() and "conditioned" in read_notes(loaded.source):
         raise InputError(f"{loaded.source} is conditioned, so it cannot be its own original; {remedy}")
     return loaded
+
+
+class Teacher:
+    """The original of a task, found when the task first meets a model."""
+
+    def __init__(
+        self,
+        original: str,
+        part: Callable[[Loaded], nn.Module],
+        kind: Callable[[nn.Module], object],
+        reads: Callable[[Loaded], object],
+        called: str,
+    ) -> None:
+        """Find nothing yet.
+
+        Args:
+            original: See `find_original`.
+            part: What is compared of a model.
+            kind: Of such a part: equal for both, or they cannot be compared.
+            reads: See `find_original`.
+            called: Likewise.
+        """
+        self._original, self._part, self._kind = original, part, kind
+        self._reads, self._called = reads, called
+        self._model: nn.Module | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The part of the original that is compared, in evaluation mode."""
+        if self._model is None:
+            raise RuntimeError("the original is not known yet: call build(loaded) first")
+        return self._model
+
+    def pupil(self, loaded: Loaded) -> nn.Module:
+        """A copy of the part of a model that is compared.
+
+        Raises:
+            InputError: No original is named and this model is none; or the original is of another kind or width.
+        """
+        if self._model is None:
+            found = find_original(loaded, self._original, self._reads, self._called)
+            self._model = self._part(found).eval()
+        model = copy.deepcopy(self._part(loaded))
+        if self._kind(model) != self._kind(self._model):
+            raise InputError(
+                f"{loaded.source} cannot be compared with {self._original or 'the original'}: "
+                "they are models of different kinds or widths; name the model that it was made from"
+            )
+        return model
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ What is held near the original, and after whom: `s2d.tasks.original`.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import os
@@ -25,7 +24,7 @@ from s2d.tasks.carving import split_pile
 from s2d.tasks.docstring_corpus import STDLIB, collect
 from s2d.tasks.image_pile import content_of, read_images
 from s2d.tasks.image_rows import ImageRows
-from s2d.tasks.original import FeatureLoss, find_original
+from s2d.tasks.original import FeatureLoss, Teacher
 
 # Parts of a model of two towers that take the image tower's features into the common space.
 _PROJECTIONS = ("visual_projection", "image_projection")
@@ -82,7 +81,13 @@ class UnlabelledImages(ImageRows):
         self.embedding, self.features, self.scores = embedding, features, scores
         pile = ((row, content_of(row)) for row in read_images(data, image))
         super().__init__(split_pile(pile, train, heldout, what="image", shown=os.fspath(data)))
-        self._teacher: nn.Module | None = None
+        self._teacher = Teacher(
+            self.original,
+            lambda loaded: _whole(loaded.model),
+            _kind,
+            lambda loaded: preprocessing_of(loaded.processor, loaded.source),
+            "preprocessing",
+        )
         self._classifies = False
         self._keyword = "pixel_values"
         self._texts: dict[str, Tensor] | None = None  # of a model of two towers
@@ -105,19 +110,8 @@ class UnlabelledImages(ImageRows):
             InputError: No original is named and this model is none; or the original is of another kind or width.
         """
         self.prepare(loaded)
-        if self._teacher is None:
-            found = find_original(
-                loaded, self.original, lambda each: preprocessing_of(each.processor, each.source), "preprocessing"
-            )
-            self._teacher = _whole(found.model).eval()
-        teacher = self._teacher
-        model = copy.deepcopy(_whole(loaded.model))
-        if _kind(model) != _kind(teacher):
-            raise InputError(
-                f"{loaded.source} cannot be compared with {self.original or 'the original'}: "
-                "they are models of different kinds or widths; name the model that it was made from"
-            )
-        self._classifies = number_of_classes(model) == number_of_classes(teacher) > 0
+        model = self._teacher.pupil(loaded)
+        self._classifies = number_of_classes(model) == number_of_classes(self._teacher.model) > 0
         if isinstance(model, DualEncoder):
             model.requires_grad_(False)
             for name, module in model.named_modules():
@@ -145,7 +139,7 @@ class UnlabelledImages(ImageRows):
         """The distance from the original; see the class."""
         found = self._view(model, batch)
         with torch.no_grad():
-            wanted = self._view(self._original(), batch)
+            wanted = self._view(self._teacher.model, batch)
         assert found.embedding is not None and found.tokens is not None
         assert wanted.embedding is not None and wanted.tokens is not None
         distance = self._distance((found.embedding, found.tokens), (wanted.embedding, wanted.tokens))
@@ -158,7 +152,7 @@ class UnlabelledImages(ImageRows):
         """``drift``, ``cosine``, and ``agreement`` of a classifier; see the class. An exported classifier shows no
         features, so ``cosine`` is left out.
         """
-        teacher = self._original()
+        teacher = self._teacher.model
         was_training = model.training
         model.eval()
         sums: dict[str, float] = {}
@@ -189,11 +183,6 @@ class UnlabelledImages(ImageRows):
     def _view(self, model: nn.Module, batch: Batch) -> ImageView:
         pixels = self.normalize(batch["pixels"].to(device_of(model)))
         return view_images(model, {self._keyword: pixels}, scores=self._classifies)
-
-    def _original(self) -> nn.Module:
-        if self._teacher is None:
-            raise RuntimeError("the original is not known yet: call build(loaded) first")
-        return self._teacher
 
 
 def _whole(model: nn.Module) -> nn.Module:

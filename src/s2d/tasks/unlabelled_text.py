@@ -5,7 +5,6 @@ What is held near the original, and after whom: `s2d.tasks.original`.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Iterator
@@ -33,8 +32,8 @@ from s2d.tasks.base import (
 from s2d.tasks.carving import split_pile
 from s2d.tasks.original import (
     FeatureLoss,
+    Teacher,
     divergence,
-    find_original,
     head_of,
     hidden_states,
     known_head,
@@ -94,7 +93,13 @@ class UnlabelledText(TokenizedTexts):
         self.embedding, self.features = embedding, features
         texts = ((text, text.encode("utf-8", "surrogatepass")) for text in read_texts(Path(data), column))
         self._texts = split_pile(texts, train, heldout, what="text", shown=os.fspath(data))
-        self._teacher: nn.Module | None = None
+        self._teacher = Teacher(
+            self.original,
+            _model_of,
+            _kind,
+            lambda loaded: require_tokenizer(loaded, self.name).get_vocab(),
+            "tokenizers",
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -117,18 +122,7 @@ class UnlabelledText(TokenizedTexts):
                 "--task unlabelled-images"
             )
         self.prepare(loaded)
-        if self._teacher is None:
-            found = find_original(
-                loaded, self.original, lambda each: require_tokenizer(each, self.name).get_vocab(), "tokenizers"
-            )
-            self._teacher = _model_of(found).eval()
-        teacher = self._teacher
-        model = copy.deepcopy(_model_of(loaded))
-        if type(_core(model)) is not type(_core(teacher)) or _width(model) != _width(teacher):
-            raise InputError(
-                f"{loaded.source} cannot be compared with {self.original or 'the original'}: "
-                "they are models of different kinds or widths; name the model that it was made from"
-            )
+        model = self._teacher.pupil(loaded)
         if head_of(model) is not None:
             model.config.use_cache = False  # pyright: ignore[reportAttributeAccessIssue,reportArgumentType]
         return model.train()
@@ -147,7 +141,7 @@ class UnlabelledText(TokenizedTexts):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The distance from the original; see the class."""
         batch = to_device(batch, device_of(model))
-        teacher = self._original()
+        teacher = self._teacher.model
         mask = batch["attention_mask"].bool()
         if head_of(model) is not None:
             return mean_divergence(model, teacher, batch)
@@ -159,7 +153,7 @@ class UnlabelledText(TokenizedTexts):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """``drift``, and ``cosine`` of an encoder or ``agreement`` of a language model; see the class."""
-        teacher = self._original()
+        teacher = self._teacher.model
         was_training = model.training
         model.eval()
         head = head_of(model)
@@ -185,11 +179,6 @@ class UnlabelledText(TokenizedTexts):
         if head is None:
             return {"drift": 100 * (1 - first / count), "cosine": 100 * first / count}
         return {"drift": first / count, "agreement": 100 * second / count}
-
-    def _original(self) -> nn.Module:
-        if self._teacher is None:
-            raise RuntimeError("the original is not known yet: call build(loaded) first")
-        return self._teacher
 
 
 @contextmanager
@@ -220,6 +209,7 @@ def _core(model: nn.Module) -> nn.Module:
     return own.encoder if isinstance(own, SentenceEncoder) else own
 
 
-def _width(model: nn.Module) -> tuple[object, object]:
-    config = getattr(_core(model), "config", None)
-    return getattr(config, "hidden_size", None), getattr(config, "vocab_size", None)
+def _kind(model: nn.Module) -> tuple[object, ...]:
+    core = _core(model)
+    config = getattr(core, "config", None)
+    return type(core), getattr(config, "hidden_size", None), getattr(config, "vocab_size", None)
