@@ -261,11 +261,15 @@ def attention(
     if attn_mask is None:
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     else:
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        # Passes over the mask, which all heads (and, in an exported graph, all layers) share, instead of the scores.
+        least = torch.finfo(scores.dtype).min / 2  # added to any score it stays finite
+        if attn_mask.dtype == torch.bool:
+            seen, bias = attn_mask, torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, least)
+        else:
+            seen, bias = attn_mask > -torch.inf, attn_mask.clamp(min=least)
         # A query that may look nowhere gets zeros, as from the fused operator, instead of NaN.
-        somewhere = scores.amax(-1, keepdim=True) > -torch.inf
-        scores = scores.clamp(min=torch.finfo(scores.dtype).min)
-        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).mul(somewhere).to(q.dtype)
+        somewhere = seen.any(-1, keepdim=True)
+        probs = torch.softmax(scores + bias, dim=-1, dtype=torch.float32).mul(somewhere).to(q.dtype)
     weights = operand("probs", probs)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
