@@ -163,6 +163,18 @@ def test_images_too_many_for_memory_are_decoded_when_asked_for(
     assert torch.equal(at_once, later)
 
 
+def test_only_the_splits_that_are_used_are_decoded(folders: Path, vit: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    plain = image_table.ImageTable._one
+    monkeypatch.setattr(image_table.ImageTable, "_one", lambda self, row: opened.append(row) or plain(self, row))
+    made = task(folders)
+    made.prepare(vit)
+    assert opened == [0, 0, 0], "one of each split shows that it can be read"
+    for _ in range(2):
+        batches = list(made.batches("test", batch_size=2))
+    assert len(opened) == 3 + sum(len(batch["labels"]) for batch in batches)
+
+
 def test_grey_and_transparent_images_become_colours(vit: Loaded, tmp_path: Path) -> None:
     from PIL import Image
 

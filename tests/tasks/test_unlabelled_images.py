@@ -104,10 +104,12 @@ def test_unreadable_images_are_left_out_and_listed(
     (data / "cat" / "bad.jpg").write_bytes(b"<html>not found</html>")
     made = task(data)
     made.prepare(vit)
+    found = [batch["pixels"] for batch in made.batches("train", batch_size=1000)]
+    for split in ("validation", "test"):
+        list(made.batches(split, batch_size=1000))
     assert sum(made.sizes().values()) == 120
     (line,) = made.notes()
     assert "1 of " in line and "cat/bad.jpg: not an image" in line
-    found = [batch["pixels"] for batch in made.batches("train", batch_size=1000)]
     monkeypatch.setattr(image_table, "MEMORY", 0)
     made = task(data)
     made.prepare(vit)

@@ -125,18 +125,18 @@ class ImageRows(Task):
         return {split: int(self._readable(split).numel()) for split in SPLITS}
 
     def prepare(self, loaded: Loaded) -> None:
-        """Decode the images to the model's size."""
+        """Note the model's preprocessing; a split's images are decoded when it is first used."""
         preprocessing = preprocessing_of(loaded.processor, loaded.source)
         if preprocessing == self._preprocessing:
             return
         for split, sources in self._sources.items():
             self._tables[split] = ImageTable(sources, preprocessing)
-            if len(self._tables[split].unreadable) == len(sources):
+            if self._tables[split].first_readable() is None:
                 raise InputError(f"none of the {len(sources)} images of {split} can be read; {self.notes()[-1]}")
         self._preprocessing = preprocessing
 
     def notes(self) -> list[str]:
-        """One line for each split with unreadable images."""
+        """One line for each split with images found unreadable so far."""
         lines = []
         for split, table in self._tables.items():
             images = self._image_of[split].tolist()
@@ -148,8 +148,10 @@ class ImageRows(Task):
     def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
         """Batches of ``pixels`` `[batch, 3, height, width]` (bytes) and what `beside` makes of their rows."""
         if check_split(split) not in self._tables:
-            raise RuntimeError("the images are not decoded yet: call build(loaded) or prepare(loaded) first")
-        readable, table = self._readable(split), self._tables[split]
+            raise RuntimeError("the images' size is not known yet: call build(loaded) or prepare(loaded) first")
+        table = self._tables[split]
+        table.decode()
+        readable = self._readable(split)
         for chosen in row_batches(len(readable), check_batch_size(batch_size), seed=seed, shuffle=shuffle):
             rows = readable[chosen]
             images = self._image_of[split][rows]

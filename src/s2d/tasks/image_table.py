@@ -1,4 +1,6 @@
-"""Images as byte tensors: decoded once when they fit in memory, else as they are asked for, by several threads."""
+"""Images as byte tensors, decoded by several threads: a split's when it is first used, where that fits in memory, else
+as they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,28 @@ class ImageTable:
     """
 
     def __init__(self, sources: Sequence[Path | bytes], preprocessing: Preprocessing) -> None:
-        """Decode everything now if it fits in memory; images that cannot be read are noted and left out."""
+        """Nothing is decoded yet."""
         self._sources, self._preprocessing = sources, preprocessing
         self.unreadable: dict[int, str] = {}
         self._decoded: Tensor | None = None
-        size = (3, preprocessing.height, preprocessing.width)
-        if len(sources) * size[0] * size[1] * size[2] <= MEMORY:
-            decoded = torch.empty(len(sources), *size, dtype=torch.uint8)
-            for start in range(0, len(sources), 4096):
-                rows = range(start, min(start + 4096, len(sources)))
-                for row, pixels in zip(rows, self._decode(rows), strict=True):
-                    if pixels is not None:
-                        decoded[row] = pixels
-            self._decoded = decoded
+
+    def first_readable(self) -> int | None:
+        """The first image that can be decoded, found without decoding the others; None when there is none."""
+        rows = (row for row in range(len(self)) if row not in self.unreadable)
+        return next((row for row in rows if self._one(row) is not None), None)
+
+    def decode(self) -> None:
+        """Decode everything, once, if it fits in memory; images that cannot be read are noted and left out."""
+        size = (3, self._preprocessing.height, self._preprocessing.width)
+        if self._decoded is not None or len(self) * size[0] * size[1] * size[2] > MEMORY:
+            return
+        decoded = torch.empty(len(self), *size, dtype=torch.uint8)
+        for start in range(0, len(self), 4096):
+            rows = range(start, min(start + 4096, len(self)))
+            for row, pixels in zip(rows, self._decode(rows), strict=True):
+                if pixels is not None:
+                    decoded[row] = pixels
+        self._decoded = decoded
 
     def __len__(self) -> int:
         return len(self._sources)

@@ -63,18 +63,18 @@ class LabelledImages(Task):
         return {split: len(examples) - bad.get(split, 0) for split, examples in self._examples.items()}
 
     def prepare(self, loaded: Loaded) -> None:
-        """Decode the images to the model's size."""
+        """Note the model's preprocessing; a split's images are decoded when it is first used."""
         preprocessing = preprocessing_of(loaded.processor, loaded.source)
         if preprocessing == self._preprocessing:
             return
         for split, examples in self._examples.items():
             self._tables[split] = ImageTable([example.source for example in examples], preprocessing)
-            if len(self._tables[split].unreadable) == len(examples):
+            if self._tables[split].first_readable() is None:
                 raise InputError(f"none of the {len(examples)} images of {split} can be read; {self.notes()[-1]}")
         self._preprocessing = preprocessing
 
     def notes(self) -> list[str]:
-        """One line for each split with unreadable images: how many, and the first ones."""
+        """One line for each split with images found unreadable so far: how many, and the first ones."""
         lines = []
         for split, table in self._tables.items():
             line = table.note(split, {row: example.place for row, example in enumerate(self._examples[split])})
@@ -101,7 +101,8 @@ class LabelledImages(Task):
 
     def _table(self, split: Split) -> ImageTable:
         if check_split(split) not in self._tables:
-            raise RuntimeError("the images are not decoded yet: call build(loaded) or prepare(loaded) first")
+            raise RuntimeError("the images' size is not known yet: call build(loaded) or prepare(loaded) first")
+        self._tables[split].decode()
         return self._tables[split]
 
     @torch.no_grad()

@@ -17,7 +17,6 @@ from s2d.tasks.answers import Answer, answers_in, score_answers
 from s2d.tasks.augmentation import augment
 from s2d.tasks.base import SPLITS, Batch, Split, device_of, register, to_device
 from s2d.tasks.image_rows import ImageRows, read_image_rows
-from s2d.tasks.image_table import ImageTable
 from s2d.tasks.tokens import require_tokenizer, tokenizer_key
 
 _QUESTIONS = ("question", "query", "questions")
@@ -88,7 +87,9 @@ class VisualQuestionAnswering(ImageRows):
         key = tokenizer_key(tokenizer) + loaded.fingerprint
         if key != self._made_for:
             table = self._tables["train"]
-            pixels = self.normalize(table.take(torch.tensor([_first_readable(table)]))[0])
+            readable = table.first_readable()
+            assert readable is not None  # or the images were refused before
+            pixels = self.normalize(table.take(torch.tensor([readable]))[0])
             config: Any = model.config
             self._image_tokens = [int(config.image_token_id)] * image_tokens(model, pixels)
             self._tokenizer, self._made_for = tokenizer, key
@@ -180,13 +181,6 @@ def image_tokens(model: Any, pixels: Tensor) -> int:
     features = getattr(model, "model", model).get_image_features(pixel_values=pixels.to(device_of(model)))
     features = getattr(features, "pooler_output", features)  # transformers 5 wraps them
     return int(features[0].shape[-2])
-
-
-def _first_readable(table: ImageTable) -> int:
-    for row in range(len(table)):
-        if row not in table.unreadable and len(table.take(torch.tensor([row]))[1]):
-            return row
-    raise InputError("none of the images of train can be read; check the files and the column of images")
 
 
 def _left(rows: list[list[int]], padding: int) -> Tensor:
