@@ -17,8 +17,8 @@ from torch import nn
 
 from s2d import models, quant
 from s2d.errors import InputError
-from s2d.models import Loaded, describe, family_of, fingerprint, read_notes, rebuild, save_model
-from s2d.models.checkpoints import CONFIG_NAME, save_parts
+from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_model
+from s2d.models.checkpoints import save_parts
 from s2d.models.huggingface import load_parts
 from s2d.quant.storage import CONFIG
 from s2d.results import read_json, sync_folder, write_json
@@ -105,29 +105,8 @@ def load(source: str | os.PathLike[str], *, device: str = "cpu", **options: Any)
     if content.get("_version", 0) > _VERSION:
         raise InputError(f"{folder} was written by a newer s2d; upgrade s2d to read it")
     model = quant.load(folder, rebuild(content["model"]), inplace=True).eval().to(device)
-    return Loaded(model, family_of(model), os.fspath(source), *load_parts(folder, model), fingerprint(model))
-
-
-def notes_of(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """What was saved along with a model of s2d, such as how it was conditioned; nothing for any other model."""
-    folder = Path(source).expanduser()
-    if is_quantized_folder(folder) and (folder / ARCHITECTURE).is_file():
-        return dict(read_json(folder / ARCHITECTURE).get("notes") or {})
-    return dict(read_notes(folder)) if (folder / CONFIG_NAME).is_file() else {}
-
-
-def origin(source: str | os.PathLike[str]) -> tuple[str, str]:
-    """Which published model this is at heart, and what was done to its weights before they were quantized.
-
-    Returns:
-        The model's name, and ``"none"`` or ``"s2d (FOLDER)"``, after the conditioned checkpoint: two of one model are
-        two things.
-    """
-    notes = notes_of(source)
-    model = str((notes.get("quantized") or {}).get("model") or source)
-    if conditioned := notes.get("conditioned"):
-        return str(conditioned.get("model") or model), f"s2d ({model})"
-    return model, "none"
+    notes = content.get("notes") or {}
+    return Loaded(model, family_of(model), os.fspath(source), *load_parts(folder, model), fingerprint(model), notes)
 
 
 def is_quantized_folder(folder: Path) -> bool:

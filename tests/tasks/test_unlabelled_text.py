@@ -157,8 +157,13 @@ def test_the_loss_of_a_model_that_several_processes_train(
 def test_a_conditioned_model_is_not_its_own_original(encoder: Loaded, task: Task, tmp_path: Path) -> None:
     save_model(encoder.model, tmp_path / "m", tokenizer=encoder.tokenizer, notes={"conditioned": {"model": "x"}})
     source = Loaded(encoder.model, encoder.family, str(tmp_path / "m"), encoder.tokenizer, None, "0")
-    with pytest.raises(InputError, match=r"m is conditioned, .*-o task.original=MODEL"):
+    source.notes = {"conditioned": {"model": "no/such-model"}}
+    with pytest.raises(InputError, match=r"m was made from no/such-model, which cannot be read now .*task.original="):
         task.build(source)
+    base = save_model(encoder.model, tmp_path / "base", tokenizer=encoder.tokenizer)
+    source.notes = {"conditioned": {"model": str(base)}}
+    task.build(source)
+    assert task.notes() == [f"the original is {base}, which {source.source} was made from"]
     named = create("unlabelled-text", data=tmp_path / "texts", max_length=12, original=str(tmp_path / "m"))
     assert named.evaluate(named.build(source))["cosine"] == pytest.approx(100.0)
 

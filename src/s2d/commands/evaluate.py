@@ -43,7 +43,7 @@ def evaluate(
     """
     check_file(json_file)
     from s2d import quant
-    from s2d.checkpoint import load, origin
+    from s2d.checkpoint import load
     from s2d.evaluation import evaluate as judge
     from s2d.results import measured, run_metadata
     from s2d.runner import device_of
@@ -56,7 +56,7 @@ def evaluate(
     with measured() as cost:
         metrics = judge(loaded, made, split=recipe.split, batch_size=recipe.batch_size)
     known = quant.record(loaded.model) if quant.is_quantized(loaded.model) else None
-    published, conditioning = origin(model)
+    published, conditioning = loaded.origin
     records = [
         {
             "task": recipe.task.label,

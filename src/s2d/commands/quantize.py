@@ -73,7 +73,7 @@ def quantize(
     check_file(json_file)
     from s2d import launch, quant
     from s2d.audit import audit_batches
-    from s2d.checkpoint import load, notes_of, save
+    from s2d.checkpoint import load, save
     from s2d.evaluation import model_for
     from s2d.quant import QuantSpec
     from s2d.quant.allocate import CHOICES, affordable, sensitivity
@@ -139,7 +139,7 @@ def quantize(
         if not launch.leads():
             return  # the first process writes
         assert out is not None
-        notes = {**notes_of(model), "quantized": {"model": model}}
+        notes = {**loaded.notes, "quantized": {"model": model}}
         save(quantized, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
         count = sum(site.format is not None for site in plan)
         say(quiet, f"{out}: {model} at {parsed}, {count} of {len(plan)} sites quantized")

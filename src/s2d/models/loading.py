@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,17 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.models import huggingface, packages
-from s2d.models.checkpoints import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, check_finite, fingerprint, load_saved
+from s2d.models.checkpoints import (
+    CONFIG_NAME,
+    PICKLE_SUFFIXES,
+    WEIGHTS_NAME,
+    check_finite,
+    fingerprint,
+    load_saved,
+    read_notes,
+)
 from s2d.models.family import Family, family_of, loaders
+from s2d.results import JSON
 
 _FILES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)
 
@@ -31,6 +40,7 @@ class Loaded:
         processor: What prepares images (transformers' image processor, timm's data configuration, open_clip's
             transform), else None; also None when the imaging libraries it needs are not installed.
         fingerprint: Short SHA-256 of the weights.
+        notes: What s2d saved along with the model, such as how it was conditioned; empty for any other model.
     """
 
     model: nn.Module
@@ -39,6 +49,20 @@ class Loaded:
     tokenizer: Any | None
     processor: Any | None
     fingerprint: str
+    notes: JSON = field(default_factory=dict)
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """Which published model this is at heart, and what was done to its weights before they were quantized.
+
+        Returns:
+            The model's name, and ``"none"`` or ``"s2d (FOLDER)"``, after the conditioned checkpoint: two of one model
+            are two things.
+        """
+        model = str((self.notes.get("quantized") or {}).get("model") or self.source)
+        if conditioned := self.notes.get("conditioned"):
+            return str(conditioned.get("model") or model), f"s2d ({model})"
+        return model, "none"
 
 
 def load(
@@ -95,7 +119,8 @@ def load(
                 model, tokenizer, processor = huggingface.load_transformers(shown, shown=shown, dtype=dtype, **options)
     check_finite(model, shown)
     mark = fingerprint(model)
-    return Loaded(model.eval().to(place), family_of(model), shown, tokenizer, processor, mark)
+    notes = read_notes(path) if (path / CONFIG_NAME).is_file() else {}
+    return Loaded(model.eval().to(place), family_of(model), shown, tokenizer, processor, mark, notes)
 
 
 def _could_be_on_the_hub(name: str) -> bool:

@@ -58,7 +58,8 @@ class LanguageModeling(Task):
         bos: Begin each window with the tokenizer's beginning-of-sequence token; `window` counts it.
         loss: What training minimizes: ``text``, the mean negative log-likelihood of the text, or ``original``, without
             anything to learn from the text: KL(original || model) of the next token, averaged over all tokens.
-        original: The model that teaches with ``loss=original``; None for the first model that the task builds on.
+        original: The model that teaches with ``loss=original``. None: what the first model that the task builds on was
+            made from, as a conditioned folder of s2d knows, else that model itself.
     """
 
     primary = "perplexity"

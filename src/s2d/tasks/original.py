@@ -11,7 +11,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from s2d.errors import InputError
 from s2d.launch import inside
-from s2d.models import Loaded, load, read_notes
-from s2d.models.checkpoints import CONFIG_NAME
+from s2d.models import Loaded, load
 from s2d.tasks.base import Batch, device_of
 
 # Tokens whose scores over the vocabulary exist at a time: 50 MB for a vocabulary of 50,000.
@@ -33,24 +31,31 @@ def find_original(loaded: Loaded, original: str, reads: Callable[[Loaded], objec
 
     Args:
         loaded: The one that is taught, or compared.
-        original: What was named, as `s2d.load` takes it; empty for the loaded model itself.
+        original: What was named, as `s2d.load` takes it; empty for the model that the loaded one was made from, where
+            its folder says so, else for the loaded model itself.
         reads: How a model reads its data, such as its vocabulary: equal for both, or there is nothing to compare.
         called: What that is called, for messages.
 
     Raises:
-        InputError: None is named and this model is none; or they do not read alike.
+        InputError: None is named and this model is none; it cannot be loaded; or they do not read alike.
     """
     remedy = "name the model that it was made from: -o task.original=MODEL"
-    if original:
-        found = load(original, device=device_of(loaded.model))
-        if reads(found) != reads(loaded):
-            raise InputError(f"{original} and {loaded.source} have different {called}; {remedy}")
-        return found
-    if any(type(module).__module__.startswith("s2d.quant") for module in loaded.model.modules()):
-        raise InputError(f"{loaded.source} is quantized, so it cannot be its own original; {remedy}")
-    if (Path(loaded.source) / CONFIG_NAME).is_file() and "conditioned" in read_notes(loaded.source):
-        raise InputError(f"{loaded.source} is conditioned, so it cannot be its own original; {remedy}")
-    return loaded
+    name = original or loaded.origin[0]
+    if not original and name == loaded.source:
+        if any(type(module).__module__.startswith("s2d.quant") for module in loaded.model.modules()):
+            raise InputError(f"{loaded.source} is quantized, so it cannot be its own original; {remedy}")
+        return loaded
+    try:
+        found = load(name, device=device_of(loaded.model))
+    except InputError as error:
+        if original:
+            raise
+        raise InputError(
+            f"{loaded.source} was made from {name}, which cannot be read now ({error}); {remedy}"
+        ) from error
+    if reads(found) != reads(loaded):
+        raise InputError(f"{name} and {loaded.source} have different {called}; {remedy}")
+    return found
 
 
 class Teacher:
@@ -76,6 +81,7 @@ class Teacher:
         self._original, self._part, self._kind = original, part, kind
         self._reads, self._called = reads, called
         self._model: nn.Module | None = None
+        self.notes: list[str] = []  # which one it is, where nobody named it
 
     @property
     def model(self) -> nn.Module:
@@ -93,6 +99,8 @@ class Teacher:
         if self._model is None:
             found = find_original(loaded, self._original, self._reads, self._called)
             self._model = self._part(found).eval()
+            if found.source not in (self._original, loaded.source):
+                self.notes = [f"the original is {found.source}, which {loaded.source} was made from"]
         model = copy.deepcopy(self._part(loaded))
         if self._kind(model) != self._kind(self._model):
             raise InputError(

@@ -49,8 +49,8 @@ class UnlabelledImages(ImageRows):
 
     Args:
         data: A folder with images or Parquet files at any depth, one Parquet file, or ``datasets:NAME``.
-        original: The model that teaches, as `s2d.load` takes it. None: the first model that the task meets, which must
-            be one as published. Scoring a conditioned or quantized checkpoint by itself needs it.
+        original: The model that teaches, as `s2d.load` takes it. None: what the first model that the task meets was
+            made from, as a conditioned or quantized folder of s2d knows, else that model itself.
         image: Of tables, the column with the images; found by usual names when None.
         embedding: Weight of the pooled features' distance.
         features: Weight of the distance of the last layer's tokens.
@@ -102,6 +102,10 @@ class UnlabelledImages(ImageRows):
         if isinstance(whole, DualEncoder) and loaded.tokenizer is not None:
             pairs = collect({"train": _TEXTS, "validation": 0, "test": 0}, (STDLIB,))["train"]
             self._texts = whole.tokenize(loaded.tokenizer, [f"{pair.query} {pair.document}" for pair in pairs])
+
+    def notes(self) -> list[str]:
+        """Images that cannot be read, and which model is the original, where it was not named."""
+        return [*super().notes(), *self._teacher.notes]
 
     def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
         """A copy of the model, two towers behind one pair of methods; nothing is random.

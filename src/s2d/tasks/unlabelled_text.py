@@ -60,8 +60,8 @@ class UnlabelledText(TokenizedTexts):
 
     Args:
         data: A file, or a folder with such files.
-        original: The model that teaches, as `s2d.load` takes it. None: the first model that the task meets, which must
-            be one as published. Scoring a conditioned or quantized checkpoint by itself needs it.
+        original: The model that teaches, as `s2d.load` takes it. None: what the first model that the task meets was
+            made from, as a conditioned or quantized folder of s2d knows, else that model itself.
         column: Of tables, the one with the texts; None for the one named text, or the only one.
         max_length: Texts are cut to so many tokens.
         embedding: Weight of an embedding's distance.
@@ -105,6 +105,10 @@ class UnlabelledText(TokenizedTexts):
     def fingerprint(self) -> str:
         """Short SHA-256 of the texts of all splits."""
         return digest(text for split in SPLITS for text in self._texts[split])
+
+    def notes(self) -> list[str]:
+        """Which model is the original, where it was not named."""
+        return self._teacher.notes
 
     def texts(self, split: Split) -> list[str]:
         """The texts of a split."""
