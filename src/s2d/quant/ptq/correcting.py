@@ -20,18 +20,16 @@ MORE_DAMPING = (1.0, 10.0, 100.0)
 Warn = Callable[[Layer, str], None]
 
 
-def dampings(matrix: Tensor, share: float) -> Iterator[Tensor]:
-    """``matrix + share * mean(diagonal) * I``, then with more and more damping.
+def dampings(diagonal: Tensor, share: float) -> Iterator[Tensor]:
+    """A matrix's diagonal with ``share`` of its mean added, then with more and more.
 
     Args:
-        matrix: ``[n, n]``, symmetric.
-        share: Relative to the mean of the diagonal.
+        diagonal: ``[n]``.
+        share: Relative to the mean.
     """
-    mean = matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
+    mean = diagonal.mean().clamp(min=torch.finfo(diagonal.dtype).tiny)
     for times in MORE_DAMPING:
-        damped = matrix.clone()
-        damped.diagonal().add_(times * share * mean)
-        yield damped
+        yield diagonal + times * share * mean
 
 
 def correctable(layers: list[Layer], runs: BlockRuns | ModelRuns, warn: Warn) -> list[Group]:

@@ -112,7 +112,9 @@ def ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor | None:
         right: ``[n, o]`` float64.
         ridge: Relative to the mean of the diagonal.
     """
-    for damped in dampings(square, ridge):
+    damped = square.clone()
+    for diagonal in dampings(square.diagonal(), ridge):
+        damped.diagonal().copy_(diagonal)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             solution = torch.cholesky_solve(right, lower)

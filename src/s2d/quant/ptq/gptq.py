@@ -107,15 +107,25 @@ def upper_factor(hessian: Tensor) -> Tensor | None:
     if int(info) != 0:
         return None
     upper = lower.flip(0, 1)
+    del lower
     eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     factor = torch.linalg.solve_triangular(upper, eye, upper=True)
     return factor if bool(torch.isfinite(factor).all()) else None
 
 
-def damped_factor(hessian: Tensor, damping: float) -> Tensor | None:
-    """`upper_factor` of ``H + damping * mean(diag H) * I``, with more damping when that fails; None when all fails."""
-    for damped in dampings(hessian, damping):
-        factor = upper_factor(damped)
+def damped_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor | None:
+    """`upper_factor` of ``H + damping * mean(diag H) * I``, with more damping when that fails; None when all fails.
+
+    Args:
+        hessian: ``[d, d]``; its diagonal is overwritten.
+        dead: ``[d]``, which inputs are always zero.
+        damping: See above.
+    """
+    diagonal = hessian.diagonal()
+    diagonal[dead] = 1.0
+    for damped in dampings(diagonal.clone(), damping):
+        diagonal.copy_(damped)
+        factor = upper_factor(hessian)
         if factor is not None:
             return factor
     return None
@@ -189,13 +199,11 @@ def gptq_round(
     Returns:
         ``[o, d]`` float32, on the grid; None when the Hessian cannot be factored even with more damping.
     """
-    hessian = hessian.clone()
     dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1.0
     order = torch.arange(len(hessian), device=hessian.device)
     if act_order:
         order = torch.where(dead, -1.0, hessian.diagonal()).argsort(descending=True, stable=True)
-    factor = damped_factor(hessian[order][:, order], damping)
+    factor = damped_factor(hessian[order[:, None], order], dead[order], damping)
     if factor is None:
         return None
     drift = None
