@@ -279,6 +279,16 @@ class TestWeightQuantizer:
             quantizer.scale.mul_(0.5)
             assert torch.equal(quantizer(weight), first * 0.5)
 
+    def test_a_weight_on_the_grid_is_not_held_twice(self) -> None:
+        weight = torch.nn.Parameter(torch.randn(4, 8))
+        quantizer = self.make(weight.detach())
+        with torch.no_grad():
+            assert quantizer(weight).data_ptr() != weight.data_ptr()
+            weight.copy_(quantizer(weight))
+            assert quantizer(weight).data_ptr() == weight.data_ptr()
+            weight.mul_(0.9)
+            assert not torch.equal(quantizer(weight), weight), "changes are noticed all the same"
+
     def test_writes_through_data_are_noticed_at_eval(self) -> None:
         weight = torch.nn.Parameter(torch.randn(4, 8))
         quantizer = self.make(weight.detach())

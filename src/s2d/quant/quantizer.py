@@ -406,7 +406,10 @@ class WeightQuantizer(Quantizer):
             return super().forward(weight)
         key = tuple((t.data_ptr(), t.dtype, t.device, _version(t)) for t in (weight, self.scale, self.zero_point))
         if self._cache is None or self._cache[0] != key:
-            self._cache = (key, super().forward(weight.detach()))
+            plain = weight.detach()
+            rounded = super().forward(plain)
+            # A weight that is on the grid, as loaded ones and those of most methods are, needs no second copy.
+            self._cache = (key, plain if torch.equal(rounded, plain) else rounded)
         return self._cache[1]
 
     def __getstate__(self) -> dict[str, Any]:
