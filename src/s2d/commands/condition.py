@@ -91,6 +91,7 @@ def condition(
     from s2d.results import run_metadata
     from s2d.runner import device_of
     from s2d.tasks import create
+    from s2d.tasks.original import head_of
     from s2d.terminal import Watch
     from s2d.training import train
 
@@ -115,6 +116,11 @@ def condition(
                 needed = memory.to_train_blocks(shapes, tokens, blockwise)
             memory.refuse_too_little(needed, f"conditioning {model}", device_of(device))
         loaded: Loaded = load(model, device=device_of(device))
+        if head_of(loaded.model) is not None and not (recipe.arms["s2d"] or {}).keys() & {"strength", "preset"}:
+            watch.say(
+                "the default strength was found on encoders; for a language model begin with -o decay.strength=0.005, "
+                "or 0 for training without decay"
+            )
 
         def note(step: int, loss: float) -> None:
             watch.advance(step, f"loss {loss:.3g}")
