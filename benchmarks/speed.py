@@ -46,10 +46,10 @@ def vit_s() -> nn.Module:
 
 
 def example_for(model: nn.Module) -> dict[str, Tensor]:
-    """A batch of two: images for the ViT, tokens for all others."""
+    """A batch: images for the ViT, tokens for all others."""
     if type(model).__name__ == "ViTModel":
         return {"pixel_values": torch.randn(2, 3, 224, 224)}
-    ids = torch.randint(1, 30, (2, 16))
+    ids = torch.randint(1, 30, (8, 32))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

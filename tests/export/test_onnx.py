@@ -21,8 +21,8 @@ from s2d.errors import InputError
 from s2d.export import exporters, open_exported
 from s2d.export.gate import cosine
 from s2d.export.lowering import lower, round_embeddings
-from s2d.export.onnx import kernels, write_onnx
-from s2d.export.parity import compare_layers
+from s2d.export.onnx import EXACT, kernels, session, write_onnx
+from s2d.export.parity import LayerParity, compare_layers
 
 onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxscript", reason='onnxscript is not installed: pip install "s2d[export]"')
@@ -121,6 +121,22 @@ def test_batch_and_length_are_free(bert: Any, tmp_path: Path) -> None:
         assert cosine(runner(**inputs), expected) > 0.99
 
 
+def test_exact_products_are_asked_for_where_they_would_overflow(
+    bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = bert
+    write_onnx(lower(model), tensors(batches[0]), tmp_path / "m.onnx")
+    module = importlib.import_module("s2d.export.onnx")
+    for answer in (True, False):
+        monkeypatch.setattr(module, "overflows", lambda answer=answer: answer)
+        options = session(tmp_path / "m.onnx").get_session_options()
+        if answer:
+            assert options.get_session_config_entry(EXACT[0]) == EXACT[1]
+        else:
+            with pytest.raises(RuntimeError):  # there is no such entry
+                options.get_session_config_entry(EXACT[0])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_embedding_tables_shrink_and_the_reference_has_the_same_ones(bits: int, bert: Any, tmp_path: Path) -> None:
     model, batches = bert
@@ -164,6 +180,12 @@ def test_a_flipped_code_is_told_from_a_wrong_layer(bert: Any, tmp_path: Path) ->
     assert not missing and all(row.passed and row.error < 1e-6 for row in rows)
     counts, held = kernels(tmp_path / "model.onnx")
     assert sum(counts.get(kind, 0) for kind in INTEGER) == 16 and held > 0
+
+
+def test_two_rows_on_the_other_side_of_a_tie_are_none_too_many_in_a_small_batch() -> None:
+    assert LayerParity("x", 1e-7, 2 / 32, 32).passed and not LayerParity("x", 1e-7, 3 / 32, 32).passed
+    assert LayerParity("x", 1e-7, 0.01, 1000).passed and not LayerParity("x", 1e-7, 0.011, 1000).passed
+    assert not LayerParity("x", 2e-5, 0.0, 32).passed
 
 
 def test_openvino_runs_the_same_file_and_its_own(bert: Any, tmp_path: Path) -> None:

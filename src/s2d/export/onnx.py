@@ -13,6 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ from s2d.errors import InputError, require
 from s2d.export.operators import Form, translations
 
 OPSET = 21
-# Without VNNI, onnxruntime's products of uint8 and int8 add pairs up in 16 bits, where 8-bit weights overflow;
-# this asks for exact (slower) ones there and changes nothing elsewhere. It fails where a DequantizeLinear of int8 codes
-# per channel is left over, so convolutions, which run in floating point, have a Mul instead.
+# Asks for exact products where they would overflow (see `overflows`); they take twice as long. It fails where a
+# DequantizeLinear of int8 codes per channel is left over, so convolutions, which run in floating point, have a Mul.
 EXACT = ("session.x64quantprecision", "1")
 TWO_GB = 2**31 - 2**20
 _BARE = "output"
@@ -166,7 +166,8 @@ def session(path: Path, threads: int = 1, *, optimized: Path | None = None, cont
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what fails is raised as well
-    options.add_session_config_entry(*EXACT)
+    if overflows():
+        options.add_session_config_entry(*EXACT)
     if optimized is not None:
         options.optimized_model_filepath = os.fspath(optimized)
     try:
@@ -175,6 +176,31 @@ def session(path: Path, threads: int = 1, *, optimized: Path | None = None, cont
         )
     except Exception as error:  # onnxruntime's own classes, which differ by version
         raise InputError(f"onnxruntime cannot run {path}: {_reason(error)}") from error
+
+
+@lru_cache(maxsize=1)
+def overflows() -> bool:
+    """Whether onnxruntime's products of uint8 and int8 are wrong on this CPU for weights of 8 bits.
+
+    Without VNNI it adds pairs of products up in 16 bits. One product of the largest codes shows it.
+    """
+    runtime = require("onnxruntime", "export", at_least="1.22")
+    onnx = require("onnx", "export")
+    rows, inner, columns = 4, 64, 32
+    weight = onnx.numpy_helper.from_array(torch.full((inner, columns), 127, dtype=torch.int8).numpy(), "weight")
+    sides = [
+        onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, [rows, inner]),
+        onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [rows, columns]),
+    ]
+    product = onnx.helper.make_node("MatMulInteger", ["x", "weight"], ["y"])
+    graph = onnx.helper.make_graph([product], "product", sides[:1], sides[1:], [weight])
+    versions = [onnx.helper.make_opsetid("", OPSET)]
+    model = onnx.helper.make_model(
+        graph, opset_imports=versions, ir_version=onnx.helper.find_min_ir_version_for(versions)
+    )
+    run = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = run.run(None, {"x": torch.full((rows, inner), 255, dtype=torch.uint8).numpy()})
+    return bool((found != 255 * 127 * inner).any())
 
 
 def kernels(path: Path) -> tuple[dict[str, int], int]:
