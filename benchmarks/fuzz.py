@@ -186,7 +186,7 @@ def readers(place: Path) -> dict[str, Callable[[], Reader]]:
             sink = io.BytesIO()
             Image.new("RGB", (9, 7), (200, 30, 40)).save(sink, kind)
             seeds.append(sink.getvalue())
-        return lambda data: ImageTable([data], shape), seeds
+        return lambda data: ImageTable([data], shape).first_readable(), seeds
 
     def fresh() -> Reader:
         import importlib.resources

@@ -124,6 +124,7 @@ def picture(content: Callable[[], bytes]) -> Callable[[Path], object]:
         from s2d.tasks.image_table import ImageTable
 
         table = ImageTable([content()], load("new:vit-tiny").processor)
+        assert table.first_readable() is None
         raise InputError(f"left out: {table.unreadable[0]}")
 
     return read
