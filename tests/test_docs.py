@@ -76,7 +76,7 @@ def test_commands_and_their_options_exist():
 
 
 def scores_by_method(page: Path) -> list[tuple[str, list[str]]]:
-    """The rows of a page's tables that begin with a method and hold its two scores and their difference (spreads aside)."""
+    """The rows of a page's tables that begin with a method and hold its two scores and their difference."""
     rows = []
     for line in page.read_text(encoding="utf-8").splitlines():
         scores = re.findall(r"[-+]?\d+\.\d\d", re.sub(r"± [\d.]+", "", line))
