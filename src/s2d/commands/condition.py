@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from s2d.models import Loaded
     from s2d.tasks import Task
+    from s2d.terminal import Watch
 
 _UNLABELLED = ("unlabelled-text", "unlabelled-images", "language-modeling")
 
@@ -91,7 +92,6 @@ def condition(
     from s2d.results import run_metadata
     from s2d.runner import device_of
     from s2d.tasks import create
-    from s2d.tasks.original import head_of
     from s2d.terminal import Watch
     from s2d.training import train
 
@@ -116,11 +116,6 @@ def condition(
                 needed = memory.to_train_blocks(shapes, tokens, blockwise)
             memory.refuse_too_little(needed, f"conditioning {model}", device_of(device))
         loaded: Loaded = load(model, device=device_of(device))
-        if head_of(loaded.model) is not None and not (recipe.arms["s2d"] or {}).keys() & {"strength", "preset"}:
-            watch.say(
-                "the default strength was found on encoders; for a language model begin with -o decay.strength=0.005, "
-                "or 0 for training without decay"
-            )
 
         def note(step: int, loss: float) -> None:
             watch.advance(step, f"loss {loss:.3g}")
@@ -128,12 +123,14 @@ def condition(
         built: nn.Module
         if blockwise is None:
             built = made.build(loaded, seed)
+            _tell_strength(loaded.model, recipe.arms["s2d"], watch)
             watch.stage("training", recipe.train.steps)
             state = held / "state.pt"
             done = train(built, made, recipe.train, seed=seed, decay=recipe.arms["s2d"], state=state, on_step=note)
         else:
             made.prepare(loaded)
             built = loaded.model
+            _tell_strength(built, recipe.arms["s2d"], watch)
             watch.stage("training block by block", recipe.train.steps * len(blocks_of(built)))
             done = condition_blocks(
                 built,
@@ -163,6 +160,17 @@ def condition(
         say(quiet, line)
     last = f"; last loss {done.losses[-1]:.3g}" if done.losses else ""  # all blocks were there already
     say(quiet, f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s{last}")
+
+
+def _tell_strength(model: nn.Module, decay: dict[str, Any] | None, watch: Watch) -> None:
+    """Say where a good strength was found, when nobody chose one for a language model."""
+    from s2d.tasks.original import head_of
+
+    if head_of(model) is not None and not (decay or {}).keys() & {"strength", "preset"}:
+        watch.say(
+            "the default strength was found on encoders; for a language model begin with -o decay.strength=0.005, "
+            "or 0 for training without decay"
+        )
 
 
 def _clear(held: Path) -> None:
