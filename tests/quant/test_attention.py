@@ -380,3 +380,17 @@ def test_a_query_that_may_look_nowhere_gets_zeros_and_a_finite_gradient() -> Non
     assert output[0, 0, 1].abs().sum() == 0
     output.sum().backward()
     assert all(t.grad is not None and t.grad.isfinite().all() for t in (q, k, v))
+
+
+@pytest.mark.parametrize("kind", ["boolean", "float", "half"])
+def test_a_query_that_may_look_nowhere_gets_zeros_and_the_others_what_torch_gives(kind: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4) for _ in range(3))
+    seen = torch.rand(2, 1, 5, 5) > 0.4
+    seen[0, 0, 2] = False
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    added = torch.zeros(seen.shape, dtype=torch.float16 if kind == "half" else torch.float32)
+    mask = seen if kind == "boolean" else added.masked_fill(~seen, -torch.inf)
+    found, probabilities = attention(q, k, v, mask, 0.0, False, None, False, lambda which, x: x)
+    torch.testing.assert_close(found, expected.nan_to_num(), rtol=1e-5, atol=1e-6)
+    assert probabilities[0, :, 2].count_nonzero() == 0

@@ -262,11 +262,11 @@ def attention(
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     else:
         # Passes over the mask, which all heads (and, in an exported graph, all layers) share, instead of the scores.
-        least = torch.finfo(scores.dtype).min / 2  # added to any score it stays finite
         if attn_mask.dtype == torch.bool:
-            seen, bias = attn_mask, torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, least)
+            seen, bias = attn_mask, torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -torch.inf)
         else:
-            seen, bias = attn_mask > -torch.inf, attn_mask.clamp(min=least)
+            seen, bias = attn_mask > -torch.inf, attn_mask
+        bias = bias.clamp(min=torch.finfo(bias.dtype).min / 2)  # added to any score it stays finite
         # A query that may look nowhere gets zeros, as from the fused operator, instead of NaN.
         somewhere = seen.any(-1, keepdim=True)
         probs = torch.softmax(scores + bias, dim=-1, dtype=torch.float32).mul(somewhere).to(q.dtype)
