@@ -157,6 +157,10 @@ def test_the_loss_of_a_model_that_several_processes_train(
 def test_a_conditioned_model_is_not_its_own_original(encoder: Loaded, task: Task, tmp_path: Path) -> None:
     save_model(encoder.model, tmp_path / "m", tokenizer=encoder.tokenizer, notes={"conditioned": {"model": "x"}})
     source = Loaded(encoder.model, encoder.family, str(tmp_path / "m"), encoder.tokenizer, None, "0")
+    for unknown in ({}, {"model": source.source}):
+        source.notes = {"conditioned": unknown}
+        with pytest.raises(InputError, match=r"m is conditioned, .*-o task.original=MODEL"):
+            task.build(source)
     source.notes = {"conditioned": {"model": "no/such-model"}}
     with pytest.raises(InputError, match=r"m was made from no/such-model, which cannot be read now .*task.original="):
         task.build(source)

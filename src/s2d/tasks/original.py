@@ -44,6 +44,8 @@ def find_original(loaded: Loaded, original: str, reads: Callable[[Loaded], objec
     if not original and name == loaded.source:
         if any(type(module).__module__.startswith("s2d.quant") for module in loaded.model.modules()):
             raise InputError(f"{loaded.source} is quantized, so it cannot be its own original; {remedy}")
+        if "conditioned" in loaded.notes:  # in place, or by whoever did not note the model
+            raise InputError(f"{loaded.source} is conditioned, so it cannot be its own original; {remedy}")
         return loaded
     try:
         found = load(name, device=device_of(loaded.model))
