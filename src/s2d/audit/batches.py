@@ -17,6 +17,7 @@ from s2d.errors import InputError, require
 from s2d.models import Loaded
 from s2d.tasks.docstring_corpus import STDLIB, collect
 from s2d.tasks.files import split_files
+from s2d.tasks.idx import idx_in, read_images
 from s2d.tasks.image_files import IMAGE_SUFFIXES, tables_in
 from s2d.tasks.language_modeling import cut_windows
 from s2d.tasks.tables import TABLE_SUFFIXES, Table, read_table
@@ -26,6 +27,8 @@ TEXTS, TEXT_LENGTH = 128, 128
 WINDOWS, WINDOW_LENGTH = 8, 512
 IMAGES = 64
 _BATCH = 16
+# Where an audit looks first: what was not trained on, and is not what a model is judged by.
+_SPLITS = ("validation", "train", "test")
 # Of a long text so many characters are read per token wanted; tokens of real text are shorter.
 _CHARACTERS_PER_TOKEN = 10
 _TEXT_COLUMNS = ("text", "sentence", "question", "query", "utterance", "review", "content", "document", "title")
@@ -138,7 +141,7 @@ def _read_texts(data: str | os.PathLike[str] | None, texts: Sequence[str] | None
             yield f"{pair.query} {pair.document}"
         return
     files = split_files(Path(data), (".txt", *TABLE_SUFFIXES))
-    file = next(files[split] for split in ("validation", "train", "test") if split in files)
+    file = next(files[split] for split in _SPLITS if split in files)
     if file.suffix.lower() != ".txt":
         yield from _column(read_table(file))
         return
@@ -235,8 +238,12 @@ def _image_contents(path: Path) -> Iterator[tuple[str, Any]]:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             tables = tables_in(path)
-            for table in next((tables[split] for split in ("validation", "train", "test") if split in tables), []):
+            for table in next((tables[split] for split in _SPLITS if split in tables), []):
                 yield from _parquet_images(read_table(table))
+            packed = idx_in(path)
+            for file, _ in [packed[split] for split in _SPLITS if split in packed][:1]:
+                for number, content in enumerate(read_images(file), 1):
+                    yield f"{file}, image {number}", io.BytesIO(content)
         # Every so many, so that a folder sorted by class gives more than its first class.
         step = max(1, len(files) // IMAGES)
         yield from ((str(file), file) for start in range(step) for file in files[start::step])

@@ -1,4 +1,4 @@
-"""Labelled images on disk: folders of classes, Parquet with an image column, data sets of the `datasets` library."""
+"""Labelled images on disk: folders of classes, Parquet with an image column, MNIST's files, the `datasets` library."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from s2d.results import parse_json
 from s2d.tasks.base import SPLITS, Split
 from s2d.tasks.carving import CARVED, carve
 from s2d.tasks.files import SPLIT_NAMES
+from s2d.tasks.idx import idx_in, read_images, read_labels
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values", "image_bytes")
@@ -45,7 +46,8 @@ def read_labelled_images(
 
     Args:
         data: A folder with ``train`` (``validation``, ``test``) folders of one folder a class, or of class folders
-            alone; a folder with Parquet files named after the splits, or one such file; ``datasets:NAME``.
+            alone; a folder with Parquet files named after the splits, or one such file; a folder with the files of
+            MNIST or of a data set like it; ``datasets:NAME``.
         image: Name of the image column; found by usual names when None.
         label: Name of the label column; likewise.
 
@@ -59,7 +61,10 @@ def read_labelled_images(
         if not path.exists():
             raise InputError(f"there is no folder or file {data!r} with the images (a data set: {PREFIX}NAME)")
         tables = tables_in(path)
-        splits, names = _from_tables(tables, image, label) if tables else (_from_folders(path), None)
+        if tables:
+            splits, names = _from_tables(tables, image, label)
+        else:
+            splits, names = _from_idx(idx_in(path)) or _from_folders(path), None
     if not splits.get("train"):
         raise InputError(f"{data} has no images to train on; it has {', '.join(splits) or 'nothing'}")
     for split, share in CARVED:
@@ -213,6 +218,22 @@ def _label(value: Any, names: tuple[str, ...] | None, place: str) -> str:
             f"{place}: label {value!r} is outside the {len(names)} classes of the data set; repair the row"
         )
     return names[value]
+
+
+# -- MNIST's files
+
+
+def _from_idx(files: dict[Split, tuple[Path, Path]]) -> dict[Split, list[ImageExample]]:
+    found: dict[Split, list[ImageExample]] = {}
+    for split, (images, labels) in files.items():
+        pixels, numbers = read_images(images), read_labels(labels)
+        if len(pixels) != len(numbers):
+            raise InputError(f"{images} holds {len(pixels)} images, {labels.name} beside it {len(numbers)} labels")
+        found[split] = [
+            ImageExample(source, str(number), f"{images}, image {row}")
+            for row, (source, number) in enumerate(zip(pixels, numbers, strict=True), 1)
+        ]
+    return found
 
 
 # -- the datasets library

@@ -1,4 +1,4 @@
-"""Images without labels: files at any depth of a folder, rows of Parquet files, data sets of the `datasets` library."""
+"""Images without labels: files at any depth of a folder, rows of Parquet or MNIST's files, the `datasets` library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from s2d.errors import InputError, first_line, require
+from s2d.tasks import idx
 from s2d.tasks.image_files import IMAGE_NAMES, IMAGE_SUFFIXES, PREFIX, beside, column_of, image_source
 from s2d.tasks.image_rows import ImageRow
 from s2d.tasks.tables import read_table
@@ -21,8 +22,8 @@ def read_images(data: str | os.PathLike[str], image: str | None = None) -> list[
     """All images, not yet opened, in an order that mixes folders and does not depend on where the pile is.
 
     Args:
-        data: A folder with images or Parquet files at any depth, one Parquet file, or ``datasets:NAME``, all of its
-            splits. Hidden files are left out, and so are tables without images.
+        data: A folder with images, Parquet files or MNIST's files at any depth, one such file, or ``datasets:NAME``,
+            all of its splits. Hidden files are left out, and so are tables without images.
         image: Name of the image column; found by usual names when None.
 
     Raises:
@@ -38,6 +39,7 @@ def read_images(data: str | os.PathLike[str], image: str | None = None) -> list[
         tables = [file for file in files if file.suffix.lower() == _TABLE]
         known = [file for file in tables if image is not None or _has_images(file)]
         rows += [row for file in known or (() if rows else tables) for row in _of_table(file, image)]
+        rows += [row for file in files if idx.is_images(file) for row in _of_idx(file)]
         if not rows:
             raise InputError(f"{data} holds no images ({_NAMES}); {_held(path, files)}")
     return sorted(
@@ -66,7 +68,7 @@ def holds_images(data: str | os.PathLike[str]) -> bool:
         return True
     path = Path(data).expanduser()
     files = _files_in(path)
-    images = any(file.suffix.lower() in IMAGE_SUFFIXES or _has_images(file) for file in files)
+    images = any(file.suffix.lower() in IMAGE_SUFFIXES or idx.is_images(file) or _has_images(file) for file in files)
     # Texts are read from one folder, not below it; a metadata file there says something about images.
     texts = any(
         file.suffix.lower() in TEXT_SUFFIXES and not _has_images(file) and not (images and file.stem == "metadata")
@@ -118,6 +120,11 @@ def _of_table(file: Path, image: str | None) -> Iterator[ImageRow]:
         place = f"{file}, row {number}"
         source = image_source(cell, place)
         yield ImageRow(beside(file.parent, source, place) if isinstance(source, Path) else source, (), place)
+
+
+def _of_idx(file: Path) -> Iterator[ImageRow]:
+    for number, source in enumerate(idx.read_images(file), 1):
+        yield ImageRow(source, (), f"{file}, image {number}")
 
 
 def _of_datasets(data: str, image: str | None) -> Iterator[ImageRow]:
