@@ -5,7 +5,8 @@
 
 Looks: every method is trained with each of its settings (`METHODS`, as many for all) on one seed and scored on
 validation data (of tables a part, see `Bed`). Chosen is the setting with the best W4A4 by rounding to nearest, the
-mean of min-max, percentile and MSE ranges; methods take turns, so that an interrupted run has looked at all alike.
+mean of min-max, percentile and MSE ranges (smollm2: of the weights' ranges); methods take turns, so that an interrupted
+run has looked at all alike.
 Test: the chosen settings, each seed, on test data: full precision, W4A4 by rounding to nearest and by --ptq, and how
 far the largest input of a Linear in a block is from the RMS of all. --extra names more ways to quantize AdamW's and
 S2D's models. Table: rivals.md and rivals.svg (with matplotlib) from what is there.
@@ -47,8 +48,6 @@ from s2d.runner import calibration_inputs
 from s2d.tasks import Split, Task, create
 from s2d.training import train
 
-SPEC = "w4a4"
-OBSERVERS = ("minmax", "percentile", "mse")
 CODE = ("baselines", "decay.py", "selection", "shrink.py", "training.py", "optimizers.py")
 
 
@@ -99,12 +98,16 @@ class Bed:
         overrides: What makes it short.
         thin: Every so-manieth row of a file is kept.
         carve: Every so-manieth row of the training file goes to validation, where the data have none; 0 for none.
+        spec: Bit width.
+        observers: Calibrators of rounding to nearest, whose mean decides.
     """
 
     recipe: str
     overrides: tuple[str, ...] = ()
     thin: dict[str, int] | None = None
     carve: int = 0
+    spec: str = "w4a4"
+    observers: tuple[str, ...] = ("minmax", "percentile", "mse")
 
 
 BEDS = {
@@ -123,6 +126,13 @@ BEDS = {
     # From a finished vit-fashion-mnist: -o model=runs/vit-fashion-mnist/arms/adamw-0-.../model
     "fashion-vit": Bed("vit-fashion-mnist", ("train.steps=600", "train.lr=1e-3", "train.checkpoints=[]")),
     "cifar10-vit": Bed("vit-cifar10-small", ("train.steps=1000", "train.checkpoints=[]")),
+    # Static ranges ruin it whatever was done before; the weights' ranges are all that a calibrator chooses here.
+    "smollm2": Bed(
+        "smollm2-wikitext2",
+        ("train.steps=100", "train.check_every=0", "task.windows=100"),
+        spec="w4a4-token",
+        observers=("minmax", "mse"),
+    ),
 }
 
 
@@ -189,7 +199,7 @@ class Stand:
             if cell != FULL:
                 way, _, observer = cell.partition(" ")
                 model = quant.quantize(
-                    model, SPEC, calibration=inputs, method=way, observer=observer or None, seed=seed
+                    model, self.bed.spec, calibration=inputs, method=way, observer=observer or None, seed=seed
                 )
             found = evaluate(model, self.task, split=split, batch_size=self.recipe.batch_size)
             found = {"value": found[self.task.primary]}
@@ -212,16 +222,23 @@ class Stand:
     def rounded(self, method: str, look: Look, seed: int, split: Split) -> float:
         """W4A4 by rounding to nearest, the mean of the calibrators."""
         return statistics.mean(
-            self.score(method, look, seed, split, f"rtn {observer}")["value"] for observer in OBSERVERS
+            self.score(method, look, seed, split, f"rtn {observer}")["value"] for observer in self.bed.observers
         )
 
     def chosen(self, method: str, looks: int) -> Look:
         """The best on validation of those of a method's first looks that are there; the first where none is."""
         there = [look for look in METHODS[method][:looks] if self._looked(method, look)] or METHODS[method][:1]
-        return max(there, key=lambda look: self.rounded(method, look, 0, "validation"))
+        return self.best(there, key=lambda look: self.rounded(method, look, 0, "validation"))
+
+    @property
+    def best(self) -> Any:
+        """``max``, or ``min`` where lower is better."""
+        return max if self.task.higher_is_better else min
 
     def _looked(self, method: str, look: Look) -> bool:
-        return all(self._path(method, look, 0, "validation", f"rtn {observer}").is_file() for observer in OBSERVERS)
+        return all(
+            self._path(method, look, 0, "validation", f"rtn {observer}").is_file() for observer in self.bed.observers
+        )
 
 
 def worst_ratio(model: nn.Module, inputs: Sequence[dict[str, Tensor]]) -> float:
@@ -286,7 +303,7 @@ def test(place: Stand, methods: Sequence[str], looks: int, seeds: Sequence[int],
     for seed in seeds:
         for method in methods:
             look = place.chosen(method, looks)
-            for cell in (FULL, *(f"rtn {observer}" for observer in OBSERVERS), *ways, "ratio"):
+            for cell in (FULL, *(f"rtn {observer}" for observer in place.bed.observers), *ways, "ratio"):
                 place.score(method, look, seed, "test", cell)
 
 
@@ -317,8 +334,8 @@ def known(place: Stand) -> Numbers:
     return found
 
 
-def mean_of(numbers: Numbers, method: str, look: str, seed: int, split: str) -> float | None:
-    found = [numbers.get((method, look, seed, split, f"rtn {observer}")) for observer in OBSERVERS]
+def mean_of(place: Stand, numbers: Numbers, method: str, look: str, seed: int, split: str) -> float | None:
+    found = [numbers.get((method, look, seed, split, f"rtn {observer}")) for observer in place.bed.observers]
     return None if None in found else statistics.mean(n for n in found if n is not None)
 
 
@@ -345,10 +362,10 @@ def looks_table(place: Stand, looks: int, numbers: Numbers) -> tuple[list[str], 
     """The looks as rows of Markdown, and the chosen look of each method."""
     lines, best = [], {}
     for method, settings in METHODS.items():
-        scored = {str(look): mean_of(numbers, method, str(look), 0, "validation") for look in settings[:looks]}
+        scored = {str(look): mean_of(place, numbers, method, str(look), 0, "validation") for look in settings[:looks]}
         there = {look: value for look, value in scored.items() if value is not None}
         if there:
-            best[method] = max(there, key=lambda look: there[look])
+            best[method] = place.best(there, key=lambda look: there[look])
         for look, value in there.items():
             full = numbers[method, look, 0, "validation", FULL]
             lines.append(f"| {method} | {look} | {full:.2f} | {value:.2f} | {'*' if look == best[method] else ''} |")
@@ -356,13 +373,15 @@ def looks_table(place: Stand, looks: int, numbers: Numbers) -> tuple[list[str], 
     return [*head, *lines], best
 
 
-def rows_of(numbers: Numbers, best: dict[str, str], split: str, ways: Sequence[str]) -> dict[str, list[JSON]]:
+def rows_of(
+    place: Stand, numbers: Numbers, best: dict[str, str], split: str, ways: Sequence[str]
+) -> dict[str, list[JSON]]:
     """For each method that was scored on a split, one row a seed."""
     rows: dict[str, list[JSON]] = {}
     for method, look in best.items():
         for seed in sorted({key[2] for key in numbers if key[:2] == (method, look) and key[3] == split}):
             row = {name: numbers.get((method, look, seed, split, name)) for name in (FULL, *ways, "ratio")}
-            rows.setdefault(method, []).append({**row, "rtn": mean_of(numbers, method, look, seed, split)})
+            rows.setdefault(method, []).append({**row, "rtn": mean_of(place, numbers, method, look, seed, split)})
     return rows
 
 
@@ -370,7 +389,7 @@ def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -
     """The looks, the test and the complements, as Markdown."""
     numbers, seconds = known(place), times(place)
     lines, best = looks_table(place, looks, numbers)
-    rows = rows_of(numbers, best, "test", [*ways, *more])
+    rows = rows_of(place, numbers, best, "test", [*ways, *more])
     columns = ["full", "W4A4 rtn, mean", *(f"W4A4 {way}" for way in ways), "worst input/RMS", "time", "seeds"]
     lines += [
         "",
@@ -403,8 +422,8 @@ def figure(place: Stand, looks: int, path: Path) -> None:
         return
     numbers = known(place)
     best = looks_table(place, looks, numbers)[1]
-    tested = all(mean_of(numbers, method, look, 0, "test") is not None for method, look in best.items())
-    rows = rows_of(numbers, best, "test" if tested else "validation", [])
+    tested = all(mean_of(place, numbers, method, look, 0, "test") is not None for method, look in best.items())
+    rows = rows_of(place, numbers, best, "test" if tested else "validation", [])
     drawn = Figure(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
     axes = drawn.subplots()
     kinds = ((FULL, "full precision", "#999999"), ("rtn", "W4A4, rounding to nearest, mean of 3 ranges", "#0072b2"))
