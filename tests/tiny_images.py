@@ -55,7 +55,7 @@ def make_parquet(path: Path, count: int, *, names: bool = True) -> Path:
     return path
 
 
-def make_idx(path: Path, counts: dict[str, int]) -> Path:
+def make_idx(path: Path, counts: dict[str, int], size: tuple[int, int] = (9, 7)) -> Path:
     """``train``, ``t10k``, ... as MNIST's files, compressed where the name of the split says so (``train.gz``)."""
     import gzip
 
@@ -63,7 +63,7 @@ def make_idx(path: Path, counts: dict[str, int]) -> Path:
     for name, count in counts.items():
         split, _, suffix = name.partition(".")
         generator = np.random.default_rng(count)
-        pixels = generator.integers(0, 256, (count, 9, 7), dtype=np.uint8)
+        pixels = generator.integers(0, 256, (count, *size), dtype=np.uint8)
         labels = (np.arange(count) % 3).astype(np.uint8)
         for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
             header = bytes((0, 0, 8, array.ndim)) + b"".join(size.to_bytes(4, "big") for size in array.shape)

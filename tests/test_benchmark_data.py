@@ -1,0 +1,37 @@
+"""The scripts that make data of published images: what they write is what the tasks read, and says what is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.tiny_images import make_idx
+
+from s2d.tasks import create
+
+image = pytest.importorskip("PIL.Image")
+pytest.importorskip("pycocotools")
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def test_boxes_are_around_the_garments_and_nothing_is_outside(tmp_path: Path) -> None:
+    data = make_idx(tmp_path / "garments", {"train": 5300, "t10k": 30}, (28, 28))
+    command = [sys.executable, str(BENCHMARKS / "fashion_boxes.py"), str(data), "--out", str(tmp_path / "boxes")]
+    counts = {"train": 8, "validation": 4, "test": 6}
+    given = [part for split, count in counts.items() for part in (f"--{split}", str(count))]
+    subprocess.run([*command, *given], check=True, capture_output=True, timeout=120)
+    task = create("detection", data=tmp_path / "boxes")
+    assert task.sizes() == counts
+    for split in counts:
+        for row, boxes in zip(task.rows[split], task._boxes[split], strict=True):  # pyright: ignore
+            pixels = np.asarray(image.open(row.source)).copy()
+            assert 1 <= len(boxes) <= 3
+            for x, y, width, height in boxes.int().tolist():
+                edge = pixels[y : y + height, x : x + width]
+                assert edge[0].any() and edge[-1].any() and edge[:, 0].any() and edge[:, -1].any()
+            for x, y, width, height in boxes.int().tolist():
+                pixels[y : y + height, x : x + width] = 0
+            assert not pixels.any()
