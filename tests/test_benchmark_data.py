@@ -1,4 +1,4 @@
-"""The scripts that make data of published images: what they write is what the tasks read, and says what is there."""
+"""The scripts that make data and models for the benchmarks: what they write is read, and holds what was given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tests.tiny_images import make_idx
 
+from s2d.models import load
 from s2d.tasks import create
 
 image = pytest.importorskip("PIL.Image")
@@ -35,3 +37,19 @@ def test_boxes_are_around_the_garments_and_nothing_is_outside(tmp_path: Path) ->
             for x, y, width, height in boxes.int().tolist():
                 pixels[y : y + height, x : x + width] = 0
             assert not pixels.any()
+
+
+def test_a_detector_starts_with_the_encoders_blocks(tmp_path: Path) -> None:
+    script, out = BENCHMARKS / "yolos_from_vit.py", tmp_path / "start"
+    command = [sys.executable, str(script), "trained:vit-fashion", "new:yolos-fashion", "--out", str(out)]
+    assert "69 of 72 tensors" in subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    made, given = load(str(out)).model, load("trained:vit-fashion").model.encoder
+    features: dict[str, torch.Tensor] = {}
+    for name, model, block in (
+        ("yolos", made, made.vit.encoder.layer[1]),  # pyright: ignore[reportAttributeAccessIssue]
+        ("vit", given, given.vit.layers[1]),  # pyright: ignore[reportAttributeAccessIssue]
+    ):
+        assert isinstance(model, torch.nn.Module)
+        out_of = block(torch.linspace(-1, 1, 5 * 128).view(1, 5, 128))
+        features[name] = out_of[0] if isinstance(out_of, tuple) else out_of
+    assert torch.allclose(features["yolos"], features["vit"], atol=1e-5)
