@@ -123,8 +123,7 @@ BEDS = {
         thin={"dev": 3, "test": 3},
     ),
     "docstrings": Bed("minilm-docstrings", ("train.steps=60", "train.batch_size=32")),
-    # From a finished vit-fashion-mnist: -o model=runs/vit-fashion-mnist/arms/adamw-0-.../model
-    "fashion-vit": Bed("vit-fashion-mnist", ("train.steps=600", "train.lr=1e-3", "train.checkpoints=[]")),
+    "fashion-vit": Bed("vit-fashion-condition", ("train.steps=600",)),
     "cifar10-vit": Bed("vit-cifar10-small", ("train.steps=1000", "train.checkpoints=[]")),
     # Static ranges ruin it whatever was done before; the weights' ranges are all that a calibrator chooses here.
     "smollm2": Bed(
