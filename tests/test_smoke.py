@@ -20,13 +20,15 @@ SHORT = ["quantize.specs=[fp32,w4a4]", "quantize.observers=[mse]"]  # fewer bit 
 
 
 def different() -> list[str]:
-    """Recipes without those that differ from a later one by nothing a trial sees: the data and two numbers."""
+    """Recipes without those that differ from a later one by data, numbers and an untrained arm alone."""
     seen: dict[str, str] = {}
     for name in TRIED:
         recipe = read_recipe(name, SHORT)[1]
-        content = recipe.model_dump(exclude={"about": True, "model": True, "train": {"lr", "weight_decay", "steps"}})
+        numbers = {"lr", "weight_decay", "steps", "batch_size", "clip", "checkpoints"}
+        content = recipe.model_dump(include={"smoke": True, "quantize": {"methods"}, "qat": True})
+        content["train"] = recipe.train.model_dump(exclude=numbers)
         content["task"] = recipe.task.name, sorted(recipe.task.options.keys() - {"data", "classes"})
-        content["train"] |= {"checkpoints": bool(recipe.train.checkpoints)}
+        content["arms"] = {arm: decay for arm, decay in recipe.arms.items() if arm != "none"}
         seen[repr(content)] = name
     return list(seen.values())
 
