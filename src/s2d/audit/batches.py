@@ -17,7 +17,7 @@ from s2d.errors import InputError, require
 from s2d.models import Loaded
 from s2d.tasks.docstring_corpus import STDLIB, collect
 from s2d.tasks.files import split_files
-from s2d.tasks.idx import idx_in, read_images
+from s2d.tasks.idx import idx_in, placed_images
 from s2d.tasks.image_files import IMAGE_SUFFIXES, tables_in
 from s2d.tasks.language_modeling import cut_windows
 from s2d.tasks.tables import TABLE_SUFFIXES, Table, read_table
@@ -242,8 +242,7 @@ def _image_contents(path: Path) -> Iterator[tuple[str, Any]]:
                 yield from _parquet_images(read_table(table))
             packed = idx_in(path)
             for file, _ in [packed[split] for split in _SPLITS if split in packed][:1]:
-                for number, content in enumerate(read_images(file), 1):
-                    yield f"{file}, image {number}", io.BytesIO(content)
+                yield from ((place, io.BytesIO(content)) for place, content in placed_images(file))
         # Every so many, so that a folder sorted by class gives more than its first class.
         step = max(1, len(files) // IMAGES)
         yield from ((str(file), file) for start in range(step) for file in files[start::step])

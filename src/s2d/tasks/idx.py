@@ -10,6 +10,7 @@ import gzip
 import math
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from s2d.errors import InputError, first_line
@@ -55,6 +56,12 @@ def read_images(file: Path) -> list[bytes]:
     (count, height, width), pixels = _read(file, axes=3)
     header, size = f"P5 {width} {height} 255\n".encode(), height * width
     return [header + pixels[start : start + size] for start in range(0, count * size, size)]
+
+
+def placed_images(file: Path) -> Iterator[tuple[str, bytes]]:
+    """The images, each with its place for messages."""
+    for number, source in enumerate(read_images(file), 1):
+        yield f"{file}, image {number}", source
 
 
 def read_labels(file: Path) -> list[int]:

@@ -12,7 +12,7 @@ from s2d.results import parse_json
 from s2d.tasks.base import SPLITS, Split
 from s2d.tasks.carving import CARVED, carve
 from s2d.tasks.files import SPLIT_NAMES
-from s2d.tasks.idx import idx_in, read_images, read_labels
+from s2d.tasks.idx import idx_in, placed_images, read_labels
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values", "image_bytes")
@@ -226,12 +226,11 @@ def _label(value: Any, names: tuple[str, ...] | None, place: str) -> str:
 def _from_idx(files: dict[Split, tuple[Path, Path]]) -> dict[Split, list[ImageExample]]:
     found: dict[Split, list[ImageExample]] = {}
     for split, (images, labels) in files.items():
-        pixels, numbers = read_images(images), read_labels(labels)
+        pixels, numbers = list(placed_images(images)), read_labels(labels)
         if len(pixels) != len(numbers):
             raise InputError(f"{images} holds {len(pixels)} images, {labels.name} beside it {len(numbers)} labels")
         found[split] = [
-            ImageExample(source, str(number), f"{images}, image {row}")
-            for row, (source, number) in enumerate(zip(pixels, numbers, strict=True), 1)
+            ImageExample(source, str(number), place) for (place, source), number in zip(pixels, numbers, strict=True)
         ]
     return found
 

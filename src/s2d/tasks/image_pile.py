@@ -39,7 +39,8 @@ def read_images(data: str | os.PathLike[str], image: str | None = None) -> list[
         tables = [file for file in files if file.suffix.lower() == _TABLE]
         known = [file for file in tables if image is not None or _has_images(file)]
         rows += [row for file in known or (() if rows else tables) for row in _of_table(file, image)]
-        rows += [row for file in files if idx.is_images(file) for row in _of_idx(file)]
+        packed = [file for file in files if idx.is_images(file)]
+        rows += [ImageRow(source, (), place) for file in packed for place, source in idx.placed_images(file)]
         if not rows:
             raise InputError(f"{data} holds no images ({_NAMES}); {_held(path, files)}")
     return sorted(
@@ -120,11 +121,6 @@ def _of_table(file: Path, image: str | None) -> Iterator[ImageRow]:
         place = f"{file}, row {number}"
         source = image_source(cell, place)
         yield ImageRow(beside(file.parent, source, place) if isinstance(source, Path) else source, (), place)
-
-
-def _of_idx(file: Path) -> Iterator[ImageRow]:
-    for number, source in enumerate(idx.read_images(file), 1):
-        yield ImageRow(source, (), f"{file}, image {number}")
 
 
 def _of_datasets(data: str, image: str | None) -> Iterator[ImageRow]:
