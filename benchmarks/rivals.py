@@ -73,7 +73,7 @@ PAPER = {"preset": "paper", "refresh_every": 10}
 BOTH = ["linear", "norm"]
 MUON = {"optimizer": "muon"}
 METHODS: dict[str, list[Look]] = {
-    "adamw": [Look(), Look(rate=0.5), Look(rate=2.0)],
+    "adamw": [Look(), Look(rate=2.0), Look(rate=0.5)],
     "s2d": [Look({}), Look({"strength": 0.1}), Look({"outlier_ratio": 6.0})],
     "random-directions": rival("random-directions", {}, {"strength": 0.02}, {"strength": 0.1}),
     "l2": rival("l2", {"strength": 0.01, "kinds": BOTH}, {"strength": 0.01}, {"strength": 0.003}),
@@ -81,6 +81,7 @@ METHODS: dict[str, list[Look]] = {
     "kure": rival("kure", {"of": "activations", "weight": 0.3}, {}, {"of": "activations", "weight": 3.0}),
     "clip": rival("clip", {"limit": 3.0}, {"limit": 1.5}, {"limit": 5.0}),
     "muon": [Look(train=MUON), Look(train=MUON, rate=2.0), Look(train=MUON, rate=0.5)],
+    "s2d-muon": [Look({}, MUON), Look({}, MUON, rate=2.0), Look({"strength": 0.1}, MUON)],
     "s2d-paper": [Look(PAPER), Look({**PAPER, "strength": 0.05}), Look({**PAPER, "strength": 0.005})],
     "spectral-norm": rival("spectral-norm", {"weight": 0.01}, {"weight": 0.001}, {"weight": 0.1}),
     "s2d-n1": [Look({**PAPER, "power": 1.0, "strength": each}) for each in (0.05, 0.5, 0.005)],
@@ -113,9 +114,9 @@ class Bed:
 BEDS = {
     "banking77": Bed(
         "minilm-banking77",
-        ("task.max_length=32", "train.steps=60", "train.batch_size=32", "train.lr=3e-4", "train.head_lr=3e-3"),
-        thin={"test": 5},
-        carve=40,
+        ("task.max_length=32", "train.steps=120", "train.batch_size=32", "train.lr=6e-4", "train.head_lr=6e-3"),
+        thin={"test": 4},
+        carve=20,
     ),
     "sst2": Bed(
         "minilm-sst2",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.tiny_text import make_data, make_model
 
 from s2d.cli import main
@@ -191,6 +192,32 @@ def test_quantize_saves_what_evaluate_reads(
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_quantize_trains_on_the_grid_without_labels(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "bert")
+    weights = load_file(model / "model.safetensors")
+    large = {
+        name: 10 * value if value.ndim == 2 else value for name, value in weights.items()
+    }  # or all texts are alike
+    save_file(large, model / "model.safetensors", {"format": "pt"})
+    words = ("apple", "robin", "saw", "the", "old", "wren", "fig", "drill")
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(words[i >> n & 7] for n in range(4)) for i in range(256)))
+    task = ("--task", "unlabelled-text", "--data", str(tmp_path / "texts.txt"), "-o", "task.max_length=16", "-q")
+    cosines = {}
+    for name, more in (
+        ("rounded", ()),
+        ("trained", ("--steps", "60", "-o", "qat.lr=5e-3", "-o", "train.batch_size=16")),
+    ):
+        out, score = tmp_path / name, tmp_path / f"{name}.json"
+        common = ("quantize", str(model), "--spec", "w3a3", "--method", "rotation")
+        assert main([*common, *more, *task, "--out", str(out)]) == 0
+        assert not (tmp_path / f"{name}.training").exists()
+        assert main(["evaluate", str(out), *task, "--json", str(score)]) == 0
+        records = {record["metric"]: record for record in json.loads(score.read_text())["records"]}
+        cosines[name] = records["cosine"]["value"]
+        assert records["cosine"]["spec"] == "w3a3"
+    assert 100 - cosines["trained"] < 0.7 * (100 - cosines["rounded"])
+
+
 def test_a_budget_of_bits_is_kept_and_explained(
     conditioned: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +338,8 @@ def test_damaged_models(
         (["quantize", "{model}", "--observer", "max", "--out", "{out}"], "unknown observer 'max'"),
         (["quantize", "{model}", "--spec", "four", "--out", "{out}"], "unknown quantization spec 'four'"),
         (["quantize", "{model}"], "add --out FOLDER, or --dry-run"),
+        (["quantize", "{model}", "--out", "{out}", "--steps", "9"], "--steps trains, so it needs --task and its data"),
+        (["quantize", "{model}", "--out", "{out}", *TASK, "{data}", "-o", "qat.lr=1e-3"], "add --steps"),
         (["quantize", "{model}", "--budget", "some", "--dry-run"], "a budget is a number of bits a weight"),
         (["quantize", "{model}", "--budget", "2", "--dry-run"], "is below the smallest choice, 3; raise it"),
         (["quantize", "{model}", "--out", "{here}/notes.txt"], "is a file; name a folder"),

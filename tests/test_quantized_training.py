@@ -105,6 +105,20 @@ def test_a_state_of_other_settings_is_refused(trained: nn.Module, task: Task, tm
             train_quantized(trained, task, spec, SETTINGS, qat, calibration=data, state=state)
 
 
+@pytest.mark.parametrize("method", ["rotation+gptq", "smoothquant"])
+def test_it_starts_where_a_method_ends(trained: nn.Module, task: Task, tmp_path: Path, method: str) -> None:
+    data = calibration(task)
+    rounded = quant.quantize(trained, "w3a3", calibration=data, method=method)
+    settings = TrainSettings(steps=40, batch_size=16, lr=2e-3)
+    model, _ = train_quantized(trained, task, "w3a3", settings, QATSettings(method=method), calibration=data)
+    batch = next(task.batches("train", batch_size=120))
+    with torch.no_grad():
+        assert task.loss(model, batch) < 0.8 * task.loss(rounded, batch)
+    assert {type(module) for module in model.modules()} == {type(module) for module in rounded.modules()}
+    quant.save(model, tmp_path)
+    assert task.evaluate(quant.load(tmp_path, trained)) == task.evaluate(model)
+
+
 # -- in a recipe -------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +168,7 @@ def test_every_arm_and_width_is_a_record_and_computed_once(
         ("qat.stepps=3", r"unknown key qat\.stepps; did you mean steps"),
         ("qat.freeze=2", r"qat\.freeze=2"),
         ("qat.step_lr=0", r"qat\.step_lr=0"),
+        ("qat.method=rotatoin", "unknown quantization method 'rotatoin'; choose from"),
     ],
 )
 def test_what_cannot_be_is_refused(recipe: Recipe, override: str, message: str) -> None:

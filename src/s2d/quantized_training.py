@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from s2d.quant import QuantSpec
+from s2d.quant import QuantSpec, get_methods
 from s2d.quant.distillation import Distiller
 from s2d.quant.qat import STEP_LR, QATSchedule, finish_qat, learned_parameters, prepare_qat
 from s2d.tasks import Task
@@ -21,6 +21,7 @@ class QATSettings(BaseModel):
     """How the ranges are trained; steps, batches and the rate of the weights are those of `TrainSettings`.
 
     Attributes:
+        method: The post-training method that the training starts from.
         step_lr: Peak learning rate of the ranges; it follows the schedule of the others.
         warmup: See `QATSchedule`; likewise the next two.
         freeze: See `QATSchedule`.
@@ -30,11 +31,18 @@ class QATSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    method: str = "rtn"
     step_lr: float = Field(default=STEP_LR, gt=0, allow_inf_nan=False)
     warmup: float = Field(default=0.0, ge=0, le=1)
     freeze: float = Field(default=0.2, ge=0, le=1)
     oscillation: bool = False
     distill: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        get_methods(method)
+        return method
 
 
 class RangeTraining:
@@ -56,7 +64,7 @@ class RangeTraining:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Begin the schedule."""
-        course = self._settings.model_dump(exclude={"step_lr", "distill"})
+        course = self._settings.model_dump(exclude={"method", "step_lr", "distill"})
         self._schedule = QATSchedule(self._model, optimizer, steps=self._steps, **course)
 
     def loss(self) -> Tensor | None:
@@ -112,7 +120,7 @@ def train_quantized(
         InputError: As `prepare_qat` and `train`.
     """
     settings, qat = settings or TrainSettings(), qat or QATSettings()
-    student = prepare_qat(model, spec, calibration=calibration, seed=seed)
+    student = prepare_qat(model, spec, calibration=calibration, method=qat.method, seed=seed)
     teacher = Distiller(student, model, calibration) if qat.distill > 0 else None
     companion = RangeTraining(student, teacher, qat, settings.steps)
     done = train(student, task, settings, seed=seed, decay=decay, companion=companion, state=state, on_step=on_step)

@@ -159,6 +159,10 @@ class QATSection(QATSettings):
         """How the ranges are trained."""
         return QATSettings(**{name: getattr(self, name) for name in QATSettings.model_fields})
 
+    def training(self, train: TrainSettings) -> TrainSettings:
+        """The recipe's training with this one's steps and rate."""
+        return train.model_copy(update={"steps": self.steps, "lr": self.lr, "head_lr": None})
+
 
 class Reference(_Section):
     """What an arm is known to score in full precision. Far from it, data or preprocessing are not what they should be.
@@ -188,7 +192,7 @@ class Recipe(_Section):
         seeds: Each is a repetition of all arms.
         split: What is evaluated. Settings are chosen on ``validation``.
         quantize: Bit widths and calibrators.
-        qat: Quantization-aware training after each arm's fine-tuning; null for none.
+        qat: Quantization-aware training of each arm's model, after its fine-tuning if it has one; null for none.
         reference: A known score that a run has to come near, or it stops before anything is made of it; null for none.
         audit: Look at every weight before and after.
         device: ``auto`` takes an accelerator where there is one.

@@ -354,7 +354,7 @@ class Runner:
     def _trained_cells(self, arm: str, seed: int) -> list[JSON]:
         """One record for each metric of each bit width that the arm's model is trained for."""
         qat, records = self.recipe.qat, []
-        if qat is None or arm == UNTRAINED:
+        if qat is None:
             return records
         decay = self.recipe.arms[arm] if qat.decay else None
         key: JSON = {
@@ -391,7 +391,7 @@ class Runner:
                 model,
                 self.task,
                 spec,
-                recipe.train.model_copy(update={"steps": qat.steps, "lr": qat.lr, "head_lr": None}),
+                qat.training(recipe.train),
                 qat.settings,
                 calibration=calibration_inputs(self.task, recipe.quantize.calibration, seed),
                 seed=seed,

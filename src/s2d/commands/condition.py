@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +21,9 @@ from s2d.commands.shared import (
     app,
     check_file,
     check_folder,
+    clear,
     command,
+    held_beside,
     save_json,
     say,
     settings,
@@ -103,7 +104,7 @@ def condition(
         train=_budget(steps, minutes),
         arms={"s2d": {} if preset is None else {"preset": preset}},
     )
-    held = out.with_name(f"{out.name}.training")
+    held = held_beside(out)
     quiet = quiet or not launch.leads()
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         watch.stage(f"loading {model}", 1)
@@ -150,7 +151,7 @@ def condition(
         run_part = run_metadata(data_hash=made.fingerprint, model_fingerprint=loaded.fingerprint, **notes)
         told = {**asdict(done), "seed": seed, "settings": recipe.train.outcome(), "decay": recipe.arms["s2d"]}
         write_card(out, base=model, task=recipe.task.name, training=told, run=run_part)
-        _clear(held)
+        clear(held)
     if json_file is not None:
         training = {name: value for name, value in asdict(done).items() if name != "history"}
         save_json(json_file, {"run": run_part, "training": training, "history": done.history})
@@ -171,18 +172,6 @@ def _tell_strength(model: nn.Module, decay: dict[str, Any] | None, watch: Watch)
             "the default strength was found on encoders; for a language model begin with -o decay.strength=0.005, "
             "or 0 for training without decay"
         )
-
-
-def _clear(held: Path) -> None:
-    """Remove what a training kept to be continued, and nothing that somebody else put there."""
-    from s2d.quant.resume import Store
-    from s2d.results import sweep
-
-    sweep(held, age=0.0)  # by a run that was killed while it saved
-    (held / "state.pt").unlink(missing_ok=True)
-    Store.discard(held / "blocks")
-    with suppress(OSError):
-        held.rmdir()
 
 
 def _task_of(objective: str, task: str | None, data: str | None) -> str | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from s2d.commands.shared import (
     Data,
@@ -21,13 +22,23 @@ from s2d.commands.shared import (
     bars,
     check_file,
     check_folder,
+    clear,
     command,
+    held_beside,
     refuse_too_little,
     save_json,
     say,
     settings,
 )
 from s2d.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from s2d.quant import QuantSpec
+    from s2d.recipe import Recipe
+    from s2d.tasks import Task
+    from s2d.training import Training
 
 
 @command(app, example="s2d quantize runs/conditioned --spec w4a4 --observer mse --out runs/w4a4", together=True)
@@ -47,6 +58,10 @@ def quantize(
     prefix: Annotated[
         int, typer.Option(min=0, help="First tokens of a text that stay at full precision, and out of the ranges.")
     ] = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Then train it with the quantizers in place (QAT) for so many steps; needs --task."),
+    ] = None,
     task: TaskName = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the quantized model.")] = None,
@@ -60,17 +75,23 @@ def quantize(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model after training, calibrated on a little data.
+    """Quantize a model, calibrated on a little data; with --steps, train its weights and ranges on the grid.
 
     With --task, calibration uses training examples of it (128; -o quantize.calibration.samples=256); otherwise the
     texts or images of --data, or docstrings of the standard library. With --budget each layer is first measured at
     every width (minutes), and the layers that make most of the error are named. Low bits are simulated in floating
     point; s2d.load and s2d evaluate read the folder. Under torchrun each process reads a share of the calibration data.
+
+    --steps continues from where --method ends, with the loss of --task: for unlabelled-text and unlabelled-images that
+    is to stay the model that went in, so no labels are needed. Settings: -o qat.lr=2e-4, -o train.batch_size=32; how
+    far it got is kept beside --out, and the same command continues.
     """
     if out is None and not dry_run:
         raise InputError("where should the quantized model go? add --out FOLDER, or --dry-run to see the plan only")
     check_folder(out)
     check_file(json_file)
+    if steps is not None and (task is None or budget is not None or resume is not None):
+        raise InputError("--steps trains, so it needs --task and its data, and goes without --budget and --resume")
     from s2d import launch, quant
     from s2d.audit import audit_batches
     from s2d.checkpoint import load, save
@@ -86,13 +107,17 @@ def quantize(
         parsed = replace(parsed, prefix=prefix)
     entries = quant.get_methods(method)
     if launch.count() > 1:
-        quant.refuse_undivided(entries)
+        if steps is None:
+            quant.refuse_undivided(entries)
         if budget is not None or dry_run:
             raise InputError("--budget and --dry-run work in one process; start them without torchrun")
         quiet = quiet or not launch.leads()
         launch.meet(device_of(device) == "cpu")
     bits = None if budget is None else affordable(budget, CHOICES)  # before the model is loaded
-    recipe = settings(model, task, data, o) if task is not None or o else None
+    trained = {} if steps is None else {"qat": {"steps": steps, "method": method}}
+    recipe = settings(model, task, data, o, **trained) if task is not None or o else None
+    if steps is None and recipe is not None and recipe.qat is not None:
+        raise InputError("qat is for training with the quantizers in place; add --steps")
     made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
     refuse_too_little(f"quantizing {model}", model, device_of(device))
     loaded = load(model, device=device_of(device))
@@ -107,7 +132,7 @@ def quantize(
     except InputError:
         if not dry_run or bits is not None:  # a plan needs no data; its time is then left out
             raise
-    if launch.count() > 1:
+    if launch.count() > 1 and steps is None:
         inputs = list(inputs)
         if len(inputs) < launch.count():
             raise InputError(
@@ -123,27 +148,65 @@ def quantize(
     if dry_run:
         say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
     else:
-        quantized = quant.quantize(
-            plain,
-            parsed,
-            calibration=inputs,
-            method=method,
-            protocol=protocol,
-            seed=seed,
-            resume=resume,
-            inplace=True,
-            shared=launch.count() > 1,
-            progress=bars(quiet),
-        )
+        assert out is not None  # else it is a plan
+        said = f"{out}: {model} at {parsed}"
+        if recipe is not None and made is not None and recipe.qat is not None:
+            quantized, done = _train(plain, made, parsed, recipe, inputs, seed, held_beside(out), quiet)
+            said += f", trained for {done.steps} steps ({done.seconds:.0f} s, last loss {done.losses[-1]:.3g})"
+        else:
+            quantized = quant.quantize(
+                plain,
+                parsed,
+                calibration=inputs,
+                method=method,
+                protocol=protocol,
+                seed=seed,
+                resume=resume,
+                inplace=True,
+                shared=launch.count() > 1,
+                progress=bars(quiet),
+            )
         launch.part()
         if not launch.leads():
             return  # the first process writes
-        assert out is not None
         notes = {**loaded.notes, "quantized": {"model": model}}
         save(quantized, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
+        if steps is not None:
+            clear(held_beside(out))
         count = sum(site.format is not None for site in plan)
-        say(quiet, f"{out}: {model} at {parsed}, {count} of {len(plan)} sites quantized")
+        say(quiet, f"{said}, {count} of {len(plan)} sites quantized")
     if json_file is not None:
         sites = [{**vars(site), "format": None if site.format is None else site.format.name} for site in plan]
         about = run_metadata(spec=parsed.to_dict(), method=method, model=model, seed=seed)
         save_json(json_file, {"run": about, "plan": sites})
+
+
+def _train(
+    model: nn.Module,
+    task: Task,
+    spec: QuantSpec,
+    recipe: Recipe,
+    calibration: Any,
+    seed: int,
+    held: Path,
+    quiet: bool,
+) -> tuple[nn.Module, Training]:
+    """Quantization-aware training as in a recipe, for one model and spec."""
+    from s2d.quantized_training import train_quantized
+    from s2d.terminal import Watch
+
+    assert recipe.qat is not None
+    with Watch(Console(stderr=True), quiet=quiet) as watch:
+        watch.stage(f"training at {spec}", recipe.qat.steps)
+        return train_quantized(
+            model,
+            task,
+            spec,
+            recipe.qat.training(recipe.train),
+            recipe.qat.settings,
+            calibration=calibration,
+            seed=seed,
+            decay=recipe.arms["s2d"] if recipe.qat.decay else None,
+            state=held / "state.pt",
+            on_step=lambda step, loss: watch.advance(step, f"loss {loss:.3g}"),
+        )

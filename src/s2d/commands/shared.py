@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands, so that help is there at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -128,6 +129,23 @@ def refuse_too_little(doing: str, model: str, device: str) -> None:
     shapes = memory.shapes_of(model)
     if shapes is not None:
         memory.refuse_too_little(memory.to_load(shapes, copies=2), doing, device)
+
+
+def held_beside(out: Path) -> Path:
+    """The folder in which a training keeps how far it got, until the model is saved."""
+    return out.with_name(f"{out.name}.training")
+
+
+def clear(held: Path) -> None:
+    """Remove what a training kept to be continued, and nothing that somebody else put there."""
+    from s2d.quant.resume import Store
+    from s2d.results import sweep
+
+    sweep(held, age=0.0)  # by a run that was killed while it saved
+    (held / "state.pt").unlink(missing_ok=True)
+    Store.discard(held / "blocks")
+    with contextlib.suppress(OSError):
+        held.rmdir()
 
 
 def save_json(path: Path, content: Any) -> None:
