@@ -8,8 +8,8 @@ validation data (of tables a part, see `Bed`). Chosen is the setting with the be
 mean of min-max, percentile and MSE ranges (smollm2: of the weights' ranges); methods take turns, so that an interrupted
 run has looked at all alike.
 Test: the chosen settings, each seed, on test data: full precision, W4A4 by rounding to nearest and by --ptq, and how
-far the largest input of a Linear in a block is from the RMS of all. --extra names more ways to quantize AdamW's and
-S2D's models. Table: rivals.md and rivals.svg (with matplotlib) from what is there.
+far the largest input of a Linear in a block is from the RMS of all; "to s2d" is paired, seed by seed. --extra names
+more ways to quantize AdamW's and S2D's models. Table: rivals.md and rivals.svg (with matplotlib) from what is there.
 
 A cell is a file under --out, named after all that it depends on but the code; what is there is not computed again,
 and any moment is a good one to stop. Time is the processor time of a step as a ratio to AdamW's in the same cells, the
@@ -381,8 +381,16 @@ def rows_of(
     for method, look in best.items():
         for seed in sorted({key[2] for key in numbers if key[:2] == (method, look) and key[3] == split}):
             row = {name: numbers.get((method, look, seed, split, name)) for name in (FULL, *ways, "ratio")}
-            rows.setdefault(method, []).append({**row, "rtn": mean_of(place, numbers, method, look, seed, split)})
+            row |= {"seed": seed, "rtn": mean_of(place, numbers, method, look, seed, split)}
+            rows.setdefault(method, []).append(row)
     return rows
+
+
+def differences(rows: Sequence[JSON], others: Sequence[JSON]) -> list[float | None]:
+    """How far rounding to nearest is above that of others, seed by seed."""
+    by_seed = {row["seed"]: row["rtn"] for row in others if row["rtn"] is not None}
+    pairs = [(row["rtn"], by_seed.get(row["seed"])) for row in rows if row["rtn"] is not None]
+    return [found - other for found, other in pairs if other is not None]
 
 
 def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -> str:
@@ -390,7 +398,7 @@ def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -
     numbers, seconds = known(place), times(place)
     lines, best = looks_table(place, looks, numbers)
     rows = rows_of(place, numbers, best, "test", [*ways, *more])
-    columns = ["full", "W4A4 rtn, mean", *(f"W4A4 {way}" for way in ways), "worst input/RMS", "time", "seeds"]
+    columns = ["full", "W4A4 rtn, mean", "to s2d", *(f"W4A4 {way}" for way in ways), "worst input/RMS", "time", "seeds"]
     lines += [
         "",
         f"## {place.name}: test",
@@ -400,6 +408,7 @@ def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -
     ]
     for method, found in rows.items():
         cells = [spread([row[name] for row in found]) for name in (FULL, "rtn", *ways, "ratio")]
+        cells.insert(2, spread(differences(found, rows.get("s2d", []))))
         slow = ""
         if method in seconds and "adamw" in seconds:
             slow = f"x{statistics.median(seconds[method]) / statistics.median(seconds['adamw']):.2f}"
@@ -414,7 +423,7 @@ def tables(place: Stand, looks: int, ways: Sequence[str], more: Sequence[str]) -
 
 
 def figure(place: Stand, looks: int, path: Path) -> None:
-    """Two bars for each chosen setting, full precision and W4A4: on test where all are tested, else on validation."""
+    """Two bars for each chosen setting, full precision and W4A4, with its range over seeds; on test if all are."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
@@ -426,10 +435,15 @@ def figure(place: Stand, looks: int, path: Path) -> None:
     rows = rows_of(place, numbers, best, "test" if tested else "validation", [])
     drawn = Figure(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
     axes = drawn.subplots()
-    kinds = ((FULL, "full precision", "#999999"), ("rtn", "W4A4, rounding to nearest, mean of 3 ranges", "#0072b2"))
+    ranges = len(place.bed.observers)
+    kinds = ((FULL, "full precision", "#999999"), ("rtn", f"W4A4, rounding, mean of {ranges} ranges", "#0072b2"))
     for number, (kind, label, colour) in enumerate(kinds):
-        means = [statistics.mean(row[kind] for row in found if row[kind] is not None) for found in rows.values()]
-        axes.barh([n + (number - 0.5) * 0.4 for n in range(len(rows))], means, 0.38, label=label, color=colour)
+        values = [[row[kind] for row in found if row[kind] is not None] for found in rows.values()]
+        means = [statistics.mean(each) for each in values]
+        spans = [[mean - min(each) for mean, each in zip(means, values, strict=True)]]
+        spans += [[max(each) - mean for mean, each in zip(means, values, strict=True)]]
+        places = [n + (number - 0.5) * 0.4 for n in range(len(rows))]
+        axes.barh(places, means, 0.38, label=label, color=colour, xerr=spans, error_kw={"lw": 1, "ecolor": "#333333"})
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlabel(f"{place.task.primary}, {'test' if tested else 'validation'}")

@@ -41,7 +41,7 @@ def test_it_looks_tests_and_tables_and_computes_nothing_twice(
     # Both: full precision and three calibrators on validation; these, gptq and the ratio on test; AdamW by smoothquant.
     assert len(cells) == 2 * 4 + 2 * 6 + 1
     table = (tmp_path / "quick" / "rivals.md").read_text()
-    assert table.count("| * |") == 2 and "| method | full | W4A4 rtn, mean | W4A4 gptq |" in table
+    assert table.count("| * |") == 2 and "| method | full | W4A4 rtn, mean | to s2d | W4A4 gptq |" in table
     run(rivals, tmp_path, "adamw,l2", monkeypatch)
     assert "quick l2" not in capsys.readouterr().out, "nothing was computed again"
     assert cells == {path: path.stat().st_mtime_ns for path in tmp_path.glob("quick/cells/*.json")}
