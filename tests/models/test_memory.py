@@ -50,6 +50,8 @@ def test_training_takes_five_copies_and_what_grows_with_the_batch() -> None:
     grown = {name for name, size in large.parts.items() if size > parts[name]}
     assert grown == {"activations"} and large.parts["activations"] == 2 * parts["activations"]
     assert parts["refresh"] < weights / 50, "skinny matrices"
+    beside = memory.to_train(shapes, 100, quantized=True)
+    assert beside.parts["original"] == 2 * weights and beside.total > small.total + weights
 
 
 def test_block_by_block_only_the_weights_grow_with_the_depth() -> None:
@@ -68,6 +70,7 @@ def test_block_by_block_only_the_weights_grow_with_the_depth() -> None:
         (("condition", "--out", "x"), "conditioning"),
         (("evaluate",), "evaluating"),
         (("quantize", "--spec", "w8a8", "--out", "x"), "quantizing"),
+        (("quantize", "--steps", "9", "--out", "x"), "training"),
     ],
 )
 def test_too_little_memory_is_one_line_before_any_load(

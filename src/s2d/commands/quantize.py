@@ -96,6 +96,7 @@ def quantize(
     from s2d.audit import audit_batches
     from s2d.checkpoint import load, save
     from s2d.evaluation import model_for
+    from s2d.models import memory
     from s2d.quant import QuantSpec
     from s2d.quant.allocate import CHOICES, affordable, sensitivity
     from s2d.results import run_metadata
@@ -119,7 +120,14 @@ def quantize(
     if steps is None and recipe is not None and recipe.qat is not None:
         raise InputError("qat is for training with the quantizers in place; add --steps")
     made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
-    refuse_too_little(f"quantizing {model}", model, device_of(device))
+    shapes = memory.shapes_of(model)
+    if recipe is not None and made is not None and recipe.qat is not None and shapes is not None:
+        tokens = recipe.train.batch_size * made.tokens
+        memory.refuse_too_little(
+            memory.to_train(shapes, tokens, quantized=True), f"training {model}", device_of(device)
+        )
+    else:
+        refuse_too_little(f"quantizing {model}", model, device_of(device))
     loaded = load(model, device=device_of(device))
     plain = loaded.model if made is None else model_for(loaded, made)
     plan = quant.plan(plain, parsed)

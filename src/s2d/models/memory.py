@@ -80,25 +80,29 @@ def to_load(shapes: Shapes, copies: int) -> Footprint:
     return Footprint({"weights": copies * _numbers(shapes) * FLOAT, "libraries": LIBRARIES})
 
 
-def to_train(shapes: Shapes, tokens: int) -> Footprint:
+def to_train(shapes: Shapes, tokens: int, *, quantized: bool = False) -> Footprint:
     """What it takes to train a model with AdamW and the decay, and to hold it as it was beside it.
 
     Args:
         shapes: Of its tensors.
         tokens: Of one batch.
+        quantized: Whether quantizers are in place. Then inputs are kept twice, whole and rounded, and beside the model
+            are the one that it was made from and the one that the task compares it with.
     """
     weights = _numbers(shapes) * FLOAT
     matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and not _is_table(name)]
     vocabulary = max((max(shape) for name, shape in shapes.items() if _is_table(name)), default=0)
     edges = sum(sum(shape) for shape in matrices)
+    copies = 2 if quantized else 1
     return Footprint(
         {
             "weights": weights,
             "gradients": weights,
             "optimizer": 2 * weights,
-            "original": weights,
+            "original": copies * weights,
             "refresh": edges * _SKINNY * FLOAT,
-            "activations": edges * _SURROUNDINGS * tokens * FLOAT + _SCORES * min(tokens, _SCORED) * vocabulary * FLOAT,
+            "activations": copies * edges * _SURROUNDINGS * tokens * FLOAT
+            + _SCORES * min(tokens, _SCORED) * vocabulary * FLOAT,
             "libraries": LIBRARIES,
         }
     )
