@@ -338,7 +338,11 @@ def test_damaged_models(
         (["quantize", "{model}", "--observer", "max", "--out", "{out}"], "unknown observer 'max'"),
         (["quantize", "{model}", "--spec", "four", "--out", "{out}"], "unknown quantization spec 'four'"),
         (["quantize", "{model}"], "add --out FOLDER, or --dry-run"),
-        (["quantize", "{model}", "--out", "{out}", "--steps", "9"], "--steps trains, so it needs --task and its data"),
+        (["quantize", "{model}", "--out", "{out}", "--steps", "9"], "--steps trains, so it needs a loss and data"),
+        (
+            ["quantize", "{model}", *TASK, "{data}", "--out", "{out}", "--steps", "9", "--observer", "mse"],
+            "--steps learns the ranges; leave out --observer",
+        ),
         (["quantize", "{model}", "--out", "{out}", *TASK, "{data}", "-o", "qat.lr=1e-3"], "add --steps"),
         (["quantize", "{model}", "--budget", "some", "--dry-run"], "a budget is a number of bits a weight"),
         (["quantize", "{model}", "--budget", "2", "--dry-run"], "is below the smallest choice, 3; raise it"),

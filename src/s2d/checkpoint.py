@@ -27,6 +27,16 @@ ARCHITECTURE = "s2d_architecture.json"
 _TYPE, _VERSION = "s2d_quantized_model", 1
 
 
+def refuse_in_the_way(folder: Path) -> None:
+    """Refuse a place for a quantized model that something else has taken.
+
+    Raises:
+        InputError: A file, or a folder with something in it that is no quantized model of s2d.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_quantized_folder(folder)):
+        raise InputError(f"{folder} exists and is not a quantized model of s2d; choose another folder or remove it")
+
+
 def save(
     model: nn.Module | Loaded,
     path: str | os.PathLike[str],
@@ -55,8 +65,7 @@ def save(
     if not quant.is_quantized(model):
         return save_model(model, path, tokenizer=tokenizer, processor=processor, notes=notes)
     folder = Path(path)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_quantized_folder(folder)):
-        raise InputError(f"{folder} exists and is not a quantized model of s2d; choose another folder or remove it")
+    refuse_in_the_way(folder)
     content = {"_type": _TYPE, "_version": _VERSION, "model": describe(model), "notes": dict(notes or {})}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -90,11 +90,15 @@ def quantize(
         raise InputError("where should the quantized model go? add --out FOLDER, or --dry-run to see the plan only")
     check_folder(out)
     check_file(json_file)
-    if steps is not None and (task is None or budget is not None or resume is not None):
-        raise InputError("--steps trains, so it needs --task and its data, and goes without --budget and --resume")
+    if steps is not None and task is None:
+        raise InputError(
+            "--steps trains, so it needs a loss and data; add --task, and --data where the task reads some"
+        )
+    if steps is not None and (observer, budget, resume, protocol) != (None, None, None, "own"):
+        raise InputError("--steps learns the ranges; leave out --observer, --budget, --protocol and --resume")
     from s2d import launch, quant
     from s2d.audit import audit_batches
-    from s2d.checkpoint import load, save
+    from s2d.checkpoint import load, refuse_in_the_way, save
     from s2d.evaluation import model_for
     from s2d.models import memory
     from s2d.quant import QuantSpec
@@ -103,6 +107,8 @@ def quantize(
     from s2d.runner import calibration_inputs, device_of
     from s2d.tasks import create
 
+    if out is not None and not dry_run:
+        refuse_in_the_way(out)  # before the work, not after it
     parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
     if prefix:
         parsed = replace(parsed, prefix=prefix)
