@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import statistics
 import tempfile
@@ -323,14 +324,14 @@ Numbers = dict[tuple[str, str, int, str, str], float]
 def known(place: Stand) -> Numbers:
     """Every number that is there of this very bed, by method, look, seed, split and cell."""
     found = {}
-    looks = {(method, str(look)): look for method, settings in METHODS.items() for look in settings}
-    for path in sorted((place.folder / "cells").glob("*.json")):
-        cell = read_json(path)
-        look = looks.get((cell["method"], cell["look"]))
-        if look is None or not path.name.startswith(place.stem(cell["method"], look, cell["seed"], cell["split"])):
-            continue  # of other settings, or of another length of the training
-        key = (cell["method"], cell["look"], cell["seed"], cell["split"], cell["cell"])
-        found[key] = cell["value"] if "value" in cell else cell["ratio"]
+    cells = {path.name: read_json(path) for path in sorted((place.folder / "cells").glob("*.json"))}
+    asked = itertools.product(sorted({cell["seed"] for cell in cells.values()}), ("validation", "test"))
+    for seed, split in asked:
+        for method, look in ((method, look) for method, settings in METHODS.items() for look in settings):
+            stem = place.stem(method, look, seed, split)  # not of other settings, or of another length of the training
+            for cell in (cell for name, cell in cells.items() if name.startswith(stem)):
+                value = cell["value"] if "value" in cell else cell["ratio"]
+                found[method, str(look), seed, split, cell["cell"]] = value
     return found
 
 
