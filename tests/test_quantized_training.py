@@ -160,6 +160,28 @@ def test_every_arm_and_width_is_a_record_and_computed_once(
         Runner("tiny", wider, tmp_path).run()
 
 
+def test_the_published_model_is_trained_too(tmp_path: Path) -> None:
+    words = ("apple", "robin", "saw", "the", "old", "wren", "fig", "drill")
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(words[i >> n & 7] for n in range(4)) for i in range(256)))
+    recipe = make_recipe(
+        {
+            "model": str(make_model(tmp_path / "bert")),
+            "task": {"name": "unlabelled-text", "data": str(tmp_path / "texts.txt"), "max_length": 16},
+            "train": {"batch_size": 16},
+            "arms": {"none": None},
+            "quantize": {"specs": ["fp32"], "calibration": {"samples": 24}},
+            "qat": {"specs": ["w4a4"], "steps": 2, "method": "rotation", "distill": 0},
+            "audit": False,
+        }
+    )
+    records = Runner("tiny", recipe, tmp_path / "run").run()["records"]
+    assert {(r["conditioning"], r["spec"], r["method"]) for r in records} == {
+        ("none", "fp32", "none"),
+        ("none", "w4a4", "qat"),
+    }
+    assert all(0 <= r["value"] <= 100.01 for r in records if r["metric"] == "cosine")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
