@@ -112,6 +112,18 @@ def test_round_trip_through_json(form: Any) -> None:
     assert QuantSpec.parse(spec) is spec
 
 
+def test_the_full_form_as_a_text() -> None:
+    plain = QuantSpec.parse({"base": "w4a4-token", "attention": False})
+    assert plain.attention is None and plain.activation is not None
+    assert QuantSpec.parse("{base: w4a4-token, attention: false}") == plain
+    assert QuantSpec.parse(' {"base": "w4a4-token", "attention": false}') == plain
+    for wrong in ("{base: w4a4", "{" * 5000, "{}}"):
+        with pytest.raises(InputError, match="is no mapping in braces; for example"):
+            QuantSpec.parse(wrong)
+    with pytest.raises(InputError, match="unknown"):
+        QuantSpec.parse("{bse: w4a4}")
+
+
 def test_attention_follows_the_activations_unless_told_otherwise() -> None:
     for form in (
         {"base": "w4a4", "activation": {"granularity": "token"}},

@@ -44,7 +44,12 @@ if TYPE_CHECKING:
 @command(app, example="s2d quantize runs/conditioned --spec w4a4 --observer mse --out runs/w4a4", together=True)
 def quantize(
     model: Model,
-    spec: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w4a4, w4a16, ...")] = "w4a4",
+    spec: Annotated[
+        str,
+        typer.Option(
+            help="Bits of weights and activations: w8a8, w4a4, w4a16, ..., or '{base: w4a4, attention: false}'."
+        ),
+    ] = "w4a4",
     observer: Annotated[str | None, typer.Option(help="minmax, percentile, percentile:99.99 or mse.")] = None,
     budget: Annotated[
         str | None,

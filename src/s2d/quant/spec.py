@@ -50,6 +50,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+import yaml
+
 from s2d.errors import InputError
 from s2d.quant.formats import FORMATS, MAX_BITS, MIN_BITS, BlockFormat, Format, get_format, integer_format
 from s2d.quant.observers import ObserverSpec
@@ -106,13 +108,15 @@ class QuantSpec:
 
     @staticmethod
     def parse(source: str | Mapping[str, Any] | QuantSpec) -> QuantSpec:
-        """Read a spec from its short text or its full form.
+        """Read a spec from its short text, from its full form, or from a text of that (YAML or JSON in braces).
 
         Raises:
             InputError: Unknown text, key, format, granularity or observer; an impossible width.
         """
         if isinstance(source, QuantSpec):
             return source
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            return _from_mapping(_mapping_in(source), None)
         if isinstance(source, str):
             return _from_text(source)
         if isinstance(source, Mapping):
@@ -186,6 +190,16 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.search(pattern[3:], name) is not None
     return fnmatchcase(name, pattern)
+
+
+def _mapping_in(text: str) -> Mapping[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        found = None
+    if not isinstance(found, Mapping):
+        raise InputError(f"the quantization spec {text[:80]!r} is no mapping in braces; {_EXAMPLES}")
+    return found
 
 
 def _from_text(text: str) -> QuantSpec:
