@@ -121,8 +121,8 @@ BEDS = {
     ),
     "sst2": Bed(
         "minilm-sst2",
-        ("train.steps=60", "train.batch_size=32", "train.lr=2e-4", "train.head_lr=2e-3"),
-        thin={"dev": 3, "test": 3},
+        ("train.steps=120", "train.batch_size=32", "train.lr=2e-4", "train.head_lr=2e-3"),
+        thin={"test": 2},
     ),
     "docstrings": Bed("minilm-docstrings", ("train.steps=60", "train.batch_size=32")),
     "fashion-vit": Bed("vit-fashion-condition", ("train.steps=600",)),

@@ -482,7 +482,8 @@ def calibration_inputs(task: Task, settings: Calibration, seed: int) -> list[dic
 
 
 def _spec_name(spec: str | dict[str, Any]) -> str:
-    return spec if isinstance(spec, str) else f"{QuantSpec.parse(spec)}-{digest(spec)[:4]}"
+    short = isinstance(spec, str) and "{" not in spec
+    return str(spec) if short else f"{QuantSpec.parse(spec)}-{digest(spec)[:4]}"
 
 
 def _cell_name(cell: Cell) -> str:
