@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.tiny_text import make_data, make_model
+from tests.tiny_text import make_data, make_model, make_texts
 
 from s2d.cli import main
 from s2d.recipe import read_recipe
@@ -57,9 +57,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
 
 
 def test_condition_without_labels(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("apple", "robin", "saw", "the", "old", "wren", "fig", "drill")
-    (tmp_path / "texts.txt").write_text("\n".join(" ".join(words[i >> n & 7] for n in range(4)) for i in range(64)))
-    data, out, notes = str(tmp_path / "texts.txt"), tmp_path / "model", tmp_path / "run.json"
+    data, out, notes = str(make_texts(tmp_path / "texts.txt", 64)), tmp_path / "model", tmp_path / "run.json"
     settings = ("--data", data, "-o", "task.max_length=16", "-q")
     more = ("--objective", "distill", "--minutes", "0.02", "-o", "train.batch_size=8", "--json", str(notes))
     assert main(["condition", str(model), *settings, *more, "--out", str(out)]) == 0
@@ -195,13 +193,11 @@ def test_quantize_saves_what_evaluate_reads(
 def test_quantize_trains_on_the_grid_without_labels(tmp_path: Path) -> None:
     model = make_model(tmp_path / "bert")
     weights = load_file(model / "model.safetensors")
-    large = {
-        name: 10 * value if value.ndim == 2 else value for name, value in weights.items()
-    }  # or all texts are alike
+    # Larger matrices, or all texts have the same embedding.
+    large = {name: 10 * value if value.ndim == 2 else value for name, value in weights.items()}
     save_file(large, model / "model.safetensors", {"format": "pt"})
-    words = ("apple", "robin", "saw", "the", "old", "wren", "fig", "drill")
-    (tmp_path / "texts.txt").write_text("\n".join(" ".join(words[i >> n & 7] for n in range(4)) for i in range(256)))
-    task = ("--task", "unlabelled-text", "--data", str(tmp_path / "texts.txt"), "-o", "task.max_length=16", "-q")
+    texts = make_texts(tmp_path / "texts.txt", 256)
+    task = ("--task", "unlabelled-text", "--data", str(texts), "-o", "task.max_length=16", "-q")
     cosines = {}
     for name, more in (
         ("rounded", ()),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_text import equal, make_data, make_model, make_task
+from tests.tiny_text import equal, make_data, make_model, make_task, make_texts
 from torch import nn
 
 from s2d import quant, runner
@@ -161,12 +161,10 @@ def test_every_arm_and_width_is_a_record_and_computed_once(
 
 
 def test_the_published_model_is_trained_too(tmp_path: Path) -> None:
-    words = ("apple", "robin", "saw", "the", "old", "wren", "fig", "drill")
-    (tmp_path / "texts.txt").write_text("\n".join(" ".join(words[i >> n & 7] for n in range(4)) for i in range(256)))
     recipe = make_recipe(
         {
             "model": str(make_model(tmp_path / "bert")),
-            "task": {"name": "unlabelled-text", "data": str(tmp_path / "texts.txt"), "max_length": 16},
+            "task": {"name": "unlabelled-text", "data": str(make_texts(tmp_path / "texts.txt", 256)), "max_length": 16},
             "train": {"batch_size": 16},
             "arms": {"none": None},
             "quantize": {"specs": ["fp32"], "calibration": {"samples": 24}},

@@ -46,6 +46,13 @@ def make_model(folder: Path, width: int = 16) -> Path:
     return folder
 
 
+def make_texts(file: Path, count: int) -> Path:
+    """A file with so many different lines of four known words, at most 4,096."""
+    words = ("apple", "robin", "saw", "the", "old", "wren", "fig", "drill")
+    file.write_text("\n".join(" ".join(words[i >> n & 7] for n in range(4)) for i in range(count)))
+    return file
+
+
 def make_data(folder: Path, *, train: int = 120, test: int = 45) -> Path:
     """A folder with train.csv and test.csv: sentences of 2 to 20 words, their class by the words in them."""
     folder.mkdir(parents=True)

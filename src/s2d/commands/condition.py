@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ from s2d.commands.shared import (
     clear,
     command,
     held_beside,
+    refuse_too_little,
     save_json,
     say,
     settings,
@@ -109,13 +111,11 @@ def condition(
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         watch.stage(f"loading {model}", 1)
         made: Task = create(recipe.task.name, **recipe.task.options)
-        shapes = memory.shapes_of(model)
-        if shapes is not None:
-            tokens = recipe.train.batch_size * made.tokens
-            needed = memory.to_train(shapes, tokens)
-            if blockwise is not None:
-                needed = memory.to_train_blocks(shapes, tokens, blockwise)
-            memory.refuse_too_little(needed, f"conditioning {model}", device_of(device))
+        tokens = recipe.train.batch_size * made.tokens
+        needed = partial(memory.to_train, tokens=tokens)
+        if blockwise is not None:
+            needed = partial(memory.to_train_blocks, tokens=tokens, batches=blockwise)
+        refuse_too_little(f"conditioning {model}", model, device_of(device), needed)
         loaded: Loaded = load(model, device=device_of(device))
 
         def note(step: int, loss: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,17 +127,14 @@ def quantize(
         quiet = quiet or not launch.leads()
         launch.meet(device_of(device) == "cpu")
     bits = None if budget is None else affordable(budget, CHOICES)  # before the model is loaded
-    trained = {} if steps is None else {"qat": {"steps": steps, "method": method}}
-    recipe = settings(model, task, data, o, **trained) if task is not None or o else None
+    training = {} if steps is None else {"qat": {"steps": steps, "method": method}}
+    recipe = settings(model, task, data, o, **training) if task is not None or o else None
     if steps is None and recipe is not None and recipe.qat is not None:
         raise InputError("qat is for training with the quantizers in place; add --steps")
     made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
-    shapes = memory.shapes_of(model)
-    if recipe is not None and made is not None and recipe.qat is not None and shapes is not None:
-        tokens = recipe.train.batch_size * made.tokens
-        memory.refuse_too_little(
-            memory.to_train(shapes, tokens, quantized=True), f"training {model}", device_of(device)
-        )
+    if recipe is not None and made is not None and recipe.qat is not None:
+        needed = partial(memory.to_train, tokens=recipe.train.batch_size * made.tokens, quantized=True)
+        refuse_too_little(f"training {model}", model, device_of(device), needed)
     else:
         refuse_too_little(f"quantizing {model}", model, device_of(device))
     loaded = load(model, device=device_of(device))

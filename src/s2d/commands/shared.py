@@ -23,6 +23,7 @@ from s2d.errors import InputError, visible
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from s2d.models.memory import Footprint, Shapes
     from s2d.recipe import Recipe
 
 
@@ -120,15 +121,16 @@ def _check_writable(path: Path) -> None:
         )
 
 
-def refuse_too_little(doing: str, model: str, device: str) -> None:
-    """Refuse a model of which two copies, the loaded one and the one that is worked on, do not fit, before it is
-    loaded.
+def refuse_too_little(doing: str, model: str, device: str, needed: Callable[[Shapes], Footprint] | None = None) -> None:
+    """Refuse a model of which what is needed does not fit, before it is loaded: by default two copies, the loaded one
+    and the one that is worked on.
     """
     from s2d.models import memory
 
     shapes = memory.shapes_of(model)
     if shapes is not None:
-        memory.refuse_too_little(memory.to_load(shapes, copies=2), doing, device)
+        wanted = memory.to_load(shapes, copies=2) if needed is None else needed(shapes)
+        memory.refuse_too_little(wanted, doing, device)
 
 
 def held_beside(out: Path) -> Path:
