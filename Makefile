@@ -60,9 +60,9 @@ test: $(STAMP)
 # The oldest versions that pyproject.toml admits, in an environment of their own, and the tests of the core. On Linux
 # PyPI's build of that torch brings 3 GB of CUDA libraries, so CI does not run this; docs/status.md has the outcome.
 OLDEST := build/oldest
-OLDEST_TESTS ?= tests/test_spectrum.py tests/test_dominance.py tests/test_shrink.py tests/test_targets.py tests/test_selection.py \
-	tests/test_decay.py tests/test_decay_resume.py tests/test_decay_sharded.py tests/test_training.py tests/test_recipe.py \
-	tests/test_runner.py tests/test_cli.py tests/models tests/quant/test_quantize.py tests/quant/test_storage.py tests/quant/test_folding.py tests/quant/ptq/test_gptq.py
+OLDEST_TESTS ?= tests/spectral/test_svd.py tests/spectral/test_pcdr.py tests/decay/test_closed_forms.py tests/targets/test_weights.py tests/decay/test_selection.py \
+	tests/decay/test_spectral_decay.py tests/decay/test_resume.py tests/decay/test_sharded.py tests/training/test_loop.py tests/experiments/test_recipe.py \
+	tests/experiments/test_runner.py tests/test_cli.py tests/models tests/quant/test_quantize.py tests/quant/modules tests/quant/ptq/test_gptq.py
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
@@ -76,6 +76,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/floors.py
 
 types: $(STAMP)
 	$(BIN)/pyright

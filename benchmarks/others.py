@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2d.evaluation import evaluate
+from s2d.io.files import read_json, write_json
+from s2d.io.provenance import code_digest, run_metadata
 from s2d.models import load
-from s2d.recipe import Calibration
-from s2d.results import code_digest, read_json, run_metadata, write_json
-from s2d.runner import calibration_inputs
 from s2d.tasks import create
+from s2d.tasks.base import calibration_inputs
+from s2d.tasks.evaluation import evaluate
 
 Inputs = list[dict[str, Any]]
 Quantizer = Callable[[nn.Module, Inputs], nn.Module]
@@ -271,7 +271,7 @@ def main() -> int:
     for arm, seed, folder in arms:
         loaded = load(folder)
         task.prepare(loaded)
-        inputs = calibration_inputs(task, Calibration(), seed)
+        inputs = calibration_inputs(task, 128, 32, seed)
         for (library, name), quantize in rows.items():
             key = f"{folder.parent.name} {arguments.split} {name} {code_digest('tasks', 'evaluation.py')}"
             if not _there(library) or key in known:

@@ -49,10 +49,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from s2d.decay import SelectiveSpectralDecay
-from s2d.decay_settings import PRESETS
-from s2d.selection import weight
-from s2d.spectrum import top_singular_many
+from s2d.decay.selection import weight
+from s2d.decay.settings import PRESETS
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
+from s2d.spectral.svd import top_singular_many
 
 GOAL_DEFAULT, GOAL_EVERY_STEP = 0.01, 0.05
 LONGEST_CYCLE = 5

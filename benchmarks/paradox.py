@@ -25,13 +25,13 @@ import torch
 
 from s2d import quant
 from s2d.audit import audit
-from s2d.evaluation import evaluate
+from s2d.io.files import read_json, write_json
+from s2d.io.provenance import run_metadata
 from s2d.models import load
-from s2d.recipe import Calibration
-from s2d.results import read_json, run_metadata, write_json
-from s2d.runner import calibration_inputs
-from s2d.targets import find_targets
+from s2d.targets.weights import find_targets
 from s2d.tasks import Task, create
+from s2d.tasks.base import calibration_inputs
+from s2d.tasks.evaluation import evaluate
 
 CELLS = (
     ("w8a8", "rtn", "percentile"),
@@ -70,7 +70,7 @@ def row_of(folder: Path, task: Task, split: Any, methods: list[str]) -> tuple[di
     """Everything measured on one checkpoint, and its audit."""
     loaded = load(folder)
     task.prepare(loaded)
-    inputs = calibration_inputs(task, Calibration(), 0)
+    inputs = calibration_inputs(task, 128, 32, 0)
     row: dict[str, Any] = {"fp32": evaluate(loaded.model, task, split=split, batch_size=256)[task.primary]}
     for spec, method, observer in [*CELLS, *(("w4a4", method, None) for method in methods)]:
         quantized = quant.quantize(loaded.model, spec, calibration=inputs, method=method, observer=observer)

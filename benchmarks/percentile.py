@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
-from s2d.quant.formats import FORMATS
-from s2d.quant.observers import Rounding, affine_rounding, best_percentiles
+from s2d.quant.numerics.formats import FORMATS
+from s2d.quant.numerics.observers import Rounding, affine_rounding, best_percentiles
 
 GOAL = 10.0
 REPEATS = 3

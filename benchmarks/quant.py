@@ -37,15 +37,19 @@ from rich.console import Console
 
 import s2d
 from s2d.checkpoint import load
+from s2d.commands.terminal import Watch
+from s2d.distributed.processes import device_of
 from s2d.errors import InputError
-from s2d.evaluation import evaluate, model_for
+from s2d.experiments.recipe import FULL, Cell, QuantizeSection, Recipe, read_recipe
+from s2d.experiments.records import records_of
+from s2d.experiments.runner import Runner
+from s2d.io.files import JSON, read_json, write_json
+from s2d.io.provenance import code_digest, digest, measured, run_metadata
 from s2d.models import Loaded, fingerprint
 from s2d.quant import QuantSpec
-from s2d.recipe import FULL, Cell, QuantizeSection, Recipe, read_recipe
-from s2d.results import JSON, code_digest, digest, measured, read_json, run_metadata, write_json
-from s2d.runner import Runner, calibration_inputs, device_of, records_of
 from s2d.tasks import Task, create
-from s2d.terminal import Watch
+from s2d.tasks.base import calibration_inputs
+from s2d.tasks.evaluation import evaluate, model_for
 
 METHODS = "rtn,gptq,gptaq,smoothquant,awq,repq,erq,ptq4vit,rotation,rotation+gptq,svdquant,adaround"
 SPECS = "w8a8,w6a6,w4a8,w4a4,w3a4"
@@ -153,7 +157,9 @@ def compute(loaded: Loaded, task: Task, recipe: Recipe, job: Job, seed: int) -> 
     said: list[str] = []
     cost: JSON = {"seconds": 0.0, "cpu_seconds": 0.0, "added_mb": 0.0}
     if job.cell.method:
-        inputs = calibration_inputs(task, recipe.quantize.calibration, seed)
+        inputs = calibration_inputs(
+            task, recipe.quantize.calibration.samples, recipe.quantize.calibration.batch_size, seed
+        )
         with measured() as idle:
             pass
         with warnings.catch_warnings(record=True) as caught, measured() as busy:

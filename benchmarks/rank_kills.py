@@ -89,8 +89,8 @@ def prepare(place: Path) -> Path:
     """The recipe as a file, its data beside it."""
     import yaml
 
-    from s2d.recipe import read_recipe
-    from s2d.smoke import smoke_test
+    from s2d.experiments.recipe import read_recipe
+    from s2d.experiments.smoke import smoke_test
 
     _, recipe = read_recipe("vit-cifar10")
     content = smoke_test(recipe, place / "data").model_dump(mode="json")

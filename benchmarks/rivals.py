@@ -39,15 +39,17 @@ from torch import Tensor, nn
 
 from s2d import quant
 from s2d.checkpoint import load
-from s2d.evaluation import evaluate
+from s2d.experiments.recipe import FULL, Recipe, arm_settings, read_recipe
+from s2d.io.files import JSON, read_json, write_json
+from s2d.io.provenance import code_digest, digest, run_metadata
 from s2d.models import Loaded, save_model
-from s2d.quant.blocks import blocks_of
-from s2d.quant.calibration import token_mask, watch_inputs
-from s2d.recipe import FULL, Recipe, arm_settings, read_recipe
-from s2d.results import JSON, code_digest, digest, read_json, run_metadata, write_json
-from s2d.runner import calibration_inputs
+from s2d.models.blocks import blocks_of
+from s2d.models.running import token_mask
+from s2d.quant.calibration.observe import watch_inputs
 from s2d.tasks import Split, Task, create
-from s2d.training import train
+from s2d.tasks.base import calibration_inputs
+from s2d.tasks.evaluation import evaluate
+from s2d.training.loop import train
 
 CODE = ("baselines", "decay.py", "selection", "shrink.py", "training.py", "optimizers.py")
 
@@ -192,7 +194,9 @@ class Stand:
         if path.is_file():
             return read_json(path)
         model = load(self.trained(method, look, seed) / "model").model
-        inputs = calibration_inputs(self.task, self.recipe.quantize.calibration, seed)
+        inputs = calibration_inputs(
+            self.task, self.recipe.quantize.calibration.samples, self.recipe.quantize.calibration.batch_size, seed
+        )
         start = time.process_time()
         if cell == "ratio":
             found: JSON = {"ratio": worst_ratio(model, inputs)}

@@ -35,8 +35,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from s2d.results import read_json, run_metadata, write_json
-from s2d.spectrum import top_singular_many
+from s2d.io.files import read_json, write_json
+from s2d.io.provenance import run_metadata
+from s2d.spectral.svd import top_singular_many
 
 K, SPARE, OVERSAMPLE = 3, 3, 5  # components, those followed beyond them, spare columns of the block
 BLOCK = K + SPARE + OVERSAMPLE

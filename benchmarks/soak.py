@@ -29,8 +29,8 @@ import torch
 from torch import nn
 
 import s2d
+from s2d.io.files import write_json
 from s2d.models import load
-from s2d.results import write_json
 
 
 def resident_mb() -> float:

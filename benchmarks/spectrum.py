@@ -53,7 +53,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from s2d.spectrum import Triplets, top_singular, top_singular_many
+from s2d.spectral.svd import top_singular, top_singular_many
+from s2d.spectral.triplets import Triplets
 
 K, BLOCK = 3, 8
 MIN_GAP = 0.01

@@ -3,7 +3,7 @@
     python benchmarks/speed.py MODEL... [--vit-s] [--lengths 24,128] [--batches 1] [--threads 1] [--json FILE]
 
 MODEL is a folder that `s2d quantize` wrote; --vit-s adds a ViT of ViT-S/16's shape at 224 x 224 with random weights at
-W4A8 (its speed does not depend on them). Each model is written at full precision and as quantized. `s2d.bench.bench`
+W4A8 (its speed does not depend on them). Each model is written at full precision and as quantized. `s2d.export.timing`
 times both files in every runtime that is installed, and the plain model in torch, in turns. A row gives ratios of
 medians; sizes are those of the files, with tables of embeddings at 8 bits and at 4.
 """
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 import s2d
-from s2d.bench import bench
 from s2d.checkpoint import load, save
 from s2d.errors import InputError
-from s2d.export.copies import shared_copy
+from s2d.export.lowering import shared_copy
 from s2d.export.onnx import write_onnx
-from s2d.quant.state import remove
-from s2d.results import JSON, run_metadata, write_json
+from s2d.export.timing import bench
+from s2d.io.files import JSON, write_json
+from s2d.io.provenance import run_metadata
+from s2d.quant.modules.record import remove
 
 TABLES = (8, 4)  # bits of the embeddings
 VIT_S = "ViT-S/16, random, W4A8"

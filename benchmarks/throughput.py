@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from s2d.models import load
 from s2d.tasks import create
-from s2d.training import TrainSettings, parameter_groups, schedule, train
+from s2d.training.loop import parameter_groups, schedule, train
+from s2d.training.train_settings import TrainSettings
 
 GOAL = 0.10
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.decay import SelectiveSpectralDecay
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
 
 WIDTH, HEADS, VOCABULARY, CLASSES = 32, 4, 40, 5
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from s2d.errors import MissingExtra, require
+from s2d.errors import MissingExtra
+from s2d.optional import require
 
 
 def library(module: str, extra: str) -> Any:

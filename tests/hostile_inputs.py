@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
+from s2d.data.image_folders import read_labelled_images
+from s2d.data.tables import read_table
+from s2d.data.texts import read_texts
 from s2d.errors import InputError
+from s2d.experiments.recipe import make_recipe, read_recipe
+from s2d.io.files import read_json
 from s2d.models import load, save_model
-from s2d.models.checkpoints import read_weights
+from s2d.models.saved import read_weights
 from s2d.quant import QuantSpec
-from s2d.recipe import make_recipe, read_recipe
-from s2d.report.results import read_results
-from s2d.results import read_json
-from s2d.tasks.image_files import read_labelled_images
-from s2d.tasks.tables import read_table
-from s2d.tasks.text_files import read_texts
-from s2d.training import read_state
+from s2d.report.schema import read_results
+from s2d.training.state import read_state
 
 Case = tuple[str, Callable[[Path], object], str]
 BASE = {"model": "m", "task": {"name": "t"}}
@@ -121,7 +121,7 @@ def picture(content: Callable[[], bytes]) -> Callable[[Path], object]:
     """An image that cannot be decoded is left out, with its reason; alone in its split, it is an error."""
 
     def read(place: Path) -> object:
-        from s2d.tasks.image_table import ImageTable
+        from s2d.data.image_table import ImageTable
 
         table = ImageTable([content()], load("new:vit-tiny").processor)
         assert table.first_readable() is None

@@ -14,7 +14,7 @@ from tests.blocks import CLASSES, EVERYTHING, Encoder, fresh, removed, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from s2d.decay import SelectiveSpectralDecay
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
 
 STEPS, BATCH = 3, 8  # two refreshes
 COMMON: dict[str, Any] = {"strength": 0.05, "threshold": 0.1, "refresh_every": 2, "outlier_ratio": 2.0}

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_text import make_data, make_model, make_texts
 
 from s2d.cli import main
-from s2d.recipe import read_recipe
-from s2d.recipe_files import read_text
+from s2d.experiments.recipe import read_recipe
+from s2d.experiments.recipe_files import read_text
 
 COMMANDS = ("demo", "audit", "condition", "quantize", "evaluate", "run", "report", "doctor")
 TASK = ("--task", "text-classification", "--data")
@@ -479,7 +479,7 @@ def test_ctrl_c_says_how_to_continue(
 ) -> None:
     import signal
 
-    from s2d import terminal
+    from s2d.commands import terminal
 
     out = tmp_path / "out"
     arguments = [
@@ -515,7 +515,7 @@ def test_ctrl_c_says_how_to_continue(
 def test_a_defect_of_ours_is_one_line_and_leaves_its_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from s2d import recipe_files
+    from s2d.experiments import recipe_files
 
     def broken() -> None:
         raise ZeroDivisionError("oh\nno")
@@ -529,7 +529,7 @@ def test_a_defect_of_ours_is_one_line_and_leaves_its_traceback(
 
 
 def test_too_little_memory_says_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from s2d import recipe_files
+    from s2d.experiments import recipe_files
 
     def greedy() -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from s2d.decay import SelectiveSpectralDecay
-from s2d.dominance import pcdr
-from s2d.quant.formats import FORMATS, BlockFormat
-from s2d.quant.quantizer import affine_parameters, fake_quantize
-from s2d.selection import Components
-from s2d.shrink import shrink_directions, shrink_singular
-from s2d.spectrum import top_singular
+from s2d.decay.closed_forms import shrink_directions, shrink_singular
+from s2d.decay.selection import Components
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
+from s2d.quant.numerics.formats import FORMATS, BlockFormat
+from s2d.quant.numerics.quantizer import affine_parameters, fake_quantize
+from s2d.spectral.pcdr import pcdr
+from s2d.spectral.svd import top_singular
 
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 few = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from s2d import launch
+from s2d.distributed import processes
+from s2d.io.files import write_json
 from s2d.models import load
-from s2d.results import write_json
 from s2d.tasks import create
-from s2d.training import TrainSettings, train
+from s2d.training.loop import train
+from s2d.training.train_settings import TrainSettings
 
 DECAYS = {
     "default": {"refresh_every": 3, "outlier_ratio": 1.5, "threshold": 0.1},
@@ -32,8 +33,8 @@ def main(folder: Path, decay: str, kill: bool) -> None:
     task = create("text-classification", data=folder / "words", max_length=24)
     task.prepare(loaded)
     model = task.build(loaded, 0)
-    out = folder / f"{decay}-{launch.count()}{'-killed' if kill else ''}"
-    last = launch.count() > 1 and int(os.environ["RANK"]) == launch.count() - 1
+    out = folder / f"{decay}-{processes.count()}{'-killed' if kill else ''}"
+    last = processes.count() > 1 and int(os.environ["RANK"]) == processes.count() - 1
     if kill and last and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         whole, steps = task.loss, iter(range(100))
 
@@ -47,8 +48,8 @@ def main(folder: Path, decay: str, kill: bool) -> None:
     state = out.with_suffix(".state")
     found = [0] if not state.exists() else [torch.load(state, weights_only=True)["step"]]
     done = train(model, task, settings, decay=DECAYS[decay], state=state)
-    launch.part()
-    if launch.leads():
+    processes.part()
+    if processes.leads():
         torch.save(model.state_dict(), out.with_suffix(".pt"))
         selected = [[record["weight"], record["selected"]] for record in done.history]
         write_json(out.with_suffix(".json"), {"losses": done.losses, "selected": selected, "continued_from": found[0]})

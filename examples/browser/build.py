@@ -48,8 +48,8 @@ def export(model: str, target: Path, texts: list[str]) -> None:
     """Quantize the encoder on some of the sentences, and write it with its tokenizer."""
     import s2d
     from s2d.models import load
-    from s2d.models.checkpoints import save_parts
     from s2d.models.heads import SentenceEncoder, encoder_of
+    from s2d.models.saved import save_parts
 
     loaded = load(model)
     assert loaded.tokenizer is not None, f"{model} has no tokenizer"

@@ -12,14 +12,14 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from s2d.moved import admit_old_paths
+
 if TYPE_CHECKING:
     from s2d.audit import audit as audit
     from s2d.checkpoint import load as load
     from s2d.checkpoint import save as save
     from s2d.decay import SelectiveSpectralDecay as SelectiveSpectralDecay
-    from s2d.dominance import pcdr as pcdr
     from s2d.errors import InputError as InputError
-    from s2d.evaluation import evaluate as evaluate
     from s2d.export import export as export
     from s2d.export import exporters as exporters
     from s2d.quant import methods as methods
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from s2d.quant.qat import finish_qat as finish_qat
     from s2d.quant.qat import prepare_qat as prepare_qat
     from s2d.quant.qat import qat_parameters as qat_parameters
-    from s2d.spectrum import top_singular as top_singular
+    from s2d.spectral.pcdr import pcdr as pcdr
+    from s2d.spectral.svd import top_singular as top_singular
     from s2d.tasks import create as task
     from s2d.tasks import tasks as tasks
+    from s2d.tasks.evaluation import evaluate as evaluate
     from s2d.training import TrainSettings as TrainSettings
     from s2d.training import train as train
 
@@ -47,20 +49,20 @@ _HOMES = {
     "TrainSettings": ("s2d.training", "TrainSettings"),
     "allocate": ("s2d.quant.allocate", "allocate"),
     "audit": ("s2d.audit", "audit"),
-    "evaluate": ("s2d.evaluation", "evaluate"),
+    "evaluate": ("s2d.tasks.evaluation", "evaluate"),
     "export": ("s2d.export", "export"),
     "exporters": ("s2d.export", "exporters"),
     "finish_qat": ("s2d.quant.qat", "finish_qat"),
     "load": ("s2d.checkpoint", "load"),
     "methods": ("s2d.quant", "methods"),
-    "pcdr": ("s2d.dominance", "pcdr"),
+    "pcdr": ("s2d.spectral.pcdr", "pcdr"),
     "prepare_qat": ("s2d.quant.qat", "prepare_qat"),
     "qat_parameters": ("s2d.quant.qat", "qat_parameters"),
     "quantize": ("s2d.quant", "quantize"),
     "save": ("s2d.checkpoint", "save"),
     "task": ("s2d.tasks", "create"),
     "tasks": ("s2d.tasks", "tasks"),
-    "top_singular": ("s2d.spectrum", "top_singular"),
+    "top_singular": ("s2d.spectral.svd", "top_singular"),
     "train": ("s2d.training", "train"),
 }
 __all__ = [  # written out for type checkers; the same names as _HOMES
@@ -112,3 +114,4 @@ class _Face(ModuleType):
 for _name in _HOMES:
     setattr(_Face, _name, _public(_name))
 sys.modules[__name__].__class__ = _Face
+admit_old_paths()

@@ -17,11 +17,11 @@ from torch import nn
 
 from s2d import models, quant
 from s2d.errors import InputError
+from s2d.io.files import read_json, sync_folder, write_json
 from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_model
-from s2d.models.checkpoints import save_parts
 from s2d.models.huggingface import load_parts
-from s2d.quant.storage import CONFIG
-from s2d.results import read_json, sync_folder, write_json
+from s2d.models.saved import save_parts
+from s2d.quant.modules.storage import CONFIG
 
 ARCHITECTURE = "s2d_architecture.json"
 _TYPE, _VERSION = "s2d_quantized_model", 1

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from s2d import launch
+from s2d.distributed import processes
 
 # Importing a command registers it; in the order of the help.
 from s2d.commands import runs  # isort: skip
@@ -98,7 +98,7 @@ def _unexpected(error: Exception) -> int:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return _fail("not enough memory; use smaller batches (-o train.batch_size=16 -o batch_size=16)", 2)
-    if launch.lost_another(error):
+    if processes.lost_another(error):
         return _fail(
             "another process of this run ended, and its own last line says why; run again to continue, or have "
             "torchrun do so: --max-restarts 3",

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import re
 from collections.abc import Iterable
-from types import ModuleType
-
-from s2d.torchvision_operators import declare_missing_operators
 
 
 class S2DError(Exception):
@@ -22,8 +18,6 @@ class InputError(S2DError, ValueError):
 class MissingExtra(InputError):
     """An optional dependency is not installed; the message holds the install line."""
 
-
-_ON_TORCHVISION = ("transformers", "timm", "open_clip")  # they import it where it is installed
 
 # Control characters (terminal escapes among them) and marks that turn the direction of text have no place in a line.
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -52,35 +46,3 @@ def choices(name: str, known: Iterable[str], else_: str = "") -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=2)
     return f"did you mean {' or '.join(close)}?" if close else else_ or f"choose from {', '.join(known)}"
-
-
-def require(module: str, extra: str, at_least: str | None = None) -> ModuleType:
-    """Import an optional dependency when it is first needed.
-
-    Args:
-        module: Dotted name of the module, e.g. ``"transformers"``.
-        extra: The extra of s2d that brings it, e.g. ``"hf"``.
-        at_least: The first version that does what is needed here, if an older one may be installed.
-
-    Raises:
-        MissingExtra: It is not installed, or too old.
-    """
-    if module.split(".")[0] in _ON_TORCHVISION:
-        declare_missing_operators()
-    try:
-        found = importlib.import_module(module)
-        version = str(getattr(found, "__version__", ""))
-        if at_least is not None and version and _numbers(version) < _numbers(at_least):
-            raise MissingExtra(
-                f'{module} {version} is too old, {at_least} is needed; run: pip install --upgrade "s2d[{extra}]"'
-            )
-        return found
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
-            raise
-        package = module.split(".")[0]
-        raise MissingExtra(f'{package} is needed here and is not installed; run: pip install "s2d[{extra}]"') from None
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)[:2]]

@@ -17,7 +17,7 @@ class Registry(Generic[T]):
 
         Args:
             kind: What it holds, in one word.
-            package: Dotted name of the package whose modules register themselves.
+            package: Dotted name of the package whose modules, in folders too, register themselves.
         """
         self._kind, self._package = kind, package
         self._found: dict[str, T] = {}
@@ -36,7 +36,8 @@ class Registry(Generic[T]):
     def all(self) -> dict[str, T]:
         """Everything there is, by name, in the order of the modules' names."""
         if not self._complete:
-            for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
-                importlib.import_module(f"{self._package}.{module.name}")
+            package = importlib.import_module(self._package)
+            for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
+                importlib.import_module(module.name)
             self._complete = True
         return dict(self._found)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2d.targets import Target
+from s2d.targets.weights import Target
 
 # Correlation from which two activations are taken for one another. The sum of two equal parts has 0.71 with each, which
 # is no writer; unrelated ones stay below 0.3 in the models tried. Real writers give 0.85 to 1 entry by entry, and 0.80

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from s2d.audit import Audit, AuditRow, audit, audit_many
+from s2d.audit.accumulators import SAMPLE_ROWS, Survey, binned, sample_positions
 from s2d.audit.measure import select
-from s2d.audit.streams import SAMPLE_ROWS, Survey, binned, sample_positions
 from s2d.errors import InputError
 from s2d.quant import QuantSpec, quantize
-from s2d.targets import find_targets
+from s2d.targets.weights import find_targets
 
 SHAPES = [(24, 40), (40, 24)]  # more inputs than outputs, and the other way round
 

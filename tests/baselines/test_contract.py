@@ -15,7 +15,7 @@ from torch import nn
 
 from s2d.baselines import attach, baselines, create, settings_of
 from s2d.baselines.base import REGISTERED, Baseline
-from s2d.decay import SelectiveSpectralDecay
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.errors import InputError
 
 # Strong enough to show within a few steps of a small random model, which has no outliers.

@@ -10,14 +10,14 @@ from tests.blocks import WIDTH, Encoder, Two, X, deciding, fresh, normed, sgd, s
 from torch import Tensor, nn
 
 from s2d.baselines import create
+from s2d.baselines.activations import Activations
 from s2d.baselines.clipping import clipped
 from s2d.baselines.colinearity import decay_pair, pairs_of
 from s2d.baselines.kurtosis import kurtosis
 from s2d.baselines.nuclear import thresholded
 from s2d.baselines.random_directions import shrink_channels, shrink_span
 from s2d.baselines.tweo import tail
-from s2d.baselines.watching import Activations
-from s2d.targets import find_targets
+from s2d.targets.weights import find_targets
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

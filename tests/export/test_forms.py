@@ -12,9 +12,10 @@ from tests.quant import tiny_families
 from torch import Tensor, nn
 
 import s2d
-from s2d.errors import InputError, MissingExtra, require
+from s2d.errors import InputError, MissingExtra
 from s2d.export import open_exported
 from s2d.export.gate import cosine
+from s2d.optional import require
 
 onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxscript", reason='onnxscript is not installed: pip install "s2d[export]"')

@@ -9,8 +9,8 @@ from torch import nn
 import s2d
 from s2d.errors import InputError
 from s2d.export.integers import embedding_codes, integer_activation, integer_weight
-from s2d.quant.modules import QuantizedLinear
-from s2d.quant.quantizer import spread
+from s2d.quant.modules.linear import QuantizedLinear
+from s2d.quant.numerics.quantizer import spread
 
 
 class Mlp(nn.Module):

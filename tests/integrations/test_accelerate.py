@@ -10,7 +10,7 @@ from torch import nn
 
 accelerate = pytest.importorskip("accelerate")
 
-from s2d.decay import SelectiveSpectralDecay  # noqa: E402
+from s2d.decay.spectral_decay import SelectiveSpectralDecay  # noqa: E402
 
 
 def parts(folder: Path) -> tuple:

@@ -14,7 +14,7 @@ from tests.ranks import COMMON, WAYS, batch, fsdp, gathered, model, spawn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from s2d.decay import SelectiveSpectralDecay
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.integrations.distributed_checkpoint import DecayState
 
 WAY = WAYS["weight-decoupled"]

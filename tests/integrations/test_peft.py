@@ -11,10 +11,10 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
-from s2d.adapters import AdaptedTarget, with_adapters  # noqa: E402
-from s2d.decay import SelectiveSpectralDecay  # noqa: E402
+from s2d.decay.spectral_decay import SelectiveSpectralDecay  # noqa: E402
 from s2d.errors import InputError  # noqa: E402
-from s2d.targets import find_targets  # noqa: E402
+from s2d.targets.lora import AdaptedTarget, with_adapters  # noqa: E402
+from s2d.targets.weights import find_targets  # noqa: E402
 
 
 def plain() -> nn.Sequential:

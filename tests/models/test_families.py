@@ -10,7 +10,7 @@ from tests import builders
 from torch import nn
 
 from s2d.models import ROLES, TextClassifier, families, family_of
-from s2d.targets import find_targets
+from s2d.targets.weights import find_targets
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 16,

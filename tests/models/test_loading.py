@@ -19,7 +19,7 @@ from tests.tiny_text import equal
 from s2d.errors import InputError, MissingExtra
 from s2d.models import huggingface as huggingface_module
 from s2d.models import installed_models, load, packages
-from s2d.targets import find_targets
+from s2d.targets.weights import find_targets
 
 pytest.importorskip("transformers")
 

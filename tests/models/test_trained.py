@@ -10,11 +10,11 @@ import torch
 from s2d import quant
 from s2d.cli import main
 from s2d.errors import InputError
+from s2d.experiments.recipe import read_recipe
 from s2d.models import load
 from s2d.models.trained import trained_models
-from s2d.recipe import Calibration, read_recipe
-from s2d.runner import calibration_inputs
 from s2d.tasks import create
+from s2d.tasks.base import calibration_inputs
 
 pytest.importorskip("PIL")
 pytest.importorskip("transformers")
@@ -51,7 +51,7 @@ def test_four_bits_cost_it_ten_points() -> None:
     loaded = load(recipe.model)
     model = task.build(loaded)
     full = task.evaluate(model, "test", batch_size=500)["accuracy"]
-    calibration = calibration_inputs(task, Calibration(), seed=0)
+    calibration = calibration_inputs(task, 128, 32, seed=0)
     rounded = quant.quantize(model, "w4a4", calibration=calibration, observer="minmax")
     assert full > 83
     assert task.evaluate(rounded, "test", batch_size=500)["accuracy"] < full - 7

@@ -18,7 +18,7 @@ from s2d.errors import InputError
 from s2d.quant import QuantSpec
 from s2d.quant import allocate as module
 from s2d.quant.allocate import allocate, knapsack, parse_budget, sensitivity
-from s2d.quant.calibration import Batches
+from s2d.quant.calibration.observe import Batches
 
 CHOICES = (3, 4, 6, 8)
 

@@ -11,8 +11,8 @@ from tests.quant.tiny_models import Case
 
 from s2d.errors import InputError
 from s2d.quant import QuantSpec, describe, load, plan, quantize, save
-from s2d.quant.formats import FORMATS
-from s2d.quant.quantizer import Quantizer
+from s2d.quant.numerics.formats import FORMATS
+from s2d.quant.numerics.quantizer import Quantizer
 
 
 def test_spans_are_rounded_channel_by_channel() -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.quant import QuantSpec, describe, load, plan, quantize, remove, save
-from s2d.quant.formats import FORMATS
-from s2d.quant.quantizer import Quantizer, WeightQuantizer, fake_quantize
-from s2d.quant.sites import Site
+from s2d.quant.modules.sites import Site
+from s2d.quant.numerics.formats import FORMATS
+from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer, fake_quantize
 
 GROUPS = {"base": "w4a8", "weight": {"granularity": "group-8"}}
 HEADS = {"base": "w8a4", "attention": {"granularity": "head"}}

@@ -13,8 +13,8 @@ from torch import nn
 from s2d.errors import InputError
 from s2d.export.integers import integer_activation
 from s2d.quant import QuantSpec, load, quantize, save
-from s2d.quant.quantizer import Quantizer
-from s2d.quant.sites import quantizers_of
+from s2d.quant.modules.sites import quantizers_of
+from s2d.quant.numerics.quantizer import Quantizer
 
 SPEC = {"base": "w16a4", "prefix": 1}
 

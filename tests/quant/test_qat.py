@@ -14,11 +14,11 @@ from tests.quant.tiny_models import Case, PlainTransformer
 from torch import Tensor, nn
 
 from s2d import quant
-from s2d.decay import SelectiveSpectralDecay
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.errors import InputError
 from s2d.quant.distillation import Distiller, principal_directions
-from s2d.quant.learned import LearnedQuantizer
-from s2d.quant.oscillation import FIRST_THRESHOLD, LAST_THRESHOLD, Oscillations, threshold_at
+from s2d.quant.numerics.lsq import LearnedQuantizer
+from s2d.quant.numerics.oscillation import FIRST_THRESHOLD, LAST_THRESHOLD, Oscillations, threshold_at
 from s2d.quant.qat import (
     QATSchedule,
     finish_qat,

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.quant import methods, quantize, record, remove
-from s2d.quant.formats import FORMATS
-from s2d.quant.observers import weight_range
-from s2d.quant.quantizer import fake_quantize
-from s2d.quant.sites import quantizers_of
+from s2d.quant.modules.sites import quantizers_of
+from s2d.quant.numerics.formats import FORMATS
+from s2d.quant.numerics.observers import weight_range
+from s2d.quant.numerics.quantizer import fake_quantize
 
 
 def test_a_copy_by_default_and_the_same_object_in_place(make: Callable[[str], Case]) -> None:

@@ -11,8 +11,8 @@ from tests import builders
 from tests.quant.tiny_models import Case, PlainTransformer
 from torch import Tensor, nn
 
-from s2d.quant.calibration import Batches, Job, find_attention
-from s2d.quant.sites import insert, plan
+from s2d.quant.calibration.observe import Batches, Job, find_attention
+from s2d.quant.modules.sites import insert, plan
 from s2d.quant.spec import QuantSpec
 
 SIZE: dict[str, Any] = {

@@ -14,7 +14,7 @@ from s2d.report.close_up import weight_figures
 from s2d.report.histograms import bulk, caption, histogram_figure, pieces, span
 from s2d.report.histories import history_figure, most_decayed, tracks
 from s2d.report.layermap import MEASURES, colour, layers
-from s2d.report.results import Histogram, read_results
+from s2d.report.schema import Histogram, read_results
 from s2d.report.scores import score_figure, style
 from s2d.report.summary import groups
 from s2d.report.trend import trend_figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2d.report.results import read_results
+from s2d.report.schema import read_results
 from s2d.report.scores import style
 from s2d.report.summary import groups, label, run_verdict
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.report import sample
 
-from s2d.report.results import read_results
+from s2d.report.schema import read_results
 from s2d.report.summary import audit_change, audit_verdict, gain, groups, primary, run_verdict, target_spec
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from s2d.data import docstring_corpus
+from s2d.data.docstring_corpus import collect, pairs_of, split_docstring
 from s2d.errors import InputError
 from s2d.models import Loaded, load
-from s2d.tasks import SPLITS, create, docstring_corpus
-from s2d.tasks.docstring_corpus import collect, pairs_of, split_docstring
+from s2d.tasks import SPLITS, create
 from s2d.tasks.docstrings import ranks
 
 REST = "It takes some more words to say what this thing is good for, and here they are, all fifteen of them."

@@ -12,10 +12,11 @@ from tests.tiny_images import CLASSES, make_folders, make_parquet, picture
 from torch import nn
 
 from s2d.audit import audit_batches
+from s2d.data import image_table
 from s2d.errors import InputError
 from s2d.models import Loaded, family_of, load, save_model
 from s2d.models.image_heads import ImageClassifier
-from s2d.tasks import create, image_table
+from s2d.tasks import create
 from s2d.tasks.image_classification import ImageClassification
 
 pytest.importorskip("PIL")

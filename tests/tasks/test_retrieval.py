@@ -115,7 +115,7 @@ def test_an_image_in_several_rows_is_one_image(tmp_path: Path) -> None:
 def test_damaged_images_are_left_out_also_when_streamed(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     made_folder = make_folder(tmp_path, {"train": ["a", "b", "c", "d"], "val": ["a"], "test": ["a", "b"]})
     (made_folder / "train" / "1.png").write_bytes(b"no image")
-    monkeypatch.setattr(importlib.import_module("s2d.tasks.image_table"), "MEMORY", 0)
+    monkeypatch.setattr(importlib.import_module("s2d.data.image_table"), "MEMORY", 0)
     made = task(made_folder)
     made.build(load("new:clip-tiny"))
     assert sum(len(batch["pixels"]) for batch in made.batches("train", batch_size=2)) == 3

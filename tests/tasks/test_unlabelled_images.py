@@ -14,15 +14,16 @@ from tests.tiny_images import make_folders, make_parquet, picture
 from torch.nn import functional as F
 
 from s2d.cli import main
+from s2d.data import image_table
+from s2d.data.image_pile import holds_images, read_images
 from s2d.errors import InputError
-from s2d.evaluation import evaluate
 from s2d.models import Loaded, load, save_model
 from s2d.models.dual_encoder import DualEncoder
 from s2d.models.image_heads import ImageClassifier, image_encoder
 from s2d.quant import quantize
-from s2d.tasks import SPLITS, create, image_table
-from s2d.tasks.image_pile import holds_images, read_images
-from s2d.tasks.original import variance_share
+from s2d.tasks import SPLITS, create
+from s2d.tasks.evaluation import evaluate
+from s2d.tasks.teacher import variance_share
 from s2d.tasks.unlabelled_images import UnlabelledImages
 
 pytest.importorskip("PIL")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from s2d.data.splits import split_pile
+from s2d.data.texts import read_texts
 from s2d.errors import InputError
-from s2d.evaluation import evaluate
 from s2d.models import Loaded, save_model
 from s2d.tasks import SPLITS, Split, Task, create
-from s2d.tasks.carving import split_pile
-from s2d.tasks.original import divergence, variance_share
-from s2d.tasks.text_files import read_texts
+from s2d.tasks.evaluation import evaluate
+from s2d.tasks.teacher import divergence, variance_share
 
 LINES = [f"w{i % 60} w{i % 7} w{i * i % 11} " + "w1 " * (i % 4) for i in range(400)]
 

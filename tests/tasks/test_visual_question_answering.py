@@ -14,8 +14,8 @@ from s2d import quant
 from s2d.errors import InputError
 from s2d.models import load, save_model
 from s2d.tasks import create
-from s2d.tasks.answers import Answer, normalized, score_answers, similarity
 from s2d.tasks.visual_question_answering import VisualQuestionAnswering
+from s2d.tasks.vqa_metrics import Answer, normalized, score_answers, similarity
 
 pytest.importorskip("PIL")
 pytest.importorskip("transformers")

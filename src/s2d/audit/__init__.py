@@ -6,8 +6,8 @@
 `measure` looks at a model, `results` holds what was found, `batches` makes inputs where none are given.
 """
 
-from s2d.audit.batches import audit_batches
+from s2d.audit.example_inputs import audit_batches
+from s2d.audit.findings import Audit, AuditRow, Trend
 from s2d.audit.measure import audit, audit_many
-from s2d.audit.results import Audit, AuditRow, Trend
 
 __all__ = ["Audit", "AuditRow", "Trend", "audit", "audit_batches", "audit_many"]

@@ -5,7 +5,7 @@ follow from them, finds dominance and quantization error. Memory does not depend
 model and one batch's activations it takes at most the size of the weights once more.
 
 Activations are ``A = x W^T``, without the bias, as in the definition of PCDR ("Selective Spectral Decay",
-arXiv 2602.14432). Which of them are outliers is the choice of `s2d.dominance`.
+arXiv 2602.14432). Which of them are outliers is the choice of `s2d.spectral.pcdr`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from s2d.audit.carriers import Carriers
-from s2d.audit.results import Audit, AuditRow, Trend
-from s2d.audit.streams import Judgement, Survey
-from s2d.audit.watching import MaskOf, batches_twice, unreadable, watching, with_progress
-from s2d.dominance import OUTLIER_FRACTION
+from s2d.audit.accumulators import Judgement, Survey
+from s2d.audit.findings import Audit, AuditRow, Trend
+from s2d.audit.hooks import MaskOf, batches_twice, unreadable, watching, with_progress
+from s2d.audit.massive_tokens import Carriers
 from s2d.errors import InputError
+from s2d.io.files import JSON
+from s2d.io.provenance import run_metadata
 from s2d.models import Family, family_of, fingerprint
-from s2d.quant.sites import refuse_quantized
+from s2d.quant.modules.sites import refuse_quantized
 from s2d.quant.spec import QuantSpec, TensorSpec
-from s2d.results import JSON, run_metadata
-from s2d.spectrum import Triplets, singular_values, top_singular
-from s2d.targets import Kind, Selector, Target, find_targets
-from s2d.views import projection_of
+from s2d.spectral.statistics import OUTLIER_FRACTION
+from s2d.spectral.svd import singular_values, top_singular
+from s2d.spectral.triplets import Triplets
+from s2d.targets.calls import projection_of
+from s2d.targets.weights import Kind, Selector, Target, find_targets
 
 # The paper's selection: the smallest k <= 3 whose PCDR_k reaches tau = 0.95 (arXiv 2602.14432).
 THRESHOLD = 0.95

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from s2d.baselines.base import REGISTERED, Baseline, Settings
-from s2d.decay import SelectiveSpectralDecay
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.errors import InputError, choices
 
 __all__ = ["Baseline", "attach", "baselines", "create", "settings_of"]

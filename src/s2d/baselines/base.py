@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from s2d.decay.learning_rates import PeakRates
+from s2d.distributed.sharding import is_dtensor
 from s2d.errors import InputError
-from s2d.rates import PeakRates
 from s2d.registry import Registry
-from s2d.sharding import is_dtensor
-from s2d.targets import KINDS, Kind, Target, find_targets
+from s2d.targets.weights import KINDS, Kind, Target, find_targets
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from s2d.baselines import base
 from s2d.models.family import family_of
-from s2d.targets import Target
+from s2d.targets.weights import Target
 
 PAIRS = (("fc1", "fc2"), ("v", "proj"))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.baselines import base
-from s2d.baselines.watching import Activations
+from s2d.baselines.activations import Activations
 
 UNIFORM = 1.8
 

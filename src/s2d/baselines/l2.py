@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from s2d.baselines import base
-from s2d.targets import Kind
+from s2d.targets.weights import Kind
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.baselines import base
-from s2d.decay import SelectiveSpectralDecay
-from s2d.selection import Components
-from s2d.sharding import Block, is_dtensor
-from s2d.targets import Target
+from s2d.decay.selection import Components
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
+from s2d.distributed.sharding import Block, is_dtensor
+from s2d.targets.weights import Target
 
 
 @dataclass(frozen=True)

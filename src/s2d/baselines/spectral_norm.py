@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.baselines import base
-from s2d.targets import Kind
+from s2d.targets.weights import Kind
 
 
 @dataclass(frozen=True)

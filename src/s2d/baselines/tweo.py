@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2d.baselines import base
-from s2d.baselines.watching import PLACES, Activations, Place
+from s2d.baselines.activations import PLACES, Activations, Place
 
 EPSILON = 1e-6
 

@@ -54,9 +54,9 @@ def audit(
         check_file(file)
     from s2d.audit import audit as look
     from s2d.audit import audit_batches, audit_many
-    from s2d.audit.carriers import summary
+    from s2d.audit.massive_tokens import summary
     from s2d.checkpoint import load
-    from s2d.runner import device_of
+    from s2d.distributed.processes import device_of
 
     settings: dict[str, Any] = {"include": include or "all-linear", "spec": spec, "progress": bars(quiet)}
     first = load(models[0], device=device_of(device))

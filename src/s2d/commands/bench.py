@@ -34,10 +34,10 @@ def bench(
     """
     check_file(json_file)
     check_file(plot)
-    from s2d.bench import bench as measure
+    from s2d.commands.terminal import Watch
+    from s2d.export.timing import bench as measure
+    from s2d.io.provenance import run_metadata
     from s2d.report.speeds import speed_plot
-    from s2d.results import run_metadata
-    from s2d.terminal import Watch
 
     sizes, counts = _numbers("--batch", batch), _numbers("--threads", threads)
     with Watch(Console(stderr=True), quiet=quiet) as watch:

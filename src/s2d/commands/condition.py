@@ -35,9 +35,9 @@ from s2d.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
+    from s2d.commands.terminal import Watch
     from s2d.models import Loaded
     from s2d.tasks import Task
-    from s2d.terminal import Watch
 
 _UNLABELLED = ("unlabelled-text", "unlabelled-images", "language-modeling")
 
@@ -86,17 +86,17 @@ def condition(
         raise InputError("--blockwise has each block taught by what it was; add --objective distill")
     if objective == "distill" and task == "language-modeling":
         o = ["task.loss=original", *(o or ())]
-    from s2d import launch
-    from s2d.blockwise import condition_blocks
     from s2d.checkpoint import load
-    from s2d.models import memory, save_model
-    from s2d.quant.blocks import blocks_of
+    from s2d.commands.terminal import Watch
+    from s2d.distributed import processes
+    from s2d.distributed.processes import device_of
+    from s2d.io.provenance import run_metadata
+    from s2d.models import footprint, save_model
+    from s2d.models.blocks import blocks_of
     from s2d.report import write_card
-    from s2d.results import run_metadata
-    from s2d.runner import device_of
     from s2d.tasks import create
-    from s2d.terminal import Watch
-    from s2d.training import train
+    from s2d.training.blockwise import condition_blocks
+    from s2d.training.loop import train
 
     recipe = settings(
         model,
@@ -107,14 +107,14 @@ def condition(
         arms={"s2d": {} if preset is None else {"preset": preset}},
     )
     held = held_beside(out)
-    quiet = quiet or not launch.leads()
+    quiet = quiet or not processes.leads()
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         watch.stage(f"loading {model}", 1)
         made: Task = create(recipe.task.name, **recipe.task.options)
         tokens = recipe.train.batch_size * made.tokens
-        needed = partial(memory.to_train, tokens=tokens)
+        needed = partial(footprint.to_train, tokens=tokens)
         if blockwise is not None:
-            needed = partial(memory.to_train_blocks, tokens=tokens, batches=blockwise)
+            needed = partial(footprint.to_train_blocks, tokens=tokens, batches=blockwise)
         refuse_too_little(f"conditioning {model}", model, device_of(device), needed)
         loaded: Loaded = load(model, device=device_of(device))
 
@@ -143,8 +143,8 @@ def condition(
                 resume=held / "blocks",
                 on_step=note,
             )
-        launch.part()
-        if not launch.leads():
+        processes.part()
+        if not processes.leads():
             return  # the first process writes
         notes = {"conditioned": recipe.model_dump(include={"model", "task", "train", "arms"}), "seed": seed}
         save_model(made.result(built), out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
@@ -165,7 +165,7 @@ def condition(
 
 def _tell_strength(model: nn.Module, decay: dict[str, Any] | None, watch: Watch) -> None:
     """Say where a good strength was found, when nobody chose one for a language model."""
-    from s2d.tasks.original import head_of
+    from s2d.tasks.teacher import head_of
 
     if head_of(model) is not None and not (decay or {}).keys() & {"strength", "preset"}:
         watch.say(
@@ -192,7 +192,7 @@ def _task_of(objective: str, task: str | None, data: str | None) -> str | None:
             "--objective distill needs texts or images; add --data FOLDER_OR_FILE (.txt, .jsonl, .parquet; images)"
         )
     if task is None:
-        from s2d.tasks.image_pile import holds_images
+        from s2d.data.image_pile import holds_images
 
         return "unlabelled-images" if holds_images(data) else "unlabelled-text"
     return task

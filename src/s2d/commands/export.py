@@ -62,16 +62,16 @@ def export(
     check_file(json_file)
     from s2d.audit import audit_batches
     from s2d.checkpoint import load
-    from s2d.evaluation import model_for
+    from s2d.commands.terminal import Watch
+    from s2d.data.base import check_split
     from s2d.export import RUNNABLE, example_of
     from s2d.export import export as write
     from s2d.export.towers import export_towers
-    from s2d.models.checkpoints import save_parts
     from s2d.models.dual_encoder import DualEncoder
-    from s2d.quant.sites import is_quantized
+    from s2d.models.saved import save_parts
+    from s2d.quant.modules.sites import is_quantized
     from s2d.tasks import create
-    from s2d.tasks.base import check_split
-    from s2d.terminal import Watch
+    from s2d.tasks.evaluation import model_for
 
     recipe = settings(model, task, data, o) if task is not None or o else None
     wanted = check_split(split)

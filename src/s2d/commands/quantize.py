@@ -36,10 +36,10 @@ from s2d.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
+    from s2d.experiments.recipe import Recipe
     from s2d.quant import QuantSpec
-    from s2d.recipe import Recipe
     from s2d.tasks import Task
-    from s2d.training import Training
+    from s2d.training.train_settings import Training
 
 
 @command(app, example="s2d quantize runs/conditioned --spec w4a4 --observer mse --out runs/w4a4", together=True)
@@ -102,16 +102,18 @@ def quantize(
         )
     if steps is not None and (observer, budget, resume, protocol) != (None, None, None, "own"):
         raise InputError("--steps learns the ranges; leave out --observer, --budget, --protocol and --resume")
-    from s2d import launch, quant
+    from s2d import quant
     from s2d.audit import audit_batches
     from s2d.checkpoint import load, refuse_in_the_way, save
-    from s2d.evaluation import model_for
-    from s2d.models import memory
+    from s2d.distributed import processes
+    from s2d.distributed.processes import device_of
+    from s2d.io.provenance import run_metadata
+    from s2d.models import footprint
     from s2d.quant import QuantSpec
     from s2d.quant.allocate import CHOICES, affordable, sensitivity
-    from s2d.results import run_metadata
-    from s2d.runner import calibration_inputs, device_of
     from s2d.tasks import create
+    from s2d.tasks.base import calibration_inputs
+    from s2d.tasks.evaluation import model_for
 
     if out is not None and not dry_run:
         refuse_in_the_way(out)  # before the work, not after it
@@ -119,13 +121,13 @@ def quantize(
     if prefix:
         parsed = replace(parsed, prefix=prefix)
     entries = quant.get_methods(method)
-    if launch.count() > 1:
+    if processes.count() > 1:
         if steps is None:
             quant.refuse_undivided(entries)
         if budget is not None or dry_run:
             raise InputError("--budget and --dry-run work in one process; start them without torchrun")
-        quiet = quiet or not launch.leads()
-        launch.meet(device_of(device) == "cpu")
+        quiet = quiet or not processes.leads()
+        processes.meet(device_of(device) == "cpu")
     bits = None if budget is None else affordable(budget, CHOICES)  # before the model is loaded
     training = {} if steps is None else {"qat": {"steps": steps, "method": method}}
     recipe = settings(model, task, data, o, **training) if task is not None or o else None
@@ -133,7 +135,7 @@ def quantize(
         raise InputError("qat is for training with the quantizers in place; add --steps")
     made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
     if recipe is not None and made is not None and recipe.qat is not None:
-        needed = partial(memory.to_train, tokens=recipe.train.batch_size * made.tokens, quantized=True)
+        needed = partial(footprint.to_train, tokens=recipe.train.batch_size * made.tokens, quantized=True)
         refuse_too_little(f"training {model}", model, device_of(device), needed)
     else:
         refuse_too_little(f"quantizing {model}", model, device_of(device))
@@ -145,18 +147,20 @@ def quantize(
         if recipe is None or made is None:
             inputs = audit_batches(loaded, data)
         else:
-            inputs = calibration_inputs(made, recipe.quantize.calibration, seed)
+            inputs = calibration_inputs(
+                made, recipe.quantize.calibration.samples, recipe.quantize.calibration.batch_size, seed
+            )
     except InputError:
         if not dry_run or bits is not None:  # a plan needs no data; its time is then left out
             raise
-    if launch.count() > 1 and steps is None:
+    if processes.count() > 1 and steps is None:
         inputs = list(inputs)
-        if len(inputs) < launch.count():
+        if len(inputs) < processes.count():
             raise InputError(
-                f"{len(inputs)} calibration batches cannot be shared by {launch.count()} processes; use more data, or "
-                "smaller batches (-o quantize.calibration.batch_size=8)"
+                f"{len(inputs)} calibration batches cannot be shared by {processes.count()} processes; use more data, "
+                "or smaller batches (-o quantize.calibration.batch_size=8)"
             )
-        inputs = inputs[launch.rank() :: launch.count()]
+        inputs = inputs[processes.rank() :: processes.count()]
     if bits is not None:
         found = sensitivity(plain, calibration=inputs, base=parsed, progress=bars(quiet))
         parsed = found.allocate(bits)
@@ -180,11 +184,11 @@ def quantize(
                 seed=seed,
                 resume=resume,
                 inplace=True,
-                shared=launch.count() > 1,
+                shared=processes.count() > 1,
                 progress=bars(quiet),
             )
-        launch.part()
-        if not launch.leads():
+        processes.part()
+        if not processes.leads():
             return  # the first process writes
         notes = {**loaded.notes, "quantized": {"model": model}}
         save(quantized, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
@@ -209,8 +213,8 @@ def _train(
     quiet: bool,
 ) -> tuple[nn.Module, Training]:
     """Quantization-aware training as in a recipe, for one model and spec."""
-    from s2d.quantized_training import train_quantized
-    from s2d.terminal import Watch
+    from s2d.commands.terminal import Watch
+    from s2d.training.qat_loop import train_quantized
 
     assert recipe.qat is not None
     with Watch(Console(stderr=True), quiet=quiet) as watch:

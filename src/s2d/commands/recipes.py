@@ -31,7 +31,7 @@ app.add_typer(recipes_app, name="recipes")
 @command(recipes_app, "list", example="s2d recipes list")
 def recipes_list(json_file: JsonFile = None, quiet: Quiet = False) -> None:
     """List the recipes that come with s2d."""
-    from s2d.recipe_files import packaged
+    from s2d.experiments.recipe_files import packaged
 
     found = packaged()
     if json_file is not None:
@@ -48,7 +48,7 @@ def recipes_show(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name from s2d recipes list, or a file.")],
 ) -> None:
     """Print a recipe, to read or to start one's own from."""
-    from s2d.recipe_files import read_text
+    from s2d.experiments.recipe_files import read_text
 
     print(read_text(recipe)[1], end="")
 
@@ -61,8 +61,8 @@ def recipes_new(
     quiet: Quiet = False,
 ) -> None:
     """Start a recipe of one's own from another: a copy, with changes if some are given. Run it with s2d run FILE."""
-    from s2d.recipe import new_text
-    from s2d.results import write_atomic
+    from s2d.experiments.recipe import new_text
+    from s2d.io.files import write_atomic
 
     if file.suffix not in (".yaml", ".yml"):
         raise InputError(f"{file} is no name for a recipe; it ends in .yaml")

@@ -14,7 +14,7 @@ from s2d.commands.shared import (
     say,
 )
 from s2d.errors import InputError
-from s2d.results import parse_json
+from s2d.io.files import parse_json
 
 
 @command(app, example="s2d report runs/demo/results.json --out report.html")

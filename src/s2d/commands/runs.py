@@ -88,23 +88,24 @@ def _run(
     smoke: bool = False,
 ) -> None:
     check_file(json_file)
-    from s2d import launch
-    from s2d.recipe import read_recipe
-    from s2d.runner import Runner, device_of
-    from s2d.terminal import Watch, comparison
+    from s2d.commands.terminal import Watch, comparison
+    from s2d.distributed import processes
+    from s2d.distributed.processes import device_of
+    from s2d.experiments.recipe import read_recipe
+    from s2d.experiments.runner import Runner
 
     name, content = read_recipe(recipe, overrides or ())
     folder = out or Path("runs") / (f"{name}-smoke" if smoke else name)
     if smoke:
-        from s2d.smoke import smoke_test
+        from s2d.experiments.smoke import smoke_test
 
-        launch.meet(device_of(content.device) == "cpu")
-        content = launch.as_first(smoke_test(content, folder / "data") if launch.leads() else None)
-    quiet = quiet or not launch.leads()
+        processes.meet(device_of(content.device) == "cpu")
+        content = processes.as_first(smoke_test(content, folder / "data") if processes.leads() else None)
+    quiet = quiet or not processes.leads()
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         runner = Runner(name, content, folder, watch, trial=smoke)
-        results = runner.run() if launch.leads() else runner.follow()
-    launch.part()
+        results = runner.run() if processes.leads() else runner.follow()
+    processes.part()
     if results is None:
         return
     if json_file is not None:

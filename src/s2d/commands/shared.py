@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from s2d import launch
+from s2d.distributed import processes
 from s2d.errors import InputError, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from s2d.models.memory import Footprint, Shapes
-    from s2d.recipe import Recipe
+    from s2d.experiments.recipe import Recipe
+    from s2d.models.footprint import Footprint, Shapes
 
 
 app = typer.Typer(
@@ -48,7 +48,7 @@ def command(
 
         @functools.wraps(function)
         def checked(*args: Any, **options: Any) -> None:
-            if launch.count() > 1 and not together:
+            if processes.count() > 1 and not together:
                 raise InputError(f"{called} runs in one process; start it without torchrun")
             function(*args, **options)
 
@@ -83,8 +83,8 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random."
 
 def settings(model: str, task: str | None, data: str | None, overrides: list[str] | None, **more: Any) -> Recipe:
     """What the options of a command stand for, as a recipe."""
-    from s2d.recipe import make_recipe
-    from s2d.recipe_files import move
+    from s2d.experiments.recipe import make_recipe
+    from s2d.experiments.recipe_files import move
     from s2d.tasks import tasks
 
     if task is None:
@@ -125,12 +125,12 @@ def refuse_too_little(doing: str, model: str, device: str, needed: Callable[[Sha
     """Refuse a model of which what is needed does not fit, before it is loaded: by default two copies, the loaded one
     and the one that is worked on.
     """
-    from s2d.models import memory
+    from s2d.models import footprint
 
-    shapes = memory.shapes_of(model)
+    shapes = footprint.shapes_of(model)
     if shapes is not None:
-        wanted = memory.to_load(shapes, copies=2) if needed is None else needed(shapes)
-        memory.refuse_too_little(wanted, doing, device)
+        wanted = footprint.to_load(shapes, copies=2) if needed is None else needed(shapes)
+        footprint.refuse_too_little(wanted, doing, device)
 
 
 def held_beside(out: Path) -> Path:
@@ -140,8 +140,8 @@ def held_beside(out: Path) -> Path:
 
 def clear(held: Path) -> None:
     """Remove what a training kept to be continued, and nothing that somebody else put there."""
-    from s2d.quant.resume import Store
-    from s2d.results import sweep
+    from s2d.io.files import sweep
+    from s2d.quant.calibration.resume import Store
 
     sweep(held, age=0.0)  # by a run that was killed while it saved
     (held / "state.pt").unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def clear(held: Path) -> None:
 
 def save_json(path: Path, content: Any) -> None:
     """Write results, atomically."""
-    from s2d.results import write_json
+    from s2d.io.files import write_json
 
     write_json(path, content)
 

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError, choices, require
-from s2d.export import checkpoints, executorch
+from s2d.errors import InputError, choices
+from s2d.export import executorch, layer_formats
 from s2d.export.gate import Check, ExportReport
 from s2d.export.graphs import export_graph
 from s2d.export.onnx import OnnxModel
 from s2d.export.openvino import OpenVinoModel
 from s2d.export.operators import FORMS, Form
 from s2d.export.torch_int import integer_model
-from s2d.quant.sites import is_quantized
-from s2d.quant.state import check_unchanged, holder, record
-from s2d.results import run_metadata, write_json
+from s2d.io.files import write_json
+from s2d.io.provenance import run_metadata
+from s2d.optional import require
+from s2d.quant.modules.record import check_unchanged, holder, record
+from s2d.quant.modules.sites import is_quantized
 from s2d.tasks import Split, Task
 
 __all__ = ["ExportReport", "OnnxModel", "OpenVinoModel", "export", "exporters", "integer_model", "open_exported"]
@@ -30,7 +32,7 @@ _FORMATS = {
     ".xml": "OpenVINO's own form, weights in NAME.bin beside it",
     ".gguf": "GGUF for llama.cpp: language models of the Llama kind, weights only",
     ".pte": "ExecuTorch for phones and boards, Linears run by XNNPACK",
-    checkpoints.FOLDER: "a folder in the format of compressed-tensors, for transformers and servers like vLLM",
+    layer_formats.FOLDER: "a folder in the format of compressed-tensors, for transformers and servers like vLLM",
 }
 RUNNABLE = (".onnx", ".xml")  # by `open_exported`, with rows and threads to choose
 
@@ -94,8 +96,8 @@ def export(
     check = Check(task, split, batch_size, time_it, force, notes)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix in checkpoints.FORMATS:
-            checkpoints.export_checkpoint(model, target, report, example, tokenizer, check)
+        if target.suffix in layer_formats.FORMATS:
+            layer_formats.export_checkpoint(model, target, report, example, tokenizer, check)
         elif target.suffix == executorch.SUFFIX:
             executorch.export_program(model, target, report, example, check)
         else:
@@ -113,7 +115,7 @@ def _check_target(target: Path, embeddings: int, form: str) -> None:
     if target.suffix not in _FORMATS:
         names = ", ".join(f"NAME{each}" for each in _FORMATS if each)
         raise InputError(f"{target}: unknown kind of file; name it {names}, or without a suffix for a folder")
-    if target.suffix == checkpoints.FOLDER:
+    if target.suffix == layer_formats.FOLDER:
         if target.is_file() or (target.is_dir() and any(target.iterdir())):
             raise InputError(f"{target} exists and is not an empty folder; choose another name or remove it")
     elif target.is_dir():

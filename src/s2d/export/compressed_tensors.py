@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError
 from s2d.export.integers import IntegerActivation
 from s2d.export.plain_layers import PlainLayer, plain_layers
-from s2d.models.checkpoints import describe, save_parts
 from s2d.models.quiet import quiet
-from s2d.quant.quantizer import Quantizer
+from s2d.models.saved import describe, save_parts
+from s2d.optional import require
+from s2d.quant.numerics.quantizer import Quantizer
 
 NAME = "compressed-tensors"
 

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError, first_line, require
+from s2d.errors import InputError, first_line
 from s2d.export import gate
-from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport
-from s2d.export.lowering import round_embeddings
+from s2d.export.lowering import round_embeddings, shared_copy
 from s2d.export.onnx import Face, named, tensors_of
 from s2d.export.parity import compare_modules
 from s2d.export.plain_layers import PlainLayer, plain_layers
-from s2d.quant.state import remove
+from s2d.optional import require
+from s2d.quant.modules.record import remove
 
 NAME = "ExecuTorch"
 SUFFIX = ".pte"

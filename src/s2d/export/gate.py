@@ -10,9 +10,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,12 +28,10 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, MissingExtra
 from s2d.export import openvino
-from s2d.export.copies import shared_copy
-from s2d.export.memory import give_back
+from s2d.export.lowering import shared_copy
 from s2d.export.onnx import OnnxModel, kernels, tensors_of, write_onnx
 from s2d.export.parity import LayerParity
-from s2d.export.turns import take_turns
-from s2d.quant.state import remove
+from s2d.quant.modules.record import remove
 from s2d.tasks import Split, Task
 
 POINTS = 0.3
@@ -272,3 +274,26 @@ def latencies(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> 
     finally:
         torch.set_num_threads(threads)
     return {name: statistics.median(times) for name, times in zip(models, spent, strict=True)}
+
+
+def take_turns(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """The milliseconds of every call of each, sorted, after one turn that does not count."""
+    spent: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 1):
+        for call, times in zip(calls, spent, strict=True):
+            start = time.perf_counter()
+            call()
+            if turn:
+                times.append((time.perf_counter() - start) * 1e3)
+    return [sorted(times) for times in spent]
+
+
+def give_back() -> None:
+    """Drop what only cycles hold, and make glibc return what it keeps for later; between the stages of an export that
+    is a good part of a model's size.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError
 from s2d.export.plain_layers import PlainLayer, plain_layers
 from s2d.models.quiet import quiet
-from s2d.quant.modules import QuantizedLinear
-from s2d.quant.quantizer import Quantizer
+from s2d.optional import require
+from s2d.quant.modules.linear import QuantizedLinear
+from s2d.quant.numerics.quantizer import Quantizer
 
 NAME = "GGUF"
 BLOCK = 32

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from s2d.export import gate, openvino
-from s2d.export.copies import shared_copy
-from s2d.export.gate import Check, ExportReport
-from s2d.export.lowering import lower, round_embeddings
-from s2d.export.memory import give_back
+from s2d.export.gate import Check, ExportReport, give_back
+from s2d.export.lowering import lower, round_embeddings, shared_copy
 from s2d.export.onnx import OnnxModel, write_onnx
 from s2d.export.operators import Form
 from s2d.export.parity import compare_layers

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from s2d.errors import InputError
-from s2d.quant.formats import IntFormat
-from s2d.quant.power import LogSqrt2Quantizer, TwinQuantizer
-from s2d.quant.quantizer import Quantizer, WeightQuantizer, quantize_codes, spread
+from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.log_and_twin import LogSqrt2Quantizer, TwinQuantizer
+from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer, quantize_codes, spread
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ model's own forward.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import operators
-from s2d.export.copies import shared_copy
 from s2d.export.integers import (
     IntegerActivation,
     IntegerWeight,
@@ -23,12 +23,12 @@ from s2d.export.integers import (
     integer_activation,
     integer_weight,
 )
-from s2d.quant.attention import QuantizedAttention
-from s2d.quant.modules import QuantizedConv, QuantizedLinear, turn_into
-from s2d.quant.online import OnlineLinear
-from s2d.quant.power import LogSqrt2Quantizer, TwinQuantizer
-from s2d.quant.quantizer import Quantizer, WeightQuantizer, spread
-from s2d.quant.sites import is_quantized
+from s2d.quant.modules.attention import QuantizedAttention
+from s2d.quant.modules.linear import QuantizedConv, QuantizedLinear, turn_into
+from s2d.quant.modules.online import OnlineLinear
+from s2d.quant.modules.sites import is_quantized
+from s2d.quant.numerics.log_and_twin import LogSqrt2Quantizer, TwinQuantizer
+from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer, spread
 
 SMALLEST_TABLE = 16  # rows; below that (token types) nothing is gained
 HEADS = 1  # the dimension of heads in an attention operand [B, H, T, D]
@@ -274,3 +274,14 @@ class _Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The same shape."""
         return self.quantizer.fake_quantize(x)
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """The model's modules again, on the same memory: in evaluation mode, and no parameter wants a gradient.
+
+    Modules of the copy may be replaced, and parameters set anew; writing into one of its tensors would write into the
+    model's. Parameters that several modules share are shared in the copy too.
+    """
+    same: dict[int, object] = {id(each): each for each in model.buffers()}
+    same |= {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
+    return copy.deepcopy(model, same).eval()

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError
 from s2d.export.operators import Form, translations
+from s2d.optional import require
 
 OPSET = 21
 # Asks for exact products where they would overflow (see `overflows`); they take twice as long. It fails where a

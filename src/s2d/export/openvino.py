@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError
 from s2d.export.onnx import named
+from s2d.optional import require
 
 
 def convert(source: Path, path: Path) -> None:

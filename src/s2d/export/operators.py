@@ -23,9 +23,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from s2d.errors import require
-from s2d.quant.formats import FORMATS, IntFormat
-from s2d.quant.quantizer import SMALLEST_SCALE, affine_parameters
+from s2d.optional import require
+from s2d.quant.numerics.formats import FORMATS, IntFormat
+from s2d.quant.numerics.quantizer import SMALLEST_SCALE, affine_parameters
 
 Form = Literal["qdq", "integer", "types"]
 FORMS: tuple[Form, ...] = get_args(Form)

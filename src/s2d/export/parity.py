@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import require
 from s2d.export.lowering import LoweredLinear, LoweredOnlineLinear, Rounded
 from s2d.export.onnx import session
 from s2d.export.operators import Form
-from s2d.quant.modules import QuantizedLinear
+from s2d.optional import require
+from s2d.quant.modules.linear import QuantizedLinear
 
 TOLERANCE = 1e-5
 FLIPS = 0.01

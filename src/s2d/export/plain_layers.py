@@ -15,11 +15,11 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.export.integers import IntegerActivation, IntegerWeight, integer_activation, integer_weight
-from s2d.quant.attention import QuantizedAttention
-from s2d.quant.modules import QuantizedConv, QuantizedLinear
-from s2d.quant.online import OnlineLinear, RotatedBlock
-from s2d.quant.quantizer import Quantizer
-from s2d.quant.sites import is_quantized
+from s2d.quant.modules.attention import QuantizedAttention
+from s2d.quant.modules.linear import QuantizedConv, QuantizedLinear
+from s2d.quant.modules.online import OnlineLinear, RotatedBlock
+from s2d.quant.modules.sites import is_quantized
+from s2d.quant.numerics.quantizer import Quantizer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.export.lowering import LoweredLinear, LoweredOnlineLinear, Rounded, lower
-from s2d.quant.modules import turn_into
+from s2d.quant.modules.linear import turn_into
 
 _SHIFT = 128
 

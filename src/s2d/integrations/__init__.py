@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2d.decay import SelectiveSpectralDecay
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
 
 
 class Conditioning:

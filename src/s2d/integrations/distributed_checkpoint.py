@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from s2d.decay import SelectiveSpectralDecay
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
 
 
 class DecayState:

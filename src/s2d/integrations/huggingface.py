@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from s2d.errors import InputError, require
+from s2d.errors import InputError
 from s2d.integrations import Conditioning, summary
-from s2d.results import write_atomic
+from s2d.io.files import write_atomic
+from s2d.optional import require
 
 transformers = require("transformers", "hf")
 

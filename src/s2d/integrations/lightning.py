@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2d.errors import require
 from s2d.integrations import Conditioning, summary
+from s2d.optional import require
 
 pytorch = require("lightning.pytorch", "lightning")
 

@@ -1,6 +1,5 @@
 """Models: loading and saving them, and what the parts of each family are called."""
 
-from s2d.models.checkpoints import describe, fingerprint, read_notes, rebuild, register_architecture, save_model
 from s2d.models.family import (
     ROLES,
     Family,
@@ -12,6 +11,7 @@ from s2d.models.family import (
 from s2d.models.heads import SentenceEncoder, TextClassifier
 from s2d.models.loading import Loaded, load
 from s2d.models.packages import installed_models
+from s2d.models.saved import describe, fingerprint, read_notes, rebuild, register_architecture, save_model
 
 __all__ = [
     "ROLES",

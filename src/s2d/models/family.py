@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from s2d.registry import Registry
-from s2d.targets import clean_name
+from s2d.targets.weights import clean_name
 
 Modality: TypeAlias = Literal["text", "vision", "multimodal", "causal-lm"]
 NormPosition: TypeAlias = Literal["pre", "post"]

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2d.errors import InputError, choices, require
-from s2d.models.checkpoints import CONFIG_NAME, load_saved, refuse_foreign_code
+from s2d.errors import InputError, choices
+from s2d.io.files import parse_json
 from s2d.models.family import makers, register_loader
 from s2d.models.image_heads import image_encoder
 from s2d.models.preprocessing import Preprocessing
-from s2d.results import parse_json
+from s2d.models.saved import CONFIG_NAME, load_saved, refuse_foreign_code
+from s2d.optional import require
 
 _SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # CLIP reads an end token of number 2 as "the largest"
 

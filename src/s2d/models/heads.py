@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2d.errors import InputError
-from s2d.models.checkpoints import describe, rebuild, register_architecture
+from s2d.models.saved import describe, rebuild, register_architecture
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:

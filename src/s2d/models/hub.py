@@ -10,8 +10,8 @@ import urllib.request
 from collections.abc import Iterator
 from types import ModuleType
 
-from s2d.errors import require
 from s2d.models.quiet import quiet_log
+from s2d.optional import require
 
 
 def offline() -> bool:

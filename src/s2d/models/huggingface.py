@@ -11,8 +11,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from s2d.errors import InputError, require
-from s2d.models.checkpoints import (
+from s2d.errors import InputError
+from s2d.models.hub import offline
+from s2d.models.packages import WEIGHT_SUFFIXES, suggestions
+from s2d.models.quiet import no_garbage_collection, quiet
+from s2d.models.saved import (
     check_safetensors,
     explain_unpickling,
     own_tokenizer,
@@ -20,9 +23,7 @@ from s2d.models.checkpoints import (
     read_weights,
     refuse_foreign_code,
 )
-from s2d.models.hub import offline
-from s2d.models.packages import WEIGHT_SUFFIXES, suggestions
-from s2d.models.quiet import no_garbage_collection, quiet
+from s2d.optional import require
 
 # Which automatic class keeps the head that a checkpoint was saved with; without one, the bare encoder is loaded.
 _HEADS: tuple[tuple[str, str], ...] = (

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.models.checkpoints import describe, rebuild, register_architecture
 from s2d.models.dual_encoder import DualEncoder
 from s2d.models.heads import hidden_width
+from s2d.models.saved import describe, rebuild, register_architecture
 
 
 class ImageClassifier(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from s2d.distributed.processes import inside
 from s2d.errors import InputError
-from s2d.launch import inside
 from s2d.models.dual_encoder import DualEncoder
 from s2d.models.image_heads import image_tower, pooled_features
 

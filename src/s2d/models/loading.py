@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from s2d.errors import InputError
+from s2d.io.files import JSON
 from s2d.models import huggingface, packages
-from s2d.models.checkpoints import (
+from s2d.models.family import Family, family_of, loaders
+from s2d.models.saved import (
     CONFIG_NAME,
     PICKLE_SUFFIXES,
     WEIGHTS_NAME,
@@ -22,8 +24,6 @@ from s2d.models.checkpoints import (
     load_saved,
     read_notes,
 )
-from s2d.models.family import Family, family_of, loaders
-from s2d.results import JSON
 
 _FILES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from s2d.errors import InputError
-from s2d.results import parse_json
+from s2d.io.files import parse_json
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _DEPTH = 3

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.models.bert import BERT
-from s2d.models.checkpoints import describe, rebuild, register_architecture
+from s2d.models.families.bert import BERT
+from s2d.models.families.vit import VIT
 from s2d.models.family import Family, register_family, register_loader
 from s2d.models.heads import SentenceEncoder, encoder_of, hidden_width
 from s2d.models.image_heads import feature_width, image_encoder, image_features
-from s2d.models.vit import VIT
+from s2d.models.saved import describe, rebuild, register_architecture
 
 # SigLIP's own start, section 3.2: scores of -10 and a temperature of 10, since nearly all pairs are wrong ones.
 _SCALE, _BIAS = math.log(10.0), -10.0

@@ -13,8 +13,8 @@ from torch import nn
 
 from s2d.errors import InputError, choices
 from s2d.models import huggingface
-from s2d.models.checkpoints import load_saved
 from s2d.models.family import register_loader
+from s2d.models.saved import load_saved
 
 
 def trained_models() -> list[str]:

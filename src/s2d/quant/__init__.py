@@ -10,17 +10,17 @@ from typing import Any, cast, get_args
 
 from torch import nn
 
+from s2d.distributed.sharding import Groups, all_ranks, in_common, is_dtensor
 from s2d.errors import InputError
-from s2d.models.checkpoints import fingerprint
-from s2d.quant.calibration import Batches, Job, Protocol, find_attention
+from s2d.models.saved import fingerprint
+from s2d.quant.calibration.observe import Batches, Job, Protocol, find_attention
+from s2d.quant.calibration.resume import Snapshot, Store, fingerprint_batches
 from s2d.quant.estimate import Estimate, estimate
+from s2d.quant.modules.record import Record, record, remove, switch_on
+from s2d.quant.modules.sites import Site, describe, insert, is_quantized, plan, refuse_quantized
+from s2d.quant.modules.storage import load, save
 from s2d.quant.ptq import Entry, get_methods, methods, refuse_undivided, stages
-from s2d.quant.resume import Snapshot, Store, fingerprint_batches
-from s2d.quant.sites import Site, describe, insert, is_quantized, plan, refuse_quantized
 from s2d.quant.spec import QuantSpec
-from s2d.quant.state import Record, record, remove, switch_on
-from s2d.quant.storage import load, save
-from s2d.sharding import Groups, all_ranks, in_common, is_dtensor
 
 __all__ = [
     "Estimate",

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from s2d import quant
 from s2d.errors import InputError
-from s2d.quant.calibration import Batches, evaluating, real_tokens, run, token_mask
-from s2d.quant.distillation import main_output
-from s2d.quant.formats import IntFormat, integer_format
-from s2d.quant.quantizer import Quantizer, switched_on
-from s2d.quant.sites import quantizers_of
+from s2d.models.running import evaluating, main_output, real_tokens, run, token_mask
+from s2d.quant.calibration.observe import Batches
+from s2d.quant.modules.record import record
+from s2d.quant.modules.sites import quantizers_of
+from s2d.quant.numerics.formats import IntFormat, integer_format
+from s2d.quant.numerics.quantizer import Quantizer, switched_on
 from s2d.quant.spec import QuantSpec, TensorSpec
-from s2d.quant.state import record
 
 CHOICES = (3, 4, 6, 8)
 _MOST_UNITS = 200_000

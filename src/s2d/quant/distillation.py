@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.quant.blocks import blocks_of
-from s2d.quant.calibration import Batches, evaluating, real_tokens, run, token_mask
-from s2d.quant.sites import is_quantized
+from s2d.models.blocks import blocks_of
+from s2d.models.running import evaluating, main_output, real_tokens, run, token_mask
+from s2d.quant.calibration.observe import Batches
+from s2d.quant.modules.sites import is_quantized
 
 VARIANCE = 0.6
 _MULTIPLE = 32
 _ROWS = 256  # outputs in double precision at a time; those of language models are as wide as a vocabulary
-_OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
 
 
 def principal_directions(second_moment: Tensor, mean: Tensor, variance: float = VARIANCE) -> Tensor:
@@ -187,17 +187,6 @@ class Distiller:
 def _share(found: Tensor, expected: Tensor, spread: float) -> Tensor:
     """Mean squared distance of vectors, in units of the spread."""
     return (found.float() - expected.float()).square().sum(-1).mean() / max(spread, 1e-12)
-
-
-def main_output(output: Any) -> Tensor:
-    """The tensor that counts in what a module returns."""
-    for name in _OUTPUTS:
-        found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
 
 
 def _last_of_each_tower(blocks: dict[str, nn.Module]) -> list[str]:

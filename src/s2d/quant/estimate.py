@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from s2d.quant.calibration import Batches, evaluating, run
-from s2d.quant.formats import BlockFormat
+from s2d.models.running import evaluating, run
+from s2d.quant.calibration.observe import Batches
+from s2d.quant.modules.sites import Site, weight_name
+from s2d.quant.numerics.formats import BlockFormat
 from s2d.quant.ptq import get_methods
-from s2d.quant.sites import Site, weight_name
 
 PAIR_BYTES = 8  # a float32 scale and an int32 zero point
 

@@ -11,7 +11,14 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from s2d.quant.attention import BADDBMMS, MATMULS, MULTI_HEAD, SDPA, SOFTMAXES, inside_quantized_attention
+from s2d.quant.modules.attention import (
+    BADDBMMS,
+    MATMULS,
+    MULTI_HEAD,
+    SDPA,
+    SOFTMAXES,
+    inside_quantized_attention,
+)
 
 _PRODUCTS = frozenset((*MATMULS, *BADDBMMS, torch.einsum))
 _SOFTMAXES = frozenset(SOFTMAXES)

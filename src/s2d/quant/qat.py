@@ -23,14 +23,14 @@ from torch.optim import Optimizer
 
 from s2d import quant
 from s2d.errors import InputError
-from s2d.quant.formats import IntFormat
-from s2d.quant.learned import LearnedQuantizer, lsq_step
-from s2d.quant.oscillation import Oscillations, threshold_at
-from s2d.quant.ptq.rtn import set_weight_range
-from s2d.quant.quantizer import Quantizer, quantize_codes
-from s2d.quant.sites import Site, weight_name
+from s2d.quant.calibration.observe import set_weight_range
+from s2d.quant.modules.record import Record, peek, record, switch_on
+from s2d.quant.modules.sites import Site, weight_name
+from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.lsq import LearnedQuantizer, lsq_step
+from s2d.quant.numerics.oscillation import Oscillations, threshold_at
+from s2d.quant.numerics.quantizer import Quantizer, quantize_codes
 from s2d.quant.spec import QuantSpec
-from s2d.quant.state import Record, peek, record, switch_on
 
 STEP_LR = 1e-3
 _STATE_VERSION = 1

@@ -53,9 +53,9 @@ from typing import Any, Literal, get_args
 import yaml
 
 from s2d.errors import InputError
-from s2d.quant.formats import FORMATS, MAX_BITS, MIN_BITS, BlockFormat, Format, get_format, integer_format
-from s2d.quant.observers import ObserverSpec
-from s2d.quant.quantizer import Granularity
+from s2d.quant.numerics.formats import FORMATS, MAX_BITS, MIN_BITS, BlockFormat, Format, get_format, integer_format
+from s2d.quant.numerics.observers import ObserverSpec
+from s2d.quant.numerics.quantizer import Granularity
 
 Group = Literal["weight", "activation", "attention"]
 GROUPS: tuple[Group, ...] = get_args(Group)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from s2d.errors import visible
+from s2d.io.files import write_atomic
 from s2d.report.formatting import MISSING, points, ratio, signed
-from s2d.report.results import JSON, read_results
+from s2d.report.schema import JSON, read_results
 from s2d.report.summary import Group, gain, groups, label
-from s2d.results import write_atomic
 
 NAME = "README.md"
 _PAPER = "https://arxiv.org/abs/2602.14432"

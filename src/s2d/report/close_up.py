@@ -9,7 +9,7 @@ from typing import Any
 from s2d.report.formatting import percent, ratio, show, two_decimals
 from s2d.report.histograms import caption, chosen, histogram_figure, span
 from s2d.report.histories import Track, track_figure
-from s2d.report.results import Audit, Weight
+from s2d.report.schema import Audit, Weight
 from s2d.report.scores import style
 from s2d.report.summary import LABELS, worst_weight
 

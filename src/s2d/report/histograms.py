@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from s2d.report.formatting import show
-from s2d.report.results import Histogram
+from s2d.report.schema import Histogram
 
 BULK = 0.999  # the share of the values that the close-up shows
 

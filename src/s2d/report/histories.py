@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2d.report.formatting import ratio, show
-from s2d.report.results import Moment
+from s2d.report.schema import Moment
 
 SHOWN = 6  # as many as there are colours that everybody can tell apart
 

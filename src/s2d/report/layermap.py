@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from s2d.report.formatting import percent, ratio, two_decimals
-from s2d.report.results import Audit, Weight
+from s2d.report.schema import Audit, Weight
 
 
 @dataclass(frozen=True)

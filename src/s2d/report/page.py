@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from s2d.errors import require
+from s2d.io.files import write_atomic
+from s2d.optional import require
 from s2d.report import layermap
 from s2d.report.close_up import cell, close_ups, used_columns, weight_figures
 from s2d.report.formatting import MISSING, points, show, signed
 from s2d.report.histories import history_figure, most_decayed, tracks
-from s2d.report.results import JSON, Audit, Record, Results, read_results, visible
+from s2d.report.schema import JSON, Audit, Record, Results, read_results, visible
 from s2d.report.scores import score_figure
 from s2d.report.summary import (
     Group,
@@ -34,7 +35,6 @@ from s2d.report.summary import (
     run_verdict,
 )
 from s2d.report.trend import trend_figure, trend_verdict
-from s2d.results import write_atomic
 
 # The charting library, as it was published (plotly.js-basic-dist-min 4.1.1 on npm); its licence is beside it.
 PLOTLY = ("vendor/plotly-basic.min.js", "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba")

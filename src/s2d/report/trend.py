@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from s2d.report.formatting import percent, points, ratio, two_decimals
-from s2d.report.results import Audit, Record
+from s2d.report.schema import Audit, Record
 from s2d.report.summary import Verdict, audit_change, groups, label, primary, target_spec, worst_weight
 
 WEIGHTS = 6

@@ -9,18 +9,15 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from s2d.data.base import Batch, Split, check_batch_size, check_split
 from s2d.errors import InputError, choices
 from s2d.models import Loaded
 from s2d.registry import Registry
-
-Batch: TypeAlias = dict[str, Tensor]
-Split: TypeAlias = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class Task(ABC):
@@ -171,20 +168,6 @@ def create(name: str, **options: Any) -> Task:
     return known[name](**options)
 
 
-def check_split(split: str) -> Split:
-    """The split, or InputError."""
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    return split
-
-
-def check_batch_size(batch_size: int) -> int:
-    """The batch size, or InputError."""
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"the batch size must be a positive whole number, not {batch_size!r}")
-    return batch_size
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's parameters are; the CPU for a model without any."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -193,3 +176,16 @@ def device_of(model: nn.Module) -> torch.device:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch with its tensors on `device`."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def calibration_inputs(task: Task, samples: int, batch_size: int, seed: int) -> list[dict[str, Any]]:
+    """Model inputs of the first training examples in a shuffled order; every arm of a seed sees the same."""
+    inputs: list[dict[str, Any]] = []
+    left = samples
+    for batch in task.batches("train", batch_size=min(batch_size, left), seed=seed, shuffle=True):
+        if left <= 0:
+            break
+        taken = {name: tensor[:left] for name, tensor in batch.items()}
+        inputs += task.inputs(taken)
+        left -= len(next(iter(taken.values())))
+    return inputs

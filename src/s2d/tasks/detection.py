@@ -13,11 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError, require
+from s2d.data.annotated_images import read_image_rows
+from s2d.data.base import SPLITS, Batch, Split
+from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.preprocessing import preprocessing_of
-from s2d.tasks.base import SPLITS, Batch, Split, device_of, register, to_device
-from s2d.tasks.image_rows import ImageRows, read_image_rows
+from s2d.optional import require
+from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.image_base import ImageRows
 
 _OBJECTS = ("objects", "annotations", "object")
 _BOXES = ("bbox", "boxes", "bboxes")
@@ -36,7 +39,7 @@ class Detection(ImageRows):
     the model's authors keep their proportions, so its published numbers are not quite reached.
 
     Args:
-        data: See `s2d.tasks.image_rows`. The objects of an image are ``{"bbox": [[x, y, width, height], ...],
+        data: See `s2d.tasks.image_base`. The objects of an image are ``{"bbox": [[x, y, width, height], ...],
             "category": [...]}`` in pixels of the stored image; categories are names, or numbers from 0.
         image: Name of the image column; found by usual names when None.
         objects: Name of the column of the objects; likewise.

@@ -15,23 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2d.errors import InputError
-from s2d.models import Loaded, SentenceEncoder
-from s2d.models.heads import encoder_of
-from s2d.tasks.base import (
-    SPLITS,
-    Batch,
-    Split,
-    Task,
-    check_batch_size,
-    check_split,
-    device_of,
-    from_all_ranks,
-    register,
-    to_device,
-)
-from s2d.tasks.docstring_corpus import Pair, collect
-from s2d.tasks.tokens import (
+from s2d.data.base import SPLITS, Batch, Split, check_batch_size, check_split
+from s2d.data.docstring_corpus import Pair, collect
+from s2d.data.tokens import (
     TokenTable,
     by_length,
     check_max_length,
@@ -41,6 +27,10 @@ from s2d.tasks.tokens import (
     tokenize,
     tokenizer_key,
 )
+from s2d.errors import InputError
+from s2d.models import Loaded, SentenceEncoder
+from s2d.models.heads import encoder_of
+from s2d.tasks.base import Task, device_of, from_all_ranks, register, to_device
 
 
 @register("docstrings")
@@ -58,7 +48,7 @@ class Docstrings(Task):
         document_length: Documents are cut to so many tokens.
         scale: Factor on cosine similarities in the loss.
         packages: Import names of packages to read, ``"stdlib"`` for the standard library; None for the documented
-            default (`s2d.tasks.docstring_corpus.DEFAULT_PACKAGES`), which keeps results comparable.
+            default (`s2d.data.docstring_corpus.DEFAULT_PACKAGES`), which keeps results comparable.
     """
 
     primary = "mrr@10"

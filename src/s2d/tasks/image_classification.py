@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2d.data.base import Batch, Split
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.image_heads import ImageClassifier, class_names, image_encoder, number_of_classes
-from s2d.tasks.base import Batch, Split, device_of, register, to_device
-from s2d.tasks.labelled_images import LabelledImages
+from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.image_base import LabelledImages
 
 
 @register("image-classification")
@@ -25,7 +26,7 @@ class ImageClassification(LabelledImages):
     are flipped and shifted at random, unless `augment` is false.
 
     Args:
-        data: See `s2d.tasks.image_files.read_labelled_images`. Splits that are missing are taken out of train: 20 % for
+        data: See `s2d.data.image_folders`. Splits that are missing are taken out of train: 20 % for
             test, 10 % for validation, the same share of every class, chosen by a hash.
         image: Name of the image column; found by usual names when None.
         label: Name of the label column; likewise.

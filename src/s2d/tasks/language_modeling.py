@@ -13,22 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2d.data.base import SPLITS, Batch, Split, check_batch_size, check_split
+from s2d.data.split_files import read_utf8, split_files
+from s2d.data.tokens import check_max_length, digest, require_tokenizer, row_batches, tokenizer_key
 from s2d.errors import InputError, choices
 from s2d.models import Loaded
-from s2d.tasks.base import (
-    SPLITS,
-    Batch,
-    Split,
-    Task,
-    check_batch_size,
-    check_split,
-    device_of,
-    register,
-    to_device,
-)
-from s2d.tasks.files import read_utf8, split_files
-from s2d.tasks.original import find_original, head_of, mean_divergence
-from s2d.tasks.tokens import check_max_length, digest, require_tokenizer, row_batches, tokenizer_key
+from s2d.tasks.base import Task, device_of, register, to_device
+from s2d.tasks.teacher import find_original, head_of, mean_divergence
 
 _SUFFIXES = (".txt",)
 LOSSES = ("text", "original")

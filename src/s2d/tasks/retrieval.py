@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2d.data.annotated_images import read_image_rows
+from s2d.data.augmentation import augment
+from s2d.data.base import SPLITS, Batch, Split
+from s2d.data.tokens import require_tokenizer, tokenizer_key
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.dual_encoder import DualEncoder, pair_loss
-from s2d.tasks.augmentation import augment
-from s2d.tasks.base import SPLITS, Batch, Split, device_of, register, to_device
-from s2d.tasks.image_rows import ImageRows, read_image_rows
-from s2d.tasks.tokens import require_tokenizer, tokenizer_key
+from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.image_base import ImageRows
 
 _CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "description")
 _RANKS = (1, 5, 10)
@@ -32,7 +34,7 @@ class Retrieval(ImageRows):
     mean of both ways. Fine-tuning uses the model's own loss; images in a batch that share a caption match it all.
 
     Args:
-        data: See `s2d.tasks.image_rows`; a caption cell holds one text or a list of them.
+        data: See `s2d.tasks.image_base`; a caption cell holds one text or a list of them.
         image: Name of the image column; found by usual names when None.
         caption: Name of the caption column; likewise.
         augment: Shift and mirror training images. Off, since captions may tell left from right.

@@ -14,28 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2d.data.base import SPLITS, Batch, Split, check_batch_size, check_split
+from s2d.data.split_files import split_files
+from s2d.data.splits import CARVED, carve
+from s2d.data.tables import TABLE_SUFFIXES, Table, find_columns, read_table
+from s2d.data.tokens import by_length, digest, row_batches
 from s2d.errors import InputError
 from s2d.models import Loaded, TextClassifier
 from s2d.models.heads import encoder_of
-from s2d.tasks.base import (
-    SPLITS,
-    Batch,
-    Split,
-    check_batch_size,
-    check_split,
-    device_of,
-    register,
-    to_device,
-)
-from s2d.tasks.carving import CARVED, carve
-from s2d.tasks.files import split_files
-from s2d.tasks.tables import TABLE_SUFFIXES, Table, find_columns, read_table
-from s2d.tasks.tokenized_texts import TokenizedTexts
-from s2d.tasks.tokens import (
-    by_length,
-    digest,
-    row_batches,
-)
+from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.text_base import TokenizedTexts
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Conditioning without labels: any pile of images, and the model as it was published as the teacher.
 
-What is held near the original, and after whom: `s2d.tasks.original`.
+What is held near the original, and after whom: `s2d.tasks.teacher`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2d.data.base import Batch, Split
+from s2d.data.docstring_corpus import STDLIB, collect
+from s2d.data.image_pile import content_of, read_images
+from s2d.data.splits import split_pile
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.image_heads import feature_width, image_tower, number_of_classes
 from s2d.models.image_views import ImageView, view_images
 from s2d.models.preprocessing import preprocessing_of
-from s2d.tasks.base import Batch, Split, device_of, register
-from s2d.tasks.carving import split_pile
-from s2d.tasks.docstring_corpus import STDLIB, collect
-from s2d.tasks.image_pile import content_of, read_images
-from s2d.tasks.image_rows import ImageRows
-from s2d.tasks.original import FeatureLoss, Teacher
+from s2d.tasks.base import device_of, register
+from s2d.tasks.image_base import ImageRows
+from s2d.tasks.teacher import FeatureLoss, Teacher
 
 # Parts of a model of two towers that take the image tower's features into the common space.
 _PROJECTIONS = ("visual_projection", "image_projection")
@@ -37,7 +38,7 @@ class UnlabelledImages(ImageRows):
     """Stay the model that was published, on images without labels: its features, and a classifier's scores.
 
     The model stays what it is: an encoder, a classifier with its head, or CLIP and SigLIP, of which the image tower is
-    trained and the text tower stays. The loss is that of `s2d.tasks.original.FeatureLoss` on the pooled features (of
+    trained and the text tower stays. The loss is that of `s2d.tasks.teacher.FeatureLoss` on the pooled features (of
     CLIP and SigLIP, the vectors that texts are compared with) and the last layer's tokens; of a classifier,
     ``scores * KL(original || model)`` of its classes in nats is added.
 

@@ -1,6 +1,6 @@
 """Conditioning without labels: any pile of text, and the model as it was published as the teacher.
 
-What is held near the original, and after whom: `s2d.tasks.original`.
+What is held near the original, and after whom: `s2d.tasks.teacher`.
 """
 
 from __future__ import annotations
@@ -15,40 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2d.data.base import SPLITS, Batch, Split, check_batch_size
+from s2d.data.splits import split_pile
+from s2d.data.texts import read_texts
+from s2d.data.tokens import digest, require_tokenizer, row_batches
+from s2d.distributed.processes import inside
 from s2d.errors import InputError
-from s2d.launch import inside
 from s2d.models import Loaded, SentenceEncoder
 from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.heads import encoder_of
-from s2d.tasks.base import (
-    SPLITS,
-    Batch,
-    Split,
-    check_batch_size,
-    device_of,
-    register,
-    to_device,
-)
-from s2d.tasks.carving import split_pile
-from s2d.tasks.original import (
-    FeatureLoss,
-    Teacher,
-    divergence,
-    head_of,
-    hidden_states,
-    known_head,
-    mean_divergence,
-)
-from s2d.tasks.text_files import read_texts
-from s2d.tasks.tokenized_texts import TokenizedTexts
-from s2d.tasks.tokens import digest, require_tokenizer, row_batches
+from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.teacher import FeatureLoss, Teacher, divergence, head_of, hidden_states, known_head, mean_divergence
+from s2d.tasks.text_base import TokenizedTexts
 
 
 @register("unlabelled-text")
 class UnlabelledText(TokenizedTexts):
     """Stay the model that was published, on texts without labels: embeddings of an encoder, or next-token scores.
 
-    The loss of an encoder is that of `s2d.tasks.original.FeatureLoss`: its embeddings and its last layer's tokens. The
+    The loss of an encoder is that of `s2d.tasks.teacher.FeatureLoss`: its embeddings and its last layer's tokens. The
     loss of a causal language model is KL(original || model) per token, in nats.
 
     Metrics of an encoder: ``cosine``, the mean over texts of the cosine between its embedding and the original's, times

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2d.data.annotated_images import read_image_rows
+from s2d.data.augmentation import augment
+from s2d.data.base import SPLITS, Batch, Split
+from s2d.data.tokens import require_tokenizer, tokenizer_key
 from s2d.errors import InputError
 from s2d.models import Loaded
-from s2d.tasks.answers import Answer, answers_in, score_answers
-from s2d.tasks.augmentation import augment
-from s2d.tasks.base import SPLITS, Batch, Split, device_of, register, to_device
-from s2d.tasks.image_rows import ImageRows, read_image_rows
-from s2d.tasks.tokens import require_tokenizer, tokenizer_key
+from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.image_base import ImageRows
+from s2d.tasks.vqa_metrics import Answer, answers_in, score_answers
 
 _QUESTIONS = ("question", "query", "questions")
 _ANSWERS = ("answers", "answer", "label", "multiple_choice_answer")
@@ -32,11 +34,11 @@ class VisualQuestionAnswering(ImageRows):
 
     The answer is generated greedily after a prompt. Training is cross-entropy on the answer and its end; where a
     question has several answers, the one that most people gave. The metrics, in points, are those of
-    `s2d.tasks.answers.score_answers`: ``exact_match`` (GQA), ``vqa_accuracy`` (VQAv2), ``anls`` (DocVQA), and
+    `s2d.tasks.vqa_metrics.score_answers`: ``exact_match`` (GQA), ``vqa_accuracy`` (VQAv2), ``anls`` (DocVQA), and
     ``yes_no`` with ``yes_no_f1`` (POPE) where there are such questions.
 
     Args:
-        data: See `s2d.tasks.image_rows`; an answer cell holds one text, or a list of them (or of ``{"answer": text}``).
+        data: See `s2d.tasks.image_base`; an answer cell holds one text, or a list of them (or of ``{"answer": text}``).
         image: Name of the image column; found by usual names when None.
         question, answer: Names of these columns; likewise.
         prompt: What the model is asked, with ``<image>`` and ``{question}``; LLaVA-1.5's own by default.
@@ -124,7 +126,7 @@ class VisualQuestionAnswering(ImageRows):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
-        """See `s2d.tasks.answers.score_answers`; on all rows with a readable image."""
+        """See `s2d.tasks.vqa_metrics.score_answers`; on all rows with a readable image."""
         device, was_training = device_of(model), model.training
         model.eval()
         said: list[str] = []

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from s2d.data.base import Batch, Split
+from s2d.data.tokens import digest, require_tokenizer
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.dual_encoder import DualEncoder, pair_loss
-from s2d.tasks.base import Batch, Split, device_of, register, to_device
-from s2d.tasks.labelled_images import LabelledImages
-from s2d.tasks.tokens import digest, require_tokenizer
+from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.image_base import LabelledImages
 
 # Seven of CLIP's eighty, the ones its authors recommend (openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet).
 TEMPLATES = (

@@ -12,12 +12,12 @@ from tests.quant.tiny_models import Case
 from torch import Tensor
 
 from s2d import quant
-from s2d.quant.blocks import Call
-from s2d.quant.formats import integer_format
+from s2d.quant.calibration.walk import Call
+from s2d.quant.modules.sites import Site, weight_name
+from s2d.quant.numerics.formats import integer_format
+from s2d.quant.numerics.quantizer import WeightQuantizer
 from s2d.quant.ptq import adaround
 from s2d.quant.ptq.adaround import SoftRounding, beta_at, mixed, rectified, roundness, start_at
-from s2d.quant.quantizer import WeightQuantizer
-from s2d.quant.sites import Site, weight_name
 
 
 def weights(model: torch.nn.Module) -> list[tuple[Site, Tensor, WeightQuantizer]]:

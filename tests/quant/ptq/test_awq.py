@@ -7,8 +7,8 @@ import torch
 from tests.quant.tiny_families import FAMILIES, apart, build, job, outlying
 
 from s2d.quant import quantize
-from s2d.quant.blocks import walk
-from s2d.quant.channels import channel_statistics
+from s2d.quant.calibration.transforms import channel_statistics
+from s2d.quant.calibration.walk import walk
 from s2d.quant.ptq.awq import awq, awq_scale, best_scale
 from s2d.quant.ptq.smoothquant import input_statistics, pairs
 

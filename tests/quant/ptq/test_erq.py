@@ -13,7 +13,8 @@ from tests.quant.tiny_models import bert, torch_encoder, vit
 from torch import Tensor, nn
 
 from s2d.quant import quantize
-from s2d.quant.formats import FORMATS
+from s2d.quant.numerics.formats import FORMATS
+from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer, affine_parameters, fake_quantize
 from s2d.quant.ptq.erq import (
     Moments,
     activation_correction,
@@ -23,7 +24,6 @@ from s2d.quant.ptq.erq import (
     within_range,
 )
 from s2d.quant.ptq.gptq import Grid
-from s2d.quant.quantizer import Quantizer, WeightQuantizer, affine_parameters, fake_quantize
 
 INT4 = FORMATS["int4"]
 

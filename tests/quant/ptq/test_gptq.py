@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.quant import quantize
-from s2d.quant.observers import weight_range
+from s2d.quant.modules.sites import quantizers_of
+from s2d.quant.numerics.observers import weight_range
+from s2d.quant.numerics.quantizer import WeightQuantizer, fake_quantize
 from s2d.quant.ptq.gptq import Grid, Moments, gptq_round, round_columns, upper_factor
-from s2d.quant.quantizer import WeightQuantizer, fake_quantize
-from s2d.quant.sites import quantizers_of
 from s2d.quant.spec import QuantSpec
 
 Array = NDArray[np.float64]

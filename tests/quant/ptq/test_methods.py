@@ -11,10 +11,10 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.quant import methods, ptq, quantize, record, stages
-from s2d.quant.calibration import Job
+from s2d.quant.calibration.observe import Job
+from s2d.quant.modules.sites import quantizers_of
+from s2d.quant.numerics.quantizer import Quantizer
 from s2d.quant.ptq import get_methods, register
-from s2d.quant.quantizer import Quantizer
-from s2d.quant.sites import quantizers_of
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from tests.quant.tiny_models import Case, bert, plain, vit
 from torch import Tensor, nn
 
 from s2d.quant import load, quantize, save
-from s2d.quant.formats import FORMATS
-from s2d.quant.power import TwinQuantizer
+from s2d.quant.modules.sites import quantizers_of
+from s2d.quant.numerics.formats import FORMATS
+from s2d.quant.numerics.log_and_twin import TwinQuantizer
+from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer
 from s2d.quant.ptq.ptq4vit import MULTIPLES, best_range, probe_loss, search_input, search_weight, weighted_error
-from s2d.quant.quantizer import Quantizer, WeightQuantizer
-from s2d.quant.sites import quantizers_of
 
 UINT4, INT4 = FORMATS["uint4"], FORMATS["int4"]
 

@@ -15,12 +15,12 @@ from tests.quant.tiny_models import Case, bert, llama, torch_encoder, vit
 from torch import Tensor, nn
 
 from s2d.quant import quantize
-from s2d.quant.folding import norm_folds
-from s2d.quant.formats import FORMATS, IntFormat
-from s2d.quant.power import LogSqrt2Quantizer
+from s2d.quant.modules.folding import norm_folds
+from s2d.quant.modules.sites import quantizers_of
+from s2d.quant.numerics.formats import FORMATS, IntFormat
+from s2d.quant.numerics.log_and_twin import LogSqrt2Quantizer
+from s2d.quant.numerics.quantizer import Quantizer, quantize_codes
 from s2d.quant.ptq.repq import apply_reparametrisation, channel_rounding, reparametrise
-from s2d.quant.quantizer import Quantizer, quantize_codes
-from s2d.quant.sites import quantizers_of
 
 UINT4, INT4 = FORMATS["uint4"], FORMATS["int4"]
 assert isinstance(UINT4, IntFormat) and isinstance(INT4, IntFormat)

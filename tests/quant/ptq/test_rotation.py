@@ -10,8 +10,8 @@ from tests.quant.tiny_families import FAMILIES, POST_NORM, PRE_NORM, apart, buil
 
 from s2d.errors import InputError
 from s2d.quant import load, quantize, remove, save
-from s2d.quant.folding import matrix, streams
-from s2d.quant.online import OnlineLinear, RotatedBlock
+from s2d.quant.modules.folding import matrix, streams
+from s2d.quant.modules.online import OnlineLinear, RotatedBlock
 from s2d.quant.ptq.rotation import rotation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is post-norm")

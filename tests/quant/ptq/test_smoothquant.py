@@ -10,8 +10,8 @@ from tests.quant.tiny_families import FAMILIES, POST_NORM, apart, build, job, ou
 
 from s2d.errors import InputError
 from s2d.quant import load, quantize, remove, save
-from s2d.quant.channels import channel_statistics
-from s2d.quant.online import OnlineLinear
+from s2d.quant.calibration.transforms import channel_statistics
+from s2d.quant.modules.online import OnlineLinear
 from s2d.quant.ptq.smoothquant import smoothing_scale, smoothquant
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is post-norm")

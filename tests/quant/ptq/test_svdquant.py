@@ -12,7 +12,7 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.quant import load, quantize, remove, save
-from s2d.quant.online import OnlineLinear
+from s2d.quant.modules.online import OnlineLinear
 from s2d.quant.ptq import svdquant as module
 from s2d.quant.ptq.svdquant import TokenSample, low_rank, low_rank_quickly, svdquant
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from s2d.errors import InputError
-from s2d.quant.calibration import Job, Stage
+from s2d.quant.calibration.observe import Job, Stage
 from s2d.registry import Registry
 
 DEFAULT_ROUNDING = "rtn"

@@ -26,17 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2d.quant.blocks import Block, Call, invoke, observe_outside, outside, walk
-from s2d.quant.calibration import Job, evaluating, observe, observing, real_tokens
-from s2d.quant.distillation import main_output
-from s2d.quant.formats import IntFormat
-from s2d.quant.layers import Layer, layers_of
-from s2d.quant.learned import LearnedQuantizer
+from s2d.models.running import evaluating, main_output, real_tokens
+from s2d.quant.calibration.corrections import write
+from s2d.quant.calibration.observe import Job, observe, observing, set_weight_range
+from s2d.quant.calibration.readings import Layer, layers_of
+from s2d.quant.calibration.walk import Block, Call, invoke, observe_outside, outside, walk
+from s2d.quant.modules.sites import Site
+from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.lsq import LearnedQuantizer
+from s2d.quant.numerics.quantizer import WeightQuantizer
 from s2d.quant.ptq import register
-from s2d.quant.ptq.correcting import write
-from s2d.quant.ptq.rtn import set_weight_range
-from s2d.quant.quantizer import WeightQuantizer
-from s2d.quant.sites import Site
 
 STEPS = 100  # twice as many gained 0.1 points on MiniLM at W3A3, in twice the time
 TRAVEL = 10.0  # how far Adam can move a V in all steps, from the papers' 20,000 * 1e-3 / 2 (the rate falls linearly)

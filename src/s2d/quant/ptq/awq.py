@@ -21,16 +21,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from s2d.quant.blocks import Block, blocks_of, walk
-from s2d.quant.calibration import Job
-from s2d.quant.channels import ChannelStatistics, channel_statistics, function_kept
-from s2d.quant.folding import matrix
-from s2d.quant.online import refuse_low_rank
+from s2d.models.blocks import blocks_of
+from s2d.quant.calibration.observe import Job, least_error
+from s2d.quant.calibration.transforms import (
+    ChannelStatistics,
+    channel_statistics,
+    function_kept,
+    rounded_weight,
+)
+from s2d.quant.calibration.walk import Block, walk
+from s2d.quant.modules.folding import matrix
+from s2d.quant.modules.online import refuse_low_rank
+from s2d.quant.modules.sites import Site
 from s2d.quant.ptq import register
-from s2d.quant.ptq.rtn import least_error
 from s2d.quant.ptq.smoothquant import Pair, apply, input_statistics, pairs, shared_scale
-from s2d.quant.ptq.trial import rounded_weight
-from s2d.quant.sites import Site
 
 STEPS = 20
 # As many batches as hold this many tokens judge a scale; a batch is never taken apart.

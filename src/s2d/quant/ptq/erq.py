@@ -48,15 +48,16 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.quant.blocks import observe_block, original, outside, walk
-from s2d.quant.calibration import Job, evaluating
-from s2d.quant.formats import IntFormat
-from s2d.quant.layers import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
+from s2d.models.running import evaluating
+from s2d.quant.calibration.corrections import correctable, dampings, to_nearest, write
+from s2d.quant.calibration.observe import Job
+from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
+from s2d.quant.calibration.walk import observe_block, original, outside, walk
+from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.quantizer import Quantizer, fake_quantize, switched_on
 from s2d.quant.ptq import register
-from s2d.quant.ptq.correcting import correctable, dampings, to_nearest, write
 from s2d.quant.ptq.gptq import Grid
 from s2d.quant.ptq.repq import begin, plain_integer, reparametrise_block, set_weight
-from s2d.quant.quantizer import Quantizer, fake_quantize, switched_on
 
 # The list of the released code.
 WEIGHT_PERCENTILES = "percentiles:97,98,99,99.5,99.95,99.97,99.99,99.995,99.999,100"

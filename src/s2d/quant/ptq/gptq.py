@@ -32,16 +32,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s2d.distributed.sharding import Groups, all_reduce
 from s2d.errors import InputError
-from s2d.quant.blocks import observe_block, observe_outside, original, outside, walk
-from s2d.quant.calibration import Job, evaluating, observe
-from s2d.quant.formats import BlockFormat, Format
-from s2d.quant.layers import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
+from s2d.models.running import evaluating
+from s2d.quant.calibration.corrections import correctable, dampings, to_nearest, write
+from s2d.quant.calibration.observe import Job, least_error, observe, set_weight_range
+from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
+from s2d.quant.calibration.walk import observe_block, observe_outside, original, outside, walk
+from s2d.quant.numerics.formats import BlockFormat, Format
+from s2d.quant.numerics.quantizer import Quantizer, block_scales, fake_quantize, switched_on, to_blocks
 from s2d.quant.ptq import register
-from s2d.quant.ptq.correcting import correctable, dampings, to_nearest, write
-from s2d.quant.ptq.rtn import least_error, set_weight_range
-from s2d.quant.quantizer import Quantizer, block_scales, fake_quantize, switched_on, to_blocks
-from s2d.sharding import Groups, all_reduce
 
 LAZY_BLOCK = 128
 DAMPING = 0.01  # section 3.3, step 3

@@ -43,18 +43,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from s2d.quant.blocks import blocks_of
-from s2d.quant.calibration import Job, evaluating, observe, real_tokens, token_mask
-from s2d.quant.formats import IntFormat
-from s2d.quant.layers import Layer, layers_of
-from s2d.quant.modules import QuantizedLinear
-from s2d.quant.observers import Rounding, affine_rounding, coded_distribution, value_codes, weight_range
-from s2d.quant.power import TwinQuantizer
+from s2d.models.blocks import blocks_of
+from s2d.models.running import evaluating, real_tokens, token_mask
+from s2d.quant.calibration.observe import Job, observe, set_weight_range
+from s2d.quant.calibration.readings import Layer, layers_of
+from s2d.quant.modules.linear import QuantizedLinear
+from s2d.quant.modules.sites import OPERANDS, Site
+from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.log_and_twin import TwinQuantizer
+from s2d.quant.numerics.observers import Rounding, affine_rounding, coded_distribution, value_codes, weight_range
+from s2d.quant.numerics.quantizer import Quantizer
 from s2d.quant.ptq import register
 from s2d.quant.ptq.repq import plain_integer
-from s2d.quant.ptq.rtn import set_weight_range
-from s2d.quant.quantizer import Quantizer
-from s2d.quant.sites import OPERANDS, Site
 
 MULTIPLES = tuple(0.01 + index * (1.2 - 0.01) / 100 for index in range(100))
 ROUNDS = 3

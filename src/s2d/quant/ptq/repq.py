@@ -42,16 +42,16 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.quant.blocks import Block, Call, observe_block, observe_outside, outside, walk
-from s2d.quant.calibration import Job, observe, real_tokens
-from s2d.quant.folding import NormFold, apply_norm_fold, matrix, norm_folds
-from s2d.quant.formats import IntFormat
-from s2d.quant.observers import best_percentiles, weight_range
-from s2d.quant.power import LogSqrt2Quantizer
+from s2d.models.running import real_tokens
+from s2d.quant.calibration.observe import Job, observe, set_weight_range
+from s2d.quant.calibration.walk import Block, Call, observe_block, observe_outside, outside, walk
+from s2d.quant.modules.folding import NormFold, apply_norm_fold, matrix, norm_folds
+from s2d.quant.modules.sites import Site
+from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.log_and_twin import LogSqrt2Quantizer
+from s2d.quant.numerics.observers import best_percentiles, weight_range
+from s2d.quant.numerics.quantizer import SMALLEST_SCALE, Quantizer
 from s2d.quant.ptq import register
-from s2d.quant.ptq.rtn import set_weight_range
-from s2d.quant.quantizer import SMALLEST_SCALE, Quantizer
-from s2d.quant.sites import Site
 
 PUBLISHED = "percentiles:99.9,99.99,99.999"
 PERCENTS = (99.9, 99.99, 99.999)

@@ -33,9 +33,9 @@ import torch
 from torch import nn
 
 from s2d.errors import InputError
-from s2d.quant.calibration import Job
-from s2d.quant.channels import function_kept
-from s2d.quant.folding import (
+from s2d.quant.calibration.observe import Job, least_error
+from s2d.quant.calibration.transforms import function_kept
+from s2d.quant.modules.folding import (
     AttentionParts,
     attention_parts,
     change_basis,
@@ -46,11 +46,10 @@ from s2d.quant.folding import (
     second_linears,
     streams,
 )
-from s2d.quant.hadamard import factors, random_rotation
-from s2d.quant.modules import QuantizedLinear
-from s2d.quant.online import OnlineLinear, make_online, rotate_stream
+from s2d.quant.modules.linear import QuantizedLinear
+from s2d.quant.modules.online import OnlineLinear, make_online, rotate_stream
+from s2d.quant.numerics.hadamard import factors, random_rotation
 from s2d.quant.ptq import register
-from s2d.quant.ptq.rtn import least_error
 
 _ROTARY = re.compile(r"rotary|rope", re.IGNORECASE)
 

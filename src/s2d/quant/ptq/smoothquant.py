@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2d.quant.calibration import Job
-from s2d.quant.channels import ChannelStatistics, channel_statistics, function_kept
-from s2d.quant.folding import (
+from s2d.quant.calibration.observe import Job, least_error
+from s2d.quant.calibration.transforms import ChannelStatistics, channel_statistics, function_kept
+from s2d.quant.modules.folding import (
     NormFold,
     PairFold,
     apply_norm_fold,
@@ -34,10 +34,9 @@ from s2d.quant.folding import (
     norm_folds,
     value_folds,
 )
-from s2d.quant.modules import QuantizedLinear
-from s2d.quant.online import OnlineLinear, make_online, refuse_low_rank
+from s2d.quant.modules.linear import QuantizedLinear
+from s2d.quant.modules.online import OnlineLinear, make_online, refuse_low_rank
 from s2d.quant.ptq import register
-from s2d.quant.ptq.rtn import least_error
 
 ALPHA = 0.5
 

@@ -26,15 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.quant.blocks import outside, walk
-from s2d.quant.calibration import Job, evaluating, run, token_mask, watch_inputs
-from s2d.quant.channels import function_kept
-from s2d.quant.modules import QuantizedLinear
-from s2d.quant.online import make_online, refuse_low_rank
+from s2d.models.running import evaluating, run, token_mask
+from s2d.quant.calibration.observe import Job, least_error, watch_inputs
+from s2d.quant.calibration.transforms import function_kept, rounded_input, rounded_weight
+from s2d.quant.calibration.walk import outside, walk
+from s2d.quant.modules.linear import QuantizedLinear
+from s2d.quant.modules.online import make_online, refuse_low_rank
 from s2d.quant.ptq import register
-from s2d.quant.ptq.rtn import least_error
 from s2d.quant.ptq.smoothquant import smoothing_scale
-from s2d.quant.ptq.trial import rounded_input, rounded_weight
 
 RANK = 32
 STRENGTHS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -1,0 +1,172 @@
+"""Seeing every call of the weights that are audited, as rows of inputs and outputs, while a model runs on batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.models.running import evaluating, real_tokens, run, token_mask
+from s2d.quant.modules.attention import AttentionQuantizer, QuantizedAttention
+from s2d.quant.modules.linear import swap_in, swap_out
+from s2d.spectral.statistics import token_rows
+from s2d.targets.calls import bias_of, call_views, projection_input
+from s2d.targets.weights import Target
+
+Rows: TypeAlias = Callable[[Target, Tensor, Tensor], None]
+MaskOf: TypeAlias = Callable[[Any], Tensor | None]
+_Show: TypeAlias = Callable[[Target, Tensor, Tensor | None], None]
+
+# The output of these is x W^T + bias, nothing more.
+_PLAIN_FORWARDS = frozenset({nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward})
+
+
+def batches_twice(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
+    """Something that can be read twice: the batches themselves, or what a generator gives, held in memory.
+
+    Raises:
+        InputError: A single batch, no iterable, or an empty one; `most` is below 1.
+    """
+    if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
+        raise InputError(f"batches is a list of batches or a DataLoader, not one {type(batches).__name__}; give a list")
+    if most is not None and most < 1:
+        raise InputError(f"max_batches={most} is out of range; it must be at least 1")
+    if isinstance(batches, Iterator):
+        batches = list(islice(batches, most))
+    if isinstance(batches, Sized) and len(batches) == 0:
+        raise InputError("the audit was given no batches; give at least one")
+    return batches
+
+
+@contextmanager
+def watching(
+    model: nn.Module, targets: Sequence[Target], see: Rows, mask_of: MaskOf | None
+) -> Iterator[Callable[[Iterable[Any]], int]]:
+    """While active, every call of a target's module is shown to `see`, as ``(target, x [N, I], A [N, O])`` in float32.
+
+    ``A = x W^T``, without the bias; rows are real tokens, image patches, or whatever the leading dimensions are. The
+    model is in evaluation mode. Afterwards nothing of this is left in it, whatever happened.
+
+    Args:
+        model: Holds the targets.
+        targets: Those for which `unreadable` has no reason.
+        see: What to show the rows to.
+        mask_of: Gives the mask of a batch; None for its ``attention_mask``.
+
+    Returns:
+        A function that feeds batches to the model and says how many there were.
+    """
+    given: list[Tensor | None] = [None]
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        noted = stack.enter_context(token_mask(model))
+        _no_shortcuts(model, stack)
+
+        def rows(x: Tensor) -> Tensor:
+            mask = noted() if mask_of is None else given[0]
+            if mask is not None and x.ndim > 2:
+                x, mask = real_tokens(x, mask.bool(), "input"), None
+            return token_rows(x, mask).float()
+
+        def show(target: Target, x: Tensor, y: Tensor | None) -> None:
+            if x.shape[-1] != target.matrix().shape[1]:
+                return
+            x_NI = rows(x.detach())
+            if len(x_NI) == 0:
+                return
+            if y is None:
+                see(target, x_NI, x_NI @ target.matrix().float().mT)
+                return
+            A_NO, bias = rows(y.detach()), bias_of(target)
+            see(target, x_NI, A_NO if bias is None else A_NO - bias.float())
+
+        by_module: dict[nn.Module, list[Target]] = {}
+        for target in targets:
+            by_module.setdefault(target.module, []).append(target)
+        for module, group in by_module.items():
+            own = [target for target in group if target.parameter_name == "weight"]
+            bare = [target for target in group if target.parameter_name != "weight"]
+            if own:
+                handle = module.register_forward_hook(_after_call(own, show), with_kwargs=True)
+                stack.callback(handle.remove)
+            if bare:
+                handle = module.register_forward_pre_hook(_before_call(bare, show), with_kwargs=True)
+                stack.callback(handle.remove)
+
+        def feed(source: Iterable[Any]) -> int:
+            count = 0
+            for batch in source:
+                given[0] = None if mask_of is None else mask_of(batch)
+                try:
+                    run(model, batch, count)
+                except InputError as error:
+                    raise InputError(str(error).removeprefix("calibration ")) from error
+                count += 1
+            return count
+
+        yield feed
+
+
+def with_progress(source: Iterable[Any], most: int | None, words: str, shown: bool) -> Iterable[Any]:
+    """The first `most` items, with a progress bar or without."""
+    total = len(source) if isinstance(source, Sized) else None
+    total = total if most is None or total is None else min(most, total)
+    console = Console(stderr=True)  # standard output is for results
+    return track(islice(source, most), words, total=total, disable=not shown, transient=True, console=console)
+
+
+def unreadable(target: Target) -> str:
+    """Why a weight's inputs cannot be brought to rows that it multiplies; empty where they can."""
+    if target.kind == "conv" and getattr(target.module, "groups", 1) > 1:
+        return "a grouped convolution multiplies each part of its input with other rows"
+    return ""
+
+
+def _after_call(targets: Sequence[Target], show: _Show) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None:
+            return
+        # Of a module that computes more than a linear map, the product itself is computed.
+        plain = type(module).forward in _PLAIN_FORWARDS
+        for target in targets:
+            if isinstance(output, Tensor):
+                x_rows, y_rows = call_views(target, module, x, output)
+                show(target, x_rows, y_rows if plain or target.transposed else None)
+            elif target.kind == "linear":
+                show(target, x, None)
+
+    return hook
+
+
+def _before_call(targets: Sequence[Target], show: _Show) -> Callable[..., None]:
+    """For projections that are bare parameters of an attention module: their inputs are the module's own."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for target in targets:
+            x = projection_input(target, module, args, kwargs)
+            if x is not None:
+                show(target, x, None)
+
+    return hook
+
+
+def _no_shortcuts(model: nn.Module, stack: ExitStack) -> None:
+    """Make the model call its modules one by one: no compiled code, no fused encoder layers, no bare out_proj."""
+    stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+    torch.backends.mha.set_fastpath_enabled(False)
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    for name, module in model.named_modules():
+        # Torch's own attention multiplies with out_proj's weight without calling out_proj; taken apart, it calls it.
+        exact = type(module) is nn.MultiheadAttention and "forward" not in vars(module)
+        if exact and module.in_proj_weight is not None:
+            swap_in(module, QuantizedAttention, {"attention_quantizer": AttentionQuantizer(name, {})}, name)
+            stack.callback(swap_out, module, ("attention_quantizer",))

@@ -1,0 +1,1 @@
+"""Data: one reader per kind of file, splits that do not leak, augmentation."""

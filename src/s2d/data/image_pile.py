@@ -1,0 +1,144 @@
+"""Images without labels: files at any depth of a folder, rows of Parquet or MNIST's files, the `datasets` library."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from s2d.data import idx
+from s2d.data.annotated_images import ImageRow
+from s2d.data.image_folders import IMAGE_NAMES, IMAGE_SUFFIXES, PREFIX, beside, column_of, image_source
+from s2d.data.tables import read_table
+from s2d.data.texts import TEXT_SUFFIXES
+from s2d.errors import InputError, first_line
+from s2d.optional import require
+
+_TABLE = ".parquet"
+_NAMES = f"{', '.join(IMAGE_SUFFIXES[:4])}, ...; {_TABLE}"
+
+
+def read_images(data: str | os.PathLike[str], image: str | None = None) -> list[ImageRow]:
+    """All images, not yet opened, in an order that mixes folders and does not depend on where the pile is.
+
+    Args:
+        data: A folder with images, Parquet files or MNIST's files at any depth, one such file, or ``datasets:NAME``,
+            all of its splits. Hidden files are left out, and so are tables without images.
+        image: Name of the image column; found by usual names when None.
+
+    Raises:
+        InputError: Nothing is there, no image, or a table's image column is not clear.
+    """
+    data = os.fspath(data)
+    if data.startswith(PREFIX):
+        rows, root = list(_of_datasets(data, image)), data
+    else:
+        path = Path(data).expanduser()
+        files, root = _files_in(path), str(path)
+        rows = [ImageRow(file, (), str(file)) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        tables = [file for file in files if file.suffix.lower() == _TABLE]
+        known = [file for file in tables if image is not None or _has_images(file)]
+        rows += [row for file in known or (() if rows else tables) for row in _of_table(file, image)]
+        packed = [file for file in files if idx.is_images(file)]
+        rows += [ImageRow(source, (), place) for file in packed for place, source in idx.placed_images(file)]
+        if not rows:
+            raise InputError(f"{data} holds no images ({_NAMES}); {_held(path, files)}")
+    return sorted(
+        rows, key=lambda row: hashlib.sha256(row.place.removeprefix(root).encode("utf-8", "replace")).digest()
+    )
+
+
+def content_of(row: ImageRow) -> bytes:
+    """An image as it is stored; of a file that cannot be opened, its place, so that decoding it says why."""
+    if isinstance(row.source, bytes):
+        return row.source
+    try:
+        return row.source.read_bytes()
+    except OSError:
+        return row.place.encode("utf-8", "replace")
+
+
+def holds_images(data: str | os.PathLike[str]) -> bool:
+    """Whether a pile without labels is one of images; otherwise it is one of texts.
+
+    Raises:
+        InputError: Nothing is there, neither, or both.
+    """
+    data = os.fspath(data)
+    if data.startswith(PREFIX):
+        return True
+    path = Path(data).expanduser()
+    files = _files_in(path)
+    images = any(file.suffix.lower() in IMAGE_SUFFIXES or idx.is_images(file) or _has_images(file) for file in files)
+    # Texts are read from one folder, not below it; a metadata file there says something about images.
+    texts = any(
+        file.suffix.lower() in TEXT_SUFFIXES and not _has_images(file) and not (images and file.stem == "metadata")
+        for file in files
+        if file == path or file.parent == path
+    )
+    if images and texts:
+        raise InputError(
+            f"{data} holds images and texts; say which: --task unlabelled-images or --task unlabelled-text"
+        )
+    if not images and not texts:
+        raise InputError(
+            f"{data} holds neither texts ({', '.join(TEXT_SUFFIXES)}) nor images ({_NAMES}); {_held(path, files)}"
+        )
+    return images
+
+
+def _files_in(path: Path) -> list[Path]:
+    """The files of a folder at any depth, without hidden ones; of a file, itself."""
+    if not path.exists():
+        raise InputError(f"there is no folder or file {str(path)!r} with the data (a data set of images: {PREFIX}NAME)")
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob("*"))
+    return [
+        file
+        for file in files
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+
+
+def _has_images(file: Path) -> bool:
+    """Whether a table has a column of images, as far as its name tells; False of what is no table."""
+    if file.suffix.lower() != _TABLE:
+        return False
+    parquet = require("pyarrow.parquet", "hf")
+    arrow = require("pyarrow", "hf")
+    try:
+        names = parquet.read_schema(file).names
+    except (OSError, arrow.ArrowException, ValueError) as error:
+        raise InputError(f"cannot read {file} as Parquet: {first_line(error)}") from error
+    return any(name in names for name in IMAGE_NAMES)
+
+
+def _of_table(file: Path, image: str | None) -> Iterator[ImageRow]:
+    table = read_table(file)
+    column = column_of(table.columns, image, IMAGE_NAMES, "image", str(file))
+    for number, cell in enumerate(table.column(column), table.first_line):
+        place = f"{file}, row {number}"
+        source = image_source(cell, place)
+        yield ImageRow(beside(file.parent, source, place) if isinstance(source, Path) else source, (), place)
+
+
+def _of_datasets(data: str, image: str | None) -> Iterator[ImageRow]:
+    library = require("datasets", "vision")
+    name = data.removeprefix(PREFIX)
+    try:
+        loaded = library.load_from_disk(name) if Path(name).is_dir() else library.load_dataset(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{data}: {first_line(error)}") from error
+    for split, table in loaded.items() if isinstance(loaded, dict) else (("train", loaded),):
+        column = column_of(table.column_names, image, IMAGE_NAMES, "image", data)
+        table = table.select_columns([column]).cast_column(column, library.Image(decode=False))
+        for number, row in enumerate(table, 1):
+            place = f"{data}, {split} {number}"
+            yield ImageRow(image_source(row[column], place), (), place)
+
+
+def _held(path: Path, files: list[Path]) -> str:
+    listed = ", ".join(str(file.relative_to(path)) for file in files[:4]) if path.is_dir() else path.name
+    return f"it holds {listed or 'no files'}"

@@ -1,0 +1,172 @@
+"""Shrinking: the closed forms of spectral decay, on plain tensors.
+
+Source: "Selective Spectral Decay" (S2D), arXiv 2602.14432, for the penalty and its gradient; the decoupled forms follow
+d sigma / dt = -sigma^n exactly, so that no step overshoots, and depend on the subspaces alone, not on their bases.
+
+A weight may be the part of one that this rank holds; what must be known of the whole is then summed over ranks between
+`measured` and the step, for many weights in one message.
+
+Shapes: O outputs, I inputs, K components, o and i those of the part that is here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from s2d.decay.selection import Components
+from s2d.distributed.sharding import Block, Groups
+
+
+def decayed(sigma: Tensor, amount: float, power: float) -> Tensor:
+    """Follow d sigma / dt = -sigma^power for a time ``amount``: the closed form, which never overshoots.
+
+    Args:
+        sigma: Non-negative singular values, any shape.
+        amount: lambda times the schedule's factor, at least 0.
+        power: n >= 1. n = 1: ``sigma e^-amount``; n = 2: ``sigma / (1 + amount sigma)``.
+
+    Returns:
+        Between 0 and ``sigma``.
+    """
+    return sigma * retained(sigma, amount, power)
+
+
+def retained(sigma: Tensor, amount: float, power: float) -> Tensor:
+    """The share of sigma that `decayed` leaves, between 0 and 1; defined for sigma = 0 as well."""
+    if power == 1.0 or amount == 0:
+        return torch.full_like(sigma, math.exp(-amount))
+    return torch.exp(-torch.log1p(amount * (power - 1) * sigma.pow(power - 1)) / (power - 1))
+
+
+def spectral_penalty(sigma: Tensor, strength: float, power: float) -> Tensor:
+    """The paper's loss, ``lambda / (n + 1) * sum sigma^(n+1)``, a scalar (arXiv 2602.14432)."""
+    return strength / (power + 1) * sigma.pow(power + 1).sum()
+
+
+def measured(W: Tensor | Block, components: Components, metric: str) -> Tensor:
+    """What a step must know of the whole weight, as far as this rank's part of it tells.
+
+    Args:
+        W: ``[O, I]``.
+        components: Any.
+        metric: As in `s2d.decay.DecaySettings`.
+
+    Returns:
+        To be summed over `summed_over`. With singular components their present values ``u^T W v`` ``[K]``; with
+        directions ``U^T W`` ``[K, i]`` of the columns that are here; with channels nothing ``[0]``.
+    """
+    block = Block.of(W)
+    if components.U is None:
+        return block.local.new_zeros(0)
+    if metric != "weight":
+        return components.U[block.rows].mT @ block.local.to(components.U.dtype)
+    assert components.V is not None
+    return block.between(components.U, components.V)
+
+
+def summed_over(W: Block, components: Components, metric: str) -> Groups:
+    """The ranks whose `measured` values add up."""
+    if components.U is None:
+        return ()
+    return W.groups if metric == "weight" else W.row_groups
+
+
+def shrink_singular(
+    W: Tensor | Block, components: Components, amount: float, power: float, present: Tensor | None = None
+) -> None:
+    """W <- W - U (s - s') V^T, with s the present values u^T W v, not those of the last refresh. In place.
+
+    Args:
+        W: ``[O, I]``.
+        components: With U and V.
+        amount: See `decayed`.
+        power: See `decayed`.
+        present: s, where it is known; see `measured`.
+    """
+    assert components.U is not None and components.V is not None
+    block, s = Block.of(W), measured(W, components, "weight") if present is None else present
+    U, V, s = components.U[block.rows], components.V[block.columns], s.clamp_min(0)  # turned around by training: left
+    block.local.sub_(((U * (s - decayed(s, amount, power))) @ V.mT).to(block.local.dtype))
+
+
+def shrink_directions(
+    W: Tensor | Block,
+    components: Components,
+    amount: float,
+    power: float,
+    bias: Tensor | Block | None = None,
+    present: Tensor | None = None,
+    present_bias: Tensor | None = None,
+) -> None:
+    """W <- (I - U diag(rho) U^T) W and the same for the bias, rho = 1 - s'/s in the metric of the data. In place.
+
+    Args:
+        W: ``[O, I]``.
+        components: With U.
+        amount: See `decayed`.
+        power: See `decayed`.
+        bias: ``[O]`` or None.
+        present: ``U^T W``, where it is known; see `measured`.
+        present_bias: ``U^T b`` ``[K, 1]``, likewise.
+    """
+    assert components.U is not None
+    kept = retained(components.S, amount, power)
+    for part, known in ((W, present), (bias, present_bias)):
+        if part is not None:
+            block = Block.of(part)
+            along = measured(block, components, "data") if known is None else known
+            block.local.sub_(((components.U[block.rows] * (1 - kept)) @ along).to(block.local.dtype))
+    components.S = components.S * kept
+
+
+def shrink_rows(
+    W: Tensor | Block, components: Components, amount: float, power: float, bias: Tensor | Block | None
+) -> None:
+    """Scale the selected rows (or gains) and their biases by s'/s. In place.
+
+    Args:
+        W: ``[O, I]``, or a gain ``[O]``.
+        components: With channels.
+        amount: See `decayed`.
+        power: See `decayed`.
+        bias: ``[O]`` or None.
+    """
+    kept = retained(components.S, amount, power)
+    for part in (W, bias):
+        if part is not None:
+            block = Block.of(part)
+            here, rows = channels_here(block, components)
+            block.local[rows] *= kept[here].to(block.local.dtype)[:, None]
+    components.S = components.S * kept
+
+
+def channels_here(W: Block, components: Components) -> tuple[Tensor | slice, Tensor]:
+    """Which of the selected channels are rows of this rank's part, and which rows of it they are."""
+    assert components.channels is not None
+    if len(W.local) == len(W):
+        return slice(None), components.channels
+    rows = components.channels - W.rows.start
+    here = (rows >= 0) & (rows < len(W.local))
+    return here, rows[here]
+
+
+def penalty_gradient(
+    W: Tensor | Block, components: Components, power: float, metric: str, present: Tensor | None = None
+) -> Tensor:
+    """The gradient of ``sum sigma^(n+1) / (n + 1)`` at the selected components, ``[O, I]``; of this rank's part.
+
+    With `present` known (see `measured`), only the place of W counts, so that it may be the gradient's own part.
+
+    Weight metric: ``sum s^n u v^T`` with the present ``s = u^T W v`` (a stale one would overshoot). Data metric: with
+    sigma^2 = u^T W C W^T u, ``sum s^(n-1) u (C W^T u)^T``.
+    """
+    assert components.U is not None and components.V is not None
+    block = Block.of(W)
+    U, V = components.U[block.rows], components.V[block.columns]
+    if metric == "weight":
+        s = measured(block, components, metric) if present is None else present
+        return (U * s.clamp_min(0).pow(power)) @ V.mT
+    return (U * components.S.pow(power - 1)) @ V.mT

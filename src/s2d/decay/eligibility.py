@@ -1,0 +1,85 @@
+"""Which of the weights found a decay may touch, and why the others are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
+from torch import nn
+
+from s2d.distributed.sharding import is_dtensor
+from s2d.errors import InputError
+from s2d.targets.lora import AdaptedTarget, why_not_a_sum
+from s2d.targets.weights import Target
+
+
+def eligible(
+    model: nn.Module, found: Iterable[Target], trained: Container[int], *, coupled: bool, frozen: bool
+) -> tuple[list[Target], dict[str, str]]:
+    """Keep the weights that an optimizer trains, with `frozen` the others as well.
+
+    Args:
+        model: What the targets are of.
+        found: The targets.
+        trained: Identities of the parameters that an optimizer holds.
+        coupled: A gradient is added to theirs, so they must have one.
+        frozen: Weights that nobody trains count too.
+
+    Returns:
+        The targets kept; the others by name, with the reason.
+
+    Raises:
+        InputError: A weight is divided in a way that has no rows, or nothing is left.
+    """
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    kept: list[Target] = []
+    skipped: dict[str, str] = {}
+    for target in found:
+        reason = _reason(target, owners, trained, coupled, frozen)
+        if reason is None:
+            kept.append(target)
+        else:
+            skipped[target.name] = reason
+    if not kept:
+        name, reason = next(iter(skipped.items()))
+        asleep = any(why.startswith("frozen") for why in skipped.values())
+        raise InputError(
+            f"nothing to condition: all {len(skipped)} matching weights are left out, e.g. {name}: {reason}"
+            + ("; frozen=True shrinks frozen weights too, as training with LoRA needs" if asleep else "")
+        )
+    return kept, skipped
+
+
+def _reason(
+    target: Target, owners: dict[int, set[str]], trained: Container[int], coupled: bool, frozen: bool
+) -> str | None:
+    """Why a weight is left out, None where it is not."""
+    parameter = target.parameter
+    if target.kind != "norm" and parameter.ndim < 2:
+        raise InputError(
+            f"{target.name} is sharded into a flat vector without rows; shard by torch.distributed.fsdp.fully_shard "
+            "(FSDP2), or use DDP"
+        )
+    if is_dtensor(parameter) and (isinstance(target, AdaptedTarget) or (frozen and id(parameter) not in trained)):
+        raise InputError(
+            f"{target.name} is sharded and not trained itself (LoRA); conditioning that is not supported: "
+            "use DDP, or merge the adapter and train all weights"
+        )
+    if ".lora_" in f".{target.name}" or "lora_embedding" in target.name:
+        return "a LoRA factor, not the weight that runs"
+    if not frozen and not parameter.requires_grad:
+        return "frozen (requires_grad is False)"
+    if not frozen and id(parameter) not in trained:
+        return "no optimizer passed here holds it"
+    if (reason := why_not_a_sum(target)) is not None:
+        return reason
+    if getattr(target.owner, "groups", 1) != 1:
+        return "a grouped convolution, which is not one matrix"
+    if target.kind == "conv" and not parameter.is_contiguous():
+        return "stored channels last; use model.to(memory_format=torch.contiguous_format)"
+    if coupled and getattr(target.owner, "sparse", False):
+        return "its gradient is sparse; use mode='decoupled'"
+    if len(owners.get(id(parameter), ())) > 1:
+        return "tied to " + ", ".join(sorted(owners[id(parameter)]))
+    return None

@@ -1,0 +1,34 @@
+"""Selection: which components of a model's weights make the outliers that low-bit grids cannot hold.
+
+Three metrics answer the question "component of what?". They see the same forward passes and give the same kind of
+answer, `Components`, which `s2d.decay` then shrinks.
+
+- ``"weight"``: singular components of W, selected by PCDR (the paper, arXiv 2602.14432, its selection rule).
+- ``"data"``: components of W C^(1/2), C the second moment of the inputs: principal directions u of the outputs.
+- ``"site"``: where a quantizer will sit (inputs of linear layers, attention's operands), the channels whose maximum
+  exceeds a multiple of the site's RMS. A per-tensor grid is stretched by channels, so the directions are the coordinate
+  axes e_j; what is shrunk is whatever *writes* channel j: a row of the linear layer before, or a norm's gain
+  (diag(gamma) has the singular values |gamma_j| and the singular vectors e_j).
+
+Norm gains have coordinate components in every metric. Where ranks see other data or hold other parts of a weight, each
+metric adds up what they saw, and all select the same.
+"""
+
+from __future__ import annotations
+
+from s2d.decay.selection.base import Components, Finding, Metric
+from s2d.decay.selection.data import DataMetric
+from s2d.decay.selection.site import SiteMetric
+from s2d.decay.selection.weight import WeightMetric
+
+__all__ = [
+    "METRICS",
+    "Components",
+    "DataMetric",
+    "Finding",
+    "Metric",
+    "SiteMetric",
+    "WeightMetric",
+]
+
+METRICS: dict[str, type[Metric]] = {"site": SiteMetric, "data": DataMetric, "weight": WeightMetric}

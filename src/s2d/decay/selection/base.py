@@ -1,0 +1,202 @@
+"""What every metric of selection has in common: components, findings, the contract, and the choice of channels.
+
+Shapes: N tokens, D channels, O outputs, I inputs, K components, E outlier entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2d.distributed.sharding import Groups, Part, Parts, ranks_in, whole_vector
+from s2d.spectral.statistics import Peaks, Sums, kept_rows, outlier_entries, reduced, token_rows
+from s2d.targets.weights import Target
+
+# How far a component's share of the outliers, or a site's outlier ratio, must fall below the value that selects it
+# before it is released. Without the gap a component at the limit flickers from batch to batch.
+RELEASE = 0.7
+# Overlap |u.u'| from which a refreshed component counts as the tracked one.
+SAME_COMPONENT = 0.7
+# The same for a channel. Its limit moves with the RMS of the site, which falls as channels are shrunk: a wide gap would
+# hold channels that were never outliers, until nearly all are shrunk together and the ratio never falls.
+RELEASE_CHANNEL = 0.9
+# For the same reason at most this share of a site's channels is shrunk at a time, the largest ones.
+MOST_CHANNELS = 0.25
+# A rank keeps so many times its share of the outliers until those of all ranks are known. Exact on as many ranks; on
+# more only a rank that holds more than that of them may lose some.
+SKEW = 4
+# Extra components looked at beyond max_rank, so that one that lost its rank is still found.
+SPARE = 3
+
+
+@dataclass
+class Components:
+    """The selected components of one weight, as they are shrunk.
+
+    Attributes:
+        S: Their singular values in the metric, ``[K]``.
+        U: Output directions ``[O, K]``, orthonormal; None for coordinate components.
+        V: ``[I, K]``: right singular vectors (weight metric), or ``C W^T u`` (data metric), of use to a gradient.
+        channels: Indices of coordinate components, ``[K]``; None otherwise.
+    """
+
+    S: Tensor
+    U: Tensor | None = None
+    V: Tensor | None = None
+    channels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.S)
+
+    def to(self, device: torch.device) -> Components:
+        """The same on another device."""
+        return Components(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+@dataclass
+class Finding:
+    """What a refresh saw at one weight: a row of the history, and the selection."""
+
+    sigma: list[float]
+    pcdr: list[float]
+    outlier_max: float
+    outlier_ratio: float
+    components: Components | None = None
+
+
+class Metric:
+    """A way to find components. One object lives as long as the decay; `observe` is called only on refresh steps."""
+
+    def __init__(
+        self,
+        targets: list[Target],
+        *,
+        threshold: float,
+        max_rank: int,
+        outlier_ratio: float,
+        track: bool,
+        seed: int,
+        gradients: bool = True,
+        everyone: Groups = (),
+    ) -> None:
+        """Remember the settings; nothing is computed yet.
+
+        Args:
+            targets: The weights to look at.
+            threshold: Share of the outliers (PCDR) that selects.
+            max_rank: At most so many components per weight.
+            outlier_ratio: Largest activation over RMS from which an activation is an outlier; 0 for always.
+            track: Keep following a selected component until its outlier is gone, whatever its rank.
+            seed: Of random starts.
+            gradients: Find what only the gradient of the penalty needs as well (coupled mode, data metric).
+            everyone: All ranks that train the model, whatever they hold of it.
+        """
+        self.targets = targets
+        self.threshold = threshold
+        self.max_rank = max_rank
+        self.outlier_ratio = outlier_ratio
+        self.track = track
+        self.seed = seed
+        self.gradients = gradients
+        self.everyone = everyone
+        self.selected: dict[str, Components] = {}
+        self._kept: tuple[Tensor, Tensor | None] | None = None
+
+    def begin(self) -> None:
+        """A refresh starts: forget the last one's sums."""
+
+    def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts | None = None) -> None:
+        """See one call of a target's module: its input ``[..., I]`` and its output ``[..., O]``.
+
+        Args:
+            target: Whose module was called.
+            x: Its input.
+            y: Its output.
+            mask: True for real tokens; None for all.
+            parts: Which parts of input and output these are; by default the whole.
+        """
+        raise NotImplementedError
+
+    def finish(self) -> dict[str, Finding]:
+        """The refresh is over: findings by target name. `selected` holds the new selection."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a bit-exact continuation needs, beside `selected`."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+
+    def _rows(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """All rows ``[N, D]`` of an activation, and the indices of the real tokens (None: all are).
+
+        Padding is left out by index, as copying the other rows would cost as much as looking at them. All layers of a
+        forward pass share a mask, whose indices are found once.
+        """
+        rows = token_rows(x.detach())
+        if mask is None or mask.numel() != len(rows):
+            return rows, None
+        if self._kept is None or self._kept[0] is not mask:
+            self._kept = mask, kept_rows(mask)
+        return rows, self._kept[1]
+
+    def _select(self, findings: dict[str, Finding], channels: dict[str, Sums]) -> dict[str, Finding]:
+        """Add the findings of coordinate components, in the order of the targets, and take over the selection."""
+        sums, found = reduced(channels), dict(findings)
+        for target in self.targets:
+            if target.name in sums:
+                old = self.selected.get(target.name)
+                found[target.name] = coordinate_finding(sums[target.name], target, self.outlier_ratio, old)
+        self.selected = {n: f.components for n, f in found.items() if f.components is not None}
+        return found
+
+    def _gate(self, name: str) -> float:
+        """The outlier ratio from which a weight is judged; lower while it is tracked."""
+        return self.outlier_ratio * (RELEASE if self.track and name in self.selected else 1.0)
+
+
+def coordinate_finding(sums: Sums, target: Target, outlier_ratio: float, selected: Components | None) -> Finding:
+    """Select the channels whose maximum exceeds ``outlier_ratio`` times the RMS of the whole activation.
+
+    Args:
+        sums: Of this refresh.
+        target: Which weight; a gain's singular values are its magnitudes.
+        outlier_ratio: See `Metric`.
+        selected: The last selection, held until its maximum falls below ``RELEASE_CHANNEL`` of the limit.
+    """
+    channel_max = sums.channel_max
+    rms = sums.rms()
+    limit = torch.full_like(channel_max, max(outlier_ratio, 1e-12)) * rms
+    if selected is not None and selected.channels is not None:
+        limit[selected.channels] *= RELEASE_CHANNEL
+    channels = (channel_max > limit).nonzero().flatten() if rms > 0 else channel_max.new_zeros(0, dtype=torch.long)
+    most = max(1, int(MOST_CHANNELS * len(channel_max)))
+    if len(channels) > most:
+        channels = channels[channel_max[channels].topk(most).indices].sort().values
+    if target.kind == "norm":
+        sigma = whole_vector(target.parameter).abs().float()
+    else:
+        sigma = (sums.channel_squares / sums.rows).sqrt()
+    top = sums.channel_max.topk(min(3, len(sums.channel_max))).indices
+    peak = sums.channel_max.max().item()
+    return Finding(
+        sigma[top].tolist(),
+        [],  # no PCDR: a coordinate makes its own outliers alone
+        peak,
+        peak / rms.item() if rms > 0 else 0.0,
+        Components(sigma[channels].clone(), channels=channels) if len(channels) else None,
+    )
+
+
+def largest_here(y_NO: Tensor, found: Peaks | None, kept: Tensor | None, part: Part) -> tuple[Tensor, Tensor]:
+    """Rows and columns ``[E]`` of the entries that may be outliers of the whole activation: enough of the largest."""
+    entries = (len(y_NO) if kept is None else len(kept)) * y_NO.shape[1]
+    if found is None or entries == 0:
+        nothing = torch.zeros(0, dtype=torch.long, device=y_NO.device)
+        return nothing, nothing
+    most = entries * min(ranks_in(part.groups), SKEW)
+    return outlier_entries(y_NO, row_max=found.row_max, kept=kept, among=most)

@@ -1,0 +1,94 @@
+"""The numbers behind a decay, and the named sets of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from s2d.errors import InputError
+from s2d.targets.weights import KINDS, Kind
+
+MetricName = Literal["site", "data", "weight"]
+Mode = Literal["decoupled", "coupled"]
+
+
+@dataclass(frozen=True)
+class DecaySettings:
+    """The numbers behind a decay. `PRESETS` holds the named ones.
+
+    Attributes:
+        metric: Component of what: see `s2d.decay.selection`.
+        mode: ``"decoupled"`` or ``"coupled"``.
+        power: n of the penalty; 1 is exponential decay, the same for every size of component.
+        strength: lambda. Decoupled: per step, times the schedule. Coupled: of the loss.
+        threshold: tau, the share of the outliers that selects a component (weight and data metric).
+        max_rank: K_max, components per weight at most (weight and data metric).
+        refresh_every: m, optimizer steps between two looks at the activations.
+        outlier_ratio: Largest activation over RMS from which a site or an output is worth touching.
+        track: Follow a component until its outlier is gone.
+        kinds: Kinds of weight considered.
+    """
+
+    metric: MetricName = "site"
+    mode: Mode = "decoupled"
+    power: float = 1.0
+    strength: float = 0.03
+    threshold: float = 0.3
+    max_rank: int = 3
+    refresh_every: int = 5
+    outlier_ratio: float = 8.0
+    track: bool = True
+    kinds: tuple[Kind, ...] = ("linear", "norm")
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings.
+
+        Raises:
+            InputError: Naming the setting, its value and the range.
+        """
+        for name, value, allowed in (
+            ("metric", self.metric, get_args(MetricName)),
+            ("mode", self.mode, get_args(Mode)),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(allowed)}")
+        if not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise InputError(f"kinds={self.kinds!r} must be one or several of {', '.join(KINDS)}")
+        if not isinstance(self.track, bool):
+            raise InputError(f"track={self.track!r} must be True or False")
+        ranges = (
+            ("strength", self.strength, 0.0, math.inf, "at least 0"),
+            ("power", self.power, 1.0, 16.0, "between 1 (plain decay) and 16"),
+            ("threshold", self.threshold, 0.0, 1.0, "between 0 and 1 (a share of the outliers)"),
+            ("outlier_ratio", self.outlier_ratio, 0.0, math.inf, "at least 0"),
+        )
+        for name, value, low, high, text in ranges:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high or value == math.inf:
+                raise InputError(f"{name}={value!r} is out of range; it must be {text}")
+        for name, value in (("max_rank", self.max_rank), ("refresh_every", self.refresh_every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value!r} is out of range; it must be a whole number, at least 1")
+        if self.metric == "site" and self.mode == "coupled":
+            raise InputError(
+                "metric='site' shrinks rows and gains directly and has no loss form; "
+                "use mode='decoupled', or metric='weight' or 'data' with mode='coupled'"
+            )
+
+
+PRESETS: dict[str, DecaySettings] = {
+    "default": DecaySettings(),
+    "paper": DecaySettings(
+        metric="weight",
+        mode="coupled",
+        power=2.0,
+        strength=5e-4,
+        threshold=0.95,
+        max_rank=3,
+        refresh_every=100,
+        outlier_ratio=0.0,
+        track=False,
+        kinds=("linear", "conv"),
+    ),
+}

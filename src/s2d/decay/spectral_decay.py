@@ -1,0 +1,588 @@
+"""Selective spectral decay: shrink the components of a model's weights that make its outliers, while it trains.
+
+    decay = SelectiveSpectralDecay(model, optimizer)      # any loop; nothing else changes
+
+Source: "Selective Spectral Decay" (S2D), arXiv 2602.14432. The paper penalises, in the weights whose outliers come from
+their top singular components (PCDR_k >= tau for a k <= K_max),
+
+    L_S2D = lambda / (n + 1) * sum over selected r of sigma_r^(n+1),     dL/dW = lambda * sum sigma_r^n u_r v_r^T
+
+and refreshes components and selection every m steps: ``preset="paper"``.
+
+What differs, and why (docs/results/minilm.md has the measurements):
+
+- ``mode="decoupled"`` shrinks the weight itself after the optimizer's step, by the closed form of d sigma / dt =
+  -lambda sigma^n, scaled by the learning-rate schedule (AdamW treats weight decay so). Under Adam an entry moves by at
+  most the learning rate a step, whatever the penalty's gradient; outlier directions that sit on a few entries then
+  outlive the training.
+- ``metric="data"`` and ``metric="site"`` ask which components the *data* excite; see `s2d.decay.selection`.
+- A component is followed until its outlier is gone, not until its rank changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from s2d.decay.closed_forms import (
+    channels_here,
+    measured,
+    penalty_gradient,
+    shrink_directions,
+    shrink_rows,
+    shrink_singular,
+    summed_over,
+)
+from s2d.decay.eligibility import eligible
+from s2d.decay.learning_rates import PeakRates
+from s2d.decay.selection import METRICS, Components, Finding
+from s2d.decay.settings import PRESETS, MetricName, Mode
+from s2d.distributed.sharding import (
+    Block,
+    agreed,
+    all_ranks,
+    all_reduce_many,
+    data_groups,
+    from_first,
+    is_dtensor,
+    is_fsdp_module,
+    local_part,
+    ranks_in,
+    require_same,
+)
+from s2d.errors import InputError
+from s2d.targets.calls import (
+    bias_parameter,
+    call_views,
+    is_compiled,
+    modules_with_mask,
+    parts_of,
+    projection_views,
+    refuse_unreadable,
+    tells_padding,
+)
+from s2d.targets.lora import with_adapters
+from s2d.targets.weights import Kind, Selector, Target, find_targets
+
+_STATE_VERSION = 1
+_HISTORY_LENGTH = 100_000
+
+
+class SelectiveSpectralDecay:
+    """Rides on an optimizer's step and shrinks the components that make outliers.
+
+    Between refreshes it costs a few row scalings or skinny products a step; on refresh steps forward hooks look at the
+    activations of that step's own batch. The model is never wrapped and its state dict keeps its keys.
+
+    Attributes:
+        settings: The resolved `DecaySettings`.
+        targets: What is looked at.
+        skipped: Weights left out, by name, with the reason.
+        history: One record per refresh and weight: ``step, weight, sigma, pcdr, outlier_max, outlier_ratio, selected``
+            (how many components). The newest 100,000 are kept.
+        step_count: Optimizer steps seen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        preset: str | None = None,
+        metric: MetricName | None = None,
+        mode: Mode | None = None,
+        power: float | None = None,
+        strength: float | None = None,
+        threshold: float | None = None,
+        max_rank: int | None = None,
+        refresh_every: int | None = None,
+        outlier_ratio: float | None = None,
+        track: bool | None = None,
+        kinds: Sequence[Kind] | None = None,
+        include: Selector = "all-linear",
+        exclude: Selector = (),
+        frozen: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Attach to a model and its optimizer.
+
+        Args:
+            model: Any module: compiled, wrapped by DDP, sharded by FSDP2 (``fully_shard``), tensor-parallel, or none of
+                these. All ranks that train it must construct the decay, with the same settings.
+            optimizer: The optimizer (or several) that trains it. Weights that none of them holds are not touched.
+            preset: ``"paper"`` for the paper's recipe, ``"default"`` (also None) for ours.
+            metric, mode, ..., kinds: Override the preset one by one; see `DecaySettings`.
+            include: Which weights; see `s2d.targets.find_targets`.
+            exclude: Which not.
+            frozen: Shrink weights that are not trained as well, for training with LoRA: components are those of the
+                merged weight, and what is shrunk is taken out of the frozen one. Adapters saved alone then belong to
+                another base; save the merged model.
+            seed: Of the random starts of the spectral iterations.
+
+        Raises:
+            InputError: An impossible setting, a pattern that matches nothing, or nothing left to condition.
+        """
+        if preset is not None and preset not in PRESETS:
+            raise InputError(f"preset={preset!r} is unknown; choose from {', '.join(PRESETS)}")
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model is {type(model).__name__}; pass the torch.nn.Module that is trained")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"seed={seed!r} must be a whole number")
+        given = {
+            name: value
+            for name, value in (
+                ("metric", metric), ("mode", mode), ("power", power), ("strength", strength), ("threshold", threshold),
+                ("max_rank", max_rank), ("refresh_every", refresh_every), ("outlier_ratio", outlier_ratio),
+                ("track", track), ("kinds", (kinds,) if isinstance(kinds, str) else kinds and tuple(kinds)),
+            )
+            if value is not None
+        }  # fmt: skip
+        self.settings = replace(PRESETS[preset or "default"], **given)
+        several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+        self.optimizers = [_innermost(each) for each in several]
+        if not self.optimizers or not all(isinstance(o, Optimizer) for o in self.optimizers):
+            raise InputError("pass a torch.optim.Optimizer (or several); its steps are what the decay rides on")
+        self._data_groups, self._everyone = data_groups(model), all_ranks(model)
+        if frozen and self.settings.mode == "coupled":
+            raise InputError("frozen=True shrinks weights that no loss can reach; use it with mode='decoupled'")
+        self._rates = PeakRates(self.optimizers)
+        found = with_adapters(model, find_targets(model, include, exclude, self.settings.kinds))
+        coupled = self.settings.mode == "coupled"
+        self.targets, self.skipped = eligible(model, found, self._rates, coupled=coupled, frozen=frozen)
+        self._frozen = {t.name: t for t in self.targets if id(t.parameter) not in self._rates}
+        self._changed: set[str] = set()
+        for target in self._frozen.values():  # they follow the schedule of what is trained instead of them
+            self._rates.follow(target.parameter)
+        self._between_steps = {target.name: target.parameter for target in self.targets}
+        ranks = [min(target.block().shape) for target in self.targets if target.kind != "norm"]
+        if max_rank is not None and ranks and max_rank > max(ranks):
+            raise InputError(f"max_rank={max_rank} exceeds the rank of every weight here, at most {max(ranks)}")
+        s = self.settings
+        shared = {"threshold": s.threshold, "max_rank": s.max_rank, "outlier_ratio": s.outlier_ratio, "track": s.track}
+        self._metric = METRICS[s.metric](
+            self.targets, **shared, seed=seed, gradients=s.mode == "coupled", everyone=self._everyone
+        )
+        self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
+        self.step_count = 0
+        self._ran: set[str] = set()
+        self._mask: Tensor | None = None
+        self._handles: list[Any] = []
+        self._stance: Any = None
+        self._eager = is_compiled(model)
+        self._seen_now: dict[str, None] = {}
+        self._model = model
+        self._mask_sources = modules_with_mask(model)
+        self._step_hooks: list[Any] = []
+        for index, each in enumerate(self.optimizers):
+            last = index == len(self.optimizers) - 1
+            self._step_hooks.append(each.register_step_pre_hook(self._before_step(first=index == 0)))
+            self._step_hooks.append(each.register_step_post_hook(self._after_step(last=last)))
+        self._arm()
+
+    # -- the optimizer's hooks -----------------------------------------------------------------------------------------
+
+    def _before_step(self, first: bool) -> Callable[..., Any]:
+        def prepare(optimizer: Optimizer) -> None:
+            with self._exact_arithmetic():
+                if first and self._handles:
+                    self._refresh()
+                if self.settings.mode == "coupled":
+                    self._add_gradients(optimizer)
+
+        def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if _skips_step(optimizer):
+                return None
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if closure is None:
+                prepare(optimizer)
+                return None
+
+            def run() -> Any:  # forward and backward happen inside the step (L-BFGS, Lightning)
+                loss = closure()
+                prepare(optimizer)
+                return loss
+
+            return (optimizer, run, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
+
+        return hook
+
+    def _after_step(self, last: bool) -> Callable[..., None]:
+        def hook(optimizer: Optimizer, *_: Any) -> None:
+            if _skips_step(optimizer):
+                return
+            self._rates.note(optimizer)
+            if self.settings.mode == "decoupled":
+                with self._exact_arithmetic():
+                    self._shrink(optimizer)
+            if last:
+                self.step_count += 1
+                if self.step_count % self.settings.refresh_every == 0:
+                    self._arm()
+
+        return hook
+
+    @contextlib.contextmanager
+    def _exact_arithmetic(self) -> Iterator[None]:
+        """No graph is recorded, and autocast, which would compute directions in half precision, is off."""
+        device = self.targets[0].parameter.device.type
+        active = torch.is_autocast_enabled(device)
+        with torch.no_grad(), torch.autocast(device, enabled=False) if active else contextlib.nullcontext():
+            yield
+
+    def _selected_of(self, optimizer: Optimizer) -> Iterable[tuple[Target, Components]]:
+        for target in self.targets:
+            components = self._metric.selected.get(target.name)
+            if components is not None and len(components) and self._rates.trainer(target.parameter) is optimizer:
+                yield target, components
+
+    def _shrink(self, optimizer: Optimizer) -> None:
+        """Decoupled: the closed form on the selected components, nothing else."""
+        strength = self.settings.strength
+        if strength == 0:
+            return
+        members = list(self._selected_of(optimizer))
+        present = self._present(members)
+        for target, components in members:
+            amount, bias = strength * self._rates.share(target.parameter), self._own_bias(target)
+            along, along_bias = present.get(target.name, (None, None))
+
+            def change(
+                W: Block, t=target, c=components, amount=amount, bias=bias, along=along, along_bias=along_bias
+            ) -> None:
+                self.shrink(t, W.mT if t.kind == "embedding" else W, c, amount, bias, along, along_bias)
+
+            target.edit(change)
+            if target.name in self._frozen:
+                self._changed.add(target.name)
+
+    def shrink(
+        self,
+        target: Target,
+        W: Block,
+        components: Components,
+        amount: float,
+        bias: Block | None,
+        along: Tensor | None,
+        along_bias: Tensor | None,
+    ) -> None:
+        """Shrink the selected components of one weight, in place; the control of an experiment does something else.
+
+        Args:
+            target: Whose weight it is.
+            W: ``[O, I]``; a gain is one column.
+            components: What was selected.
+            amount: The strength times the schedule.
+            bias: Of the target's rows, where it is trained.
+            along: Of a sharded weight, what must be known of the whole.
+            along_bias: The same of its bias.
+        """
+        power = self.settings.power
+        if components.channels is not None:
+            shrink_rows(W, components, amount, power, bias)
+        elif self.settings.metric == "weight":
+            shrink_singular(W, components, amount, power, along)
+        else:
+            shrink_directions(W, components, amount, power, bias, along, along_bias)
+
+    def _present(self, members: list[tuple[Target, Components]]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """What must be known of the whole of each sharded weight, and of its bias, before its step."""
+        divided = [(t, c) for t, c in members if is_dtensor(t.parameter) and c.U is not None]
+        weights = self._measured([(_oriented(t), c) for t, c in divided])
+        biases = {t.name: (bias, c) for t, c in divided if (bias := self._own_bias(t)) is not None}
+        if self.settings.metric == "weight":
+            biases = {}  # it leaves them alone
+        along = dict(zip(biases, self._measured(list(biases.values())), strict=True))
+        return {t.name: (weight, along.get(t.name)) for (t, _), weight in zip(divided, weights, strict=True)}
+
+    def _measured(self, members: list[tuple[Block, Components]]) -> list[Tensor]:
+        """`measured` of every whole weight: one message for all of them."""
+        metric = self.settings.metric
+        parts = [measured(W, components, metric) for W, components in members]
+        return all_reduce_many(parts, [summed_over(W, components, metric) for W, components in members])
+
+    def _own_bias(self, target: Target) -> Block | None:
+        """The bias of a target's rows, unless it is frozen and the weight is not."""
+        bias = bias_parameter(target)
+        trained = bias is not None and bias.requires_grad and id(bias) in self._rates
+        if bias is None or not (trained or target.name in self._frozen):
+            return None
+        whole = Block.of(bias.detach())
+        return whole if target.rows is None else whole.take(target.rows)
+
+    def _add_gradients(self, optimizer: Optimizer) -> None:
+        """Coupled: the gradient of the penalty joins the gradient of the loss."""
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under GradScaler unscales by itself, later
+        factor = self.settings.strength * (1.0 if scale is None else float(scale))
+        if factor == 0:
+            return
+        members = [
+            (target, components, _oriented(target), _oriented(target, target.parameter.grad))
+            for target, components in self._selected_of(optimizer)
+            if target.parameter.grad is not None
+        ]
+        known = self._measured([(W, components) for _, components, W, _ in members])
+        for (target, components, W, grad), present in zip(members, known, strict=True):
+            if target.kind == "norm":
+                _, rows = channels_here(W, components)
+                gain = W.local[rows]
+                grad.local[rows] += factor * gain.sign() * gain.abs().pow(self.settings.power)
+                continue
+            gradient = penalty_gradient(grad, components, self.settings.power, self.settings.metric, present)
+            grad.local.add_(gradient.to(grad.local.dtype), alpha=factor)
+
+    # -- refresh -------------------------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Put the forward hooks in; they see every forward pass until the next step."""
+        self._disarm()
+        self._metric.begin()
+        self._seen_now = {}
+        by_module: dict[nn.Module, list[Target]] = {}
+        for target in self.targets:
+            by_module.setdefault(target.module, []).append(target)
+        for module in self._mask_sources:
+            self._handles.append(module.register_forward_pre_hook(self._remember_mask, with_kwargs=True))
+        for module, targets in by_module.items():
+            # FSDP2's own hook takes the gathered weights away again.
+            first = is_fsdp_module(module)
+            self._handles.append(module.register_forward_hook(self._look(targets), with_kwargs=True, prepend=first))
+        if self._eager:
+            self._stance = torch.compiler.set_stance("force_eager")  # compiled code does not run hooks added later
+
+    def _disarm(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._mask = [], None
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)  # back to the stance that was set before
+            self._stance = None
+
+    def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            names = list(inspect.signature(module.forward).parameters)
+            position = names.index("attention_mask")
+            mask = args[position] if position < len(args) else None
+        if mask is None:
+            self._mask = None  # of an earlier call
+        elif isinstance(mask, Tensor) and mask.ndim == 2 and tells_padding(mask):
+            self._mask = mask.detach()
+
+    def _look(self, targets: list[Target]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch.compiler.is_compiling() or module is not targets[0].module:
+                return  # being traced; or a copy of the model, which has the hooks as well
+            attention = isinstance(module, nn.MultiheadAttention)
+            made = output[0] if attention else output
+            if not isinstance(made, Tensor) or not (attention or (args and isinstance(args[0], Tensor))):
+                return
+            if not (module.training or made.requires_grad):
+                return  # an evaluation between two steps
+            given = self._mask if not attention or module.batch_first else None  # no mask has its tokens first
+            # Looking is not part of the model: a function mode that is on (quantized attention) must not see it.
+            with torch._C.DisableTorchFunction(), self._exact_arithmetic():
+                for target in targets:
+                    self._ran.add(target.name)
+                    self._seen_now[target.name] = None
+                    refuse_unreadable(target, args[0] if args else made, made)
+                    if attention:
+                        x, y = projection_views(target, module, args, kwargs)
+                    else:
+                        x, y = call_views(target, module, local_part(args[0]), local_part(made))
+                    parts = parts_of(target, self._between_steps[target.name], x, y, self._data_groups)
+                    mask = given if given is not None and given.numel() == y[..., 0].numel() else None
+                    self._metric.observe(target, x, y, mask, parts)
+
+        return hook
+
+    def _refresh(self) -> None:
+        """Turn what the hooks saw into the new selection."""
+        require_same(self._seen_now, self._everyone, self.targets[0].parameter.device)
+        if not self._eager and (not self._seen_now or is_compiled(self._model)):
+            self._eager = True  # perhaps the model was compiled after this decay was made: look again, eagerly
+            return self._arm()
+        self._disarm()
+        findings = self._metric.finish()
+        self._agree()
+        for name, finding in findings.items():
+            self.history.append(self._record(name, finding))
+        self._note_what_ran()
+        if not self._ran:
+            warnings.warn(
+                "no forward pass of the conditioned model was seen before the optimizer's step, so nothing is "
+                "selected; pass the model whose modules really run",
+                stacklevel=4,
+            )
+
+    def _note_what_ran(self) -> None:
+        for target in self.targets:
+            if target.name not in self._ran:
+                self.skipped[target.name] = "its module's forward was not called, or not with one tensor in and one out"
+            else:
+                self.skipped.pop(target.name, None)
+
+    def _record(self, name: str, finding: Finding) -> dict[str, Any]:
+        components = self._metric.selected.get(name)
+        return {
+            "step": self.step_count,
+            "weight": name,
+            "sigma": finding.sigma,
+            "pcdr": finding.pcdr,
+            "outlier_max": finding.outlier_max,
+            "outlier_ratio": finding.outlier_ratio,
+            "selected": 0 if components is None else len(components),
+        }
+
+    def _agree(self) -> None:
+        """Every rank shrinks the same, as copies of a model must stay equal; where they differ in a bit, rank 0's."""
+        if ranks_in(self._everyone) == 1:
+            return
+        selected, device = self._metric.selected, self.targets[0].parameter.device
+        marks = [_mark(selected.get(target.name), device) for target in self.targets]
+        same = agreed(torch.stack(marks), self._everyone).tolist()
+        differing = {t.name: t for t, agrees in zip(self.targets, same, strict=True) if not agrees}
+        if not differing:
+            return
+        mine = {name: selected[name].to(torch.device("cpu")) for name in differing if name in selected}
+        theirs = from_first(mine, self._everyone)
+        for name, target in differing.items():
+            selected.pop(name, None)
+            if name in theirs:
+                selected[name] = theirs[name].to(target.parameter.device)
+
+    # -- for people ----------------------------------------------------------------------------------------------------
+
+    @property
+    def selected(self) -> dict[str, int]:
+        """How many components of which weight are being shrunk now."""
+        return {name: len(components) for name, components in self._metric.selected.items() if len(components)}
+
+    @property
+    def fallbacks(self) -> int:
+        """Warm iterations that did not converge and were answered by a full SVD, since the start."""
+        return getattr(self._metric, "fallbacks", 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bit-exact continuation needs: plain containers of tensors and numbers."""
+        return {
+            "version": _STATE_VERSION,
+            "settings": {f.name: getattr(self.settings, f.name) for f in fields(self.settings)},
+            "targets": [[target.name, list(target.parameter.shape)] for target in self.targets],
+            "step_count": self.step_count,
+            "peak_lr": self._rates.state(),
+            "selected": {name: vars(c.to(torch.device("cpu"))) for name, c in self._metric.selected.items()},
+            "metric": self._metric.state(),
+            "history": list(self.history),
+            "ran": sorted(self._ran),
+            "frozen": {name: _stored(self._frozen[name]) for name in sorted(self._changed)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            InputError: The state is of another version, of other settings, or of another model.
+        """
+        if not isinstance(state, dict) or "version" not in state:
+            raise InputError("this is not a decay state; pass what state_dict() of a decay returned")
+        if (version := state["version"]) != _STATE_VERSION:
+            raise InputError(
+                f"a decay state of version {version!r} cannot be read by version {_STATE_VERSION}; "
+                "continue with the s2d that wrote it"
+            )
+        mine = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
+        other = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
+        changed = [name for name in mine if mine[name] != other.get(name)]
+        if changed:
+            text = ", ".join(f"{name}: {other.get(name)!r} saved, {mine[name]!r} here" for name in changed)
+            raise InputError(f"the decay state has other settings ({text}); construct the decay with the saved ones")
+        known = {target.name: target for target in self.targets}
+        here = {name: list(target.parameter.shape) for name, target in known.items()}
+        saved = dict(state["targets"])
+        foreign = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
+        if foreign:
+            first, there = here.get(foreign[0], "missing"), saved.get(foreign[0], "missing")
+            raise InputError(
+                f"the decay state is of another model: {foreign[0]} is {there} there and {first} here; "
+                "load it into the model that it was saved with"
+            )
+        for name, tensors in state.get("frozen", {}).items():
+            for here, saved in zip(_held(known[name]), tensors, strict=True):
+                here.copy_(saved)
+            self._changed.add(name)
+        self.step_count = state["step_count"]
+        self._rates.load_state(state["peak_lr"])
+        self._metric.selected = {
+            name: Components(**parts).to(known[name].parameter.device) for name, parts in state["selected"].items()
+        }
+        self._metric.load_state(state["metric"])
+        self.history = deque(state["history"], maxlen=_HISTORY_LENGTH)
+        self._ran = set(state["ran"])
+        if self.step_count:
+            self._note_what_ran()
+        self._disarm()
+        if self.step_count % self.settings.refresh_every == 0:
+            self._arm()
+
+    def forget(self) -> None:
+        """Call it instead of the optimizer's step when that is skipped: what its passes showed plays no part later."""
+        if self._handles:
+            self._arm()
+
+    def remove(self) -> None:
+        """Take every hook out. The model, its state dict and the optimizer are as if the decay had never been."""
+        self._disarm()
+        for handle in self._step_hooks:
+            handle.remove()
+        self._step_hooks = []
+
+    def __repr__(self) -> str:
+        s = self.settings
+        return (
+            f"SelectiveSpectralDecay({len(self.targets)} weights, metric={s.metric}, mode={s.mode}, power={s.power}, "
+            f"strength={s.strength}, step {self.step_count}, shrinking {sum(self.selected.values())} components)"
+        )
+
+
+def _oriented(target: Target, tensor: Tensor | None = None) -> Block:
+    """``[out, in]`` of a weight, or of a tensor like it; an embedding table maps one-hot tokens to features."""
+    block = target.block(tensor)
+    return block.mT if target.kind == "embedding" else block
+
+
+def _mark(components: Components | None, device: torch.device) -> Tensor:
+    """A number that tells two selections apart: sums of the same bits are the same."""
+    tensors = [] if components is None else [t for t in vars(components).values() if t is not None]
+    parts = [t.float().sum().to(device) * (number + 1) for number, t in enumerate(tensors)]
+    return torch.stack(parts).sum() if parts else torch.zeros((), device=device)
+
+
+def _held(target: Target) -> list[Tensor]:
+    """A weight and, where there is one, its bias, whole and detached."""
+    return [each.detach() for each in (target.parameter, bias_parameter(target)) if each is not None]
+
+
+def _stored(target: Target) -> list[Tensor]:
+    """A copy of what the decay changes of a frozen weight; checkpoints of adapters do not hold it."""
+    return [each.cpu().clone() for each in _held(target)]
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer that really steps; accelerate and Lightning put theirs around it."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _skips_step(optimizer: Optimizer) -> bool:
+    """A fused optimizer under a gradient scaler is stepped even when it will skip."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and float(found) > 0

@@ -1,0 +1,438 @@
+"""Running a recipe: the straight line from a published model to a comparison, each stage kept on the disk.
+
+    load -> audit -> for each seed and arm: train -> evaluate -> for each bit width and calibrator: quantize, evaluate
+         -> audit -> results.json, report.html
+
+Every finished stage is a file in the run's folder, named after a digest of everything that went into it, code included:
+a run that is repeated computes only what is missing or has changed, and one folder can hold many experiments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from s2d import quant
+from s2d.audit import audit
+from s2d.baselines import attach
+from s2d.distributed import processes
+from s2d.distributed.processes import device_of
+from s2d.errors import InputError, MissingExtra
+from s2d.experiments.recipe import FULL, UNTRAINED, Cell, Recipe, arm_settings
+from s2d.experiments.records import cell_name, records_of, shown_path, spec_name
+from s2d.io.files import JSON, read_json, sweep, write_json
+from s2d.io.provenance import code_digest, digest, measured, run_metadata
+from s2d.models import Loaded, load, save_model
+from s2d.quant import QuantSpec
+from s2d.report import write_card, write_report
+from s2d.tasks import Task, create
+from s2d.tasks.base import calibration_inputs
+from s2d.tasks.evaluation import evaluate, model_for
+from s2d.training.loop import train
+from s2d.training.qat_loop import train_quantized
+
+# Which rooms decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
+# are left out of training and judging; the weights' fingerprint stands for them.
+# Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
+_DISTILLING = ("quant/distillation.py", "models/blocks.py", "models/running.py")
+_TOWERS = ("models/image_heads.py", "models/image_views.py", "models/dual_encoder.py")
+_HEADS = ("models/heads.py", "models/preprocessing.py", *_TOWERS)
+_SCORING = ("tasks", "data", *_HEADS)
+_TRAINING = ("training", "distributed", *_SCORING, *_DISTILLING)
+_SEEING = ("decay/selection", "writers.py", "targets", "spectral", "distributed")
+_DECAY = ("decay", "baselines", *_SEEING)
+_QUANTIZING = ("quant", "models", "distributed")
+_QAT = (*_QUANTIZING, *_TRAINING)
+_AUDITING = ("audit", *_SEEING, "quant", "tasks", "data", "models")
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes."""
+
+    def stage(self, text: str, total: int) -> None:
+        """A stage of so many parts begins."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """So many parts of the stage are done."""
+
+    def say(self, text: str) -> None:
+        """A line to keep."""
+
+
+class Silent:
+    """A watcher that does nothing."""
+
+    def stage(self, text: str, total: int) -> None:
+        """Ignore it."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Ignore it."""
+
+    def say(self, text: str) -> None:
+        """Ignore it."""
+
+
+class Runner:
+    """One recipe in one folder."""
+
+    def __init__(
+        self, name: str, recipe: Recipe, folder: Path, watcher: Watcher | None = None, *, trial: bool = False
+    ) -> None:
+        """Load model and data; whatever can be wrong with a recipe shows here, before any work.
+
+        A `trial` is marked as one in the results, for its numbers mean nothing.
+
+        Raises:
+            InputError: The model, the data, the folder, or settings that do not fit the model.
+        """
+        self.name, self.recipe, self.folder, self.trial = name, recipe, folder, trial
+        self.watcher = watcher or Silent()
+        # Now, and not when a stage begins: the code that runs is the code that was read at the start.
+        self.code = {
+            "training": code_digest(*_TRAINING),
+            "decay": code_digest(*_DECAY),
+            "judging": code_digest(*_SCORING),
+            "quantizing": code_digest(*_QUANTIZING),
+            "qat": code_digest(*_QAT),
+            "auditing": code_digest(*_AUDITING),
+        }
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; name a folder for the run")
+        self.watcher.stage(f"loading {recipe.task.label} and {recipe.model}", 3)
+        self.task: Task = create(recipe.task.name, **recipe.task.options)
+        self.watcher.advance(1)
+        self.loaded: Loaded = load(recipe.model, device=device_of(recipe.device))
+        self.watcher.advance(2)
+        self._rehearse()
+        self._told: list[str] = []
+        self._tell_notes()
+        if processes.leads():
+            for part in ("arms", "cells", "audits"):
+                sweep(folder / part)
+            write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
+        self.watcher.advance(3)
+
+    def _tell_notes(self) -> None:
+        """What the data have to say by now; damaged images that are read as they are needed show on the way."""
+        notes = self.task.notes()
+        for note in notes:
+            if note not in self._told:
+                self.watcher.say(note)
+        self._told = notes
+
+    def _rehearse(self) -> None:
+        """Put decay and quantizers to the model once, so that what does not fit it is not found out hours later."""
+        recipe = self.recipe
+        model = self.task.build(self.loaded, recipe.seeds[0])
+        if UNTRAINED in recipe.arms:
+            model_for(self.loaded, self.task)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for decay in recipe.arms.values():
+            if decay is not None:
+                attach(model, optimizer, decay).remove()
+        for spec in [*recipe.quantize.specs, *(recipe.qat.specs if recipe.qat else [])]:
+            if spec != FULL:
+                quant.plan(model, QuantSpec.parse(spec))
+
+    def run(self) -> JSON:
+        """Everything that is missing, then results.json and report.html; the results are also returned."""
+        recipe, records, audits, history = self.recipe, [], {}, []
+        about = run_metadata(
+            recipe=self.name,
+            about=recipe.about,
+            settings=self._shown_settings(),
+            data_hash=self.task.fingerprint,
+            data_sizes=self.task.sizes(),
+            model_fingerprint=self.loaded.fingerprint,
+            code=self.code,
+            **({"trial": True} if self.trial else {}),
+        )
+        first = recipe.seeds[0]
+        if recipe.audit:
+            audits[UNTRAINED] = self._audit(UNTRAINED, first)
+        for seed in recipe.seeds:
+            for arm in recipe.arms:
+                if arm == UNTRAINED and seed != first:
+                    continue  # nothing is random in it
+                training = self._train(arm, seed)
+                records += self._cells(arm, seed)
+                records += self._trained_cells(arm, seed)
+                self._describe(arm, seed, about, training, records)
+                if recipe.audit and seed == first and arm not in audits:
+                    audits[arm] = self._audit(arm, seed)
+                if training is not None and seed == first and not history:
+                    history = training["history"]  # of the first arm that decays
+                # What is done so far can be read while the rest goes on.
+                self._tell_notes()
+                about["left_out"] = self._told
+                self._write({"run": about, "records": records, "audits": audits, "history": history})
+        results = {"run": about, "records": records, "audits": audits, "history": history}
+        try:
+            self.watcher.say(f"report: {shown_path(write_report(results, self.folder / 'report.html'))}")
+        except MissingExtra as error:
+            self.watcher.say(f"no report.html: {error}")
+        return results
+
+    def follow(self) -> None:
+        """What every process but the first does of `run`: train along, in the same order."""
+        for seed in self.recipe.seeds:
+            for arm in self.recipe.arms:
+                if arm != UNTRAINED or seed == self.recipe.seeds[0]:
+                    self._train(arm, seed)
+                    self._trained_cells(arm, seed)
+
+    def _missing(self, path: Path) -> bool:
+        """Whether what a file should hold is yet to be found: as the first process sees it, which writes it."""
+        processes.meet(device_of(self.recipe.device) == "cpu")
+        return processes.as_first(not path.is_file())
+
+    def _describe(self, arm: str, seed: int, about: JSON, training: JSON | None, records: list[JSON]) -> None:
+        """The card beside an arm's model: its own numbers, and those of the arms of its seed before it."""
+        if training is None:
+            return
+        settings = self.recipe.train.outcome()
+        write_card(
+            self._arm_folder(arm, seed) / "model",
+            base=self.recipe.model,
+            task=self.recipe.task.name,
+            arm=arm,
+            training={**training, "settings": settings},
+            run=about,
+            records=[record for record in records if record["seed"] == seed],
+            name=f"{self.name} {arm}",
+        )
+
+    def _write(self, results: JSON) -> None:
+        write_json(self.folder / "results.json", results)
+
+    # -- training
+
+    def _train(self, arm: str, seed: int) -> JSON | None:
+        """What is known of an arm's training; the model is beside it on the disk."""
+        if arm == UNTRAINED:
+            return None
+        folder = self._arm_folder(arm, seed)
+        notes = folder / "training.json"
+        if not self._missing(notes):
+            if processes.leads():
+                (folder / "state.pt").unlink(missing_ok=True)  # of a run that was killed before the last line below
+            self.watcher.say(f"{arm}, seed {seed}: trained already ({shown_path(folder)})")
+            return read_json(notes)
+        settings = self.recipe.train
+        self.watcher.stage(f"{arm}, seed {seed}: training", settings.steps)
+        model = self.task.build(self.loaded, seed)
+        done = train(
+            model,
+            self.task,
+            settings,
+            seed=seed,
+            decay=self.recipe.arms[arm],
+            state=folder / "state.pt",
+            on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
+            on_checkpoint=lambda step: self._save(model, folder / "checkpoints" / f"{step:07}", arm),
+        )
+        if not processes.leads():
+            return None
+        self._save(model, folder / "model", arm)
+        content = {**asdict(done), "arm": arm, "seed": seed, "decay": self._decay_key(arm)}
+        write_json(notes, content)
+        (folder / "state.pt").unlink(missing_ok=True)  # only now is everything it holds safe elsewhere
+        skipped = f", {len(done.skipped)} skipped" if done.skipped else ""
+        self.watcher.say(
+            f"{arm}, seed {seed}: {done.steps} steps in {done.seconds:.0f} s{skipped}, last loss {done.losses[-1]:.3f}"
+        )
+        return read_json(notes)  # as a run that continues sees it: lists, no tuples
+
+    def _save(self, model: nn.Module, folder: Path, arm: str) -> None:
+        loaded = self.loaded
+        notes = {"recipe": self.name, "arm": arm}
+        save_model(model, folder, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
+
+    def _arm_folder(self, arm: str, seed: int) -> Path:
+        return self.folder / "arms" / f"{arm}-{seed}-{self._arm_key(arm, seed)}"
+
+    def _arm_key(self, arm: str, seed: int) -> str:
+        """Everything a trained model depends on."""
+        recipe = self.recipe
+        task = recipe.task.model_dump(exclude={"data"})  # what the data hold counts, not where they are
+        content: JSON = {"model": self.loaded.fingerprint, "task": [self.task.fingerprint, task]}
+        if arm != UNTRAINED:
+            content |= {
+                "train": recipe.train.outcome(),
+                "seed": seed,
+                "decay": self._decay_key(arm),
+                "code": [self.code["training"], self.code["decay"] if recipe.arms[arm] is not None else ""],
+            }
+        return digest(content)
+
+    def _decay_key(self, arm: str) -> JSON | None:
+        decay = self.recipe.arms[arm]
+        return None if decay is None else arm_settings(decay)
+
+    @contextmanager
+    def _model(self, arm: str, seed: int) -> Iterator[nn.Module]:
+        """An arm's model, trained, from the disk; for the arm without training the published one."""
+        if arm == UNTRAINED:
+            yield self.task.build(self.loaded, seed).eval()
+        else:
+            yield load(self._arm_folder(arm, seed) / "model", device=device_of(self.recipe.device)).model
+
+    # -- evaluating
+
+    def _cells(self, arm: str, seed: int) -> list[JSON]:
+        """One record for each metric of each bit width, method and calibrator."""
+        cells = self.recipe.quantize.cells()
+        paths = [self._cell_path(arm, seed, cell) for cell in cells]
+        if not all(path.is_file() for path in paths):
+            self.watcher.stage(f"{arm}, seed {seed}: evaluating", len(cells))
+            with self._model(arm, seed) as model:
+                for number, (cell, path) in enumerate(zip(cells, paths, strict=True)):
+                    self.watcher.advance(number, cell_name(cell))
+                    if not path.is_file():
+                        write_json(path, self._judge(model, cell, seed))
+            self.watcher.advance(len(cells))
+        records, shown = [], []
+        for cell, path in zip(cells, paths, strict=True):
+            found = records_of(
+                self.recipe, self.task, arm, seed, cell.spec, cell.method or "none", cell.observer, read_json(path)
+            )
+            shown += [f"{cell_name(cell)} {r['value']:.2f}" for r in found if r["metric"] == self.task.primary]
+            records += found
+        self.watcher.say(f"{arm}, seed {seed}: {self.task.primary}: {', '.join(shown)}")
+        self._compare(arm, records)
+        return records
+
+    def _compare(self, arm: str, records: list[JSON]) -> None:
+        """Stop where a known score is far away: every number after it would be about something else."""
+        known = self.recipe.reference
+        if known is None or known.arm != arm:
+            return
+        score = next(r["value"] for r in records if r["spec"] == FULL and r["metric"] == self.task.primary)
+        if not abs(score - known.score) <= known.within:  # also when it is not a number
+            raise InputError(
+                f"{self.recipe.model} (arm {arm}) has {self.task.primary} {score:.2f} in full precision, but "
+                f"{known.score:g} is known of it: check the split, the order of the classes, the prompts and the "
+                f"preprocessing (-o reference=null goes on regardless)"
+            )
+
+    def _judge(self, model: nn.Module, cell: Cell, seed: int) -> JSON:
+        recipe = self.recipe
+        with measured() as cost:
+            if cell.method:
+                model = quant.quantize(
+                    model,
+                    cell.spec,
+                    calibration=calibration_inputs(
+                        self.task, recipe.quantize.calibration.samples, recipe.quantize.calibration.batch_size, seed
+                    ),
+                    method=cell.method,
+                    observer=cell.observer or None,
+                    protocol=recipe.quantize.protocol,
+                    seed=seed,
+                )
+            metrics = evaluate(model, self.task, split=recipe.split, batch_size=recipe.batch_size)
+        return {"metrics": metrics, "seconds": cost.seconds, "peak_mb": cost.peak_mb}
+
+    def _cell_path(self, arm: str, seed: int, cell: Cell) -> Path:
+        quantize = self.recipe.quantize
+        content: JSON = {"arm": self._arm_key(arm, seed), "split": self.recipe.split, "judge": self.code["judging"]}
+        if cell.method:
+            content |= {
+                "spec": QuantSpec.parse(cell.spec).to_dict(),
+                "observer": cell.observer,
+                "method": cell.method,
+                "protocol": quantize.protocol,
+                "calibration": quantize.calibration.model_dump(),
+                "seed": seed,
+                "code": self.code["quantizing"],
+            }
+        stem = "-".join([arm, str(seed), *cell_name(cell).replace(":", "").split()])
+        return self.folder / "cells" / f"{stem}-{digest(content)}.json"
+
+    # -- quantization-aware training
+
+    def _trained_cells(self, arm: str, seed: int) -> list[JSON]:
+        """One record for each metric of each bit width that the arm's model is trained for."""
+        qat, records = self.recipe.qat, []
+        if qat is None:
+            return records
+        decay = self.recipe.arms[arm] if qat.decay else None
+        key: JSON = {
+            "arm": self._arm_key(arm, seed),
+            "qat": qat.model_dump(exclude={"specs"}),
+            "train": self.recipe.train.outcome(),
+            "calibration": self.recipe.quantize.calibration.model_dump(),
+            "split": self.recipe.split,
+            "code": [self.code["qat"], self.code["judging"], self.code["decay"] if decay is not None else ""],
+        }
+        for spec in qat.specs:
+            stem = f"{arm}-{seed}-{spec_name(spec)}-qat-{digest({**key, 'spec': QuantSpec.parse(spec).to_dict()})}"
+            path = self.folder / "cells" / f"{stem}.json"
+            if self._missing(path):
+                trained = self._train_quantized(arm, seed, spec, decay, path.with_suffix(".pt"))
+                if processes.leads():
+                    write_json(path, trained)
+            if not processes.leads():
+                continue
+            path.with_suffix(".pt").unlink(missing_ok=True)  # also that of a run killed right here
+            found = records_of(self.recipe, self.task, arm, seed, spec, "qat", "", read_json(path))
+            records += found
+            self.watcher.say(f"{arm}, seed {seed}: {spec_name(spec)} trained: {found[0]['value']:.2f}")
+        return records
+
+    def _train_quantized(
+        self, arm: str, seed: int, spec: str | dict[str, Any], decay: dict[str, Any] | None, state: Path
+    ) -> JSON:
+        recipe, qat = self.recipe, self.recipe.qat
+        assert qat is not None
+        self.watcher.stage(f"{arm}, seed {seed}: training at {spec_name(spec)}", qat.steps)
+        with self._model(arm, seed) as model, measured() as cost:
+            trained, done = train_quantized(
+                model,
+                self.task,
+                spec,
+                qat.training(recipe.train),
+                qat.settings,
+                calibration=calibration_inputs(
+                    self.task, recipe.quantize.calibration.samples, recipe.quantize.calibration.batch_size, seed
+                ),
+                seed=seed,
+                decay=decay,
+                state=state,
+                on_step=lambda step, loss: self.watcher.advance(step, f"loss {loss:.3f}"),
+            )
+            if not processes.leads():
+                return {}
+            metrics = evaluate(trained, self.task, split=recipe.split, batch_size=recipe.batch_size)
+        return {
+            "metrics": metrics,
+            "seconds": cost.seconds,
+            "peak_mb": cost.peak_mb,
+            "losses": done.losses,
+            "skipped": done.skipped,
+        }
+
+    # -- looking
+
+    def _audit(self, arm: str, seed: int) -> JSON:
+        calibration = self.recipe.quantize.calibration
+        key = digest([self._arm_key(arm, seed), calibration.model_dump(), seed, self.code["auditing"]])
+        path = self.folder / "audits" / f"{arm}-{seed}-{key}.json"
+        if not path.is_file():
+            self.watcher.stage(f"{arm}, seed {seed}: auditing", 1)
+            with self._model(arm, seed) as model:
+                inputs = calibration_inputs(self.task, calibration.samples, calibration.batch_size, seed)
+                write_json(path, audit(model, inputs, name=self.recipe.model).to_json())
+            self.watcher.advance(1)
+        return read_json(path)
+
+    def _shown_settings(self) -> JSON:
+        settings = self.recipe.model_dump(exclude={"about"})
+        settings["arms"] = {arm: self._decay_key(arm) if arm != UNTRAINED else None for arm in self.recipe.arms}
+        return settings

@@ -1,0 +1,109 @@
+"""Formats of checkpoints: written by layers, read back by the library that other people read them with, and compared.
+
+Nothing is traced: what runs later is the model as its own library builds it, from the codes and scales in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.export import compressed_tensors, gate, gguf
+from s2d.export.gate import Check, ExportReport
+from s2d.export.lowering import shared_copy
+from s2d.export.parity import compare_modules
+from s2d.optional import require
+
+
+class Format(Protocol):
+    """What a module of this package offers that writes a format of checkpoints."""
+
+    NAME: str
+
+    def check(self, model: nn.Module, embeddings: int) -> int:
+        """Refuse up front what the format cannot say; the bits that tables of embeddings will have, 0 for all."""
+        ...
+
+    def write(self, model: nn.Module, path: Path, /, *, embeddings: int, tokenizer: Any) -> None:
+        """Write the file, or the folder."""
+
+    def read(self, path: Path, /, like: nn.Module) -> nn.Module:
+        """Read it with the library of the format."""
+        ...
+
+
+FOLDER = ""  # the suffix of a folder's name
+FORMATS: dict[str, Any] = {FOLDER: compressed_tensors, ".gguf": gguf}
+
+
+def export_checkpoint(
+    model: nn.Module,
+    target: Path,
+    report: ExportReport,
+    example: Mapping[str, Tensor],
+    tokenizer: Any,
+    check: Check,
+) -> None:
+    """Write a model, read it back, compare it, and put it in its place.
+
+    Args:
+        model: Quantized; a transformers model, or one of s2d's on top of one, which is what the file will hold.
+        target: A file, or a folder that does not exist or is empty.
+        report: Filled in.
+        example: A batch of keyword inputs.
+        tokenizer: For formats that hold it.
+        check: What is compared, and what follows.
+
+    Raises:
+        InputError: The format cannot say what the model is; the comparison failed.
+    """
+    format: Format = FORMATS[target.suffix]
+    name, inner = transformers_part(model, format.NAME)
+    report.embeddings = format.check(inner, report.embeddings)
+    reference = shared_copy(model)
+    compared = shared_copy(inner)
+    if format is gguf:
+        gguf.as_written(compared)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        check.notes("writing")
+        format.write(inner, made, embeddings=report.embeddings, tokenizer=tokenizer)
+        files = [made] if made.is_file() else [each for each in made.rglob("*") if each.is_file()]
+        report.file_mb = sum(each.stat().st_size for each in files) / 1e6
+        report.fp32_mb = sum(each.numel() for each in inner.parameters()) * 4 / 1e6
+        report.about = ["in memory and the multiply: up to what loads it; the file holds codes, not kernels"]
+        check.notes("reading it back")
+        found = format.read(made, inner)
+        runner = found
+        if name:
+            runner = shared_copy(model)
+            runner.set_submodule(name, found)
+        with torch.no_grad():
+            runner(**example)  # compressed-tensors unpacks the weights in a model's first call
+        check.notes("comparing every layer")
+        gate.judge_layers(report, *compare_modules(compared, found, reference, name and f"{name}.", example))
+        gate.judge(report, reference, runner, example, check)
+        report.refuse(target, check.force)
+        if made.is_dir() and target.is_dir():
+            target.rmdir()  # it is empty
+        os.replace(made, target)
+
+
+def transformers_part(model: nn.Module, format: str) -> tuple[str, nn.Module]:
+    """The transformers model in a model, and its name there; the model itself has none.
+
+    Raises:
+        InputError: There is none.
+    """
+    PretrainedConfig = require("transformers", "hf").PretrainedConfig
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "config", None), PretrainedConfig) and hasattr(module, "save_pretrained"):
+            return name, module
+    raise InputError(f"{format} holds transformers models; {type(model).__name__} is none: choose NAME.onnx")

@@ -1,0 +1,1 @@
+"""Files: written atomically, and where results come from."""

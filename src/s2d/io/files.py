@@ -1,0 +1,143 @@
+"""What every stage writes down: JSON that is whole or not there, with enough beside it to know where it came from.
+
+Nothing here imports torch; where torch is loaded already, its version and devices are noted too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from s2d.errors import InputError, first_line
+
+JSON = dict[str, Any]
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
+    """Give `write` a file that takes the place of `path` once it is complete and on the disk; folders are made.
+
+    What is no regular file (``/dev/stdout``, a pipe) is written into as it is.
+
+    Raises:
+        InputError: The disk is full or does not let us write; what stood at `path` is untouched.
+    """
+    target = Path(path)
+    temporary: str | None = None
+    try:
+        if target.exists() and not target.is_file() and not target.is_dir():
+            with open(target, "wb") as file:  # a pipe or a device, which must not be replaced by a file
+                write(file)
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files private
+        os.replace(temporary, target)
+        temporary = None
+        _sync(target.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        while isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, RuntimeError)):
+            error = error.__context__
+        reason = getattr(error, "strerror", None) or first_line(error)
+        if "inline_container" in reason:  # torch's archive, which does not say what the disk said
+            reason = "the file did not become whole, perhaps the disk is full"
+        raise InputError(
+            f"could not write {target}: {reason}; nothing was changed there; free some space or choose another place"
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    return target
+
+
+def sync_folder(folder: Path) -> None:
+    """Put every file of a folder on the disk, so that a name given to it later never stands for less than it says."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o644)  # some libraries make their files private
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some systems cannot do it with folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep(folder: Path, *, age: float = 3600.0) -> None:
+    """Remove what killed writes left in a folder: temporary files and folders that nobody touched for `age` seconds."""
+    for path in list(folder.rglob(".*-????????")):
+        with contextlib.suppress(OSError):
+            newest = max(part.lstat().st_mtime for part in [path, *path.rglob("*")])
+            if re.fullmatch(r"\..+-[a-z0-9_]{8}", path.name) and time.time() - newest >= age:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def write_json(path: str | os.PathLike[str], content: object) -> Path:
+    """Write a JSON file, atomically. NaN and infinities, which JSON does not have, become null.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode("utf-8"))
+
+    return write_atomic(path, write)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says; whatever is wrong with it is a ValueError (too deep a nesting, or numbers too long)."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> JSON:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: It is not there, cannot be read, or is something else.
+    """
+    try:
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {os.fspath(path)}: {error.strerror}; check the name") from error
+    except ValueError as error:
+        raise InputError(f"{os.fspath(path)} is not a JSON file: {error}; make it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{os.fspath(path)} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """Containers and numbers as JSON knows them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
+        return _plain(value.tolist())
+    return str(value)

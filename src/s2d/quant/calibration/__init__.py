@@ -1,0 +1,1 @@
+"""Calibration: ranges from data, blocks one after the other, scales moved between layers, resume."""

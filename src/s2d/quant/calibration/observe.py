@@ -1,0 +1,349 @@
+"""Showing calibration data to a model: batches, padding masks, and observers on every static activation site."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from s2d.distributed.sharding import Groups
+from s2d.errors import InputError
+from s2d.models.running import evaluating, real_tokens, run, token_mask
+from s2d.quant.calibration.resume import Store
+from s2d.quant.modules.linear import QuantizedLinear
+from s2d.quant.modules.sites import OPERANDS, Site, replace_quantizer, weight_name
+from s2d.quant.numerics.formats import Format
+from s2d.quant.numerics.observers import Observer, Rounding, make_observer, weight_range
+from s2d.quant.numerics.quantizer import Quantizer
+from s2d.quant.probe import watch_attention
+from s2d.quant.spec import QuantSpec
+
+Stage = Literal["transform", "rounding"]
+Protocol = Literal["own", "unified"]
+
+
+class Batches:
+    """Calibration batches, read as a stream.
+
+    A list or a DataLoader can be passed over as often as a method needs; a generator once.
+    """
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        """Look at the first batch.
+
+        Raises:
+            InputError: Not an iterable of batches, or an empty one.
+        """
+        if isinstance(source, (Mapping, Tensor, str)) or not isinstance(source, Iterable):
+            raise InputError(f"calibration is a list of batches, or a DataLoader, not one {type(source).__name__}")
+        self._source = source
+        self._stream = iter(source)
+        # A generator is its own iterator and cannot start again, so what was read from it is held.
+        self._once = self._stream is source
+        try:
+            self.first = next(self._stream)
+        except StopIteration:
+            raise InputError("the calibration data is empty; give at least one batch") from None
+        self._used = False
+
+    def __len__(self) -> int:
+        return len(self._source) if isinstance(self._source, Sized) else 0
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._once:
+            yield from self._source
+            return
+        if self._used:
+            raise InputError("this method reads the calibration data several times; give a list, not a generator")
+        self._used = True
+        yield self.first
+        yield from self._stream
+
+
+@dataclass
+class Job:
+    """What a quantization method gets: the model with its quantizers in place and off, and the data to set them with.
+
+    Attributes:
+        model: Changed in place.
+        spec: What was asked for.
+        sites: The whole plan, kept sites too.
+        quantizers: The quantizer of every site that is not kept. A rounding must give each static one its range.
+        batches: The calibration data.
+        seed: Of everything random in the method; see `generator`.
+        progress: Whether to show progress bars.
+        method: All methods of this call, ``"rotation+gptq"``.
+        protocol: ``"own"``: ranges and defaults as the method's authors published them. ``"unified"``: the ranges are
+            those of the spec's observers on the full-precision model, the same for every method.
+        store: Where finished blocks are kept, for a call that can be interrupted; None to keep nothing.
+        stage: Which kind of method is running.
+        published: The observer of the running method's own protocol, for sites whose spec names none (min-max); None
+            for methods that have none, and under the unified protocol.
+        ranks: The processes that each have their own share of the data, all with this same model; empty for one.
+    """
+
+    model: nn.Module
+    spec: QuantSpec
+    sites: list[Site]
+    quantizers: dict[Site, Quantizer]
+    batches: Batches
+    seed: int
+    progress: bool
+    method: str = "rtn"
+    protocol: Protocol = "own"
+    store: Store | None = None
+    stage: Stage = "rounding"
+    published: str | None = None
+    ranks: Groups = ()
+
+    def observer_of(self, site: Site) -> str:
+        """The observer that finds the range of a site."""
+        named = site.observer != "minmax" or site.granularity == "block"
+        return site.observer if named or self.published is None else self.published
+
+    def observed(self, site: Site) -> Site:
+        """The site with the observer that finds its range."""
+        return replace(site, observer=self.observer_of(site))
+
+    def weight(self, site: Site) -> Tensor:
+        """The weight of a ``weight`` site as it is now, detached."""
+        return self.model.get_parameter(weight_name(self.model, site)).detach()
+
+    def replace_quantizer(self, site: Site, quantizer: Quantizer) -> None:
+        """Put another kind of quantizer at a site that has one."""
+        replace_quantizer(self.model, site, quantizer)
+        quantizer.train(self.quantizers[site].training)
+        self.quantizers[site] = quantizer
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers (on CPU) that depend on the seed and on ``name`` alone, such as a block's.
+
+        So a call that continues after an interruption draws what an uninterrupted one would.
+        """
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def watch_inputs(
+    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None], mask: Callable[[], Tensor | None]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Show ``see`` the name and the real tokens ``[N, in]`` of the input of each module, as often as it runs.
+
+    The inputs are what a Linear's own input quantizer would see, or the queries of an `nn.MultiheadAttention`. Remove
+    the returned hooks in the end.
+
+    Args:
+        modules: By the names that ``see`` gets.
+        see: Called in every forward.
+        mask: Gives the padding mask of the running forward.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["query" if isinstance(module, nn.MultiheadAttention) else "input"]
+            if isinstance(module, QuantizedLinear):
+                x = module.transform_input(x)
+            see(name, real_tokens(x.detach(), mask(), "input").flatten(0, -2))
+
+        return before
+
+    return [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
+
+
+def observe(job: Job, only: Container[Site] | None = None) -> None:
+    """Pass over the data once and set the range of every static activation quantizer.
+
+    Args:
+        job: The call's job; the model runs as it is.
+        only: The sites to observe, all when None.
+
+    Raises:
+        InputError: NaN or infinite activations (the site is named), a batch that does not fit, a site that no data
+            reached, or an attention that the plan does not know.
+    """
+    chosen = {site: q for site, q in job.quantizers.items() if only is None or site in only}
+    with (
+        token_mask(job.model) as mask,
+        watch_attention(job.model) as watch,
+        evaluating(job.model),
+        observing(job, chosen, mask) as observers,
+    ):
+        if not observers:
+            run(job.model, job.batches.first)
+            return
+        batches = track(
+            job.batches, "calibrating", total=len(job.batches) or None, disable=not job.progress, transient=True
+        )
+        for index, batch in enumerate(batches):
+            run(job.model, batch, index)
+            refuse_unplanned(job, watch.found)
+
+
+@contextmanager
+def observing(
+    job: Job, quantizers: Mapping[Site, Quantizer], mask: Callable[[], Tensor | None]
+) -> Iterator[Mapping[Site, Observer | PerHead]]:
+    """While active, static activation quantizers are watched by the spec's observers; then they get their ranges.
+
+    Args:
+        job: The call's job.
+        quantizers: The sites; weights and dynamic ones are left alone.
+        mask: Gives the padding mask of the running forward.
+
+    Raises:
+        InputError: NaN or infinite activations, or a site that nothing reached; both are named.
+    """
+    static = {site: q for site, q in quantizers.items() if site.what != "weight" and not q.dynamic}
+    observers = {site: _observer(replace(site, observer=job.observer_of(site))) for site in static}
+    try:
+        for site, quantizer in static.items():
+            quantizer.watch = _watcher(observers[site], site, mask)
+        yield observers
+    finally:
+        for quantizer in static.values():
+            quantizer.watch = None
+    _refuse_unreached(observers)
+    if job.ranks:
+        for observer in observers.values():
+            observer.add_up(job.ranks)
+    for site, quantizer in static.items():
+        quantizer.fit(observers[site])
+
+
+def find_attention(model: nn.Module, batches: Batches) -> list[nn.Module]:
+    """The modules that compute attention, from one forward of the first batch.
+
+    Raises:
+        InputError: A module that calls itself an attention ran without any attention that is known.
+    """
+    with watch_attention(model) as watch, evaluating(model):
+        run(model, batches.first)
+    within = {part for module in watch.found for part in module.modules()}
+    for name, module in model.named_modules():
+        is_attention = re.search(r"(Attention|Attn)\d*$", type(module).__name__) and module in watch.entered
+        if is_attention and module not in within and not any(part in watch.found for part in module.modules()):
+            raise InputError(
+                f"{name or 'the model'} ({type(module).__name__}) computes attention in a way that is not known; use "
+                'its "sdpa" or "eager" implementation, or set attention: false in the spec'
+            )
+    return list(watch.found)
+
+
+class PerHead:
+    """An observer for every head of an attention operand."""
+
+    def __init__(self, site: Site) -> None:
+        """Start empty, for the operand ``site``."""
+        self.site = site
+        self.heads: list[Observer] = []
+
+    @property
+    def seen(self) -> bool:
+        """Whether any value was seen."""
+        return bool(self.heads)
+
+    def update(self, x: Tensor) -> None:
+        """Take in the operand of some tokens, heads along dimension 1.
+
+        Raises:
+            InputError: It holds NaN or infinity, or another number of heads than before.
+        """
+        if not self.heads:
+            self.heads = [make_observer(self.site.observer, self.site.name) for _ in range(x.shape[1])]
+        if x.shape[1] != len(self.heads):
+            raise InputError(f"{self.site.name}: {len(self.heads)} heads, then {x.shape[1]}; use granularity tensor")
+        for head, observer in zip(x.unbind(1), self.heads, strict=True):
+            observer.update(head)
+
+    def add_up(self, groups: Groups) -> None:
+        """Take in what those of other ranks saw."""
+        for observer in self.heads:
+            observer.add_up(groups)
+
+    def range(self, format: Format, rounding: Rounding | None = None) -> tuple[Tensor, Tensor]:
+        """The range of every head, ``lo`` and ``hi`` of shape ``[H]``."""
+        ranges = [observer.range(format, rounding) for observer in self.heads]
+        return torch.stack([lo for lo, _ in ranges]), torch.stack([hi for _, hi in ranges])
+
+
+def _observer(site: Site) -> Observer | PerHead:
+    return PerHead(site) if site.granularity == "head" else make_observer(site.observer, site.name)
+
+
+def _watcher(observer: Observer | PerHead, site: Site, mask: Callable[[], Tensor | None]) -> Callable[[Tensor], None]:
+    def see(x: Tensor) -> None:
+        if site.granularity == "head" and x.ndim != 4:
+            raise InputError(
+                f"{site.name} has {x.ndim} dimensions, but a range a head needs [batch, heads, tokens, features]; "
+                "use granularity tensor"
+            )
+        real = mask()
+        if site.prefix:  # those are neither rounded nor in the range
+            x = x[..., site.prefix :, :]
+            real = None if real is None else real[:, site.prefix :]
+        observer.update(real_tokens(x, real, site.what))
+
+    return see
+
+
+def _refuse_unreached(observers: Mapping[Site, Observer | PerHead]) -> None:
+    missed = [site.name for site, observer in observers.items() if not observer.seen]
+    if missed:
+        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
+        raise InputError(
+            f"the calibration data never reached {', '.join(missed[:3])}{more}; "
+            "feed data that does, or override them with keep"
+        )
+
+
+def refuse_unplanned(job: Job, unquantized: Iterable[nn.Module]) -> None:
+    """Attention that runs unquantized must be in the plan as kept; otherwise nobody decided about it."""
+    operands = [site for site in job.sites if site.what in OPERANDS]
+    if not any(site.format for site in operands):
+        return
+    planned = {site.module for site in operands}
+    names = {module: name for name, module in job.model.named_modules()}
+    for module in unquantized:
+        if names[module] not in planned:
+            raise InputError(
+                f"{names[module] or 'the model'} ({type(module).__name__}) computes attention that the plan does not "
+                "cover; put a batch that reaches it first, or set attention: false in the spec"
+            )
+
+
+def set_weight_range(site: Site, quantizer: Quantizer, weight: Tensor) -> None:
+    """Give a weight quantizer the range that its site's observer finds in ``weight`` (``[out, in]`` or a kernel)."""
+    if quantizer.dynamic:
+        return
+    rows = weight.flatten(1)
+    if site.granularity == "group":
+        rows = rows.reshape(-1, site.group)
+    elif site.granularity != "channel":
+        rows = rows.reshape(1, -1)
+    lo, hi = weight_range(rows, site.observer, quantizer.format, name=site.name)
+    quantizer.set_range(lo.reshape(quantizer.scale.shape), hi.reshape(quantizer.scale.shape))
+
+
+def set_weight_ranges(job: Job) -> None:
+    """Give every weight quantizer the range that its site's observer finds in the weight."""
+    for site, quantizer in job.quantizers.items():
+        if site.what == "weight":
+            set_weight_range(job.observed(site), quantizer, job.weight(site))
+
+
+def least_error(job: Job) -> None:
+    """For transforms, and GPTQ: ranges whose observer nobody named are those of least squared error.
+
+    Their papers leave activations whole or round to ranges found anew for each token, and most of them search how far
+    to clip weights. Min-max over all calibration data, the default of ``rtn``, is no part of them and lets a single
+    extreme decide. Not under the unified protocol.
+    """
+    if job.protocol == "own":
+        job.published = "mse"

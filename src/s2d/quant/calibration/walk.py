@@ -1,0 +1,422 @@
+"""Going through a model block by block, with the blocks before already quantized; memory is bounded by one block.
+
+The inputs of the first block are caught in one pass over the data. From there on a block's outputs are the next block's
+inputs, wherever the model passes them on untouched; whether it does is read off the first batch. Where it does not (the
+first block of another tower, a stage that follows a merging of tokens), the inputs are caught in another pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.models.blocks import blocks_of
+from s2d.models.running import evaluating, run, token_mask
+from s2d.quant.calibration.observe import Job, observe, observing, refuse_unplanned, watch_inputs
+from s2d.quant.modules.linear import QuantizedLinear
+from s2d.quant.modules.sites import Site
+from s2d.quant.numerics.quantizer import Quantizer
+from s2d.quant.probe import watch_attention
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a block is called: its arguments as the model gives them, tensors detached and on CPU."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def slots(self) -> dict[int | str, Any]:
+        """The arguments by position or name."""
+        return {**dict(enumerate(self.args)), **self.kwargs}
+
+
+@dataclass(eq=False)
+class Block:
+    """One transformer block, and what it is called with.
+
+    Attributes:
+        name: Dotted name in the model.
+        module: The block, with its quantizers.
+        inputs: One call a batch; the hidden states are those behind quantized blocks.
+        reference: The same calls in the full-precision model, or None when the walk has no reference.
+        outputs: What the full-precision block returns for ``reference``, ``[B, T, D]`` each; None likewise.
+        masks: The padding mask ``[B, T]`` (True: a real token) of every call, None where nothing is padded.
+        mask: The mask of the call that is running.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: list[Call]
+    reference: list[Call] | None
+    outputs: list[Tensor] | None
+    masks: list[Tensor | None]
+    job: Job = field(repr=False)
+    mask: Tensor | None = None
+
+    @property
+    def quantizers(self) -> dict[Site, Quantizer]:
+        """The block's quantizers by site."""
+        inside = (self.name, f"{self.name}.")
+        return {s: q for s, q in self.job.quantizers.items() if s.module == inside[0] or s.module.startswith(inside[1])}
+
+    def linears(self) -> dict[str, QuantizedLinear]:
+        """The block's quantized Linears by their full dotted name."""
+        return {
+            f"{self.name}.{name}" if name else self.name: module
+            for name, module in self.module.named_modules()
+            if isinstance(module, QuantizedLinear)
+        }
+
+    def stream(self, calls: Sequence[Call], module: nn.Module | None = None) -> Iterator[Tensor]:
+        """The first output of each call, one after the other, on CPU, without gradients.
+
+        Args:
+            calls: As many as there are masks.
+            module: Run this one (a copy of the block) in its place.
+        """
+        module = module or self.module
+        for call, mask in zip(calls, self.masks, strict=True):
+            self.mask = mask
+            try:
+                with torch.no_grad():
+                    yield _first(invoke(module, call)).cpu()
+            finally:
+                self.mask = None
+
+    def run(self, calls: Sequence[Call]) -> list[Tensor]:
+        """The first output of each call: the block as it is now, on CPU, without gradients."""
+        return list(self.stream(calls))
+
+    def watch_inputs(
+        self, modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+    ) -> list[torch.utils.hooks.RemovableHandle]:
+        """`calibration.watch_inputs` with the padding mask of the call that is running."""
+        return watch_inputs(modules, see, lambda: self.mask)
+
+
+def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
+    """Every transformer block in the order in which the model runs them.
+
+    A block comes with its quantizers off; when the consumer is done with it they are switched on, for the inputs of the
+    blocks behind it. In the end all are off again. During transforms (which come before any range is set) all stay off,
+    so inputs are those of the full-precision model. With ``job.store``, finished blocks of an earlier, interrupted call
+    are put back without being yielded.
+
+    Args:
+        job: The call's job.
+        reference: Also carry the full-precision stream: `Block.reference` and `Block.outputs`.
+
+    Raises:
+        InputError: A batch that does not fit, a block with quantizers that no data reached, an attention that the plan
+            does not know, or NaN in the hidden states.
+    """
+    blocks = blocks_of(job.model)
+    rounding = job.stage == "rounding"
+    store, number = (job.store, job.store.walks) if job.store is not None and rounding else (None, 0)
+    if store is not None:
+        store.walks += 1
+    with evaluating(job.model):
+        try:
+            steps, caught = _first_pass(job, blocks, reference)
+            inputs: list[Call] = []
+            masks: list[Tensor | None] = []
+            fp: list[Call] | None = None
+            for index in track(range(len(steps)), "quantizing blocks", disable=not job.progress, transient=True):
+                step = steps[index]
+                if step.link is None:
+                    early = caught.pop(step.name, None)
+                    fp = early.calls if reference and early is not None else None
+                    if early is None or (rounding and index > 0):
+                        early = _catch(job, {step.name: blocks[step.name]})[step.name]
+                    # A list of its own: calls are replaced in it one by one, so that each can go when it has been used.
+                    inputs, masks = list(early.calls), early.masks
+                    del early
+                block = Block(step.name, blocks[step.name], inputs, fp, None, masks, job)
+                if fp is not None:
+                    block.outputs = block.run(fp)
+                if store is None or not store.load(number, step.name, block.module):
+                    yield block
+                    if store is not None:
+                        store.save(number, step.name, block.module)
+                for quantizer in block.quantizers.values():
+                    quantizer.enabled = rounding
+                link = steps[index + 1].link if index + 1 < len(steps) else None
+                if link is None:
+                    continue
+                if fp is not None and block.outputs is not None:
+                    fp = [link(call, output) for call, output in zip(fp, block.outputs, strict=True)]
+                for position, output in enumerate(block.stream(inputs)):
+                    if not bool(torch.isfinite(output).all()):
+                        raise InputError(f"{step.name} gives NaN or infinite values; check the weights and the data")
+                    inputs[position] = link(inputs[position], output)
+        finally:
+            for quantizer in job.quantizers.values():
+                quantizer.enabled = False
+
+
+def observe_block(job: Job, block: Block) -> None:
+    """Set the ranges of the block's static activation quantizers, by the spec's observers, from ``block.inputs``.
+
+    The block's quantizers should be off, or those on whose rounding the ranges are to see.
+
+    Raises:
+        InputError: NaN or infinite activations, or a site that no data reached.
+    """
+    with observing(job, block.quantizers, lambda: block.mask) as observers, evaluating(block.module):
+        if observers:
+            for _ in block.stream(block.inputs):
+                pass
+
+
+def observe_outside(job: Job) -> None:
+    """Set the ranges of the static activation quantizers outside the blocks, as the model is now.
+
+    Called before a walk, the ranges are those of the full-precision model.
+    """
+    sites = {*outside(job)}
+    if any(site.what != "weight" and not job.quantizers[site].dynamic for site in sites):
+        observe(job, sites)
+
+
+def outside(job: Job) -> list[Site]:
+    """The quantized sites that are in no block."""
+    inside = tuple(f"{name}." for name in blocks_of(job.model))
+    return [site for site in job.quantizers if not f"{site.module}.".startswith(inside)]
+
+
+def invoke(module: nn.Module, call: Call) -> Any:
+    """Run a module on a call, on the device of its parameters. The call's tensors stay as they are, whatever it does.
+
+    Floating-point tensors are copied, because some blocks add to their input in place.
+    """
+    parameter = next(module.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    copies: dict[int, Tensor] = {}
+
+    def place(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            # One copy a tensor: attention asks whether query, key and value are the same object.
+            if id(value) not in copies:
+                copies[id(value)] = value.to(device, copy=value.is_floating_point())
+            return copies[id(value)]
+        return _rebuilt(value, place)
+
+    return module(*place(call.args), **place(call.kwargs))
+
+
+def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Tuples, lists and dicts with their members changed; anything else as it is."""
+    if isinstance(value, tuple):
+        members = [change(item) for item in value]
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+    if isinstance(value, list):
+        return [change(item) for item in value]
+    if isinstance(value, dict):
+        return {key: change(item) for key, item in value.items()}
+    return value
+
+
+def _first(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
+
+
+@dataclass
+class _Caught:
+    calls: list[Call] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass
+class _Step:
+    """One block in the order of running, and how its call follows from the block before (None: it has to be caught)."""
+
+    name: str
+    link: Callable[[Call, Tensor], Call] | None
+
+
+def _raw(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A call without the caches of generation: a block that is run several times would fill them each time."""
+
+    def plain(value: Any) -> Any:
+        return None if type(value).__name__.endswith("Cache") else value
+
+    named = {key: plain(value) for key, value in kwargs.items()}
+    if "use_cache" in named:
+        named["use_cache"] = False
+    return Call(tuple(plain(value) for value in args), named)
+
+
+def _detached(call: Call) -> Call:
+    copies: dict[int, Tensor] = {}
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in copies:
+                copies[id(value)] = value.detach().to("cpu", copy=True)
+            return copies[id(value)]
+        return _rebuilt(value, take)
+
+    return Call(take(call.args), take(call.kwargs))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b):
+        return all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or (type(a) is type(b) and isinstance(a, _CONSTANTS) and a == b)
+
+
+def _link(before: Call, output: Tensor, after: Call) -> Callable[[Call, Tensor], Call] | None:
+    """How the next block's call is made of this one's call and output; None when it takes anything else."""
+    sources: dict[int | str, tuple[str, Any]] = {}
+    given = before.slots()
+    for slot, value in after.slots().items():
+        if value is output:
+            sources[slot] = ("output", None)
+        elif slot in given and _same(value, given[slot]):
+            sources[slot] = ("slot", slot)
+        elif (
+            other := next((key for key, held in given.items() if isinstance(held, Tensor) and held is value), None)
+        ) is not None:
+            sources[slot] = ("slot", other)
+        elif isinstance(value, _CONSTANTS):
+            sources[slot] = ("constant", value)
+        else:
+            return None
+    if not any(kind == "output" for kind, _ in sources.values()):
+        return None
+
+    # Not the calls themselves: their tensors would stay alive for as long as the link does.
+    count = len(after.args)
+
+    def follow(call: Call, new: Tensor) -> Call:
+        held = call.slots()
+        slots = {
+            slot: new if kind == "output" else held[source] if kind == "slot" else source
+            for slot, (kind, source) in sources.items()
+        }
+        args = tuple(slots[position] for position in range(count))
+        return Call(args, {key: value for key, value in slots.items() if isinstance(key, str)})
+
+    return follow
+
+
+@contextmanager
+def _catching(job: Job, blocks: Mapping[str, nn.Module], caught: dict[str, _Caught]) -> Iterator[None]:
+    """While active, every call of the blocks is copied into ``caught``."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            into = caught.setdefault(name, _Caught())
+            call, found = _detached(_raw(args, kwargs)), mask()
+            for value in call.slots().values():
+                if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+                    raise InputError(f"{name} received NaN values; check the weights and the calibration data")
+            into.calls.append(call)
+            into.masks.append(None if found is None else found.cpu())
+
+        return before
+
+    with token_mask(job.model) as mask:
+        handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in blocks.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _catch(job: Job, blocks: Mapping[str, nn.Module]) -> dict[str, _Caught]:
+    """The calls of blocks in one pass over the data, with the model as it is now."""
+    caught: dict[str, _Caught] = {}
+    with _catching(job, blocks, caught):
+        for index, batch in enumerate(job.batches):
+            run(job.model, batch, index)
+    return caught
+
+
+def _first_pass(job: Job, blocks: Mapping[str, nn.Module], all_heads: bool) -> tuple[list[_Step], dict[str, _Caught]]:
+    """The order of the blocks; and the calls of those that follow from no other, or of the first of these only."""
+    steps: list[_Step] = []
+    with watch_attention(job.model) as watch:
+        with _following(blocks, steps):
+            run(job.model, job.batches.first)
+        _refuse_unreached(job, blocks, {step.name for step in steps})
+        heads = [step.name for step in steps if step.link is None]
+        if not all_heads and job.stage == "rounding":
+            heads = heads[:1]
+        caught: dict[str, _Caught] = {}
+        with _catching(job, {name: blocks[name] for name in heads}, caught):
+            for index, batch in enumerate(job.batches):
+                run(job.model, batch, index)
+                refuse_unplanned(job, watch.found)
+    return steps, caught
+
+
+@contextmanager
+def _following(blocks: Mapping[str, nn.Module], steps: list[_Step]) -> Iterator[None]:
+    """While active, note the order of the blocks, and which of them just pass on what the one before returned."""
+    # The block that ran last: its call and output are held so that identity means something. The version tells whether
+    # the model has written into the output since.
+    last: list[tuple[Call, Tensor, int] | None] = [None]
+    running: dict[nn.Module, Call] = {}
+    times: dict[str, int] = {}
+
+    def enter(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = _raw(args, kwargs)
+            running[module] = call
+            times[name] = times.get(name, 0) + 1
+            if times[name] == 1:
+                follows = last[0] is not None and last[0][1]._version == last[0][2]
+                steps.append(_Step(name, _link(*last[0][:2], call) if last[0] is not None and follows else None))
+
+        return before
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        first = _first(output)
+        last[0] = (running.pop(module), first, first._version)
+
+    handles = [
+        handle
+        for name, module in blocks.items()
+        for handle in (
+            module.register_forward_pre_hook(enter(name), with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A block that runs several times in one forward (shared layers) cannot be followed, nor can what comes after it.
+    for before, step in zip([None, *steps], steps, strict=False):
+        if times[step.name] > 1 or (before is not None and times[before.name] > 1):
+            step.link = None
+
+
+def _refuse_unreached(job: Job, blocks: Mapping[str, nn.Module], reached: Container[str]) -> None:
+    for name in blocks:
+        mine = [site.name for site in job.quantizers if f"{site.module}.".startswith(f"{name}.")]
+        if mine and name not in reached:
+            raise InputError(
+                f"the calibration data never reached {mine[0]}; feed data that does, or override its sites with keep"
+            )
+
+
+def original(block: Block) -> nn.Module:
+    """A copy of the block, to hold what it was before a method changes its weights."""
+    return copy.deepcopy(block.module)

@@ -1,0 +1,218 @@
+"""Work that a method adds to a model's forward where no weight can take it in.
+
+    OnlineLinear    y = Q(W) Q(t(x)) + U D t(x) + b,    t(x) = (x H) / s
+
+H is a Hadamard rotation done by two small products (QuaRot's R4), s a scale for every input channel, U and D a low-rank
+branch at 16 bits beside the rounded weight (SVDQuant). Each is optional. Without rounding, y is what the plain Linear
+gave, whose weight was ``(W + U D) diag(1/s) H^T``.
+
+    RotatedBlock    x Q at the entrance of a residual stream's first block, y Q^T at the exit of its last
+
+Both are swapped in as quantizers are, hold nothing but buffers, and are swapped out by `detach`, which gives the
+weights their plain form back. `describe` and `attach` are how storage rebuilds them.
+
+Shapes: I inputs, O outputs, r rank, D width of the stream.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.quant.modules.folding import change_basis, merge_norm, streams
+from s2d.quant.modules.linear import Quantized, QuantizedLinear, swap_in, swap_out, turn_into
+from s2d.quant.numerics.hadamard import apply_factors
+
+LINEAR_BUFFERS = ("left", "right", "smooth", "down", "up")
+BLOCK_BUFFERS = ("enter", "leave")
+
+
+class OnlineLinear(QuantizedLinear):
+    """A quantized Linear with a transform of its input, a low-rank branch, or both.
+
+    Attributes:
+        left: A ``[a, a]`` of H = A kron B, or None.
+        right: B ``[b, b]``, ``a * b = I``.
+        smooth: s ``[I]``, or None.
+        down: D ``[r, I]``, or None.
+        up: U ``[O, r]``.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    smooth: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+
+    def transform_input(self, input: Tensor) -> Tensor:
+        """What the quantizer of the input sees: t(x), ``[..., I]``."""
+        if self.left is not None and self.right is not None:
+            input = apply_factors(input, self.left, self.right)
+        return input if self.smooth is None else input / self.smooth
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., I]`` to ``[..., O]``."""
+        input = self.transform_input(input)
+        output = self.quantized_product(input)
+        if self.down is not None and self.up is not None:
+            output = output + F.linear(F.linear(input, self.down), self.up)
+        return output
+
+    @torch.no_grad()
+    def rotate_input(self, left: Tensor, right: Tensor) -> None:
+        """Rotate the input by H = left kron right (orthogonal, float64) and the weight's columns likewise."""
+        assert self.left is None and self.smooth is None and self.down is None
+        self.weight.copy_(apply_factors(self.weight.double(), left, right))
+        self.left, self.right = left.to(self.weight).contiguous(), right.to(self.weight).contiguous()
+
+    @torch.no_grad()
+    def smooth_input(self, scale: Tensor) -> None:
+        """Divide the transformed input by ``scale [I]`` (> 0) and multiply the weight's columns by it."""
+        assert self.down is None
+        scale = scale.to(self.weight)
+        self.smooth = scale if self.smooth is None else self.smooth * scale
+        self.weight.copy_(self.weight.double() * scale.double())
+
+    @torch.no_grad()
+    def split_off(self, down: Tensor, up: Tensor) -> None:
+        """Take ``up @ down`` out of the weight and compute it beside it."""
+        assert self.down is None
+        # Contiguous, as they are when loaded: the order of sums, and so the last bit, depends on it.
+        self.down, self.up = down.to(self.weight).contiguous(), up.to(self.weight).contiguous()
+        product = up.to(self.weight).double() @ down.to(self.weight).double()
+        self.weight.copy_(self.weight.double() - product)
+
+    @torch.no_grad()
+    def plain_weight(self) -> Tensor:
+        """The weight ``[O, I]`` (float64) of the plain Linear that computes the same without rounding."""
+        weight = self.weight.double()
+        if self.down is not None and self.up is not None:
+            weight = weight + self.up.double() @ self.down.double()
+        if self.smooth is not None:
+            weight = weight / self.smooth.double()
+        if self.left is not None and self.right is not None:
+            # H is orthogonal to the accuracy of its entries' type; its inverse is its transpose.
+            weight = apply_factors(weight, self.left.double().T, self.right.double().T)
+        return weight
+
+
+class RotatedBlock(Quantized):
+    """A transformer block that turns its input into a rotated basis, its output back out of it, or both.
+
+    Attributes:
+        enter: Q ``[D, D]``, or None.
+        leave: Q^T ``[D, D]``, or None.
+    """
+
+    enter: Tensor | None
+    leave: Tensor | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain block's forward; the hidden states are its first argument and its (first) output."""
+        if self.enter is not None:
+            if args:
+                args = (args[0] @ self.enter, *args[1:])
+            else:
+                first = next(iter(list(inspect.signature(self.plain_class.forward).parameters)[1:]))
+                kwargs = {**kwargs, first: kwargs[first] @ self.enter}
+        output = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.leave is None:
+            return output
+        if isinstance(output, Tensor):
+            return output @ self.leave
+        return type(output)((output[0] @ self.leave, *output[1:]))
+
+
+def make_online(module: nn.Module) -> OnlineLinear:
+    """Turn a `QuantizedLinear` into an `OnlineLinear` that does nothing yet, in place."""
+    if not isinstance(module, OnlineLinear):
+        assert isinstance(module, QuantizedLinear)
+        turn_into(module, OnlineLinear)
+        for name in LINEAR_BUFFERS:
+            nn.Module.register_buffer(module, name, None)  # pyright: ignore[reportArgumentType]
+    assert isinstance(module, OnlineLinear)
+    return module
+
+
+def rotate_stream(model: nn.Module, first: str, last: str, rotation: Tensor) -> None:
+    """Let the stream from block ``first`` to block ``last`` enter and leave the basis Q (``[D, D]``, float64)."""
+    for name in dict.fromkeys((first, last)):
+        _make_rotated(model.get_submodule(name), name)
+    like = next(model.get_submodule(first).parameters())
+    model.get_submodule(first).enter = rotation.contiguous().to(like)
+    model.get_submodule(last).leave = rotation.T.contiguous().to(like)
+
+
+def _make_rotated(module: nn.Module, name: str) -> None:
+    swap_in(module, RotatedBlock, {}, name)
+    for buffer in BLOCK_BUFFERS:
+        module.register_buffer(buffer, None)
+
+
+def refuse_low_rank(model: nn.Module, method: str) -> None:
+    """Raise InputError when a low-rank branch has been split off: it is the last thing to do to a weight."""
+    if any(isinstance(module, OnlineLinear) and module.down is not None for module in model.modules()):
+        raise InputError(f"{method} changes weights of which svdquant has taken a part out; write {method}+svdquant")
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, list[int]]]:
+    """The shape of every buffer that `attach` has to make room for, by module and name."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, module in model.named_modules():
+        names = LINEAR_BUFFERS if isinstance(module, OnlineLinear) else BLOCK_BUFFERS
+        if isinstance(module, (OnlineLinear, RotatedBlock)):
+            tensors = {key: getattr(module, key) for key in names}
+            found[name] = {key: list(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
+    return found
+
+
+def attach(model: nn.Module, described: dict[str, dict[str, list[int]]]) -> None:
+    """Make room for described buffers in a model with its quantizers in place; their values are still zeros.
+
+    Raises:
+        InputError: A module that is not there, or not of that kind.
+    """
+    for name, shapes in described.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise InputError(
+                f"the saved file adds work to {name}, which this model does not have; give the model it was made from"
+            ) from None
+        if set(shapes) <= set(LINEAR_BUFFERS) and isinstance(module, QuantizedLinear):
+            make_online(module)
+        elif set(shapes) <= set(BLOCK_BUFFERS):
+            _make_rotated(module, name)
+        else:
+            raise InputError(f"the saved file adds {', '.join(shapes)} to {name}, where it cannot be; save it again")
+        like = next(model.get_submodule(name).parameters())
+        for key, shape in shapes.items():
+            setattr(module, key, torch.zeros(shape, dtype=like.dtype, device=like.device))
+
+
+def detach(model: nn.Module) -> None:
+    """Take all of it out, in place: plain modules with the weights that compute the same."""
+    rotated = {name: module for name, module in model.named_modules() if isinstance(module, RotatedBlock)}
+    for module in model.modules():
+        if isinstance(module, OnlineLinear):
+            weight = module.plain_weight()
+            with torch.no_grad():
+                module.weight.copy_(weight)
+            for name in LINEAR_BUFFERS:
+                delattr(module, name)
+            turn_into(module, QuantizedLinear)  # pyright: ignore[reportArgumentType]
+    if rotated:
+        for stream in streams(model, "rotation"):
+            leave = rotated[stream.blocks[-1]].leave if stream.blocks[-1] in rotated else None
+            if leave is not None:
+                # A method that came after the rotation may have given norms a gain, which belongs to the rotated basis.
+                for branch in stream.branches:
+                    merge_norm(model, branch)
+                change_basis(model, stream, leave.double())
+        for module in rotated.values():
+            swap_out(module, BLOCK_BUFFERS)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,87 @@
+"""What a quantized model knows about itself: how it was quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from s2d.errors import InputError
+from s2d.models.saved import fingerprint
+from s2d.quant.modules import sites
+from s2d.quant.modules.sites import Site
+from s2d.quant.spec import QuantSpec
+
+_ATTRIBUTE = "_s2d_quantization"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a model was quantized: the spec, the method, and the plan that was carried out.
+
+    ``training`` says that its quantizers are still being trained; ``calibrated`` is the fingerprint of weights and
+    ranges as they were left, empty while they are trained.
+    """
+
+    spec: QuantSpec
+    method: str
+    sites: tuple[Site, ...]
+    training: bool = False
+    calibrated: str = field(default="", compare=False)  # a saved model holds its weights rounded
+
+
+def switch_on(model: nn.Module, record: Record) -> None:
+    """Turn on every quantizer in the model and note how it was quantized."""
+    for quantizer in sites.quantizers_of(model):
+        quantizer.enabled = True
+    note(model, record)
+
+
+def note(model: nn.Module, record: Record) -> None:
+    """Note how a model was quantized, and what it is now."""
+    model.__dict__[_ATTRIBUTE] = replace(record, calibrated="" if record.training else fingerprint(model))
+
+
+def holder(model: nn.Module) -> nn.Module:
+    """The module that was quantized: the model, or the encoder that it was built on."""
+    return next((module for module in model.modules() if peek(module) is not None), model)
+
+
+def check_unchanged(model: nn.Module) -> None:
+    """Refuse a quantized model whose weights or ranges are no longer those that it was calibrated with.
+
+    Raises:
+        InputError: They changed, or it is no quantized model.
+    """
+    model = holder(model)
+    if record(model).calibrated != fingerprint(model):
+        raise InputError(
+            f"the weights of this {type(model).__name__} changed after it was calibrated, so its ranges are not "
+            "theirs; quantize it again, or load the saved one"
+        )
+
+
+def peek(model: nn.Module) -> Record | None:
+    """The record of a quantized model, in training or not; None for a plain one."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def record(model: nn.Module) -> Record:
+    """How this model was quantized.
+
+    Raises:
+        InputError: It is not a quantized model, or its quantizers are still being trained.
+    """
+    found = peek(model)
+    if found is None:
+        raise InputError(f"{type(model).__name__} is not a quantized model; call quantize first")
+    if found.training:
+        raise InputError(f"the quantizers of this {type(model).__name__} are still trained; call finish_qat first")
+    return found
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take every quantizer out of the model, in place; its weights are bit-identical to those before."""
+    sites.remove(model)
+    model.__dict__.pop(_ATTRIBUTE, None)
+    return model

@@ -1,0 +1,133 @@
+"""What a training takes and gives: its settings, those who ride along, its outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from s2d.errors import InputError
+from s2d.training.optimizers import OptimizerName
+
+
+class TrainSettings(BaseModel):
+    """How to fine-tune.
+
+    Attributes:
+        steps: Optimizer steps; at most so many where `minutes` is given.
+        minutes: End after so much time in the loop, the schedule of the learning rate included; None for no limit. What
+            a run yields then depends on the machine too.
+        batch_size: Examples a step, of all processes together.
+        optimizer: ``adamw``, or ``muon`` for the matrices of the blocks with AdamW for the rest (see `optimizers.py`).
+        lr: Peak learning rate of the encoder.
+        head_lr: Of everything else (a new classification head); as `lr` when None.
+        weight_decay: Of the optimizer; biases and norms are left out, as usual.
+        warmup: Share of the steps in which the rate rises linearly from 0; it falls linearly to 0 in the others.
+        clip: Largest norm of the gradient.
+        spike: Skip a step whose gradient is so many times as large as the median of the last 64; 0 takes them all. A
+            loss or gradient that is no number is skipped always (see `s2d.training.step_guard`).
+        dropout: Keep the model's own dropout. Off by default: short fine-tuning ends better and repeats exactly.
+        group_by_length: Put texts of like length into one batch, which halves the time on short texts.
+        distill: Weight of the distance from the model as it was before training, in shares of variance (see
+            `frozen_teacher.py`); 0 leaves it out. Costs a forward pass a step. Quantized training has its own weight.
+        precision: ``fp32``, or ``bf16`` for the computation; weights stay as they are.
+        checkpoints: Steps after which the model is kept as it is then, to see how it changes over the training.
+        check_every: Steps between two looks at the task's measure on the validation split; 0 for none. They take time.
+        patience: Looks in a row without a new best after which training ends (see `early_stopping.py`); 0 for never.
+        save_every: Seconds between two saved states, where a place for them is given.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(default=200, ge=1)
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(default=64, ge=1)
+    optimizer: OptimizerName = "adamw"
+    lr: float = Field(default=2e-5, gt=0, allow_inf_nan=False)
+    head_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    spike: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    dropout: bool = False
+    group_by_length: bool = True
+    distill: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoints: tuple[int, ...] = ()
+    check_every: int = Field(default=0, ge=0)
+    patience: int = Field(default=0, ge=0)
+    save_every: float = Field(default=120.0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_to_wait_for(self) -> TrainSettings:
+        if self.patience and not self.check_every:
+            raise InputError(f"patience={self.patience} counts checks, and there are none; set check_every too")
+        return self
+
+    def outcome(self) -> dict[str, Any]:
+        """The settings that the trained model depends on; what is kept on the way makes no difference to it."""
+        return self.model_dump(exclude={"checkpoints", "save_every"})
+
+
+class Companion(Protocol):
+    """What trains along with a model; the loop knows no more about it than this."""
+
+    @property
+    def key(self) -> Any:
+        """Plain data that tell apart trainings which must not continue each other."""
+        ...
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of its own; their parameters are left out of the model's."""
+        ...
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer is made, and not yet restored."""
+        ...
+
+    def loss(self) -> torch.Tensor | None:
+        """What it adds to the task's loss of the present step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain containers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+        ...
+
+    def remove(self) -> None:
+        """The training is over."""
+        ...
+
+
+@dataclass
+class Training:
+    """How a training went.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        seconds: Time in the loop, over all parts of an interrupted run.
+        peak_mb: See `s2d.io.provenance.Cost`.
+        losses: One a step.
+        history: The decay's, one record a refresh and weight; empty without decay.
+        skipped: Steps that were counted and not taken, and why: their loss or gradient was no number, or a spike.
+        checks: Step and value of each look at the validation split.
+        stopped_early: It ended by ``settings.patience``.
+    """
+
+    steps: int
+    seconds: float
+    peak_mb: float
+    losses: list[float]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    stopped_early: bool = False
+
+
+OnStep = Callable[[int, float], None]

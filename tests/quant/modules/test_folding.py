@@ -1,0 +1,157 @@
+"""Exact moves between weights, on every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.quant.tiny_families import FAMILIES, POST_NORM, PRE_NORM, apart, build
+from torch import Tensor, nn
+
+from s2d.errors import InputError
+from s2d.quant.modules.folding import (
+    NormFold,
+    PairFold,
+    apply_norm_fold,
+    apply_value_fold,
+    attention_parts,
+    gate_folds,
+    matrix,
+    norm_folds,
+    norm_kind,
+    refuse_post_norm,
+    scale_norm_output,
+    streams,
+    value_folds,
+)
+
+GATED = {"llama": 2, "llama-tied": 2, "qwen2": 2, "qwen3": 2, "gemma": 2, "dinov2-swiglu": 2}
+TOWERS = {"clip": 2, "siglip": 2, "timm-swin": 2, "open-clip": 2}
+
+
+def scales(size: int, seed: int = 0) -> Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) * 4 + 0.25
+
+
+@pytest.mark.parametrize("name", PRE_NORM)
+def test_a_scale_moves_from_norms_to_readers(name: str) -> None:
+    case = build(name)
+    before, folds = case.output(), norm_folds(case.model)
+    assert len(folds) >= 2 and not any(fold.residual for fold in folds)
+    for fold in folds:
+        apply_norm_fold(case.model, fold, scales(matrix(case.model, fold.readers[0])[0].shape[1]))
+    assert apart(case.output(), before) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "plain"])
+def test_a_scale_moves_from_values_to_the_projection(name: str) -> None:
+    case = build(name)
+    before, folds = case.output(), [*value_folds(case.model), *gate_folds(case.model)]
+    assert len(folds) >= 2 + GATED.get(name, 0)
+    for fold in folds:
+        apply_value_fold(case.model, fold, scales(fold.rows[1] - fold.rows[0]))
+    assert apart(case.output(), before) < 1e-5
+
+
+@pytest.mark.parametrize("name", POST_NORM)
+def test_post_norm_models_are_marked_and_refused_by_name(name: str) -> None:
+    model = build(name).model
+    folds = norm_folds(model)
+    assert folds and all(fold.residual for fold in folds)
+    with pytest.raises(InputError, match=f"somemethod folds .* {type(model).__name__} is post-norm"):
+        refuse_post_norm(model, "somemethod")
+    with pytest.raises(InputError, match="post-norm"):
+        streams(model, "somemethod")
+
+
+def test_what_feeds_a_post_norm_block_is_the_norm_before_it() -> None:
+    assert norm_folds(build("bert").model) == [
+        NormFold(norm, readers, residual=True)
+        for norm, readers in [
+            ("embeddings.LayerNorm", tuple(f"encoder.layer.0.attention.self.{x}" for x in ("query", "key", "value"))),
+            ("encoder.layer.0.attention.output.LayerNorm", ("encoder.layer.0.intermediate.dense",)),
+            (
+                "encoder.layer.0.output.LayerNorm",
+                tuple(f"encoder.layer.1.attention.self.{x}" for x in ("query", "key", "value")),
+            ),
+            ("encoder.layer.1.attention.output.LayerNorm", ("encoder.layer.1.intermediate.dense",)),
+        ]
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in PRE_NORM if name != "plain"])
+def test_streams_cover_all_blocks(name: str) -> None:
+    model = build(name).model
+    found = streams(model, "test")
+    assert len(found) == TOWERS.get(name, 1)
+    assert all(len(stream.branches) == 2 * len(stream.blocks) for stream in found)
+    has_scales = any("layer_scale" in key or ".ls1" in key for key, _ in model.named_parameters())
+    assert all((branch.scale is not None) == has_scales for stream in found for branch in stream.branches)
+    assert all(stream.centred == ("llama" not in name) for stream in found if name in ("vit", "llama", "clip"))
+
+
+def test_an_unknown_part_of_a_block_is_named() -> None:
+    case = build("vit")
+    case.model.layers[1].extra = nn.Linear(48, 48)
+    with pytest.raises(InputError, match=r"test does not know what layers\.1\.extra\.weight does"):
+        streams(case.model, "test")
+
+
+def test_shared_weights_are_left_alone() -> None:
+    case = build("vit")
+    case.model.layers[1].mlp.fc1.weight = case.model.layers[0].mlp.fc1.weight
+    assert {fold.norm for fold in norm_folds(case.model)} == {"layers.0.layernorm_before", "layers.1.layernorm_before"}
+    with pytest.raises(InputError, match=r"norm2, its readers and fc2 in layers\.0"):
+        streams(case.model, "test")
+
+
+def test_grouped_heads_share_their_values_scale() -> None:
+    fold = value_folds(build("llama").model)[0]
+    assert (fold.head_dim, fold.heads, fold.value_heads) == (12, 4, 2)
+    per_value = torch.arange(24.0)
+    spread = fold.to_reader(per_value)
+    assert torch.equal(spread.view(4, 12)[0], per_value[:12]) and torch.equal(spread.view(4, 12)[1], per_value[:12])
+    assert torch.equal(spread.view(4, 12)[3], per_value[12:])
+    for how in ("max", "mean"):
+        assert torch.equal(fold.to_value(spread, how), per_value)
+
+
+def test_rows_of_fused_projections() -> None:
+    parts = attention_parts(build("phi3").model)[0]  # 4 query heads and 2 key heads of 12 channels
+    name = "model.layers.0.self_attn.qkv_proj"
+    assert (parts.q, parts.k) == ((name, 0, 48), (name, 48, 72))
+    assert parts.values == PairFold(name, (72, 96), "model.layers.0.self_attn.o_proj", 12, 4)
+    assert [parts.normed for parts in attention_parts(build("qwen3").model)] == [True, True]
+
+
+class OddNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() * self.weight
+
+
+class ShiftedGain(nn.RMSNorm):
+    """As in Gemma."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
+
+
+def test_norms_are_told_apart_by_what_they_compute() -> None:
+    torch.manual_seed(0)
+    norms = {"layer": nn.LayerNorm(8), "rms": nn.RMSNorm(8), "rms+1": ShiftedGain(8)}
+    x = torch.randn(5, 8)
+    for kind, norm in norms.items():
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+        assert norm_kind(norm, "norm") == kind
+        with torch.no_grad():
+            before = norm(x)
+            scale = scales(8)
+            scale_norm_output(norm, scale)
+            assert apart(norm(x) * scale, before) < 1e-5
+    with pytest.raises(InputError, match=r"blocks\.0\.norm \(OddNorm\) is neither"):
+        norm_kind(OddNorm(), "blocks.0.norm")
