@@ -105,7 +105,7 @@ def quantize(
     from s2d import launch, quant
     from s2d.audit import audit_batches
     from s2d.checkpoint import load, refuse_in_the_way, save
-    from s2d.evaluation import model_for
+    from s2d.evaluation import encoder_inputs, is_bare, model_for
     from s2d.models import memory
     from s2d.quant import QuantSpec
     from s2d.quant.allocate import CHOICES, affordable, sensitivity
@@ -138,7 +138,10 @@ def quantize(
     else:
         refuse_too_little(f"quantizing {model}", model, device_of(device))
     loaded = load(model, device=device_of(device))
-    plain = loaded.model if made is None else model_for(loaded, made)
+    plain, bare = loaded.model, False
+    if made is not None:
+        bare = steps is None and is_bare(loaded, made)
+        plain = loaded.model if bare else model_for(loaded, made)
     plan = quant.plan(plain, parsed)
     inputs: Any = None
     try:
@@ -146,6 +149,9 @@ def quantize(
             inputs = audit_batches(loaded, data)
         else:
             inputs = calibration_inputs(made, recipe.quantize.calibration, seed)
+            if bare:
+                say(quiet, f"{model} has no head: the encoder is quantized, calibrated on inputs of {made.name} alone")
+                inputs = [encoder_inputs(plain, each) for each in inputs]
     except InputError:
         if not dry_run or bits is not None:  # a plan needs no data; its time is then left out
             raise
