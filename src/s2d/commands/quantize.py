@@ -113,7 +113,7 @@ def quantize(
     from s2d.quant.allocate import CHOICES, affordable, sensitivity
     from s2d.tasks import create
     from s2d.tasks.base import calibration_inputs
-    from s2d.tasks.evaluation import model_for
+    from s2d.tasks.evaluation import encoder_inputs, is_bare, model_for
 
     if out is not None and not dry_run:
         refuse_in_the_way(out)  # before the work, not after it
@@ -140,7 +140,10 @@ def quantize(
     else:
         refuse_too_little(f"quantizing {model}", model, device_of(device))
     loaded = load(model, device=device_of(device))
-    plain = loaded.model if made is None else model_for(loaded, made)
+    plain, bare = loaded.model, False
+    if made is not None:
+        bare = steps is None and is_bare(loaded, made)
+        plain = loaded.model if bare else model_for(loaded, made)
     plan = quant.plan(plain, parsed)
     inputs: Any = None
     try:
@@ -150,6 +153,9 @@ def quantize(
             inputs = calibration_inputs(
                 made, recipe.quantize.calibration.samples, recipe.quantize.calibration.batch_size, seed
             )
+            if bare:
+                say(quiet, f"{model} has no head: the encoder is quantized, calibrated on inputs of {made.name} alone")
+                inputs = [encoder_inputs(plain, each) for each in inputs]
     except InputError:
         if not dry_run or bits is not None:  # a plan needs no data; its time is then left out
             raise

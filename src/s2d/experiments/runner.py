@@ -130,6 +130,8 @@ class Runner:
         """Put decay and quantizers to the model once, so that what does not fit it is not found out hours later."""
         recipe = self.recipe
         model = self.task.build(self.loaded, recipe.seeds[0])
+        if self.task.new_head:
+            self.watcher.say(self.task.new_head.replace("would be random", "is made", 1))
         if UNTRAINED in recipe.arms:
             model_for(self.loaded, self.task)
         optimizer = torch.optim.AdamW(model.parameters())

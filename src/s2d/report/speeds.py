@@ -15,7 +15,7 @@ def speed_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for every model, runtime and number of threads, on logarithmic axes.
 
     Args:
-        rows: As `s2d.export.bench.Timing.to_dict` gives them, one or more.
+        rows: As `s2d.export.timing.Timing.to_dict` gives them, one or more.
 
     Returns:
         SVG, self-contained; names of models are text in it, whatever they hold.

@@ -34,6 +34,7 @@ class Task(ABC):
         adds_head: `build` puts new, untrained outputs on the model.
         separable: The mean of the losses of a batch's parts is the loss of the batch, so that processes can share it.
         ragged: Examples differ in length, so that batches of like length save time.
+        new_head: Which outputs the last `build` made anew, at random, and why, for people; empty when it made none.
     """
 
     name: ClassVar[str]
@@ -43,6 +44,7 @@ class Task(ABC):
     adds_head: ClassVar[bool] = False
     separable: ClassVar[bool] = True
     ragged: ClassVar[bool] = True
+    new_head: str = ""
 
     @property
     def tokens(self) -> int:

@@ -17,6 +17,8 @@ from s2d.data.annotated_images import read_image_rows
 from s2d.data.base import SPLITS, Batch, Split
 from s2d.errors import InputError
 from s2d.models import Loaded
+from s2d.models.classes import both_lists, match, only_numbered
+from s2d.models.image_heads import class_names
 from s2d.models.preprocessing import preprocessing_of
 from s2d.optional import require
 from s2d.tasks.base import device_of, register, to_device
@@ -69,6 +71,7 @@ class Detection(ImageRows):
         names = [str(n) for n in range(max((k for k in kinds if isinstance(k, int)), default=0) + 1)]
         names = names if numbered else sorted(str(kind) for kind in kinds)
         self.labels = tuple(names if classes is None else map(str, classes))
+        self._own_labels = self.labels
         number_of = {name: number for number, name in enumerate(self.labels)}
         self._boxes: dict[Split, list[Tensor]] = {}
         self._kinds: dict[Split, list[Tensor]] = {}
@@ -84,6 +87,7 @@ class Detection(ImageRows):
                         f"({', '.join(self.labels[:6])})"
                     )
                 self._kinds[split].append(torch.tensor(numbers, dtype=torch.long))
+        self._own_kinds = self._kinds
         self._edges: dict[Split, dict[int, tuple[int, int]]] = {}
 
     def prepare(self, loaded: Loaded) -> None:
@@ -100,10 +104,23 @@ class Detection(ImageRows):
         super().prepare(replace(loaded, processor=stretched))
 
     def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
-        """A copy of the detector; its classifier is kept when it tells enough classes apart, else its end is new."""
+        """A copy of the detector; its classifier is kept when it knows these classes by name, else its end is new.
+
+        Where one side only numbers them, it is kept when it tells enough of them apart.
+        """
         self.prepare(loaded)
         model: Any = copy.deepcopy(loaded.model)
-        if len(self.labels) > model.config.num_labels:
+        wanted, known, count = self._own_labels, class_names(model), int(model.config.num_labels)
+        places = match(wanted, known) if known else None
+        if places is None and len(wanted) <= count and (not known or only_numbered(wanted) or only_numbered(known)):
+            places = list(range(len(wanted)))
+        self.labels, self._kinds = wanted, self._own_kinds
+        self.new_head = ""
+        if places is not None and places != list(range(len(wanted))):
+            self.labels, numbers = known, torch.tensor(places)
+            self._kinds = {split: [numbers[own] for own in rows] for split, rows in self._own_kinds.items()}
+        if places is None:
+            self.new_head = f"a new end of {len(wanted)} classes would be random; {both_lists(wanted, known, count)}"
             last = model.class_labels_classifier.layers[-1]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.models import Loaded
+from s2d.models.heads import encoder_of
+from s2d.models.image_heads import number_of_classes
 from s2d.tasks import Split, Task
 
 
@@ -36,6 +41,11 @@ def model_for(loaded: Loaded, task: Task) -> nn.Module:
         InputError: The checkpoint would need a new head.
     """
     built = task.build(loaded)
+    if task.new_head:
+        raise InputError(
+            f"{loaded.source} has no trained head for task {task.name} ({task.new_head}); "
+            f"train one first: s2d condition {loaded.source} --task {task.name} --out FOLDER"
+        )
     known = set(loaded.model.state_dict())
     new = [name for name in built.state_dict() if not name.startswith("encoder.") and name not in known]
     if new:
@@ -44,3 +54,21 @@ def model_for(loaded: Loaded, task: Task) -> nn.Module:
             f"train one first: s2d condition {loaded.source} --task {task.name} --out FOLDER"
         )
     return built.eval()
+
+
+def is_bare(loaded: Loaded, task: Task) -> bool:
+    """Whether a checkpoint is an encoder alone, that a task would put a head on; the task is made ready for it."""
+    model = loaded.model
+    if encoder_of(model) is not model or number_of_classes(model) or hasattr(model, "get_text_features"):
+        return False
+    if hasattr(model, "encode_text"):  # two towers, as those with get_text_features
+        return False
+    task.build(loaded)
+    return bool(task.new_head)
+
+
+def encoder_inputs(encoder: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """What a task's model is called with, for its encoder alone: timm's do not name their images as transformers do."""
+    accepted = inspect.signature(encoder.forward).parameters
+    named = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()) or inputs.keys() <= accepted.keys()
+    return inputs if named else tuple(inputs.values())

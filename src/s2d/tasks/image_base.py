@@ -41,9 +41,10 @@ class LabelledImages(Task):
                 f"{data} has {len(found)} classes, but classes names {len(classes)}: {', '.join(found[:6])}"
             )
         self.augment = augment
-        self.labels: tuple[str, ...] = found if classes is None else tuple(str(name) for name in classes)
+        self._own_labels = found if classes is None else tuple(str(name) for name in classes)
+        self.labels: tuple[str, ...] = self._own_labels
         numbers = {name: number for number, name in enumerate(found)}
-        self._classes = {
+        self._own_classes = self._classes = {
             split: torch.tensor([numbers[example.label] for example in examples])
             for split, examples in self._examples.items()
         }
@@ -93,6 +94,12 @@ class LabelledImages(Task):
             pixels, kept = table.take(readable[rows])
             if len(kept):
                 yield {"pixels": pixels, "labels": self._classes[split][kept]}
+
+    def number(self, labels: tuple[str, ...], places: list[int] | None) -> None:
+        """Number the classes as a model does; None for the data's own numbers."""
+        self.labels, self._classes = labels, self._own_classes
+        if places is not None:
+            self._classes = {split: torch.tensor(places)[numbers] for split, numbers in self._own_classes.items()}
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """What the model reads."""

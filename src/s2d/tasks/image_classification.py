@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from s2d.data.base import Batch, Split
 from s2d.errors import InputError
 from s2d.models import Loaded
+from s2d.models.classes import both_lists, places_of
 from s2d.models.image_heads import ImageClassifier, class_names, image_encoder, number_of_classes
 from s2d.tasks.base import device_of, register, to_device
 from s2d.tasks.image_base import LabelledImages
@@ -55,15 +56,29 @@ class ImageClassification(LabelledImages):
         self.smoothing, self.probe = smoothing, probe
 
     def build(self, loaded: Loaded, seed: int = 0) -> ImageClassifier:
-        """A classifier on a copy of the model; a trained head for these classes is kept."""
+        """A classifier on a copy of the model.
+
+        A trained head for these classes (by name, in any order, or more of them) is kept, and the task takes its
+        classes over.
+        """
         self.prepare(loaded)
-        model = loaded.model
-        if isinstance(model, ImageClassifier) and len(model.labels) == len(self.labels):
+        model, wanted = loaded.model, self._own_labels
+        whole = isinstance(model, ImageClassifier)
+        count = number_of_classes(model)
+        known = model.labels if whole else class_names(model)
+        places = None if self.probe and not whole else places_of(wanted, known, count)
+        labels = wanted if places is None or not known else known
+        self.number(labels, places)
+        self.new_head = ""
+        if places is not None:
             built = copy.deepcopy(model)
-        elif not self.probe and self._fits(model, loaded.source):
-            built = ImageClassifier(copy.deepcopy(model), self.labels, classes_of_its_own=True)
+            if not isinstance(built, ImageClassifier):
+                built = ImageClassifier(built, labels, classes_of_its_own=True)
         else:
-            built = ImageClassifier(image_encoder(model), self.labels, seed=seed)
+            built = ImageClassifier(image_encoder(model), wanted, seed=seed)
+            self.new_head = f"a new head of {len(wanted)} classes would be random"
+            if count:
+                self.new_head += f"; {both_lists(wanted, known, count)}"
         built.train()
         if self.probe and built.head is not None:
             built.encoder.requires_grad_(False)
@@ -82,20 +97,3 @@ class ImageClassification(LabelledImages):
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """``accuracy`` (and ``top5``) on all readable images of the split."""
         return self.score(lambda pixels: model(pixel_values=pixels), model, split, batch_size)
-
-    def _fits(self, model: nn.Module, source: str) -> bool:
-        """Whether the model's own head is for these classes, in this order as far as names tell."""
-        if number_of_classes(model) != len(self.labels):
-            return False
-        names = class_names(model)
-        same = {_plain(name) for name in names} == {_plain(name) for name in self.labels}
-        if same and [_plain(name) for name in names] != [_plain(name) for name in self.labels]:
-            raise InputError(
-                f"{source} has the classes of this data in another order; give them in the model's order: "
-                f"-o 'task.classes=[{', '.join(names[:3])}, ...]' and number the labels so"
-            )
-        return True
-
-
-def _plain(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())

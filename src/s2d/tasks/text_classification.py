@@ -21,7 +21,9 @@ from s2d.data.tables import TABLE_SUFFIXES, Table, find_columns, read_table
 from s2d.data.tokens import by_length, digest, row_batches
 from s2d.errors import InputError
 from s2d.models import Loaded, TextClassifier
+from s2d.models.classes import both_lists, match
 from s2d.models.heads import encoder_of
+from s2d.models.image_heads import class_names
 from s2d.tasks.base import device_of, register, to_device
 from s2d.tasks.text_base import TokenizedTexts
 
@@ -61,8 +63,8 @@ class TextClassification(TokenizedTexts):
     ) -> None:
         super().__init__(max_length)
         self._examples = _splits(Path(data), text, label)
-        self.labels = _class_names(self._examples["train"])
-        self._classes = {split: self._class_numbers(split) for split in SPLITS}
+        self._own_labels = self.labels = _class_names(self._examples["train"])
+        self._own_classes = self._classes = {split: self._class_numbers(split) for split in SPLITS}
 
     @property
     def fingerprint(self) -> str:
@@ -74,12 +76,23 @@ class TextClassification(TokenizedTexts):
         return [example.text for example in self._examples[split]]
 
     def build(self, loaded: Loaded, seed: int = 0) -> TextClassifier:
-        """A classifier on a copy of the encoder. One that was loaded with this task's classes keeps its head."""
+        """A classifier on a copy of the encoder.
+
+        One that was loaded with this task's classes (by name, in any order, or more of them) keeps its head, and the
+        task takes its classes over.
+        """
         self.prepare(loaded)
-        model = loaded.model
-        if isinstance(model, TextClassifier) and model.labels == self.labels:
+        model, wanted = loaded.model, self._own_labels
+        known = model.labels if isinstance(model, TextClassifier) else class_names(model)
+        places = match(wanted, known) if isinstance(model, TextClassifier) else None
+        self._number(wanted if places is None else known, places)
+        self.new_head = ""
+        if isinstance(model, TextClassifier) and places is not None:
             return copy.deepcopy(model).train()
-        return TextClassifier(copy.deepcopy(encoder_of(model)), self.labels, seed=seed).train()
+        self.new_head = f"a new head of {len(wanted)} classes would be random"
+        if known:
+            self.new_head += f"; {both_lists(wanted, known, len(known))}"
+        return TextClassifier(copy.deepcopy(encoder_of(model)), wanted, seed=seed).train()
 
     def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
         """Batches of ``input_ids`` and ``attention_mask`` `[batch, tokens]` and ``labels`` `[batch]`."""
@@ -114,6 +127,12 @@ class TextClassification(TokenizedTexts):
         finally:
             model.train(was_training)
         return {"accuracy": 100 * hits / len(table)}
+
+    def _number(self, labels: tuple[str, ...], places: list[int] | None) -> None:
+        """Number the classes as a model does; None for the data's own numbers."""
+        self.labels, self._classes = labels, self._own_classes
+        if places is not None:
+            self._classes = {split: torch.tensor(places)[numbers] for split, numbers in self._own_classes.items()}
 
     def _class_numbers(self, split: Split) -> Tensor:
         numbers = {name: number for number, name in enumerate(self.labels)}
