@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from s2d.channels import Sums, add, reduced
 from s2d.dominance import token_rows
 from s2d.selection.base import Finding, Metric, coordinate_finding
+from s2d.selection.limits import site_ratio
 from s2d.sharding import Parts, from_first, in_common
 from s2d.targets import Target
 from s2d.writers import Call, find_writer, same_tensor
@@ -82,7 +83,8 @@ class SiteMetric(Metric):
         self._calls, self._seen_input = [], None
         findings: dict[str, Finding] = {}
         for name, sums in reduced(self._sums).items():
-            findings[name] = coordinate_finding(sums, self._by_name[name], self.outlier_ratio, self.selected.get(name))
+            limit = site_ratio(sums) if self.own_limits else self.outlier_ratio
+            findings[name] = coordinate_finding(sums, self._by_name[name], limit, self.selected.get(name))
         self.selected = {n: f.components for n, f in findings.items() if f.components is not None}
         return findings
 
