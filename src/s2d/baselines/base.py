@@ -52,7 +52,7 @@ class Settings:
             elif isinstance(field.default, int):
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise InputError(f"{field.name}={value!r} is out of range; it must be a whole number, at least 1")
-            elif isinstance(field.default, float):
+            elif isinstance(field.default, float) or (field.default is None and value is not None):
                 number = isinstance(value, int | float) and not isinstance(value, bool)
                 if not number or not 0 <= value < math.inf:
                     raise InputError(f"{field.name}={value!r} is out of range; it must be a number, at least 0")

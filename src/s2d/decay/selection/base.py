@@ -15,6 +15,8 @@ from s2d.distributed.sharding import Groups, Part, Parts, ranks_in, whole_vector
 from s2d.spectral.statistics import Peaks, Sums, kept_rows, outlier_entries, reduced, token_rows
 from s2d.targets.weights import Target
 
+# Largest activation over RMS that is an outlier's, for the metrics that have no better limit of their own.
+FIXED_RATIO = 8.0
 # How far a component's share of the outliers, or a site's outlier ratio, must fall below the value that selects it
 # before it is released. Without the gap a component at the limit flickers from batch to batch.
 RELEASE = 0.7
@@ -76,7 +78,7 @@ class Metric:
         *,
         threshold: float,
         max_rank: int,
-        outlier_ratio: float,
+        outlier_ratio: float | None,
         track: bool,
         seed: int,
         gradients: bool = True,
@@ -88,7 +90,8 @@ class Metric:
             targets: The weights to look at.
             threshold: Share of the outliers (PCDR) that selects.
             max_rank: At most so many components per weight.
-            outlier_ratio: Largest activation over RMS from which an activation is an outlier; 0 for always.
+            outlier_ratio: Largest activation over RMS from which an activation is an outlier; 0 for always, None for
+                what the metric finds itself (`s2d.decay.selection.limits`), or `FIXED_RATIO` where it finds none.
             track: Keep following a selected component until its outlier is gone, whatever its rank.
             seed: Of random starts.
             gradients: Find what only the gradient of the penalty needs as well (coupled mode, data metric).
@@ -97,7 +100,8 @@ class Metric:
         self.targets = targets
         self.threshold = threshold
         self.max_rank = max_rank
-        self.outlier_ratio = outlier_ratio
+        self.outlier_ratio = FIXED_RATIO if outlier_ratio is None else outlier_ratio
+        self.own_limits = outlier_ratio is None
         self.track = track
         self.seed = seed
         self.gradients = gradients

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.decay.selection.base import Finding, Metric, coordinate_finding
+from s2d.decay.selection.limits import site_ratio
 from s2d.distributed.sharding import Parts, from_first, in_common
 from s2d.spectral.statistics import Sums, add, reduced, token_rows
 from s2d.targets.weights import Target
@@ -81,7 +82,8 @@ class SiteMetric(Metric):
         self._calls, self._seen_input = [], None
         findings: dict[str, Finding] = {}
         for name, sums in reduced(self._sums).items():
-            findings[name] = coordinate_finding(sums, self._by_name[name], self.outlier_ratio, self.selected.get(name))
+            limit = site_ratio(sums) if self.own_limits else self.outlier_ratio
+            findings[name] = coordinate_finding(sums, self._by_name[name], limit, self.selected.get(name))
         self.selected = {n: f.components for n, f in findings.items() if f.components is not None}
         return findings
 

