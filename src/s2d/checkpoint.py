@@ -19,9 +19,10 @@ from s2d import models, quant
 from s2d.errors import InputError
 from s2d.io.files import read_json, sync_folder, write_json
 from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_model
+from s2d.models.differences import match_types, tie, ties
 from s2d.models.huggingface import load_parts
-from s2d.models.saved import save_parts
-from s2d.quant.modules.storage import CONFIG
+from s2d.models.saved import load_buffers, save_buffers, save_parts
+from s2d.quant.modules.storage import CONFIG, saved_types
 
 ARCHITECTURE = "s2d_architecture.json"
 _TYPE, _VERSION = "s2d_quantized_model", 1
@@ -66,7 +67,8 @@ def save(
         return save_model(model, path, tokenizer=tokenizer, processor=processor, notes=notes)
     folder = Path(path)
     refuse_in_the_way(folder)
-    content = {"_type": _TYPE, "_version": _VERSION, "model": describe(model), "notes": dict(notes or {})}
+    content = {"_type": _TYPE, "_version": _VERSION, "model": describe(model), "ties": ties(model)}
+    content["notes"] = dict(notes or {})
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -74,6 +76,7 @@ def save(
             new, old = scratch / "new", scratch / "old"
             quant.save(model, new)
             write_json(new / ARCHITECTURE, content)
+            save_buffers(model, new)
             save_parts(new, tokenizer, processor)
             sync_folder(new)
             if folder.exists():
@@ -113,7 +116,13 @@ def load(source: str | os.PathLike[str], *, device: str = "cpu", **options: Any)
         raise InputError(f"{folder / ARCHITECTURE} does not describe a model; save the model again")
     if content.get("_version", 0) > _VERSION:
         raise InputError(f"{folder} was written by a newer s2d; upgrade s2d to read it")
-    model = quant.load(folder, rebuild(content["model"]), inplace=True).eval().to(device)
+    model = rebuild(content["model"])
+    if "ties" in content:
+        tie(model, content["ties"])
+    match_types(model, saved_types(folder))
+    model = quant.load(folder, model, inplace=True)
+    load_buffers(model, folder)
+    model = model.eval().to(device)
     notes = content.get("notes") or {}
     return Loaded(model, family_of(model), os.fspath(source), *load_parts(folder, model), fingerprint(model), notes)
 

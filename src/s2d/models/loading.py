@@ -72,7 +72,7 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Loaded:
     """Load a pretrained or saved model.
 
@@ -89,7 +89,8 @@ def load(
         device: Where the model goes.
         trust_remote_code: Run model code that comes with the checkpoint. Pickled weights never run code.
         revision: Branch, tag or commit on the hub.
-        dtype: Type of the weights; half-precision and GGUF weights are converted.
+        dtype: Type of the weights, which are converted. When None, what s2d saved stays as it was saved, and any other
+            model, half-precision and GGUF ones too, becomes float32.
 
     Raises:
         InputError: Whatever stands in the way, as one line that names the source and the remedy.
@@ -99,6 +100,7 @@ def load(
     if not shown.strip():
         raise InputError("the model's name is empty; give a folder, an installed package or a name on the hub")
     place = _torch_device(device)
+    plain = dtype or torch.float32
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     prefix, colon, name = shown.partition(":")
     path = Path(shown).expanduser()
@@ -107,7 +109,7 @@ def load(
             if not name:
                 raise InputError(f"{shown!r} names no model; write {prefix}:NAME")
             model, tokenizer, processor = loaders()[prefix](name, options)
-            model = model.to(dtype)
+            model = model.to(dtype or torch.float32)
         elif path.exists():
             model, tokenizer, processor = _from_path(path, shown, dtype, options)
         elif (pixels := pixels_of(shown)) is not None:
@@ -120,7 +122,7 @@ def load(
             elif not _could_be_on_the_hub(shown):
                 raise InputError(f"there is no folder or file {shown!r}; {packages.suggestions(path.stem)}")
             else:
-                model, tokenizer, processor = huggingface.load_transformers(shown, shown=shown, dtype=dtype, **options)
+                model, tokenizer, processor = huggingface.load_transformers(shown, shown=shown, dtype=plain, **options)
     check_finite(model, shown)
     mark = fingerprint(model)
     notes = read_notes(path) if (path / CONFIG_NAME).is_file() else {}
@@ -131,14 +133,17 @@ def _could_be_on_the_hub(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)) and not name.endswith(_FILES)
 
 
-def _from_path(path: Path, shown: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[nn.Module, Any, Any]:
+def _from_path(
+    path: Path, shown: str, dtype: torch.dtype | None, options: dict[str, Any]
+) -> tuple[nn.Module, Any, Any]:
     """From an existing file or folder."""
     if path.is_dir():
         if (path / CONFIG_NAME).is_file():
-            model = load_saved(path).to(dtype)
+            model = load_saved(path)
+            model = model if dtype is None else model.to(dtype)
             return model, *huggingface.load_parts(path, model)
         if (path / "config.json").is_file():
-            return huggingface.load_transformers(str(path), shown=shown, dtype=dtype, **options)
+            return huggingface.load_transformers(str(path), shown=shown, dtype=dtype or torch.float32, **options)
         found = packages.find_model(path)
         if found is None:
             listed = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
@@ -150,13 +155,17 @@ def _from_path(path: Path, shown: str, dtype: torch.dtype, options: dict[str, An
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{path} is not a GGUF file or is damaged; download it again")
-        return huggingface.load_transformers(str(path.parent), shown=shown, gguf_file=path.name, dtype=dtype, **options)
+        return huggingface.load_transformers(
+            str(path.parent), shown=shown, gguf_file=path.name, dtype=dtype or torch.float32, **options
+        )
     if path.suffix in _FILES:
         if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
             return _from_path(path.parent, shown, dtype, options)
         if not (path.parent / "config.json").is_file():
             raise InputError(f"{path} holds weights only; put the model's config.json beside it, or load its folder")
-        return huggingface.load_transformers(str(path.parent), shown=shown, weights=path, dtype=dtype, **options)
+        return huggingface.load_transformers(
+            str(path.parent), shown=shown, weights=path, dtype=dtype or torch.float32, **options
+        )
     raise InputError(f"{path} is not a model file; expected a folder or one of {', '.join(_FILES)}")
 
 

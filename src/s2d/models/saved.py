@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save_file
 from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.io.files import parse_json, sync_folder
+from s2d.models.differences import match_types, put_buffers, tie, ties, unsaved_buffers
 from s2d.models.preprocessing import preprocessing_of
 from s2d.optional import require
 from s2d.registry import Registry
@@ -36,6 +37,8 @@ from s2d.targets.weights import clean_name
 
 CONFIG_NAME = "s2d_config.json"
 WEIGHTS_NAME = "model.safetensors"
+BUFFERS_NAME = "buffers.safetensors"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TYPE, _VERSION = "s2d_model", 1
 
@@ -139,12 +142,14 @@ def save_model(
         raise InputError(f"{destination} exists and is not an s2d checkpoint; choose another folder or remove it")
     description = describe(model)
     _refuse_foreign_state(model, description)
-    config = {"_type": _TYPE, "_version": _VERSION, "model": description, "notes": dict(notes or {})}
+    shared = ties(model)
+    config = {"_type": _TYPE, "_version": _VERSION, "model": description, "ties": shared, "notes": dict(notes or {})}
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
         try:
             save_safetensors(model, str(temporary / WEIGHTS_NAME), metadata={"format": "pt"})
+            save_buffers(model, temporary)
             if description["architecture"] == "transformers":
                 model.config.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
             save_parts(temporary, tokenizer, processor)
@@ -202,13 +207,27 @@ def _refuse_foreign_state(model: nn.Module, description: JSON) -> None:
         )
 
 
+def save_buffers(model: nn.Module, folder: Path) -> None:
+    """Write the buffers that a state dict leaves out, if there are any."""
+    if buffers := unsaved_buffers(model):
+        save_file(buffers, folder / BUFFERS_NAME)
+
+
+def load_buffers(model: nn.Module, folder: Path) -> None:
+    """Read what `save_buffers` wrote."""
+    if (path := folder / BUFFERS_NAME).is_file():
+        check_safetensors(path)
+        put_buffers(model, load_file(path))
+
+
 def load_saved(folder: Path) -> nn.Module:
-    """Build and fill the model of a folder that `save_model` wrote.
+    """Build and fill the model of a folder that `save_model` wrote; the types of the weights are those of the file.
 
     Raises:
         InputError: The folder's files are damaged, of a newer version, or do not fit each other.
     """
-    description = _read_config(folder)["model"]
+    config = _read_config(folder)
+    description = config["model"]
     weights = folder / WEIGHTS_NAME
     check_safetensors(weights)
     _check_sizes(description, weights, folder / CONFIG_NAME)
@@ -219,10 +238,21 @@ def load_saved(folder: Path) -> nn.Module:
     except Exception as error:  # a library's constructor, given anything, raises anything
         raise InputError(f"{folder / CONFIG_NAME} does not describe a model: {_first_line(error)}") from error
     try:
+        if "ties" in config:
+            tie(model, config["ties"])
+        match_types(model, types_of(weights))
         load_model(model, weights)
+        load_buffers(model, folder)
     except RuntimeError as error:
         raise InputError(f"{weights} does not fit {folder / CONFIG_NAME}: {_first_line(error)}") from error
     return model.eval()
+
+
+def types_of(path: Path) -> dict[str, torch.dtype]:
+    """The type of every floating-point tensor of a safetensors file, by its header."""
+    with safe_open(path, framework="pt") as file:
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 -- not a dictionary
+    return {name: _FLOATS[kind] for name, kind in kinds.items() if kind in _FLOATS}
 
 
 def _check_sizes(description: JSON, weights: Path, shown: Path) -> None:
@@ -388,11 +418,16 @@ def _first_line(error: BaseException) -> str:
     return " ".join(lines[:2])[:300] if lines else type(error).__name__
 
 
+_ATTENTION = ("eager", "sdpa")  # they differ in the last bits
+
+
 def _describe_transformers(model: Any) -> JSON:
     kwargs = {}
     if getattr(model, "pooler", True) is None:
         kwargs["add_pooling_layer"] = False
-    return {"class": type(model).__name__, "config": model.config.to_dict(), "arguments": kwargs}
+    found = {"class": type(model).__name__, "config": model.config.to_dict(), "arguments": kwargs}
+    attention = getattr(model.config, "_attn_implementation", None)
+    return {**found, "attention": attention} if attention in _ATTENTION else found
 
 
 def _rebuild_transformers(description: JSON) -> nn.Module:
@@ -402,6 +437,8 @@ def _rebuild_transformers(description: JSON) -> nn.Module:
         raise InputError(f"this transformers ({transformers.__version__}) has no model class {description['class']!r}")
     config = model_class.config_class.from_dict(description["config"])
     refuse_foreign_code(config, CONFIG_NAME)
+    if description.get("attention") in _ATTENTION:
+        config._attn_implementation = description["attention"]
     return model_class(config, **description["arguments"])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from s2d.errors import InputError, choices, first_line
+from s2d.models.differences import apply, changes
 from s2d.models.families.timm_vit import TIMM_ROLES
 from s2d.models.family import Family, register_family, register_loader, register_random
 from s2d.models.hub import no_waiting
@@ -100,10 +101,16 @@ def _check_tag(open_clip: Any, architecture: str, tag: str) -> None:
 register_architecture(
     "open_clip",
     matches=lambda model: hasattr(model, _NAME),
-    describe=lambda model: {"name": getattr(model, _NAME)},
-    rebuild=lambda description: _rebuild(description["name"]),
+    describe=lambda model: _describe(model),
+    rebuild=lambda description: apply(_rebuild(description["name"]), description.get("changes") or {}),
     tokenizer=lambda model: require("open_clip", "openclip").get_tokenizer(getattr(model, _NAME)),
 )
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    name = getattr(model, _NAME)
+    with torch.device("meta"):
+        return {"name": name, "changes": changes(model, _rebuild(name))}
 
 
 def _rebuild(name: str) -> nn.Module:

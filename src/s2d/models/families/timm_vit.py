@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from s2d.errors import InputError, choices, first_line
+from s2d.models.differences import apply, changes
 from s2d.models.family import Family, register_family, register_loader, register_random
 from s2d.models.hub import no_waiting
 from s2d.models.saved import register_architecture
@@ -82,7 +84,10 @@ def _create(name: str, pretrained: bool) -> tuple[nn.Module, None, dict[str, Any
 def _describe(model: nn.Module) -> dict[str, Any]:
     configuration: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     arguments: dict[str, Any] = {"num_classes": getattr(model, "num_classes", 0)}
-    return {"name": configuration["architecture"], "arguments": arguments, "image_size": _image_size(model)}
+    found = {"name": configuration["architecture"], "arguments": arguments, "image_size": _image_size(model)}
+    with torch.device("meta"):
+        built = _rebuild(found)
+    return {**found, "changes": changes(model, built)}
 
 
 def _image_size(model: nn.Module) -> list[int] | None:
@@ -95,7 +100,8 @@ def _rebuild(description: dict[str, Any]) -> nn.Module:
     arguments = dict(description["arguments"])
     if description.get("image_size"):
         arguments["img_size"] = tuple(description["image_size"])
-    return timm.create_model(description["name"], pretrained=False, **arguments)
+    model = timm.create_model(description["name"], pretrained=False, **arguments)
+    return apply(model, description.get("changes") or {})
 
 
 register_architecture(

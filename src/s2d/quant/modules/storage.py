@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.models.saved import types_of
 from s2d.quant.modules import online
 from s2d.quant.modules.record import Record, record, remove, switch_on
 from s2d.quant.modules.sites import Site, insert, refuse_quantized, replace_quantizer, weight_name
@@ -212,6 +213,17 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = Fals
     return model
 
 
+def saved_types(folder: Path) -> dict[str, torch.dtype]:
+    """The type of every floating-point tensor of a saved model's state dict, quantized weights too."""
+    config = _config(folder)
+    try:
+        found = types_of(folder / Path(config["tensors"]).name)
+        found |= {key: getattr(torch, entry["dtype"]) for key, entry in config["codes"].items()}
+        return found | {alias: found[key] for alias, key in config["aliases"].items() if key in found}
+    except (KeyError, TypeError, AttributeError, OSError, SafetensorError):
+        raise InputError(f"{folder} is damaged or was not written by s2d; save the model again") from None
+
+
 def _tensors(model: nn.Module, kept: Record) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], dict[str, str]]:
     """What goes into the file.
 
@@ -313,17 +325,24 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of a saved model, checked to belong together."""
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration of a saved model, of a version that is read."""
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is not a saved quantized model: it has no {CONFIG}; save one there first")
     try:
         config = json.loads((folder / CONFIG).read_text())
-        kind, version, name = config["format"], config["version"], config["tensors"]
+        kind, version, _ = config["format"], config["version"], config["tensors"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{folder / CONFIG} is damaged or was not written by s2d; save the model again") from None
     if kind != "s2d.quantized" or version != VERSION:
         raise InputError(f"{folder / CONFIG} is {kind} version {version}, but this s2d reads version {VERSION} only")
+    return config
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a saved model, checked to belong together."""
+    config = _config(folder)
+    name = config["tensors"]
     path = folder / Path(name).name
     try:
         if _file_name(path) != name:
