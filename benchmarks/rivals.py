@@ -51,7 +51,7 @@ from s2d.tasks.base import calibration_inputs
 from s2d.tasks.evaluation import evaluate
 from s2d.training.loop import train
 
-CODE = ("baselines", "decay.py", "selection", "shrink.py", "training.py", "optimizers.py")
+CODE = ("baselines", "decay", "training")
 
 
 @dataclass(frozen=True)
