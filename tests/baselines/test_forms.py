@@ -17,8 +17,8 @@ from s2d.baselines.colinearity import decay_pair, pairs_of
 from s2d.baselines.kurtosis import kurtosis
 from s2d.baselines.nuclear import thresholded
 from s2d.baselines.random_directions import RandomDirections, shrink_channels, shrink_span
-from s2d.decay.settings import DecaySettings
 from s2d.baselines.tweo import tail
+from s2d.decay.settings import DecaySettings
 from s2d.targets.weights import find_targets
 
 
