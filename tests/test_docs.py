@@ -104,7 +104,7 @@ def test_the_files_and_functions_that_the_pages_walk_through_exist():
         text = (DOCS / page).read_text(encoding="utf-8")
         named = set(re.findall(r"`([\w/]+\.py)`", text))
         assert named and [name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in code)] == []
-        pairs = re.findall(r"`(?:\w+\.)?(\w+)`\s(?:in|\()\s?`([\w/]+\.py)`", text)
+        pairs = re.findall(r"`(?:\w+\.)?(\w+)`\s+(?:in\s+|\()`([\w/]+\.py)`", text)
         assert [pair for pair in pairs if not re.search(rf"(?:def|class) {pair[0]}\b", code[pair[1]])] == []
     drawn = re.findall(r">([\w/]+\.py)<", (DOCS / "images" / "flow.svg").read_text(encoding="utf-8"))
     assert drawn and [name for name in drawn if not any(f"/{path}".endswith(f"/{name}") for path in code)] == [
