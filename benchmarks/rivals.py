@@ -51,7 +51,7 @@ from s2d.tasks.base import calibration_inputs
 from s2d.tasks.evaluation import evaluate
 from s2d.training.loop import train
 
-CODE = ("baselines", "decay.py", "selection", "shrink.py", "training.py", "optimizers.py")
+CODE = ("baselines", "decay", "training")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ MUON = {"optimizer": "muon"}
 METHODS: dict[str, list[Look]] = {
     "adamw": [Look(), Look(rate=2.0), Look(rate=0.5)],
     "s2d": [Look({}), Look({"strength": 0.1}), Look({"outlier_ratio": 6.0})],
-    "random-directions": rival("random-directions", {}, {"strength": 0.02}, {"strength": 0.1}),
+    "random-directions": rival("random-directions", {"strength": 0.05}, {"strength": 0.02}, {"strength": 0.1}),
     "l2": rival("l2", {"strength": 0.01, "kinds": BOTH}, {"strength": 0.01}, {"strength": 0.003}),
     "tweo": rival("tweo", {"at": "inputs"}, {}, {"at": "inputs", "weight": 0.1}),
     "kure": rival("kure", {"of": "activations", "weight": 0.3}, {}, {"of": "activations", "weight": 3.0}),

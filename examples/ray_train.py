@@ -1,4 +1,4 @@
-"""Conditioning on a cluster with Ray Train: the decay rides on the optimizer of each worker, as under torchrun.
+"""Conditioning on a cluster with Ray Train: the decay hooks into the optimizer of each worker, as under torchrun.
 
     pip install "ray[train]"
     python examples/ray_train.py --workers 2

@@ -163,7 +163,7 @@ def test_audit_prints_and_writes(model: Path, tmp_path: Path, capsys: pytest.Cap
     assert "PCDR₁       share of the outliers" in told and "w4a4 error  change of the typical" in told
     assert main(["audit", str(model), "--data", str(texts), "--rows", "2", "--html", str(page)]) == 0
     told = capsys.readouterr().out
-    assert "10 more weights: --rows 12" in told and f"The page to look at: {page}" in told
+    assert "10 more weights: --rows 12" in told and f"HTML page: {page}" in told
 
 
 def test_quantize_saves_what_evaluate_reads(

@@ -80,7 +80,7 @@ def scores_by_method(page: Path) -> list[tuple[str, list[str]]]:
     rows = []
     for line in page.read_text(encoding="utf-8").splitlines():
         scores = re.findall(r"[-+]?\d+\.\d\d", re.sub(r"± [\d.]+", "", line))
-        if (name := re.match(r"\| \[?([a-z0-9+]+)", line)) and len(scores) == 3:
+        if (name := re.match(r"\| \[?([a-z][a-z0-9+-]*)", line)) and len(scores) == 3:
             rows.append((name[1], scores))
     return rows
 
@@ -95,3 +95,20 @@ def test_docstrings_are_markdown_as_the_api_page_shows_them():
     for path in sorted((ROOT / "src").rglob("*.py")):
         found = re.search(r":(?:func|class|mod|meth|attr|data|ref):`", path.read_text(encoding="utf-8"))
         assert found is None, f"{path.name}: {found and found[0]} is reStructuredText; write `name`"
+
+
+def test_the_files_and_functions_that_the_pages_walk_through_exist():
+    package = ROOT / "src" / "s2d"
+    code = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    for page in ("how-a-model-goes-through.md", "architecture.md"):
+        text = (DOCS / page).read_text(encoding="utf-8")
+        named = set(re.findall(r"`([\w/]+\.py)`", text))
+        assert named and [name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in code)] == []
+        pairs = re.findall(r"`(?:\w+\.)?(\w+)`\s+(?:in\s+|\()`([\w/]+\.py)`", text)
+        assert [pair for pair in pairs if not re.search(rf"(?:def|class) {pair[0]}\b", code[pair[1]])] == []
+    drawn = re.findall(r">([\w/]+\.py)<", (DOCS / "images" / "flow.svg").read_text(encoding="utf-8"))
+    assert drawn and [name for name in drawn if not any(f"/{path}".endswith(f"/{name}") for path in code)] == [
+        "tasks/NAME.py",
+        "ptq/NAME.py",
+        "tasks/NAME.py",
+    ]

@@ -1,4 +1,4 @@
-"""One door to the disk for every model: plain, conditioned or quantized.
+"""`s2d.save` and `s2d.load` for every model: plain, conditioned or quantized.
 
 A plain model is written by `s2d.models`. A quantized one is a folder with the codes and scales that `s2d.quant` writes,
 the description of its architecture, and its tokenizer; it loads again, bit-identical, without the original.
@@ -46,7 +46,7 @@ def save(
     processor: Any = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model to a folder, whole or not at all; `load` reads it.
+    """Write a model to a folder, atomically; `load` reads it.
 
     Args:
         model: Plain or quantized, or what `load` gave (its tokenizer and processor are then kept).

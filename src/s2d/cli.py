@@ -1,4 +1,4 @@
-"""The command line: what people type, and what they read back. Nothing is computed here.
+"""The command line: commands, messages, exit codes. Nothing is computed here.
 
 Heavy libraries are imported inside the commands, so that help is there at once.
 """
@@ -33,14 +33,14 @@ _INTERRUPTED = 130  # the shell's code for Ctrl-C
 # kernels for other machines.
 _CHATTER = ("torch.utils._pytree", "torchao")
 
-# Failures of the disk and of permissions: for people to settle, not a defect of s2d.
+# Failures of the disk and of permissions: the user settles them; they are no defect of s2d.
 _THEIRS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @app.callback(
     invoke_without_command=True,
     help="Selective Spectral Decay: make transformers survive 4 bits.\n\n"
-    "audit shows which weights make outliers, condition fine-tunes them away, quantize rounds to low bits, "
+    "audit lists the weights that make outliers, condition fine-tunes them away, quantize rounds to low bits, "
     "evaluate scores the result, and run does all of it by a recipe.",
     epilog="Each command explains itself: s2d audit --help",
 )

@@ -1,4 +1,4 @@
-"""Errors that people read: one line, what happened, where, and what to do."""
+"""Errors for users: one line that says what happened, where, and what to do."""
 
 from __future__ import annotations
 

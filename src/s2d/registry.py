@@ -1,4 +1,4 @@
-"""Things known by name, one file each in a package: adding the file is all there is to do."""
+"""Registries: things known by name, one file each in a package; a new file is found by itself."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -15,8 +16,9 @@ from s2d.baselines.clipping import clipped
 from s2d.baselines.colinearity import decay_pair, pairs_of
 from s2d.baselines.kurtosis import kurtosis
 from s2d.baselines.nuclear import thresholded
-from s2d.baselines.random_directions import shrink_channels, shrink_span
+from s2d.baselines.random_directions import RandomDirections, shrink_channels, shrink_span
 from s2d.baselines.tweo import tail
+from s2d.decay.settings import DecaySettings
 from s2d.targets.weights import find_targets
 
 
@@ -215,7 +217,7 @@ def test_the_control_shrinks_as_many_other_channels_by_as_much() -> None:
     first, second = sgd(one), sgd(other)
     with deciding(one, first):
         still_step(one, first, X)
-    rival = create("random-directions", other, second, outlier_ratio=5.0, refresh_every=1)
+    rival = create("random-directions", other, second, outlier_ratio=5.0, refresh_every=1, strength=0.05)
     still_step(other, second, X)
     decayed, controlled = (before - model.first.weight.detach() for model in (one, other))
     assert set(decayed.nonzero().flatten().tolist()) == {5, 9}
@@ -227,6 +229,11 @@ def test_the_control_shrinks_as_many_other_channels_by_as_much() -> None:
     sums = rival.history[-1]
     assert sums["asked"] == pytest.approx(torch.linalg.vector_norm(decayed).item(), rel=1e-5)
     assert sums["done"] == pytest.approx(math.sqrt(2), rel=1e-5)
+
+
+def test_the_controls_defaults_are_the_decays() -> None:
+    for field in dataclasses.fields(RandomDirections.Settings):
+        assert field.default == getattr(DecaySettings(), field.name), field.name
 
 
 def test_the_control_of_a_weights_components_changes_as_much() -> None:

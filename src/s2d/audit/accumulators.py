@@ -1,4 +1,4 @@
-"""What is kept of one weight while batches stream by; nothing here grows with their number.
+"""Accumulators of one weight over batches; their size does not depend on the number of batches.
 
 `Survey` is filled by the first pass, `Judgement` by the second, with directions and quantizers that follow from the
 first.

@@ -1,4 +1,4 @@
-"""Inputs for a model when nobody gives batches: texts or images from a file or folder, docstrings by default."""
+"""Default inputs of an audit: texts or images from a file or folder, docstrings by default."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class AuditRow:
         components: How many components that takes.
         error: Of the typical output channel (the median over the rows w of W), ``||Q(x) Q(w)^T - x w^T|| / ||x w^T||``
             with this weight and its input quantized, nothing else; 1 means as much noise as signal.
-        carriers: Of language models, which tokens carry the largest inputs; see `s2d.audit.massive_tokens`.
+        carriers: Of language models, the massive-activation tokens; see `s2d.audit.massive_tokens`.
         spectrum: All singular values as a curve of a few dozen points; see `s2d.audit.measure.curve`.
         histogram: Of the inputs, for the worst weights; see `s2d.audit.accumulators.binned`.
     """

@@ -1,4 +1,4 @@
-"""Seeing every call of the weights that are audited, as rows of inputs and outputs, while a model runs on batches."""
+"""Hooks on the audited weights: every call as rows of inputs and outputs, while a model runs on batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Massive activations: which tokens of a language model carry the largest inputs of its weights.
+"""Massive-activation tokens: the tokens of a language model with the largest inputs of its weights.
 
 Decoders store a few enormous values in the first token of a text, or in the first delimiter, whatever it says (Massive
 Activations, arXiv 2402.17762); attention that has nothing to look at looks there. One range for all tokens is then a

@@ -58,7 +58,7 @@ def audit(
     progress: bool = False,
     name: str | None = None,
 ) -> Audit:
-    """Say of every weight how its spectrum looks, what outliers it makes, of which components, and what bits cost.
+    """Measure every weight: its spectrum, its outliers, the components that make them, and the error of low bits.
 
     The model is only looked at: it runs in evaluation mode without gradients, and afterwards every module is as it was.
 

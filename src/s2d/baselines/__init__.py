@@ -1,4 +1,4 @@
-"""What spectral decay is compared with, one file each and one contract: `base.Baseline`.
+"""Rivals of spectral decay, one file each and one contract: `base.Baseline`.
 
 They are here for fair comparisons (``benchmarks/rivals.py``), not as recommendations: docs/baselines.md.
 """

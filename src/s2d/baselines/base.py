@@ -1,4 +1,4 @@
-"""What a rival of spectral decay is: something that rides on a model's training, as the decay does.
+"""The contract of a rival of spectral decay: it acts on a model's training, as the decay does.
 
     rival = create("tweo", model, optimizer, weight=0.01)
     loss = task_loss + rival.loss()      # in each step; some add nothing

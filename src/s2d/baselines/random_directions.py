@@ -1,10 +1,10 @@
 """The control of spectral decay: as many directions, the same shrinkage, but random ones.
 
 Not from a paper. If shrinking *some* directions were what helps, this would do as well as shrinking those that make
-outliers. A spectral decay with the given settings runs along and selects as it always does. Where it would then shrink
-K components of a weight, as many random ones are shrunk alike so that the change has the same Frobenius norm: K other
-channels for channels (rows or gains, with their biases), K orthonormal random directions of the outputs otherwise.
-They are drawn anew when K changes and whenever the decay has looked again.
+outliers. A spectral decay with the given settings selects components as usual. Where it would then shrink K components
+of a weight, K random ones are shrunk by one factor, so that the change has the same Frobenius norm: K other channels
+for channels (rows or gains, with their biases), K orthonormal random directions of the outputs otherwise. They are
+drawn anew when K changes and after every refresh of the decay.
 
 Where the amounts come from: the decay is asked at every step what it would do to *this* model. As the outliers stay, it
 asks for more than in a run of its own; a smaller `strength` makes up for that. ``asked`` and ``done``, in `history`
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from s2d.baselines import base
 from s2d.decay.selection import Components
+from s2d.decay.settings import DecaySettings
 from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.distributed.sharding import Block, is_dtensor
 from s2d.targets.weights import Target
@@ -30,7 +31,7 @@ from s2d.targets.weights import Target
 
 @dataclass(frozen=True)
 class Settings(base.Settings):
-    """Of the decay whose shrinkage is imitated; what is left out is its default.
+    """Of the decay whose shrinkage is imitated; the defaults are those of `DecaySettings`.
 
     Attributes:
         metric: Of the decay.
@@ -41,10 +42,10 @@ class Settings(base.Settings):
     """
 
     metric: Literal["site", "data", "weight"] = field(default="site", metadata={"choices": ("site", "data", "weight")})
-    power: float = 1.0
-    strength: float = 0.05
-    outlier_ratio: float | None = None
-    refresh_every: int = 5
+    power: float = DecaySettings.power
+    strength: float = DecaySettings.strength
+    outlier_ratio: float | None = DecaySettings.outlier_ratio
+    refresh_every: int = DecaySettings.refresh_every
 
 
 @base.register("random-directions")

@@ -1,1 +1,1 @@
-"""One file per command: what it takes, and which rooms do its work. Nothing is computed here."""
+"""One file per command: its options, and the functions that it calls. Nothing is computed here."""

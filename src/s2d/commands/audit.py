@@ -22,7 +22,7 @@ from s2d.commands.shared import (
 )
 
 _LEGEND = """
-PCDR₁       share of the outliers that the weight's first singular component makes; near 1: it is the cause
+PCDR₁       share of the outliers that the weight's first singular component makes; near 1: that component is the cause
 out/RMS     the largest output over the root mean square of all; a bell curve has about 5
 {error:<11} change of the typical output channel when this weight and its input alone are quantized
 selected    what s2d condition would shrink: components of the weight or directions of the data, and how many
@@ -40,12 +40,12 @@ def audit(
     ] = None,
     spec: Annotated[str, typer.Option(help="Bits of the quantization error.")] = "w4a4",
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page to look at.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,
     json_file: JsonFile = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Say which weights make a model's outliers, and what low bits cost there.
+    """List the weights that make a model's outliers, and the error of low bits at each.
 
     Without --data, text models read docstrings of Python's standard library; image models need a folder of images.
     Several checkpoints give the trend from the first to the last.
@@ -81,7 +81,7 @@ def audit(
         if len(models) == 1:
             say(quiet, _LEGEND.format(error=f"{found.spec} error"))
         if html is not None:
-            say(quiet, f"The page to look at: {html}")
+            say(quiet, f"HTML page: {html}")
 
 
 def _chain(first: tuple[str, Any], rest: Any) -> Any:

@@ -52,18 +52,18 @@ def condition(
     objective: Annotated[
         str,
         typer.Option(
-            help="task: the loss of --task. distill: the model as it is teaches, on texts or images without labels."
+            help="task: the loss of --task. distill: the model itself is teacher, on texts or images without labels."
         ),
     ] = "task",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="End after so many minutes of training.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Most minutes of training.")] = None,
     blockwise: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="BATCHES",
-            help="With --objective distill: one block after the other, on so many batches, for models that do not fit "
-            "twice. --steps are those of each block.",
+            help="With --objective distill: train one block after the other, on this number of batches, for models "
+            "that do not fit into memory twice. --steps counts the steps of each block.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -83,7 +83,7 @@ def condition(
     check_file(json_file)
     task = _task_of(objective, task, data)
     if blockwise is not None and objective != "distill":
-        raise InputError("--blockwise has each block taught by what it was; add --objective distill")
+        raise InputError("--blockwise distils each block from its original; add --objective distill")
     if objective == "distill" and task == "language-modeling":
         o = ["task.loss=original", *(o or ())]
     from s2d.checkpoint import load
@@ -166,12 +166,12 @@ def condition(
 
 
 def _tell_strength(model: nn.Module, decay: dict[str, Any] | None, watch: Watch) -> None:
-    """Say where a good strength was found, when nobody chose one for a language model."""
+    """Say which strength to begin with, when none was chosen for a language model."""
     from s2d.tasks.teacher import head_of
 
     if head_of(model) is not None and not (decay or {}).keys() & {"strength", "preset"}:
         watch.say(
-            "the default strength was found on encoders; for a language model begin with -o decay.strength=0.005, "
+            "the default strength was chosen on encoders; for a language model begin with -o decay.strength=0.005, "
             "or 0 for training without decay"
         )
 

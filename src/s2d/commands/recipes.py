@@ -47,7 +47,7 @@ def recipes_list(json_file: JsonFile = None, quiet: Quiet = False) -> None:
 def recipes_show(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name from s2d recipes list, or a file.")],
 ) -> None:
-    """Print a recipe, to read or to start one's own from."""
+    """Print a recipe as YAML."""
     from s2d.experiments.recipe_files import read_text
 
     print(read_text(recipe)[1], end="")

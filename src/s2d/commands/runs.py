@@ -36,7 +36,7 @@ def demo(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show on a real, published sentence encoder what S2D does, in about ten minutes.
+    """Show on a real, published sentence encoder what S2D does, in about half an hour on two cores.
 
     MiniLM is fine-tuned twice from the same start, with AdamW and with AdamW and S2D, on docstrings of installed
     packages; both are quantized to 8, 6 and 4 bits and compared. Interrupt it at any time: the same command continues.

@@ -158,18 +158,18 @@ def save_json(path: Path, content: Any) -> None:
 
 
 def say(quiet: bool, text: str) -> None:
-    """The last word of a command."""
+    """Print the closing lines of a command."""
     if not quiet:
         print("\n".join(visible(line, 1500) for line in text.split("\n")))
 
 
 def show(table: Table) -> None:
-    """Print a table. Names in it are hostile input: square brackets and colons are no markup."""
+    """Print a table. Names in it are untrusted input: square brackets and colons are no markup."""
     from rich.console import Console
 
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def bars(quiet: bool) -> bool:
-    """Whether progress bars have somebody to look at them."""
+    """Whether progress bars are shown: standard output and standard error are terminals."""
     return not quiet and sys.stdout.isatty() and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""What people see in a terminal while a run goes on, and the table at its end. No torch."""
+"""Progress and result tables in the terminal. No torch."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def read(name: str, key: str) -> Any | None:
 
 
 def write(name: str, key: str, content: Any) -> None:
-    """Store JSON data, whole or not at all; a disk that refuses is no error here."""
+    """Store JSON data, atomically; a disk that refuses is no error here."""
     path = _path(name, key)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

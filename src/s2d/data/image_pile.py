@@ -20,7 +20,7 @@ _NAMES = f"{', '.join(IMAGE_SUFFIXES[:4])}, ...; {_TABLE}"
 
 
 def read_images(data: str | os.PathLike[str], image: str | None = None) -> list[ImageRow]:
-    """All images, not yet opened, in an order that mixes folders and does not depend on where the pile is.
+    """All images, not yet opened, in an order that mixes folders and does not depend on where the files are.
 
     Args:
         data: A folder with images, Parquet files or MNIST's files at any depth, one such file, or ``datasets:NAME``,
@@ -60,7 +60,7 @@ def content_of(row: ImageRow) -> bytes:
 
 
 def holds_images(data: str | os.PathLike[str]) -> bool:
-    """Whether a pile without labels is one of images; otherwise it is one of texts.
+    """Whether data without labels are images; otherwise they are texts.
 
     Raises:
         InputError: Nothing is there, neither, or both.

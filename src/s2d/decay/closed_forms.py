@@ -1,4 +1,4 @@
-"""Shrinking: the closed forms of spectral decay, on plain tensors.
+"""The closed forms of spectral decay, on plain tensors.
 
 Source: "Selective Spectral Decay" (S2D), arXiv 2602.14432, for the penalty and its gradient; the decoupled forms follow
 d sigma / dt = -sigma^n exactly, so that no step overshoots, and depend on the subspaces alone, not on their bases.

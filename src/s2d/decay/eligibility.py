@@ -1,4 +1,4 @@
-"""Which of the weights found a decay may touch, and why the others are left out."""
+"""Eligibility: the weights that the decay may change, and the reason for each one left out."""
 
 from __future__ import annotations
 

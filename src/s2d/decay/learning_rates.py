@@ -1,4 +1,4 @@
-"""How far down a schedule a weight is: its learning rate as a share of the peak, like the factor on AdamW's decay."""
+"""Learning-rate schedules: a weight's learning rate as a share of its peak, the factor on the decay's strength."""
 
 from __future__ import annotations
 

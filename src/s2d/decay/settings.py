@@ -1,4 +1,4 @@
-"""The numbers behind a decay, and the named sets of them."""
+"""The settings of a decay, and the presets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Mode = Literal["decoupled", "coupled"]
 
 @dataclass(frozen=True)
 class DecaySettings:
-    """The numbers behind a decay. `PRESETS` holds the named ones.
+    """The settings of a decay. `PRESETS` holds the named ones.
 
     Attributes:
         metric: Component of what: see `s2d.decay.selection`.
@@ -24,8 +24,8 @@ class DecaySettings:
         strength: lambda. Decoupled: per step, times the schedule. Coupled: of the loss.
         threshold: tau, the share of the outliers that selects a component (weight and data metric).
         max_rank: K_max, components per weight at most (weight and data metric).
-        refresh_every: m, optimizer steps between two looks at the activations.
-        outlier_ratio: Largest activation over RMS from which a site or an output is worth touching. None: of sites what
+        refresh_every: m, optimizer steps between two refreshes, which measure the activations.
+        outlier_ratio: Largest activation over RMS above which a site or an output is treated. None: of sites what
             their own channels tell (`s2d.decay.selection.limits`), of outputs 8.
         track: Follow a component until its outlier is gone.
         kinds: Kinds of weight considered.

@@ -78,7 +78,7 @@ _HISTORY_LENGTH = 100_000
 
 
 class SelectiveSpectralDecay:
-    """Rides on an optimizer's step and shrinks the components that make outliers.
+    """Hooks into an optimizer's step and shrinks the components that make outliers.
 
     Between refreshes it costs a few row scalings or skinny products a step; on refresh steps forward hooks look at the
     activations of that step's own batch. The model is never wrapped and its state dict keeps its keys.
@@ -150,7 +150,7 @@ class SelectiveSpectralDecay:
         several = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         self.optimizers = [_innermost(each) for each in several]
         if not self.optimizers or not all(isinstance(o, Optimizer) for o in self.optimizers):
-            raise InputError("pass a torch.optim.Optimizer (or several); its steps are what the decay rides on")
+            raise InputError("pass a torch.optim.Optimizer (or several); the decay acts at its steps")
         self._data_groups, self._everyone = data_groups(model), all_ranks(model)
         if frozen and self.settings.mode == "coupled":
             raise InputError("frozen=True shrinks weights that no loss can reach; use it with mode='decoupled'")

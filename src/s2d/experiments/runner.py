@@ -1,4 +1,4 @@
-"""Running a recipe: the straight line from a published model to a comparison, each stage kept on the disk.
+"""Running a recipe: from a published model to a comparison, each stage kept on disk.
 
     load -> audit -> for each seed and arm: train -> evaluate -> for each bit width and calibrator: quantize, evaluate
          -> audit -> results.json, report.html
@@ -37,7 +37,7 @@ from s2d.tasks.evaluation import evaluate, model_for
 from s2d.training.loop import train
 from s2d.training.qat_loop import train_quantized
 
-# Which rooms decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
+# Which folders decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
 # are left out of training and judging; the weights' fingerprint stands for them.
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
 _DISTILLING = ("quant/distillation.py", "models/blocks.py", "models/running.py")
@@ -53,7 +53,7 @@ _AUDITING = ("audit", *_SEEING, "quant", "tasks", "data", "models")
 
 
 class Watcher(Protocol):
-    """Who is told how a run goes."""
+    """Receives the progress of a run."""
 
     def stage(self, text: str, total: int) -> None:
         """A stage of so many parts begins."""
@@ -84,7 +84,7 @@ class Runner:
     def __init__(
         self, name: str, recipe: Recipe, folder: Path, watcher: Watcher | None = None, *, trial: bool = False
     ) -> None:
-        """Load model and data; whatever can be wrong with a recipe shows here, before any work.
+        """Load model and data; a recipe that cannot run fails here, before any work.
 
         A `trial` is marked as one in the results, for its numbers mean nothing.
 

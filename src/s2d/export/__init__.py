@@ -1,4 +1,4 @@
-"""Carrying a quantized model to runtimes that really run low-bit, and checking it before it is handed over."""
+"""Export: a quantized model as a file for a runtime with low-bit kernels, checked before it is kept."""
 
 from __future__ import annotations
 

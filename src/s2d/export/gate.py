@@ -1,4 +1,4 @@
-"""What has to hold before an exported file is handed over, and what people should know about it.
+"""The checks that an exported file must pass, and the notes for its users.
 
 - layers: every quantized Linear on the inputs that the runtime saw, against the simulated one.
 - task: the metric of the simulated model and of the file on held-out data, and how far the metric moves when the
@@ -42,7 +42,7 @@ _ROUNDS = 7
 
 @dataclass(frozen=True)
 class Check:
-    """How a file is judged, and what follows.
+    """The checks of a file, and their outcome.
 
     Attributes:
         task: Its metric is compared; without one, the outputs on the example.

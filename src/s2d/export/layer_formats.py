@@ -1,4 +1,4 @@
-"""Formats of checkpoints: written by layers, read back by the library that other people read them with, and compared.
+"""Layer formats: checkpoints written layer by layer, read back by the library that users load them with, and compared.
 
 Nothing is traced: what runs later is the model as its own library builds it, from the codes and scales in the file.
 """

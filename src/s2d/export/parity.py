@@ -1,4 +1,4 @@
-"""Does an exported layer compute what the simulated one does? Compared on the inputs that the runtime itself saw.
+"""Parity: exported layers against simulated ones, on the inputs that the runtime itself saw.
 
 A whole network of rounded layers is chaotic: one code that flips in an early layer changes the output as much as a
 perturbation of 1e-6 does. So layers are compared one by one, row by row: a row either agrees to floating-point accuracy

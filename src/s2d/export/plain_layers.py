@@ -1,4 +1,4 @@
-"""What formats of plain layers can say: Linears with integer weights and, in some, rounded inputs; nothing else.
+"""What formats of plain layers can hold: Linears with integer weights and, in some, rounded inputs; nothing else.
 
 Checkpoint formats (compressed-tensors, GGUF, ExecuTorch's recipes) describe layers, not graphs: what a method computes
 beside a weight, rounded operands of attention and rounded convolutions have no words there. They are refused by name

@@ -1,4 +1,4 @@
-"""How fast models run here: the same inputs through files in their runtimes and folders in torch, taken in turns.
+"""Timing: the same inputs through files in their runtimes and folders in torch, taken in turns.
 
 Rounds go around all contestants, so that a busy machine is busy for each of them; compare ratios within one table.
 """

@@ -1,4 +1,4 @@
-"""Drop-in use in the trainers that people already have, one file each; nothing is decided here.
+"""Adapters for other trainers, one file each; they only delegate.
 
 Every adapter only delegates to `s2d.SelectiveSpectralDecay`: it makes the decay when the trainer has made its
 optimizer, keeps the decay's state beside the trainer's own checkpoints, shows a few numbers through the trainer's own

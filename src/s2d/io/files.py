@@ -1,4 +1,4 @@
-"""What every stage writes down: JSON that is whole or not there, with enough beside it to know where it came from.
+"""Results on disk: JSON, written atomically, with its provenance.
 
 Nothing here imports torch; where torch is loaded already, its version and devices are noted too.
 """

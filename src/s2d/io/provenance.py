@@ -33,7 +33,7 @@ def digest(content: object) -> str:
 
 
 def code_digest(*rooms: str) -> str:
-    """12 hexadecimal digits of what these rooms of s2d compute; comments and docstrings do not count.
+    """12 hexadecimal digits of what these folders of s2d compute; comments and docstrings do not count.
 
     Args:
         rooms: Files or folders of the package, such as ``"writers.py"`` and ``"quant"``.

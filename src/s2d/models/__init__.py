@@ -1,4 +1,4 @@
-"""Models: loading and saving them, and what the parts of each family are called."""
+"""Models: loading and saving them, and the names of each family's parts."""
 
 from s2d.models.family import (
     ROLES,

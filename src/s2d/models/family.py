@@ -1,4 +1,4 @@
-"""What a model family is: what its blocks are called, so that nothing else has to know models by name.
+"""The contract of a model family: the names of its blocks and projections; all other code asks the family.
 
 A family is one file in this folder that calls `register_family`; every module of the folder is imported when families
 are first asked for, so adding the file is all there is to do.

@@ -1,4 +1,4 @@
-"""How much memory a model will take, from the shapes in its files, before any of it is loaded.
+"""Memory estimates from the shapes in a model's files, before it is loaded.
 
 Counted are the large parts only: copies of the weights, the optimizer's state, a refresh of the decay, the activations
 of one batch, and the libraries themselves. docs/results/smollm2.md compares the sum with what was measured.

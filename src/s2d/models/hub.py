@@ -1,4 +1,4 @@
-"""Whether the model hub can be asked at all, so that nobody waits half a minute to hear that it cannot."""
+"""Whether the model hub can be reached, found out before a client waits half a minute for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an image model makes of images, inside and out: pooled features, last tokens, and the scores of its own head."""
+"""What an image model computes from images: pooled features, last tokens, and the scores of its own head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that arrive as installed Python packages: a transformers folder or a GGUF file inside the package."""
+"""Models in installed Python packages: a transformers folder or a GGUF file inside the package."""
 
 from __future__ import annotations
 

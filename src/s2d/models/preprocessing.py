@@ -1,4 +1,4 @@
-"""What a model's images must look like: size, crop and normalization, read from the model's own configuration.
+"""Preprocessing of images: size, crop and normalization, read from the model's own configuration.
 
 A processor is what `load` found beside the weights: transformers' image processor, timm's data configuration (a
 dictionary), or open_clip's transform (torchvision's `Compose`).

@@ -1,4 +1,4 @@
-"""Context managers around other libraries' long-winded loading: nothing printed, nothing collected in vain."""
+"""Context managers around other libraries' loading: no output, no needless garbage collection."""
 
 from __future__ import annotations
 

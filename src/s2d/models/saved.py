@@ -115,7 +115,7 @@ def save_model(
     processor: Any = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model to a folder, whole or not at all.
+    """Write a model to a folder, atomically.
 
     Everything is written next to the destination first and moved into place at the end; an existing s2d checkpoint is
     replaced, anything else in the way is left alone and refused.

@@ -1,4 +1,4 @@
-"""How many bits each layer gets, from what low bits in that layer alone do to the model's output.
+"""Bit allocation: bits per layer, from the change of the model's output when that layer alone is quantized.
 
 For every layer and every width, only that layer (its weight, and its input unless told otherwise) is quantized and the
 calibration data are run through: the error is that of the model's output, ``sum |y - y_fp|^2 / sum |y_fp - mean|^2``,

@@ -1,4 +1,4 @@
-"""Holding a quantized model near the full-precision one while it trains.
+"""Distillation: the distance of a quantized model from the full-precision one, as a loss.
 
 Sources: GPLQ (arXiv 2506.11784), feature mimicking: the student's features follow the teacher's in the directions in
 which the teacher's vary most; and for the outputs, squared error, which for class scores is at least as good as the

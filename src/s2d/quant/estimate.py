@@ -1,4 +1,4 @@
-"""What quantizing will take and give: the size of the stored model, and how long the method needs, before it runs."""
+"""Estimates before quantizing: the size of the stored model, and the time that the method needs."""
 
 from __future__ import annotations
 

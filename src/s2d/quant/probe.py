@@ -1,4 +1,4 @@
-"""Finding attention by watching a model run: which module computes it, and does anybody quantize it."""
+"""Finding attention in a forward pass: which module computes it, and whether it is quantized."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     model = s2d.prepare_qat(model, "w4a4", calibration=batches)        # an ordinary module; train it in any loop
     optimizer = torch.optim.AdamW(s2d.qat_parameters(model, lr=2e-5))
-    schedule = s2d.QATSchedule(model, optimizer, steps=1000)           # rides on the optimizer's steps
+    schedule = s2d.QATSchedule(model, optimizer, steps=1000)           # hooks into optimizer.step()
     teacher = s2d.Distiller(model, full_precision, batches)            # optional: loss = task loss + teacher.loss()
     ...
     s2d.finish_qat(model)                                              # an ordinary quantized model; s2d.save stores it
@@ -183,7 +183,7 @@ class QATSchedule:
         _training_record(model)
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate puts its own around it
         if not isinstance(inner, Optimizer):
-            raise InputError("pass a torch.optim.Optimizer; its steps are what the schedule rides on")
+            raise InputError("pass a torch.optim.Optimizer; the schedule follows its steps")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise InputError(f"steps={steps!r} must be a whole number, at least 1")
         for name, share in (("warmup", warmup), ("freeze", freeze)):

@@ -1,4 +1,4 @@
-"""What to quantize and how: ``"w4a4"``, ``"nvfp4"``, or the full form, checked before any work starts.
+"""Quantization specs: ``"w4a4"``, ``"nvfp4"``, or the full form, checked before any work starts.
 
 A spec names a format, a granularity and an observer for three groups of sites:
 

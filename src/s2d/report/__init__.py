@@ -1,4 +1,4 @@
-"""Results that people look at: audits and runs, as plain JSON, become one HTML page that opens offline from disk.
+"""The report: audits and runs, as plain JSON, become one HTML page that opens offline from disk.
 
 Nothing here imports torch or another room; a page can be written wherever the JSON can be read.
 

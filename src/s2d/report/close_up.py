@@ -1,4 +1,4 @@
-"""One weight up close: its measures in words and numbers, and what its pictures are drawn from."""
+"""The details of one weight: its measures in words and numbers, and the data of its charts."""
 
 from __future__ import annotations
 

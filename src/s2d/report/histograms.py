@@ -1,4 +1,4 @@
-"""The picture that explains the idea: a distribution of activations with the 4-bit grid drawn over it.
+"""Histograms: a distribution of activations, and the levels of a 4-bit quantizer over it.
 
 A uniform quantizer spends its levels evenly between the smallest and the largest value. One outlier stretches that
 grid, and nearly everything else falls on one or two levels. The values of neighbouring levels are filled in two

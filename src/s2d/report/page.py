@@ -1,4 +1,4 @@
-"""From results to one HTML page: gathers the parts, fills the template, writes the file whole or not at all."""
+"""From results to one HTML page: gathers the parts, fills the template, writes the file atomically."""
 
 from __future__ import annotations
 

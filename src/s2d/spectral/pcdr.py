@@ -1,4 +1,4 @@
-"""Dominance: how much of a weight's outlier activations its leading components make.
+"""PCDR: the share of a weight's outlier activations that its leading components make.
 
 The principal component dominance ratio of a weight ``W`` with singular triplets ``(sigma_r, u_r, v_r)`` over its
 outputs ``A_ij = sum_r sigma_r u_ri (v_r . x_j)`` is, from "Selective Spectral Decay" (arXiv 2602.14432),

@@ -1,4 +1,4 @@
-"""Block subspace iteration: what is done with a weight, or with the part of it that this rank holds.
+"""Block subspace iteration on a weight, or on the part of it that this rank holds.
 
 A weight is read by one function, `power_steps`, as two products with a few vectors; everything else here is small
 and dense. A sharded weight (see `s2d.distributed.sharding`) adds a sum over ranks of these two products.

@@ -1,4 +1,4 @@
-"""What a running model shows: what a target reads, makes and adds, as rows of the target, and masks of padding."""
+"""The calls of a target in a forward pass: its input, output and bias as rows, and the padding mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets: the weights of a model that s2d looks at and acts on.
+"""Targets: the weights of a model that s2d measures and changes.
 
 A target is a weight, not a module: a parameter, or the rows of one. Checkpoints disagree about how attention is stored
 (one fused ``[3D, D]`` Linear, a bare ``in_proj_weight``, three separate projections) and a patch embedding is a

@@ -1,4 +1,4 @@
-"""What a task is: data as batches, a loss, a metric; and the register of tasks.
+"""The contract of a task: data as batches, a loss, a metric; and the registry of tasks.
 
 A task is one file in this folder whose class is decorated with `register`; every module of the folder is imported when
 tasks are first asked for, so adding the file is all there is to do.

@@ -1,4 +1,4 @@
-"""The one judge: every model of s2d, plain, conditioned or quantized, is scored here and nowhere else."""
+"""Evaluation: the only place where models, plain, conditioned or quantized, are scored."""
 
 from __future__ import annotations
 

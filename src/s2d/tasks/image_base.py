@@ -1,4 +1,4 @@
-"""What tasks on labelled images share: the data, their batches, accuracy, and what is said about images left out."""
+"""What tasks on labelled images share: the data, their batches, accuracy, and notes about images left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model as it was published, as a teacher: which one it is, and how far another is from it.
+"""The published model as the teacher: which model it is, and the distance of another from it.
 
 Sources: knowledge distillation (arXiv 1503.02531) at temperature 1, on the distributions of tokens or classes; for
 encoders the teacher's embedding and its last features, as in MiniLM-style and sentence-embedding distillation (arXiv
@@ -28,10 +28,10 @@ _CHUNK = 256
 
 
 def find_original(loaded: Loaded, original: str, reads: Callable[[Loaded], object], called: str) -> Loaded:
-    """The model that teaches another.
+    """The teacher of another model.
 
     Args:
-        loaded: The one that is taught, or compared.
+        loaded: The student, or the model to compare.
         original: What was named, as `s2d.load` takes it; empty for the model that the loaded one was made from, where
             its folder says so, else for the loaded model itself.
         reads: How a model reads its data, such as its vocabulary: equal for both, or there is nothing to compare.

@@ -1,4 +1,4 @@
-"""Conditioning without labels: any pile of text, and the model as it was published as the teacher.
+"""Conditioning without labels: texts, and the published model as the teacher.
 
 What is held near the original, and after whom: `s2d.tasks.teacher`.
 """

@@ -1,4 +1,4 @@
-"""Conditioning block by block, for models that do not fit twice: each block is taught by what it was itself.
+"""Conditioning block by block, for models that do not fit twice: the teacher of each block is the original block.
 
 Reconstruction of one block after the other is how quantizers calibrate large models (BRECQ, arXiv 2102.05426); here the
 block is trained while the decay works on it, and nothing is quantized. For the blocks in the order in which they run

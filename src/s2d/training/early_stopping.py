@@ -1,4 +1,4 @@
-"""Early stopping: a measure of held-out data now and then, and an end to a training that only moves away from it."""
+"""Early stopping: held-out data are scored at intervals, and training ends when the score no longer improves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Holding a model near where it started while it is fine-tuned: the frozen original teaches along with the task.
+"""Distillation beside the task's loss: the frozen original is the teacher, and the model stays near it.
 
 A few contrastive or class labels say little about what the decay disturbs; the original's own features, token by
 token, say it at every step. The distance is that of `s2d.quant.distillation` (GPLQ, arXiv 2506.11784), in shares

@@ -1,4 +1,4 @@
-"""Which steps of a training are not taken: those whose loss or gradient is no number, and, when asked for, spikes.
+"""Optimizer-step guard: skips steps whose loss or gradient is not finite, and, when asked for, spikes.
 
 One bad batch would otherwise end a run of days, or, taken, ruin its weights. What is skipped is told and counted; too
 many in a row are a training that diverged, and end it.

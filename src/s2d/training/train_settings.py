@@ -1,4 +1,4 @@
-"""What a training takes and gives: its settings, those who ride along, its outcome."""
+"""What a training takes and returns: settings, companions (teacher, trained quantizers), outcome."""
 
 from __future__ import annotations
 

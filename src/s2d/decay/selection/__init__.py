@@ -1,4 +1,4 @@
-"""Selection: which components of a model's weights make the outliers that low-bit grids cannot hold.
+"""Selection: which components of a model's weights make outliers.
 
 Three metrics answer the question "component of what?". They see the same forward passes and give the same kind of
 answer, `Components`, which `s2d.decay` then shrinks.

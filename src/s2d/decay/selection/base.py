@@ -1,4 +1,4 @@
-"""What every metric of selection has in common: components, findings, the contract, and the choice of channels.
+"""Shared by all selection metrics: components, findings, the contract, and the choice of channels.
 
 Shapes: N tokens, D channels, O outputs, I inputs, K components, E outlier entries.
 """
@@ -159,7 +159,7 @@ class Metric:
         return found
 
     def _gate(self, name: str) -> float:
-        """The outlier ratio from which a weight is judged; lower while it is tracked."""
+        """The outlier ratio above which a weight is treated; lower while it is tracked."""
         return self.outlier_ratio * (RELEASE if self.track and name in self.selected else 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Coordinate components where quantizers sit, shrunk in the weights that write them.
+"""The default metric: outlier channels at quantization sites, shrunk in the weights that write them.
 
 Shapes: N tokens, D channels.
 """

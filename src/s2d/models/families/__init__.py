@@ -1,1 +1,1 @@
-"""One file per model family: what its blocks, norms and projections are called."""
+"""One file per model family: the names of its blocks, norms and projections."""

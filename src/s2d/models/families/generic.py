@@ -1,4 +1,4 @@
-"""The family of last resort: common names of transformer parts, for models that no other family knows.
+"""The fallback family: common names of transformer parts, for models that no other family knows.
 
 What it does not recognise has no role and is never guessed at; users of roles must say what they leave out.
 """

@@ -1,4 +1,4 @@
-"""What methods share that correct weights from their inputs: GPTQ, ERQ, and in part AdaRound.
+"""Shared by the methods that correct weights from their inputs: GPTQ, ERQ, and in part AdaRound.
 
 Which layers can be corrected at all, what happens to the others (rounded to nearest, and said), how the final weight is
 written, and damping that grows until a system can be factored.

@@ -1,4 +1,4 @@
-"""Showing calibration data to a model: batches, padding masks, and observers on every static activation site."""
+"""Observation: calibration batches through a model, with padding masks and observers at static activation sites."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights to round and what they are multiplied with: the layers of a block in the order in which they run.
+"""The weights of a block to round, and their inputs, in the order in which the layers run.
 
 Layers that read the same input (q, k and v projections) form a group, so that what is computed of an input is computed
 once. A fused projection of ``nn.MultiheadAttention`` is a layer; called with query, key and value that differ, it reads

@@ -1,4 +1,4 @@
-"""What the channels of a layer's input look like, and the check that a transform kept the full-precision function."""
+"""Transforms: statistics of a layer's input channels, and the check that the full-precision function is kept."""
 
 from __future__ import annotations
 

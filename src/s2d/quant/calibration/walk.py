@@ -1,4 +1,4 @@
-"""Going through a model block by block, with the blocks before already quantized; memory is bounded by one block.
+"""Block-by-block calibration: the blocks before are already quantized; memory is bounded by one block.
 
 The inputs of the first block are caught in one pass over the data. From there on a block's outputs are the next block's
 inputs, wherever the model passes them on untouched; whether it does is read off the first batch. Where it does not (the

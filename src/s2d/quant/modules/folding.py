@@ -1,4 +1,4 @@
-"""What can be moved from one weight into the next without changing what a model computes.
+"""Folding: scales and rotations moved from one weight into the next without changing the model's function.
 
 Three exact moves, found from the roles that a model's family gives its parts:
 

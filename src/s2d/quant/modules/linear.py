@@ -1,4 +1,4 @@
-"""How a quantizer gets into a module: the module's class is swapped for a subclass of it, and swapped back.
+"""Quantized modules: a module's class is swapped for a quantizing subclass, and swapped back.
 
 The module object, its parameters, hooks, names and state-dict keys stay what they were; the quantizers' own buffers are
 added below it. `isinstance` checks hold, and so do checks of the class name. Copies and pickles work.

@@ -1,4 +1,4 @@
-"""Work that a method adds to a model's forward where no weight can take it in.
+"""Online operations: what a method adds to a model's forward where it cannot be folded into a weight.
 
     OnlineLinear    y = Q(W) Q(t(x)) + U D t(x) + b,    t(x) = (x H) / s
 

@@ -1,4 +1,4 @@
-"""What a quantized model knows about itself: how it was quantized."""
+"""The record in a quantized model: how it was quantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantizers for what softmax and GELU put out: log-sqrt2, and two uniform ranges that share one code (twin).
+"""Quantizers for the outputs of softmax and GELU: log-sqrt2, and two uniform ranges that share one code (twin).
 
 Log-sqrt2 (RepQ-ViT, arXiv 2212.08254, section 3.3), for x in [0, scale]:
 

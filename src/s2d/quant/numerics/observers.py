@@ -1,4 +1,4 @@
-"""Where to put the range: min-max, percentile, the best of a few percentiles, or the range of least squared error.
+"""Observers: a range by min-max, percentile, the best of a few percentiles, or the range of least squared error.
 
 Activation observers stream: they see a batch, keep a summary of fixed size, and forget the batch. Percentile and MSE
 keep one counter for every bfloat16 value (65,536 counters, 512 KB a site while calibrating): the whole distribution at

@@ -37,7 +37,7 @@ class Oscillations:
     _TENSORS = ("codes", "average", "direction", "frequency", "frozen")
 
     def __init__(self, codes: Tensor) -> None:
-        """Start watching at these codes."""
+        """Begin with these codes."""
         self.codes = codes.clone()
         self.average = codes.clone()
         self.direction = torch.zeros_like(codes, dtype=torch.int8)
