@@ -12,16 +12,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.io.files import JSON
 from s2d.models.hub import offline
 from s2d.models.packages import WEIGHT_SUFFIXES, suggestions
 from s2d.models.quiet import no_garbage_collection, quiet
 from s2d.models.saved import (
+    CONFIG_NAME,
     check_safetensors,
     explain_unpickling,
     own_tokenizer,
     read_json,
     read_weights,
     refuse_foreign_code,
+    register_architecture,
 )
 from s2d.optional import require
 
@@ -268,3 +271,36 @@ def _version() -> str:
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+_ATTENTION = ("eager", "sdpa")  # they differ in the last bits
+
+
+def _describe_transformers(model: Any) -> JSON:
+    kwargs = {}
+    if getattr(model, "pooler", True) is None:
+        kwargs["add_pooling_layer"] = False
+    found = {"class": type(model).__name__, "config": model.config.to_dict(), "arguments": kwargs}
+    attention = getattr(model.config, "_attn_implementation", None)
+    return {**found, "attention": attention} if attention in _ATTENTION else found
+
+
+def _rebuild_transformers(description: JSON) -> nn.Module:
+    transformers = require("transformers", "hf")
+    model_class = getattr(transformers, description["class"], None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise InputError(f"this transformers ({transformers.__version__}) has no model class {description['class']!r}")
+    config = model_class.config_class.from_dict(description["config"])
+    refuse_foreign_code(config, CONFIG_NAME)
+    if description.get("attention") in _ATTENTION:
+        config._attn_implementation = description["attention"]
+    return model_class(config, **description["arguments"])
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("transformers.") and hasattr(model, "config")
+
+
+register_architecture(
+    "transformers", matches=_is_transformers, describe=_describe_transformers, rebuild=_rebuild_transformers
+)

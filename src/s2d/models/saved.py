@@ -31,7 +31,6 @@ from s2d.errors import InputError
 from s2d.io.files import parse_json, sync_folder
 from s2d.models.differences import match_types, put_buffers, tie, ties, unsaved_buffers
 from s2d.models.preprocessing import preprocessing_of
-from s2d.optional import require
 from s2d.registry import Registry
 from s2d.targets.weights import clean_name
 
@@ -416,36 +415,3 @@ def fingerprint(model: nn.Module) -> str:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] if lines else type(error).__name__
-
-
-_ATTENTION = ("eager", "sdpa")  # they differ in the last bits
-
-
-def _describe_transformers(model: Any) -> JSON:
-    kwargs = {}
-    if getattr(model, "pooler", True) is None:
-        kwargs["add_pooling_layer"] = False
-    found = {"class": type(model).__name__, "config": model.config.to_dict(), "arguments": kwargs}
-    attention = getattr(model.config, "_attn_implementation", None)
-    return {**found, "attention": attention} if attention in _ATTENTION else found
-
-
-def _rebuild_transformers(description: JSON) -> nn.Module:
-    transformers = require("transformers", "hf")
-    model_class = getattr(transformers, description["class"], None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise InputError(f"this transformers ({transformers.__version__}) has no model class {description['class']!r}")
-    config = model_class.config_class.from_dict(description["config"])
-    refuse_foreign_code(config, CONFIG_NAME)
-    if description.get("attention") in _ATTENTION:
-        config._attn_implementation = description["attention"]
-    return model_class(config, **description["arguments"])
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    return type(model).__module__.startswith("transformers.") and hasattr(model, "config")
-
-
-register_architecture(
-    "transformers", matches=_is_transformers, describe=_describe_transformers, rebuild=_rebuild_transformers
-)
