@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from s2d.models.dimensions import Digit, Dim, Dims, known, merged, reshaped, selected, size_of, sliced, unknown, whole
-from s2d.models.operations import GROUPED, LOOKUPS
+from s2d.models.dimensions import Digit, Dim, Dims, known, reshaped, selected, size_of, sliced, unknown, whole
 
 Shape = tuple[int, ...]
+_MASKS = (torch.bool, torch.uint8)
 
 
 class Axes:
@@ -128,9 +130,9 @@ def view(axes: Axes, name: str, args: Sequence[Any], x: Dims, given: Shape, out:
     shape = out.shape
     if name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "squeeze", "squeeze_copy",
                 "unsqueeze", "view_copy"):  # fmt: skip
-        if out.numel() != _product(given):
+        if out.numel() != math.prod(given):
             return tuple(unknown(n) for n in shape)
-        return _unsqueezed(x, given, shape)
+        return reshaped(x, shape)
     if name == "permute":
         return tuple(x[d] for d in args[1])
     if name == "transpose":
@@ -158,21 +160,9 @@ def view(axes: Axes, name: str, args: Sequence[Any], x: Dims, given: Shape, out:
         )
     if name == "repeat" and len(shape) == len(x):
         return tuple(
-            dim if size_of(dim) == n else (Digit(0, n // size_of(dim)), *dim)
-            for dim, n in zip(x, shape, strict=True)
+            dim if size_of(dim) == n else (Digit(0, n // size_of(dim)), *dim) for dim, n in zip(x, shape, strict=True)
         )
     return same_sizes(axes, name, x, shape)
-
-
-def _product(shape: Sequence[int]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
-
-
-def _unsqueezed(x: Dims, given: Shape, shape: Sequence[int]) -> Dims:
-    return reshaped(x, shape)
 
 
 def _cut(axes: Axes, name: str, args: Sequence[Any], x: Dims, given: Shape, shape: Sequence[int], part: int) -> Dims:
@@ -270,23 +260,3 @@ def looked_up(
     rest = [dim for d, dim in enumerate(x) if d not in {d for d, _ in used}]
     result = (*rest[:lead], *taken, *rest[lead:])
     return tuple(dim if size_of(dim) == n else unknown(n) for dim, n in zip(result, shape, strict=True))
-
-
-import torch  # noqa: E402
-
-_MASKS = (torch.bool, torch.uint8)
-__all__ = [
-    "GROUPED",
-    "LOOKUPS",
-    "Axes",
-    "attention",
-    "broadcast",
-    "convolution",
-    "joined",
-    "looked_up",
-    "matrix_product",
-    "merged",
-    "reduced",
-    "same_sizes",
-    "view",
-]

@@ -291,8 +291,10 @@ def _before_mean(graph: Graph, node: Node) -> int:
     """What a mean was taken off; the node itself if none was."""
     made = source_of(graph, node.id)
     operation = graph.nodes[made].operation
-    if operation < 0 or graph.operations[operation].name not in ("sub", "sub_") or (
-        len(graph.operations[operation].inputs) < 2
+    if (
+        operation < 0
+        or graph.operations[operation].name not in ("sub", "sub_")
+        or (len(graph.operations[operation].inputs) < 2)
     ):
         return node.id
     first, second = graph.operations[operation].inputs[:2]

@@ -6,7 +6,7 @@ Left as it was found: state dict, buffers, random state, training modes, caches'
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,8 @@ from s2d.errors import InputError, first_line
 from s2d.models import propagation
 from s2d.models.dimensions import Dims, unknown, whole
 from s2d.models.flops import flops_of
-from s2d.models.graph import Axis, Call, Graph, Mask, Node, Operation
-from s2d.models.operations import ADDED, GROUPED, Kind, kind_of
+from s2d.models.graph import Call, Graph, Node, Operation
+from s2d.models.operations import ADDED, BATCH_NORMS, GROUP_NORMS, GROUPED, Kind, kind_of
 
 Geometry = tuple[Any, ...]
 ROWS = 2
@@ -164,8 +164,10 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         for owner, name, value in reversed(set_back):
             setattr(owner, name, value)
         for module, before, kept in zip(modules, buffers, persistent, strict=True):
-            if dict(module._buffers) != before if len(module._buffers) != len(before) else any(
-                module._buffers.get(name) is not value for name, value in before.items()
+            if (
+                dict(module._buffers) != before
+                if len(module._buffers) != len(before)
+                else any(module._buffers.get(name) is not value for name, value in before.items())
             ):
                 module._buffers.clear()
                 module._buffers.update(before)
@@ -588,8 +590,11 @@ class Tracer(TorchDispatchMode):
             if node is None:
                 dims = self._dims(name, kind, args, tensors, inputs, value, part, features, calls, mask)
                 plain, rows = False, None
-                if state == "weight" and len(inputs) == 1 and inputs[0].plain and (
-                    kind == "view" and name not in ("flip", "roll", "constant_pad_nd", "pad")
+                if (
+                    state == "weight"
+                    and len(inputs) == 1
+                    and inputs[0].plain
+                    and (kind == "view" and name not in ("flip", "roll", "constant_pad_nd", "pad"))
                 ):
                     plain, rows = True, inputs[0].rows
                     if _has_storage(value):
@@ -609,9 +614,7 @@ class Tracer(TorchDispatchMode):
             made.append(node)
         numbers = _numbers(args) if kind in ("multiply", "add", "lookup") or name == "expand" else ()
         flops = flops_of(name, tensors, outs, kwargs, args)
-        operation = self._operation(
-            name, kind, tuple(n.id for n in inputs), tuple(n.id for n in made), flops, numbers
-        )
+        operation = self._operation(name, kind, tuple(n.id for n in inputs), tuple(n.id for n in made), flops, numbers)
         if kind == "unknown" and "activation" in states | {state}:
             self.unknown[(_full_name(func), operation.module)] = None
         if kind == "softmax" or mask is not None:
@@ -806,13 +809,17 @@ class Tracer(TorchDispatchMode):
             if name in ("cat", "concat", "concatenate", "hstack", "vstack"):
                 dim = args[1] if len(args) > 1 else 0
                 return propagation.joined(axes, dim, dims, [n.shape for n in inputs], shape)
-            return propagation.broadcast(axes, dims, shape) if name.startswith("masked_fill") else (
-                propagation.same_sizes(axes, name, dims[0], shape)
+            return (
+                propagation.broadcast(axes, dims, shape)
+                if name.startswith("masked_fill")
+                else (propagation.same_sizes(axes, name, dims[0], shape))
             )
         if kind in ("reduction", "statistic"):
             return propagation.reduced(axes, name, args, dims[0], shape)
         if kind == "norm":
-            return self._gained(dims[0], shape, features) if part == 0 else _all_unknown(shape)
+            if part:
+                return _all_unknown(shape)
+            return self._gained(dims[0], shape, features, 1 if name in BATCH_NORMS | GROUP_NORMS else -1)
         if kind in ("multiply", "add", "homogeneous", "activation", "routing"):
             if first.shape != shape and len(first.shape) == len(shape) and len(inputs) == 1:
                 return propagation.same_sizes(axes, name, dims[0], shape)
@@ -820,9 +827,13 @@ class Tracer(TorchDispatchMode):
             return self._gained(made, shape, features) if features and kind == "multiply" else made
         return propagation.same_sizes(axes, name, dims[0], shape)
 
-    def _gained(self, dims: Dims, shape: tuple[int, ...], features: int) -> Dims:
-        """After a gain the last dimension counts the gain's channels."""
-        return (*dims[:-1], whole(features, shape[-1])) if features and shape else dims
+    def _gained(self, dims: Dims, shape: tuple[int, ...], features: int, channels: int = -1) -> Dims:
+        """After a gain the channels are the gain's."""
+        if not features or len(shape) < 2 or len(dims) != len(shape):
+            return dims
+        made = list(dims)
+        made[channels] = whole(features, shape[channels])
+        return tuple(made)
 
     def _see_padding(self, name: str, outs: list[Tensor], made: list[Node], mask: Tensor | None) -> None:
         """Which value of a mask marks padding: the one at the tokens that no query looks at."""
@@ -934,7 +945,3 @@ def _spread(values: Any, kernel: Any) -> list[int]:
 
 def _all_unknown(shape: tuple[int, ...]) -> Dims:
     return tuple(unknown(n) for n in shape)
-
-
-Maker = Callable[[Tracer], Graph]
-__all__ = ["Axis", "Mask", "Tracer", "trace", "unwrapped"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
-from s2d.models.graph import Call, Exactness, Graph, Node, Operation, Reader, Rows, Writer, rows_read
+from s2d.models.graph import Call, Exactness, Graph, Node, Operation, Reader, Writer, rows_read
 
 _ORDER: dict[Exactness, int] = {"exact": 0, "near": 1, "none": 2}
 _WRITES = frozenset(("product", "convolution", "embedding", "lookup", "gain"))
@@ -31,19 +32,16 @@ def weaker(a: Exactness, b: Exactness) -> Exactness:
 
 def writers_of(graph: Graph, start: int) -> list[Writer]:
     """The calls that write the channels of a node, the nearest first; see `Writer`."""
-    found: dict[tuple[int, str, str, tuple[int, int] | None], tuple[Writer, set[tuple[tuple[int, int], ...]]]] = {}
-    seen: set[tuple[int, Exactness, tuple[tuple[int, int], ...]]] = set()
-    # node, how exact so far, operations passed, node after the last fork, factors taken of products of activations
-    todo: list[tuple[int, Exactness, tuple[str, ...], int, tuple[tuple[int, int], ...]]] = [
-        (start, "exact", (), start, ())
-    ]
-    for _ in range(_MOST_STEPS):
-        if not todo:
-            break
-        number, how, path, since, factors = todo.pop(0)
-        if (number, how, factors) in seen:
+    found: dict[tuple[int, str, str, tuple[int, int] | None], Writer] = {}
+    seen: set[tuple[int, Exactness, int]] = set()
+    # node, how exact so far, operations passed, node after the last fork (whose channels the reader has)
+    todo: deque[tuple[int, Exactness, tuple[str, ...], int]] = deque([(start, "exact", (), start)])
+    while todo and len(seen) < _MOST_STEPS:
+        number, how, path, since = todo.popleft()
+        key = (number, how, since if how != "none" else -1)
+        if key in seen:
             continue
-        seen.add((number, how, factors))
+        seen.add(key)
         node = graph.nodes[number]
         if node.operation < 0 or node.state != "activation":
             continue
@@ -53,98 +51,113 @@ def writers_of(graph: Graph, start: int) -> list[Writer]:
             if call.output != number:
                 continue
             wrote = call.kind in _WRITES
-            if wrote or call.kind in ("bias", "inserted") and operation.kind != "product":
-                rows = rows_read(graph, since, call) if wrote else None
-                _note(found, graph, Writer(call, how, path, rows), factors)
+            if wrote or (call.kind in ("bias", "inserted") and operation.kind != "product"):
+                _note(found, Writer(call, how, path, rows_read(graph, since, call) if wrote else None))
             stops |= wrote
         if stops:
             continue
-        for back, exact, fork, factor in _steps(graph, operation, node, since):
-            reached = weaker(how, exact)
-            taken = () if reached == "none" else factors if factor is None else (*factors, factor)
-            step = (*path, operation.name) if operation.kind != "view" else path
-            todo.append((back, reached, step, back if fork else since, taken))
-    return [writer for writer, _ in found.values()]
+        step = (*path, operation.name) if operation.kind != "view" else path
+        for back, exact, fork in _steps(graph, operation, node, since):
+            todo.append((back, weaker(how, exact), step, back if fork else since))
+    return list(found.values())
 
 
-def _note(
-    found: dict[tuple[int, str, str, tuple[int, int] | None], tuple[Writer, set[tuple[tuple[int, int], ...]]]],
-    graph: Graph,
-    writer: Writer,
-    factors: tuple[tuple[int, int], ...],
-) -> None:
-    """Keep a writer once; one that is both factors of a product (x sigmoid(x)) is near at best."""
+def _note(found: dict[tuple[int, str, str, tuple[int, int] | None], Writer], writer: Writer) -> None:
+    """Keep a writer once for the channels that it writes, as the least exact of the ways to it."""
     call, rows = writer.call, writer.rows
     key = (call.operation, call.kind, call.parameter, None if rows is None else (rows.offset, len(rows.digits)))
-    if key not in found:
-        found[key] = (writer, {factors})
-        return
-    known, ways = found[key]
-    how = weaker(known.exactness, writer.exactness)
-    forks = {fork for way in ways for fork, _ in way} & {fork for fork, _ in factors}
-    if any(dict(way).get(fork) != dict(factors).get(fork) for way in ways for fork in forks):
-        how = weaker(how, "near")
-    ways.add(factors)
-    found[key] = (Writer(known.call, how, known.path, known.rows), ways)
+    known = found.get(key)
+    if known is None or weaker(known.exactness, writer.exactness) != known.exactness:
+        found[key] = writer
 
 
-def _steps(
-    graph: Graph, operation: Operation, node: Node, since: int
-) -> Iterator[tuple[int, Exactness, bool, tuple[int, int] | None]]:
-    """One step back: the node, how exactly a scale passes, whether the way forks, the factor of a product taken."""
+_SAME_CHANNELS = frozenset("alias detach lift_fresh lift clone _to_copy contiguous view _unsafe_view dropout "
+                           "native_dropout".split())  # fmt: skip
+
+
+def roots(graph: Graph, number: int) -> frozenset[int]:
+    """The values that a node is a function of, channel by channel: what comes before its elementwise operations."""
+    out: set[int] = set()
+    todo, seen = [number], {number}
+    for _ in range(_STATISTIC_STEPS * 4):
+        if not todo:
+            return frozenset(out)
+        current = todo.pop()
+        node = graph.nodes[current]
+        operation = graph.operations[node.operation] if node.operation >= 0 else None
+        through = (
+            operation is not None
+            and not graph.at(operation.index)
+            and (
+                operation.kind in ("activation", "multiply", "add", "homogeneous")
+                or (operation.kind == "view" and operation.name in _SAME_CHANNELS)
+            )
+        )
+        if not through or operation is None:
+            out.add(current)
+            continue
+        for one in activations(graph, operation):
+            if one.id not in seen:
+                seen.add(one.id)
+                todo.append(one.id)
+    return frozenset((*out, *todo))
+
+
+def _steps(graph: Graph, operation: Operation, node: Node, since: int) -> Iterator[tuple[int, Exactness, bool]]:
+    """One step back: the node, how exactly a scale passes, and whether the way forks."""
     kind, inputs = operation.kind, operation.inputs
     live = activations(graph, operation)
+    if kind in ("multiply", "add") and len(live) > 1:
+        one = roots(graph, live[0].id)
+        if len(one) == 1 and all(roots(graph, other.id) == one for other in live[1:]):
+            yield next(iter(one)), "near", False  # an activation function in several operations
+            return
     if kind == "view":
-        yield inputs[0], "exact", False, None
-    elif kind in ("activation", "softmax"):
-        if kind == "activation" and len(live) == 1:
-            yield live[0].id, "near", False, None
+        yield inputs[0], "exact", False
+    elif kind == "activation":
+        if len(live) == 1:
+            yield live[0].id, "near", False
     elif kind == "homogeneous":
-        for one in live:
-            yield one.id, "exact" if len(live) == 1 else "none", len(live) > 1, None
+        for each in live:
+            yield each.id, "exact" if len(live) == 1 else "none", len(live) > 1
     elif kind == "multiply":
         yield from _factors(graph, operation, node, live)
     elif kind == "add":
         others = any(graph.nodes[i].state == "constant" and graph.nodes[i].shape for i in inputs)
         moved = bool(operation.arguments) and len(inputs) == 1
-        for one in live:
-            yield one.id, "none" if len(live) > 1 or others or moved else "exact", len(live) > 1, None
+        for each in live:
+            yield each.id, "none" if len(live) > 1 or others or moved else "exact", len(live) > 1
     elif kind == "attention":
-        yield inputs[2], "exact", False, None
+        yield inputs[2], "exact", False
     elif kind == "product":
         follows = _channel_operand(graph, operation, since)
         if follows is not None:
-            yield follows, "exact", False, None
+            yield follows, "exact", False
     elif kind == "reduction":
-        for one in live[:1]:
-            if node.shape and one.shape and node.shape[-1] == one.shape[-1]:
-                yield one.id, "exact", False, None
+        for each in live[:1]:
+            if node.shape and each.shape and node.shape[-1] == each.shape[-1]:
+                yield each.id, "exact", False
     elif kind == "norm":
-        yield inputs[0], "none", False, None
+        yield inputs[0], "none", False
     elif kind == "join":
-        for one in live[:1] if operation.name.startswith("masked_fill") else live:
-            yield one.id, "exact", len(live) > 1, None
+        for each in live[:1] if operation.name.startswith("masked_fill") else live:
+            yield each.id, "exact", len(live) > 1
     elif kind == "lookup" and live and node.shape and live[0].shape and node.shape[-1] == live[0].shape[-1]:
-        yield live[0].id, "exact", False, None
+        yield live[0].id, "exact", False
 
 
-def _factors(
-    graph: Graph, operation: Operation, node: Node, live: list[Node]
-) -> Iterator[tuple[int, Exactness, bool, tuple[int, int] | None]]:
-    divisor = operation.inputs[1] if operation.name.startswith(("div", "true_div")) and len(operation.inputs) > 1 else -1
-    if len(operation.inputs) == 2 and operation.inputs[0] == operation.inputs[1]:
-        yield operation.inputs[0], "near", False, None
-        return
+def _factors(graph: Graph, operation: Operation, node: Node, live: list[Node]) -> Iterator[tuple[int, Exactness, bool]]:
+    divides = operation.name.startswith(("div", "true_div")) and len(operation.inputs) > 1
     wide = node.shape[-1] if node.shape else 1
     full = [one for one in live if (one.shape[-1] if one.shape else 1) == wide]
     narrow = [one for one in live if one not in full]
-    for place, one in enumerate(full):
-        if one.id == divisor:
-            how: Exactness = "none"
-        else:
-            # What is divided by its own root mean square does not keep a scale.
-            how = "none" if any(reads(graph, other, one.id) for other in narrow) else "exact"
-        yield one.id, how, len(full) > 1, (operation.index, place) if len(full) > 1 else None
+    if len(operation.inputs) == 2 and operation.inputs[0] == operation.inputs[1]:
+        yield operation.inputs[0], "near", False
+        return
+    for one in full:
+        # What is divided by its own root mean square does not keep a scale, nor does a divisor.
+        lost = (divides and one.id == operation.inputs[1]) or any(reads(graph, other, one.id) for other in narrow)
+        yield one.id, "none" if lost else "exact", len(full) > 1
 
 
 def reads(graph: Graph, node: Node, wanted: int, steps: int = _STATISTIC_STEPS) -> bool:
@@ -218,4 +231,4 @@ def _reader(graph: Graph, operation: Operation, number: int) -> Reader:
     return Reader(operation.name, operation.kind, operation.module)
 
 
-__all__ = ["Rows", "activations", "is_number", "readers_of", "reads", "source_of", "weaker", "writers_of"]
+__all__ = ["activations", "is_number", "readers_of", "reads", "source_of", "weaker", "writers_of"]
