@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2d.models.graph import Node
 from s2d.models.dimensions import Digit, Dim, Dims, known, reshaped, selected, size_of, sliced, unknown, whole
 
 Shape = tuple[int, ...]
@@ -225,9 +226,12 @@ def reduced(axes: Axes, name: str, args: Sequence[Any], x: Dims, shape: Sequence
 
 
 def looked_up(
-    axes: Axes, name: str, args: Sequence[Any], x: Dims, shape: Sequence[int], node: Callable[[Tensor], Dims]
+    axes: Axes, name: str, args: Sequence[Any], x: Dims, shape: Sequence[int], node: Callable[[Tensor], Node]
 ) -> Dims:
-    """Rows taken by number. A list of all positions in order takes what is there, so it changes no dimension."""
+    """Rows taken by number. A constant list of all positions in order takes what is there: it changes no dimension.
+
+    One that the data made (tokens of an expert) is in order by chance only.
+    """
     if name in ("index_select", "take_along_dim", "gather"):
         return same_sizes(axes, name, x, shape)
     if name not in ("index", "_unsafe_index"):
@@ -243,7 +247,7 @@ def looked_up(
     for d, index in used:
         long = [i for i, n in enumerate(index.shape) if n > 1]
         if len(long) > 1:
-            named = node(index)
+            named = node(index).dims
             for i in long:
                 at = i + wide - index.ndim
                 if known(named[i]) and not known(taken[at]):
@@ -252,8 +256,8 @@ def looked_up(
         if len(long) == 1:
             at = long[0] + wide - index.ndim
             dim, flat = x[d], index.flatten()
-            ordered = flat.numel() == size_of(dim) and bool((flat.diff() == 1).all()) and int(flat[0]) == 0
-            if ordered:
+            fixed = node(index).state == "constant" and flat.numel() == size_of(dim)
+            if fixed and bool((flat.diff() == 1).all()) and int(flat[0]) == 0:
                 taken[at] = dim
             elif known(dim):
                 taken[at] = whole(axes.derived("index", dim), flat.numel())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -226,8 +226,7 @@ def _has_twin(graph: Graph, axis: int) -> bool:
 
 
 def _is_content(graph: Graph, node: int) -> bool:
-    return any(r.kind in ("embedding", "product", "convolution", "lookup") or (r.op in ("mm", "bmm"))
-               for r in readers_of(graph, node))  # fmt: skip
+    return any(r.kind in ("embedding", "product", "convolution") for r in readers_of(graph, node))
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------
@@ -282,8 +281,11 @@ def _normalised(graph: Graph, number: int) -> tuple[str, int] | None:
     if len(live) < 2 or not node.shape:
         return None
     for one, other in ((live[0], live[1]), (live[1], live[0])):
-        if one.shape == node.shape and other.shape[-1:] == (1,) and node.shape[-1] > 1 and reads(graph, other, one.id):
-            return ("layer", _before_mean(graph, one)) if _before_mean(graph, one) != one.id else ("rms", one.id)
+        if one.shape != node.shape or other.shape[-1:] != (1,) or node.shape[-1] == 1:
+            continue
+        before = _before_mean(graph, one)
+        if reads(graph, other, one.id) or reads(graph, other, before):
+            return ("rms", one.id) if before == one.id else ("layer", before)
     return None
 
 
@@ -317,7 +319,7 @@ def _blocks(tracer: Tracer) -> list[Blocks]:
     for container, runs in by_container.items():
         kept = [i for i in runs if any(op in work for op in range(tracer.runs[i].first, tracer.runs[i].last))]
         kinds = [_signature(tracer, tracer.runs[i]) for i in kept]
-        if any(kinds.count(kind) > 1 for kind in kinds):
+        if any(_alike(a, b) for i, a in enumerate(kinds) for b in kinds[:i]):
             sequences.append(((container,), kept))
     sequences = _interleaved(tracer, sequences)
     members = {i for _, runs in sequences for i in runs}
@@ -338,9 +340,15 @@ def _blocks(tracer: Tracer) -> list[Blocks]:
     return out
 
 
-def _signature(tracer: Tracer, run: Run) -> Any:
+def _signature(tracer: Tracer, run: Run) -> tuple[str, dict[str, tuple[int, ...]]]:
     module = tracer.by_path[run.path]
-    return type(module).__name__, tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    return type(module).__name__, {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
+def _alike(a: tuple[str, dict[str, tuple[int, ...]]], b: tuple[str, dict[str, tuple[int, ...]]]) -> bool:
+    """Of one class, and equal in what both have: the first of them may hold a table more, or a norm less."""
+    common = a[1].keys() & b[1].keys()
+    return a[0] == b[0] and bool(common) and all(a[1][name] == b[1][name] for name in common)
 
 
 def _interleaved(

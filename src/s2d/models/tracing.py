@@ -94,12 +94,12 @@ def _two_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     """
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
     rows = len(tensors[0]) if tensors else 0
-    masks = {k: v for k, v in kwargs.items() if k.endswith("attention_mask") and isinstance(v, Tensor) and v.ndim == 2}
+    masks = {k: v for k, v in kwargs.items() if k.endswith("mask") and isinstance(v, Tensor) and v.ndim == 2}
     chosen = list(range(ROWS)) if rows >= ROWS else [0] * ROWS
     for mask in masks.values():
-        kept = mask.ne(0).sum(1)
-        if len(mask) == rows > ROWS and kept.min() < kept.max():
-            chosen = [int(kept.argmax()), int(kept.argmin())]
+        marked = mask.ne(0).sum(1)
+        if len(mask) == rows > ROWS and marked.min() < marked.max():
+            chosen = [int(marked.argmax()), int(marked.argmin())]
             break
     picked = torch.tensor(chosen)
     cut = rows > 0 and (rows != ROWS)
@@ -112,9 +112,10 @@ def _two_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     short = {k: take(v) for k, v in kwargs.items()}
     for key in masks:
         mask = short[key]
-        if mask.shape[1] > 1 and len(mask) > 1 and bool((mask == 1).all()):
-            mask[-1, -1] = 0
-            cut = True
+        if mask.shape[1] > 1 and len(mask) > 1 and bool((mask == mask[0, 0]).all()):
+            if mask.dtype == torch.bool or mask[0, 0] == 1:
+                mask[-1, -1] = ~mask[0, 0] if mask.dtype == torch.bool else 0
+                cut = True
     return tuple(take(v) for v in args), short, cut
 
 
@@ -271,6 +272,7 @@ class Tracer(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._objects: Any = WeakTensorKeyDictionary()
         self._input_values: dict[str, Tensor] = {}
+        self._input_dims: dict[str, Dims] = {}
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._told: dict[int, Any] = {}
         self._infos: dict[Any, tuple[str, Kind, bool]] = {}
@@ -343,6 +345,7 @@ class Tracer(TorchDispatchMode):
         """An input of the model; each of its dimensions is an axis."""
         self._input_values[key] = value
         dims = tuple(whole(self.axes.new("input", key, d), n) for d, n in enumerate(value.shape))
+        self._input_dims[key] = dims
         self._put(value, self._node(value, f"input:{key}", "activation", dims=dims))
 
     def tell_output(self, output: Any) -> None:
@@ -804,7 +807,7 @@ class Tracer(TorchDispatchMode):
         if kind == "view":
             return propagation.view(axes, name.removesuffix("_"), args, dims[0], first.shape, out, part)
         if kind == "lookup":
-            return propagation.looked_up(axes, name, args, dims[0], shape, lambda t: self._seen(t).dims)
+            return propagation.looked_up(axes, name, args, dims[0], shape, self._seen)
         if kind == "join":
             if name in ("cat", "concat", "concatenate", "hstack", "vstack"):
                 dim = args[1] if len(args) > 1 else 0
@@ -844,7 +847,7 @@ class Tracer(TorchDispatchMode):
         for key, value in self._input_values.items():
             if key in self.padding or value.ndim != 2 or value.numel() == 0:
                 continue
-            axes = [self.axes.find(d[0].axis) if len(d) == 1 else -1 for d in self._own_dims(key, value)]
+            axes = [self.axes.find(d[0].axis) if len(d) == 1 else -1 for d in self._input_dims[key]]
             places = [
                 i for i, dim in enumerate(node.dims)
                 if len(dim) == 1 and self.axes.find(dim[0].axis) == axes[1] and dim[0].size == value.shape[1]
@@ -863,12 +866,6 @@ class Tracer(TorchDispatchMode):
             inside, kept = value[shut].unique(), value[~shut].unique()
             if len(inside) == 1 and not bool((kept == inside[0]).any()) and len(kept) == 1:
                 self.padding[key] = float(inside[0])
-
-    def _own_dims(self, key: str, value: Tensor) -> Dims:
-        node = self._lookup(value)
-        if node is None or node.source != f"input:{key}":
-            return tuple(unknown(n) for n in value.shape)
-        return node.dims
 
 
 # -- small things ------------------------------------------------------------------------------------------------------

@@ -204,13 +204,13 @@ def _channel_operand(graph: Graph, operation: Operation, since: int) -> int | No
 
 
 def readers_of(graph: Graph, start: int) -> list[Reader]:
-    """All that reads a value, through views, casts and copies; the model's output is a reader."""
-    found: list[Reader] = []
+    """All that reads a value, through views, casts and copies, in order; the model's output is the last reader."""
+    found: list[tuple[int, Reader]] = []
     todo, seen = [start], {start}
     while todo:
         number = todo.pop(0)
         if number in graph.outputs:
-            found.append(Reader("output", "output", ""))
+            found.append((len(graph.operations), Reader("output", "output", "")))
         for operation in graph.consumers.get(number, []):
             if operation.kind == "view":
                 for out in operation.outputs:
@@ -218,8 +218,8 @@ def readers_of(graph: Graph, start: int) -> list[Reader]:
                         seen.add(out)
                         todo.append(out)
                 continue
-            found.append(_reader(graph, operation, number))
-    return found
+            found.append((operation.index, _reader(graph, operation, number)))
+    return [reader for _, reader in sorted(found, key=lambda pair: pair[0])]
 
 
 def _reader(graph: Graph, operation: Operation, number: int) -> Reader:
