@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from s2d.errors import InputError as InputError
     from s2d.export import export as export
     from s2d.export import exporters as exporters
+    from s2d.models.tracing import trace as trace
     from s2d.quant import methods as methods
     from s2d.quant import quantize as quantize
     from s2d.quant.allocate import allocate as allocate
@@ -63,6 +64,7 @@ _HOMES = {
     "task": ("s2d.tasks", "create"),
     "tasks": ("s2d.tasks", "tasks"),
     "top_singular": ("s2d.spectral.svd", "top_singular"),
+    "trace": ("s2d.models.tracing", "trace"),
     "train": ("s2d.training", "train"),
 }
 __all__ = [  # written out for type checkers; the same names as _HOMES
@@ -87,6 +89,7 @@ __all__ = [  # written out for type checkers; the same names as _HOMES
     "task",
     "tasks",
     "top_singular",
+    "trace",
     "train",
 ]
 

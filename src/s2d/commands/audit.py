@@ -41,6 +41,9 @@ def audit(
     spec: Annotated[str, typer.Option(help="Bits of the quantization error.")] = "w4a4",
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Only trace one forward: what each weight does, who writes what it reads.")
+    ] = False,
     json_file: JsonFile = None,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -61,6 +64,9 @@ def audit(
     settings: dict[str, Any] = {"include": include or "all-linear", "spec": spec, "progress": bars(quiet)}
     first = load(models[0], device=device_of(device))
     batches = audit_batches(first, data)
+    if graph:
+        _show_graph(first.model, models, batches, html, json_file, quiet)
+        return
     if len(models) == 1:
         found: Any = look(first.model, batches, name=models[0], **settings)
     else:
@@ -82,6 +88,20 @@ def audit(
             say(quiet, _LEGEND.format(error=f"{found.spec} error"))
         if html is not None:
             say(quiet, f"HTML page: {html}")
+
+
+def _show_graph(
+    model: Any, models: list[str], batches: Any, html: Path | None, json_file: Path | None, quiet: bool
+) -> None:
+    from s2d.errors import InputError
+    from s2d.models.tracing import trace
+
+    if len(models) > 1 or html is not None:
+        raise InputError("--graph shows one model as a table; give one MODEL, and --json FILE in place of --html")
+    found = trace(model, batches[0])
+    if json_file is not None:
+        save_json(json_file, found.to_json())
+    say(quiet, str(found))
 
 
 def _chain(first: tuple[str, Any], rest: Any) -> Any:

@@ -1,0 +1,607 @@
+"""A model known once: what every weight does, who writes what it reads, where attention, norms and blocks are.
+
+`trace(model, batch)` runs one forward of two rows and returns a `Graph`, which is data: it prints, compares and saves.
+Nothing in it comes from names of classes or attributes, or from correlations: it is what the operations did.
+
+    graph.calls_of("encoder.0.fc1.weight")   every use of a weight, in order
+    graph.writers(call)                      the weights that write what a call reads, and how well a scale moves there
+    graph.attentions, graph.norms            products, heads, masks; gains with all their readers
+    graph.blocks                             repeated blocks: nested, shared, interleaved
+    graph.tokens(call), graph.mask_of(call, batch)
+    graph.unused, graph.unseen, graph.unknown    what read no weight, what did not run, what nobody understands
+
+A graph belongs to a structure (`Graph.fingerprint`): tying weights, LoRA or a new branch make it stale. What does not
+run in the traced batch (a routed expert, a dropped layer) is in `unseen`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from s2d.errors import InputError
+from s2d.models.dimensions import Digit, Dims, positions
+
+Exactness = Literal["exact", "near", "none"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a dimension counts: rows or tokens of an input, output channels of a call ("features"), or derived ones.
+
+    Attributes:
+        kind: ``"input"``, ``"features"``, ``"derived"``, or empty for axis 0: nothing known.
+        name: The batch's key, the parameter that makes the channels, or the operation that changed the positions.
+        dimension: Which dimension of the input.
+        source: The axis that a derived one was made from.
+        same_as: The first of the axes that are one with this: a mask's tokens are the tokens that it masks.
+    """
+
+    kind: str
+    name: str
+    dimension: int
+    source: int
+    same_as: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """One value of a tensor: a view of it, or the tensor after an in-place operation, is another one.
+
+    Attributes:
+        shape: Its shape in the traced batch.
+        dims: What its dimensions count.
+        operation: The number of the operation that made it; -1 for one that was there before.
+        source: ``"input:KEY"``, ``"parameter"``, ``"buffer:NAME"``, ``"constant"``, ``"outside"`` (torch did not see
+            where it came from), or ``"operation"``.
+        state: ``"weight"`` for a function of parameters alone, ``"constant"``, or ``"activation"``.
+        parameters: For a weight the parameters that it is a function of, by number.
+        rows: For a plain view of one parameter, which of its rows; for one of three dimensions its experts.
+        plain: It is a view, a transposition or a cast of one parameter, not another function of it.
+    """
+
+    id: int
+    shape: Shape
+    dtype: str
+    dims: Dims
+    operation: int
+    source: str
+    state: str
+    parameters: tuple[int, ...] = ()
+    rows: tuple[int, int] | None = None
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: its kind from `s2d.models.operations`, the module that ran it, what it read and made."""
+
+    index: int
+    name: str
+    kind: str
+    module: str
+    run: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    flops: int = 0
+    arguments: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a weight by one operation.
+
+    ``(id, kind)`` is unique: an operation that reads a weight and its bias makes two calls.
+
+    Attributes:
+        module: Path of the innermost module that ran: where a quantizer would be put.
+        ordinal: Which operation with weights in this module, counted over all its executions.
+        run: Which execution of the module.
+        kind: ``"product"``, ``"convolution"``, ``"embedding"``, ``"lookup"`` (rows of a table by number), ``"gain"``,
+            ``"bias"``, ``"inserted"`` (a token), ``"elementwise"``, ``"operand"`` (of an attention, say), ``"function"``
+            (with other parameters alone: a merged LoRA), or ``"unknown"``.
+        op: The operation, e.g. ``"addmm"``.
+        parameters: All tied names of the parameter.
+        rows: The part of it that is read: ``(start, stop)`` of its first dimension; None for all.
+        experts: For a parameter with three dimensions which matrices took part; empty for any other.
+        plain: The operand is the parameter or a view of it; False for a function (1 + w, weight norm, LoRA).
+        applied: For a gain: ``"w"``, or ``"1+w"`` (scaling moves to w + 1), or ``"other"``.
+        input: Node that is read beside the weight; None if there is none.
+        output: Node that is made.
+        side: Whether the weight is the ``"left"`` or the ``"right"`` factor of a product.
+    """
+
+    module: str
+    ordinal: int
+    run: int
+    kind: str
+    op: str
+    parameters: tuple[str, ...]
+    rows: tuple[int, int] | None
+    experts: tuple[int, ...]
+    plain: bool
+    applied: str
+    input: int | None
+    output: int
+    input_shape: Shape
+    output_shape: Shape
+    module_class: str
+    operation: int
+    features: int
+    side: str = "right"
+    flops: int = 0
+
+    @property
+    def id(self) -> tuple[str, int]:
+        """``(module path, ordinal)``."""
+        return self.module, self.ordinal
+
+    @property
+    def parameter(self) -> str:
+        """The first name of the parameter."""
+        return self.parameters[0]
+
+    def __str__(self) -> str:
+        """``kind parameter[rows]``."""
+        part = f"[{self.rows[0]}:{self.rows[1]}]" if self.rows else ""
+        part += f"[experts {', '.join(map(str, self.experts))}]" if self.experts else ""
+        return f"{self.kind} {self.parameter}{part}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Output channels of a call: ``offset`` plus every sum of ``digit * stride``."""
+
+    offset: int
+    digits: tuple[tuple[int, int], ...]
+
+    def indices(self) -> list[int]:
+        """The channels, in the order in which the reader has them."""
+        out = [self.offset]
+        for size, stride in self.digits:
+            out = [base + i * stride for base in out for i in range(size)]
+        return out
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """``(start, stop)`` if they are neighbours, else None."""
+        found = sorted(set(self.indices()))
+        return (found[0], found[-1] + 1) if found[-1] - found[0] + 1 == len(found) else None
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A call that writes what another call reads.
+
+    Attributes:
+        call: The one that writes.
+        exactness: Whether a scale of a channel may be moved from what is read into its rows: ``"exact"`` (gain of a
+            norm, values of an attention, the linear factor of a gate, ReLU), ``"near"`` (through GELU), ``"none"``.
+        path: Names of the operations between the two, from the reader back.
+        rows: Which of its output channels are read; None for all, or where they cannot be followed.
+    """
+
+    call: Call
+    exactness: Exactness
+    path: tuple[str, ...]
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One softmax attention: its operands are nodes, its products operations.
+
+    Attributes:
+        module: Innermost module that ran the products.
+        form: ``"fused"`` or ``"math"``.
+        q, k, v: Nodes that are multiplied.
+        probabilities: Node of the attention's weights; None in the fused form.
+        scores, context: Operations of ``q k^T`` and ``probabilities v`` (one in the fused form).
+        heads: Heads of the queries.
+        q_calls, k_calls, v_calls: What writes the operands, through norms and rotary embeddings.
+        mask: Node that is added to the scores or given as mask; None if there is none.
+        mask_inputs: Keys of the batch that the mask is made from.
+    """
+
+    module: str
+    form: str
+    q: int
+    k: int
+    v: int
+    probabilities: int | None
+    scores: int
+    context: int
+    heads: int
+    head_dim: int
+    q_calls: tuple[Writer, ...]
+    k_calls: tuple[Writer, ...]
+    v_calls: tuple[Writer, ...]
+    mask: int | None
+    mask_inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads a value: a call, or another operation (an unknown one, a residual sum, the model's output)."""
+
+    op: str
+    kind: str
+    module: str
+    call: Call | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One use of a normalisation.
+
+    Attributes:
+        module: Innermost module that ran it.
+        kind: ``"layer"``, ``"rms"``, ``"batch"`` or ``"group"``.
+        gain: Names of its gain; empty if it has none.
+        bias: Names of its bias; empty if it has none.
+        applied: ``"w"`` or ``"1+w"``; empty without a gain.
+        output: Node after gain and bias.
+        readers: Everything that reads it, unknown readers too.
+    """
+
+    module: str
+    kind: str
+    gain: tuple[str, ...]
+    bias: tuple[str, ...]
+    applied: str
+    input: int
+    output: int
+    readers: tuple[Reader, ...]
+
+    @property
+    def foldable(self) -> bool:
+        """Whether every reader is a product with a weight, so that the gain can move into them."""
+        return bool(self.readers) and all(r.call is not None and r.kind == "product" for r in self.readers)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks that repeat, in the order in which they ran.
+
+    Attributes:
+        containers: Path of the list that holds them; several if their blocks take turns.
+        members: ``(module path, execution)`` of each block; a shared block comes once for each execution.
+        inside: The block of an outer sequence that this one is a part of; empty on top.
+        shared: A member runs more than once.
+    """
+
+    containers: tuple[str, ...]
+    members: tuple[tuple[str, int], ...]
+    inside: str
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Mask:
+    """An input that says which tokens are padding.
+
+    Attributes:
+        key: Its key in the batch (the position as text, for a batch that is a tuple).
+        axes: What its dimensions count.
+        padding: The value that marks padding, seen in the attention's weights: 0, 1 (``key_padding_mask``) or -inf;
+            None if the traced batch showed none.
+    """
+
+    key: str
+    axes: tuple[int, ...]
+    padding: float | None
+
+    def keeps(self, mask: Tensor) -> Tensor:
+        """Where a mask of this kind keeps a token: bool, the shape of ``mask``."""
+        padding = self.padding if self.padding is not None else 0.0
+        if mask.dtype == torch.bool:
+            return mask if padding == 0 else ~mask
+        return mask > padding if padding < -1e3 else mask != padding
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which dimensions of a call's input are tokens.
+
+    Attributes:
+        dims: Dimensions of the input that count rows or tokens of the model's inputs, all others are channels.
+        axes: For each of them the axes that it counts; more than one after a merge, parts of one in windows.
+        inputs: Keys of the batch that they come from.
+        routed: Rows were picked by number (experts): no mask of the batch has their shape.
+    """
+
+    dims: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
+    inputs: tuple[str, ...]
+    routed: bool
+
+
+@dataclass
+class Graph:
+    """What a traced forward did; see `trace`."""
+
+    model_class: str
+    names: list[tuple[str, ...]]
+    shapes: list[Shape]
+    axes: list[Axis]
+    nodes: list[Node]
+    operations: list[Operation]
+    calls: list[Call]
+    outputs: tuple[int, ...]
+    unused: tuple[str, ...]
+    unseen: tuple[str, ...]
+    unknown: tuple[tuple[str, str], ...]
+    masks: tuple[Mask, ...] = ()
+    attentions: list[Attention] = field(default_factory=list)
+    norms: list[Norm] = field(default_factory=list)
+    blocks: list[Blocks] = field(default_factory=list)
+    inputs: dict[str, Shape] = field(default_factory=dict)
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Call]]:
+        found: dict[str, list[Call]] = {name: [] for names in self.names for name in names}
+        for call in self.calls:
+            for name in call.parameters:
+                found[name].append(call)
+        return found
+
+    @cached_property
+    def _by_operation(self) -> dict[int, list[Call]]:
+        found: dict[int, list[Call]] = defaultdict(list)
+        for call in self.calls:
+            found[call.operation].append(call)
+        return found
+
+    @cached_property
+    def consumers(self) -> dict[int, list[Operation]]:
+        """The operations that read each node."""
+        found: dict[int, list[Operation]] = defaultdict(list)
+        for operation in self.operations:
+            for node in dict.fromkeys(operation.inputs):
+                found[node].append(operation)
+        return found
+
+    def calls_of(self, parameter: str) -> list[Call]:
+        """Every use of a parameter, by any of its names; empty if it was not read.
+
+        Raises:
+            InputError: The model has no parameter of this name.
+        """
+        if parameter not in self._by_name:
+            raise InputError(f"the traced {self.model_class} has no parameter {parameter!r}; see graph.names")
+        return self._by_name[parameter]
+
+    def call(self, module: str, ordinal: int = 0, kind: str = "product") -> Call:
+        """The call with this id and kind.
+
+        Raises:
+            InputError: There is none.
+        """
+        for call in self.calls:
+            if call.module == module and call.ordinal == ordinal and call.kind == kind:
+                return call
+        raise InputError(f"{module!r} made no {kind} number {ordinal} in the traced forward")
+
+    def at(self, operation: int) -> list[Call]:
+        """The calls that one operation makes."""
+        return self._by_operation.get(operation, [])
+
+    @property
+    def products(self) -> list[Call]:
+        """Calls that multiply by a matrix: products and convolutions."""
+        return [call for call in self.calls if call.kind in ("product", "convolution")]
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of all products of the traced rows, counted as torch's flop counter does."""
+        return sum(operation.flops for operation in self.operations)
+
+    # -- walks ---------------------------------------------------------------------------------------------------------
+
+    def writers(self, call: Call) -> list[Writer]:
+        """The weights that write the channels that a call reads; empty if none can be told."""
+        from s2d.models.walks import writers_of
+
+        return [] if call.input is None else writers_of(self, call.input)
+
+    def readers(self, node: int) -> list[Reader]:
+        """All that reads a value, through views and casts."""
+        from s2d.models.walks import readers_of
+
+        return readers_of(self, node)
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def tokens(self, call: Call) -> Tokens:
+        """Which dimensions of a call's input count tokens."""
+        if call.input is None:
+            return Tokens((), (), (), False)
+        dims: list[int] = []
+        axes: list[tuple[int, ...]] = []
+        inputs: dict[str, None] = {}
+        routed = False
+        for position, dim in enumerate(self.nodes[call.input].dims):
+            found = tuple(digit.axis for digit in dim if self.axes[digit.axis].kind in ("input", "derived"))
+            if found:
+                dims.append(position)
+                axes.append(found)
+            for axis in found:
+                while self.axes[axis].kind == "derived":
+                    routed |= self.axes[axis].name in ("index", "index_select")
+                    axis = self.axes[axis].source
+                inputs[self.axes[axis].name] = None
+        return Tokens(tuple(dims), tuple(axes), tuple(inputs), routed)
+
+    def mask_of(self, call: Call, batch: Mapping[str, Any] | None = None) -> Mask | None:
+        """The mask of the tokens that a call reads: None if nothing masks them.
+
+        Its tokens are those of the call, in the same order, if they were not cut, moved or picked out since.
+
+        Args:
+            call: One of this graph.
+            batch: If given, only masks that it holds count.
+        """
+        if call.input is None:
+            return None
+        dims = self.nodes[call.input].dims
+        have = [
+            (self.axes[digit.axis].same_as, digit.size, digit.stride, digit.offset) for dim in dims for digit in dim
+        ]
+        for mask in self.masks:
+            if batch is not None and mask.key not in batch:
+                continue
+            wanted = [
+                (self.axes[axis].same_as, size, 1, 0)
+                for axis, size in zip(mask.axes, self.inputs[mask.key], strict=True)
+            ]
+            if wanted and all(digit in have for digit in wanted):
+                return mask
+        return None
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """A hash of the structure: names, tied names, shapes, operations and who reads what; not of the batch's size.
+
+        A model that was tied anew, got LoRA or another branch has another one.
+        """
+        structure = (
+            self.names,
+            self.shapes,
+            [(c.module, c.ordinal, c.kind, c.op, c.parameters, c.rows, c.plain, c.applied) for c in self.calls],
+        )
+        return hashlib.sha256(json.dumps(structure).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data; `from_json` reads it."""
+        return {"version": 1, "fingerprint": self.fingerprint()} | {
+            f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Graph:
+        """Read what `to_json` made.
+
+        Raises:
+            InputError: It is not a saved graph.
+        """
+        try:
+            fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        except (KeyError, TypeError) as error:
+            raise InputError(f"this is no saved graph: {error} is missing; save one with graph.to_json()") from error
+        makers: dict[str, Any] = {
+            "axes": Axis, "nodes": Node, "operations": Operation, "calls": Call, "masks": Mask,
+            "attentions": Attention, "norms": Norm, "blocks": Blocks,
+        }  # fmt: skip
+        for name, maker in makers.items():
+            fields[name] = [_made(maker, row) for row in fields[name]]
+        fields["masks"] = tuple(fields["masks"])
+        for name in ("names", "shapes"):
+            fields[name] = [tuple(row) for row in fields[name]]
+        for name in ("outputs", "unused", "unseen"):
+            fields[name] = tuple(fields[name])
+        fields["unknown"] = tuple((op, module) for op, module in fields["unknown"])
+        fields["inputs"] = {key: tuple(shape) for key, shape in fields["inputs"].items()}
+        return cls(**fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Graph) and self.to_json() == other.to_json()
+
+    def __str__(self) -> str:
+        """A table for people."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        total = self.flops or 1
+        yield (
+            f"{self.model_class}: {len(self.operations)} operations, {len(self.calls)} calls of "
+            f"{len(self.names)} parameters, {self.flops / 1e6:.1f} MFLOP for "
+            + ", ".join(f"{key} {list(shape)}" for key, shape in self.inputs.items())
+        )
+        width = max((len(str(call)) for call in self.calls), default=0)
+        for call in self.products:
+            tokens = self.tokens(call)
+            mask = self.mask_of(call)
+            written = ", ".join(f"{w.exactness} {w.call.parameter}" for w in self.writers(call)[:3])
+            yield (
+                f"  {str(call):<{width}}  {list(call.input_shape)} -> {list(call.output_shape)}"
+                f"  {100 * call.flops / total:5.1f} %"
+                + (f"  tokens of {', '.join(tokens.inputs)}" if tokens.inputs else "")
+                + (f" masked by {mask.key}" if mask else "")
+                + (f"  written by {written}" if written else "")
+            )
+        for one in self.attentions:
+            parts = [", ".join(dict.fromkeys(w.call.parameter for w in ws)) or "?"
+                     for ws in (one.q_calls, one.k_calls, one.v_calls)]  # fmt: skip
+            yield (
+                f"  attention in {one.module or 'the model'}: {one.form}, {one.heads} heads of {one.head_dim}; "
+                f"q {parts[0]}, k {parts[1]}, v {parts[2]}"
+                + (f"; mask from {', '.join(one.mask_inputs)}" if one.mask_inputs else "")
+            )
+        for norm in self.norms:
+            read = ", ".join(str(r.call) if r.call else f"{r.op} in {r.module or 'the model'}" for r in norm.readers)
+            yield f"  {norm.kind} norm {', '.join(norm.gain) or norm.module} ({norm.applied or 'no gain'}): {read}"
+        for blocks in self.blocks:
+            yield (
+                f"  blocks {', '.join(blocks.containers)}: {len(blocks.members)}"
+                + (" (shared)" if blocks.shared else "")
+                + (f", inside {blocks.inside}" if blocks.inside else "")
+            )
+        for title, rows in (
+            ("parameters that nothing read", self.unused),
+            ("did not run", self.unseen),
+            ("unknown operations", [f"{op} in {module or 'the model'}" for op, module in self.unknown]),
+        ):
+            if rows:
+                yield f"  {title}: {', '.join(rows)}"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in value) if isinstance(value, list) else value
+
+
+def _made(maker: Any, row: Mapping[str, Any]) -> Any:
+    values = {key: _tuples(value) for key, value in row.items()}
+    if maker is Node:
+        values["dims"] = tuple(tuple(Digit(*digit) for digit in dim) for dim in values["dims"])
+    if maker is Mask and isinstance(values["padding"], str):
+        values["padding"] = float(values["padding"])
+    if maker is Attention:
+        for name in ("q_calls", "k_calls", "v_calls"):
+            values[name] = tuple(_made(Writer, each) for each in row[name])
+    if maker is Norm:
+        values["readers"] = tuple(_made(Reader, each) for each in row["readers"])
+    if maker is Writer:
+        values["call"] = _made(Call, row["call"])
+        values["rows"] = None if row["rows"] is None else Rows(row["rows"]["offset"], _tuples(row["rows"]["digits"]))
+    if maker is Reader:
+        values["call"] = None if row["call"] is None else _made(Call, row["call"])
+    return maker(**values)
+
+
+def rows_read(graph: Graph, node: int, call: Call) -> Rows | None:
+    """Which output channels of a call a node holds."""
+    found = positions(graph.nodes[node].dims, call.features) if call.features else None
+    return None if found is None else Rows(*found)
