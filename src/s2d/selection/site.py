@@ -41,7 +41,6 @@ class SiteMetric(Metric):
         self._calls: list[Call] = []
         self._seen_input: Tensor | None = None
         self._searching = True
-        self._priced: dict[str, float] = {}
 
     def begin(self) -> None:
         """Forget the sums of the last refresh."""
@@ -83,11 +82,8 @@ class SiteMetric(Metric):
             self._agree()
         self._calls, self._seen_input = [], None
         findings: dict[str, Finding] = {}
-        seen = reduced(self._sums)
-        for name, sums in seen.items():
-            limit = self.outlier_ratio
-            if self.own_limits:
-                limit, self._priced[name] = site_ratio(sums, len(seen), self._priced.get(name, 0.0))
+        for name, sums in reduced(self._sums).items():
+            limit = site_ratio(sums) if self.own_limits else self.outlier_ratio
             findings[name] = coordinate_finding(sums, self._by_name[name], limit, self.selected.get(name))
         self.selected = {n: f.components for n, f in findings.items() if f.components is not None}
         return findings
@@ -101,9 +97,8 @@ class SiteMetric(Metric):
 
     def state(self) -> dict[str, Any]:
         """What a bit-exact continuation needs, beside `selected`."""
-        return {"writers": dict(self.writers), "operands": sorted(self.operands), "priced": dict(self._priced)}
+        return {"writers": dict(self.writers), "operands": sorted(self.operands)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         self.writers, self.operands = dict(state["writers"]), set(state["operands"]) | self._fused
-        self._priced = dict(state.get("priced", {}))
