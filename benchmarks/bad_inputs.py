@@ -29,6 +29,8 @@ from s2d import cli  # noqa: E402
 
 HEAD = """# Bad inputs, and what is said
 
+No data file: the script writes the page from the tests themselves.
+
 Written by `python benchmarks/bad_inputs.py` from the tests that run in every change. Their folders are shown as `...`.
 
 """

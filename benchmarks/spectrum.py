@@ -31,12 +31,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from s2d.io.provenance import run_metadata
 from s2d.spectral.svd import top_singular, top_singular_many
 from s2d.spectral.triplets import Triplets
 
@@ -444,16 +444,38 @@ def verdicts(whole: list[Record]) -> list[str]:
 
 
 def as_json(records: list[Record], seconds: float) -> str:
-    run = {
-        "command": " ".join(["benchmarks/spectrum.py", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "scipy": scipy.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "seconds": seconds,
-    }
-    return json.dumps({"run": run, "records": [asdict(r) for r in records]}, indent=1) + "\n"
+    """Every number as a record of its own, in the schema of `s2d report`; docs/tables.py makes the page of it."""
+    rivals = {(r.model, r.matrix, r.spectrum) for r in records if r.solver == "scipy svds"}
+    rows: list[dict[str, Any]] = []
+    for r in records:
+        measures = {
+            "full SVD, ms": 1e3 * r.seconds * r.speedup,
+            "ms": 1e3 * r.seconds,
+            "x full SVD": r.speedup,
+            "error": r.error,
+            "angle": r.angle,
+            "memory": r.memory,
+            "steps": r.power_steps,
+            "exact": r.fallbacks,
+        }
+        shared = {
+            "task": "leading triplets",
+            "conditioning": "none",
+            "spec": "fp32",
+            "model": r.model,
+            "matrix": r.matrix,
+            "shape": r.shape,
+            "spectrum": r.spectrum,
+            "method": r.solver,
+            "scope": "model" if r.matrix == "all" else "weight",
+            "compared": "yes" if (r.model, r.matrix, r.spectrum) in rivals else "no",
+        }
+        for metric, value in measures.items():
+            if value is not None:
+                rows.append({**shared, "metric": metric, "value": value, "higher_is_better": metric == "x full SVD"})
+    run = run_metadata(scipy=scipy.__version__, seconds=seconds)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{{"run": {json.dumps(run, indent=1)},\n"records": [\n{lines}\n]}}\n'
 
 
 def main() -> int:

@@ -1,0 +1,159 @@
+"""Write the tables of the pages in docs/results from the data beside them.
+
+    python docs/tables.py            rewrite the pages
+    python docs/tables.py --check    only say which pages would change; 1 if any would
+
+A page marks a table, whose lines are the script's, by two comments:
+
+    <!-- table: percentile.json rows=model columns=metric head="what is searched" -->
+    <!-- end -->
+
+The file holds what `s2d run --json` and the benchmarks write: an object with a list "records", each with a "value" and
+the fields that say of what. `rows` and `columns` name the fields, with commas between, that make the rows and the
+columns, in the order of the file. Records of one cell (seeds) are averaged. Further options:
+
+    FIELD=VALUE|VALUE   only records with one of these values
+    head="A, B"         titles of the row fields, in place of their names
+    names="a: A, b: B"  what to write in place of values
+    digits=2            decimals; without it three significant digits, and counts as they are
+    gain=yes            a last column with the last value less the first
+    spread=yes          the standard deviation of the averaged values behind each (n - 1)
+
+A page without such a table has a line near its top that begins with "No data file:" and says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+PAGES = Path(__file__).resolve().parent / "results"
+TABLE = re.compile(r"^<!-- table: (\S+) (.*?) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+OPTIONS = ("rows", "columns", "head", "names", "digits", "gain", "spread")
+
+Records = list[dict[str, Any]]
+
+
+class PageError(Exception):
+    """A page asks for a table that its data do not give; the message is one line."""
+
+
+def filled(text: str, folder: Path) -> str:
+    """A page with its tables made anew from the data in a folder.
+
+    Raises:
+        PageError: A file, a field or a record is missing.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        file, words, _ = found.groups()
+        try:
+            records = json.loads((folder / file).read_text(encoding="utf-8"))["records"]
+            lines = table_of(records, dict(word.split("=", 1) for word in shlex.split(words)))
+        except FileNotFoundError:
+            raise PageError(f"there is no data file {file}; write it with the command that the page names") from None
+        except (KeyError, ValueError) as error:
+            raise PageError(f"{file}: cannot make the table {words}: {error!r}") from error
+        return "\n".join([f"<!-- table: {file} {words} -->", *lines, "<!-- end -->"])
+
+    return TABLE.sub(table, text)
+
+
+def table_of(records: Records, options: dict[str, str]) -> list[str]:
+    """The lines of a Markdown table.
+
+    Raises:
+        KeyError: An option is missing, or a record has no such field.
+        ValueError: An option is malformed, or nothing is left.
+    """
+    wanted = {field: values.split("|") for field, values in options.items() if field not in OPTIONS}
+    records = [r for r in records if all(str(r[field]) in values for field, values in wanted.items())]
+    if not records:
+        raise ValueError("no record is left")
+    names = dict(part.split(": ", 1) for part in options["names"].split(", ")) if "names" in options else {}
+    row_fields, column_fields = options["rows"].split(","), options["columns"].split(",")
+    cells: dict[tuple[str, ...], dict[str, list[Any]]] = {}
+    columns: dict[str, None] = {}
+    for record in records:
+        row = tuple(called(record[field], names) for field in row_fields)
+        column = " ".join(filter(None, (called(record[field], names) for field in column_fields)))
+        columns[column] = None
+        if record["value"] is not None:
+            cells.setdefault(row, {}).setdefault(column, []).append(record["value"])
+    head = [part.strip() for part in options["head"].split(",")] if "head" in options else row_fields
+    gain = options.get("gain") == "yes"
+    lines = [lined([*head, *columns, *(["gain"] if gain else [])]), "|---" * (len(head) + len(columns) + gain) + "|"]
+    for row, values in cells.items():
+        shown = [cell(values.get(column, []), options) for column in columns]
+        if gain:
+            first, last = (values.get(column, [math.nan]) for column in (list(columns)[0], list(columns)[-1]))
+            shown.append(number(statistics.fmean(last) - statistics.fmean(first), options, "+"))
+        lines.append(lined([*row, *shown]))
+    return lines
+
+
+def called(value: Any, names: dict[str, str]) -> str:
+    """What a field's value is called in the table; a bar would end the cell."""
+    text = "" if value is None else str(value)
+    return names.get(text, text).replace("|", "\\|")
+
+
+def lined(cells: list[str]) -> str:
+    """A line of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def cell(values: list[Any], options: dict[str, str]) -> str:
+    """The mean of what was measured, and how far seeds are apart where that is asked for."""
+    if not values:
+        return ""
+    if len(values) == 1 and isinstance(values[0], int) and "digits" not in options:
+        return f"{values[0]:,}"
+    spread = options.get("spread") == "yes" and len(values) > 1
+    return number(statistics.fmean(values), options) + (
+        f" ± {number(statistics.stdev(values), options)}" if spread else ""
+    )
+
+
+def number(value: float, options: dict[str, str], sign: str = "") -> str:
+    """As many decimals as asked for, or three significant digits; thousands apart; nothing where nothing is known."""
+    if math.isnan(value):
+        return ""
+    if "digits" in options:
+        return f"{value:{sign},.{int(options['digits'])}f}"
+    if value == 0 or abs(value) >= 1e-2:
+        size = math.floor(math.log10(abs(value))) if value else 0
+        return f"{value:{sign},.{max(0, 2 - size)}f}"
+    return f"{value:{sign}.0e}"
+
+
+def main() -> int:
+    """Write or check all pages."""
+    parser = argparse.ArgumentParser(description="Write the tables of docs/results from the data beside the pages.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a page differs")
+    check = parser.parse_args().check
+    changed = []
+    for page in sorted(PAGES.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        try:
+            new = filled(text, PAGES)
+        except PageError as error:
+            print(f"{page.name}: {error}", file=sys.stderr)
+            return 1
+        if new != text:
+            changed.append(page.name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    print(f"{'differ' if check else 'written'}: {', '.join(changed) or 'none'}")
+    return int(check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

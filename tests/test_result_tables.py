@@ -1,0 +1,100 @@
+"""The tables of docs/results are those of the data beside them, and a page without data says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from s2d.report.schema import read_results
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGES = sorted((DOCS / "results").glob("*.md"))
+DATA = sorted((DOCS / "results").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", DOCS / "tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_what_the_script_writes_or_says_that_it_has_no_data(page: Path, tables: ModuleType) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert tables.filled(text, page.parent) == text, "run: python docs/tables.py"
+    if not tables.TABLE.search(text):
+        assert any(line.startswith("No data file: ") for line in text.splitlines()[:6])
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(tables.TABLE.findall(text))
+
+
+@pytest.mark.parametrize("file", DATA, ids=lambda file: file.name)
+def test_data_have_the_schema_of_the_report_and_a_page(file: Path) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert read_results(content).records
+    assert content["run"]["command"] and content["run"]["versions"]["torch"]
+    assert any(f"<!-- table: {file.name} " in page.read_text(encoding="utf-8") for page in PAGES)
+
+
+RECORDS = [
+    {"arm": arm, "spec": spec, "seed": seed, "value": value}
+    for arm, spec, seed, value in (
+        ("adamw", "fp32", 0, 90.0),
+        ("adamw", "fp32", 1, 92.0),
+        ("s2d", "fp32", 0, 90.5),
+        ("adamw", "w4a4", 0, 50.0),
+        ("s2d", "w4a4", 0, 1234.5),
+        ("s2d", "w2|a2", 0, 0.00042),
+        ("none", "fp32", 0, 1.0),
+        ("s2d", "w8a8", 0, None),
+    )
+]
+
+
+def test_a_table_averages_seeds_and_takes_differences(tables: ModuleType) -> None:
+    options = {"rows": "spec", "columns": "arm", "arm": "adamw|s2d", "gain": "yes", "head": "bits"}
+    made = tables.table_of(RECORDS, {**options, "names": "adamw: AdamW, s2d: AdamW + S2D"})
+    assert made == [
+        "| bits | AdamW | AdamW + S2D | gain |",
+        "|---|---|---|---|",
+        "| fp32 | 91.0 | 90.5 | -0.500 |",
+        "| w4a4 | 50.0 | 1,234 | +1,184 |",
+        "| w2\\|a2 |  | 4e-04 |  |",
+    ]
+    made = tables.table_of(RECORDS, {"rows": "arm", "columns": "spec", "spec": "fp32", "digits": "2", "spread": "yes"})
+    assert made[2:] == ["| adamw | 91.00 ± 1.41 |", "| s2d | 90.50 |", "| none | 1.00 |"]
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("none.json rows=spec columns=arm", "there is no data file none.json"),
+        ("data.json rows=spec", "KeyError"),
+        ("data.json rows=spec columns=method", "KeyError"),
+        ("data.json rows=spec columns=arm arm=x", "no record is left"),
+        ("data.json rows", "ValueError"),
+    ],
+)
+def test_a_marker_that_its_data_cannot_fill_is_refused(
+    marker: str, message: str, tables: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "data.json").write_text(json.dumps({"records": RECORDS}))
+    with pytest.raises(tables.PageError, match=message):
+        tables.filled(f"a\n<!-- table: {marker} -->\nold\n<!-- end -->\nb\n", tmp_path)
+
+
+def test_only_what_stands_between_the_marks_changes(tables: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps({"records": RECORDS}))
+    marker = '<!-- table: data.json rows=arm columns=spec head="an arm" spec=fp32 -->'
+    text = f"before\n\n{marker}\n| old |\n<!-- end -->\n\nafter\n"
+    new = tables.filled(text, tmp_path)
+    assert new.startswith(f"before\n\n{marker}\n| an arm | fp32 |\n") and new.endswith(
+        "| none | 1.00 |\n<!-- end -->\n\nafter\n"
+    )
+    assert tables.filled(new, tmp_path) == new
