@@ -78,6 +78,7 @@ def export_program(
         InputError: A layer has no product there; the model cannot be lowered; the comparison failed.
     """
     refuse_without_product(model)
+    widths = " and ".join(sorted({"4-bit" if each.bits <= 4 else "8-bit" for each in plain_layers(model, NAME)}))
     reference = shared_copy(model)
     if report.embeddings and not round_embeddings(reference, report.embeddings):
         report.embeddings = 0
@@ -90,7 +91,7 @@ def export_program(
         delegated, left = _write(prepared, example, made)
         del prepared
         report.about = [
-            f"the multiply: XNNPACK, 8-bit inputs (a range for every token) x {report.spec[1]}-bit weights; "
+            f"the multiply: XNNPACK, 8-bit inputs (a range for every token) x {widths} weights; "
             f"{delegated} operators delegated to it, {left} left to ExecuTorch's portable kernels"
         ]
         report.file_mb = made.stat().st_size / 1e6

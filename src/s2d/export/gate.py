@@ -126,24 +126,36 @@ class ExportReport:
         if self.about:
             return [self._on_disk, *self.about, *speed]
         counted = ", ".join(f"{count} {name}" for name, count in sorted(self.kernels.items()))
+        integer = sum(count for name, count in self.kernels.items() if _multiplies_integers(name))
+        plain = sum(self.kernels.values()) - integer
+        unpacked = "codes of 4 bits become int8" if integer else "codes become float32"
+        if not integer:
+            multiply = "float32: the file is smaller, the products are those of full precision"
+        else:
+            multiply = "uint8 x int8 with int32 sums" + (f" in {integer} products, float32 in {plain}" if plain else "")
+            multiply += "; no CPU multiplies 4 by 4 bits"
         return [
             self._on_disk,
-            f"in memory: {self.memory_mb:.1f} MB of weights in onnxruntime, where codes of 4 bits become int8",
-            f"the multiply: uint8 x int8 with int32 sums; no CPU multiplies 4 by 4 bits ({counted})",
+            f"in memory: {self.memory_mb:.1f} MB of weights in onnxruntime, where {unpacked}",
+            f"the multiply: {multiply} ({counted})",
             *speed,
         ]
 
     @property
     def _on_disk(self) -> str:
         tables = f" (embeddings at {self.embeddings} bits)" if self.embeddings else ""
-        return (
-            f"on disk: {self.file_mb:.1f} MB, {self.fp32_mb / max(self.file_mb, 1e-9):.1f} times smaller than the "
-            f"plain model's {self.fp32_mb:.1f} MB{tables}"
-        )
+        ratio = self.fp32_mb / max(self.file_mb, 1e-9)
+        size = f"{ratio:.1f} times smaller" if ratio >= 1.0 else f"{1.0 / max(ratio, 1e-9):.1f} times larger"
+        return f"on disk: {self.file_mb:.1f} MB, {size} than the plain model's {self.fp32_mb:.1f} MB{tables}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
         return {**asdict(self), "label": self.label, "passed": self.passed}
+
+
+def _multiplies_integers(kernel: str) -> bool:
+    """Whether an operator of onnxruntime's, by its name, multiplies integers (MatMulInteger, QLinearConv)."""
+    return "Integer" in kernel or kernel.startswith(("Q", "DynamicQuantize"))
 
 
 def judge_layers(report: ExportReport, rows: list[LayerParity], missing: list[str]) -> None:
@@ -157,7 +169,9 @@ def judge_layers(report: ExportReport, rows: list[LayerParity], missing: list[st
             f"{worst.flipped:.2%} of rows"
         )
     if missing:
-        report.failures.append(f"{len(missing)} layers are not in the graph as integer products, such as {missing[0]}")
+        report.failures.append(
+            f"{len(missing)} layers are not products of their codes in the graph, such as {missing[0]}"
+        )
 
 
 def judge(

@@ -18,6 +18,7 @@ from s2d.export.memory import give_back
 from s2d.export.onnx import OnnxModel, write_onnx
 from s2d.export.operators import Form
 from s2d.export.parity import compare_layers
+from s2d.export.probe import try_runtime
 
 
 def export_graph(
@@ -59,12 +60,15 @@ def export_graph(
         }
         write_onnx(lowered, example, made, metadata, form=form)
         give_back()
+        check.notes("trying the runtime")
+        try_runtime(made, example)
         check.notes("comparing every layer")
         gate.judge_layers(report, *compare_layers(made, lowered, reference, dict(example), form))
         del lowered
         give_back()
         if target.suffix == ".xml":
             openvino.convert(made, made.with_suffix(".xml"))
+            try_runtime(made.with_suffix(".xml"), example)
         own = made.with_suffix(target.suffix)
         runner: nn.Module = openvino.OpenVinoModel(own) if target.suffix == ".xml" else OnnxModel(own)
         files = [each for each in Path(scratch).iterdir() if target.suffix == ".onnx" or each.suffix != ".onnx"]
