@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.errors import InputError, MissingExtra
+from s2d.errors import InputError, MissingExtra, require
 from s2d.export import openvino
 from s2d.export.copies import shared_copy
 from s2d.export.memory import give_back
 from s2d.export.onnx import OnnxModel, kernels, tensors_of, write_onnx
 from s2d.export.parity import LayerParity
+from s2d.export.probe import try_runtime
 from s2d.export.turns import take_turns
 from s2d.quant.state import remove
 from s2d.tasks import Split, Task
@@ -79,6 +80,7 @@ class ExportReport:
         latency_ms: By runtime, the median milliseconds of one row on one thread of ``"torch"`` (fp32), ``"fp32"`` (in
             the same runtime) and ``"file"``, timed in turns.
         about: Of files that onnxruntime does not run: what is narrow where, in words.
+        note: Of another runtime that cannot run the file; empty when all that were tried can.
         failures: Why the gate did not pass; empty when it did.
     """
 
@@ -96,6 +98,7 @@ class ExportReport:
     fp32_mb: float = 0.0
     latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)
     about: list[str] = field(default_factory=list)
+    note: str = ""
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -138,6 +141,7 @@ class ExportReport:
             self._on_disk,
             f"in memory: {self.memory_mb:.1f} MB of weights in onnxruntime, where {unpacked}",
             f"the multiply: {multiply} ({counted})",
+            *([self.note] if self.note else []),
             *speed,
         ]
 
@@ -255,9 +259,13 @@ def describe_cost(
     report.memory_mb = held / 1e6
     report.fp32_mb = sum(each.numel() for each in model.parameters()) * 4 / 1e6
     try:
+        require("openvino", "openvino")
+        try_runtime(path, example, openvino=True)  # it compiles each graph, and ends the process on some
         report.openvino = openvino.kernels(path)
     except MissingExtra:
         report.openvino = {}
+    except InputError as error:  # an .onnx goes without it; an .xml was tried before
+        report.openvino, report.note = {}, str(error)
     if not time_it:
         return
     plain = remove(shared_copy(model))

@@ -68,7 +68,7 @@ def export_graph(
         give_back()
         if target.suffix == ".xml":
             openvino.convert(made, made.with_suffix(".xml"))
-            try_runtime(made.with_suffix(".xml"), example)
+            try_runtime(made.with_suffix(".xml"), example, openvino=True)
         own = made.with_suffix(target.suffix)
         runner: nn.Module = openvino.OpenVinoModel(own) if target.suffix == ".xml" else OnnxModel(own)
         files = [each for each in Path(scratch).iterdir() if target.suffix == ".onnx" or each.suffix != ".onnx"]

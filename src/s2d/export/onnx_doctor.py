@@ -165,8 +165,8 @@ def inputs_for(model: Any, batch: int = 2, length: int = 16) -> dict[str, np.nda
         if each.name in weights:
             continue
         kind = each.type.tensor_type
-        free = iter((batch, *([length] * 8)))
-        shape = [size.dim_value if size.dim_value > 0 else next(free) for size in kind.shape.dim]
+        free = (batch, *([length] * len(kind.shape.dim)))
+        shape = [size.dim_value if size.dim_value > 0 else free[index] for index, size in enumerate(kind.shape.dim)]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         if np.issubdtype(dtype, np.floating):
             feed[each.name] = random.standard_normal(shape).astype(dtype)

@@ -45,23 +45,23 @@ except Exception: pass
 """
 
 
-def try_runtime(path: Path, example: Mapping[str, Tensor]) -> None:
+def try_runtime(path: Path, example: Mapping[str, Tensor], *, openvino: bool = False) -> None:
     """Run a file once in another process.
 
     Args:
-        path: ``.onnx`` for onnxruntime, ``.xml`` for OpenVINO.
+        path: ``.onnx`` or ``.xml``.
         example: A batch of keyword inputs.
+        openvino: Under OpenVINO instead of onnxruntime.
 
     Raises:
         InputError: The runtime ended that process. Errors that it raises are left to who runs it here.
     """
-    own = path.suffix == ".xml"
-    name, code = ("OpenVINO", _OPENVINO) if own else ("onnxruntime", _ORT + _LOADED)
+    name, code = ("OpenVINO", _OPENVINO) if openvino else ("onnxruntime", _ORT + _LOADED)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
         np.savez(inputs, **{key: value.numpy() for key, value in example.items()})  # pyright: ignore[reportArgumentType]
         words = [sys.executable, "-c", code, os.path.abspath(path), str(inputs)]
-        words += EXACT if not own and overflows() else ()
+        words += EXACT if not openvino and overflows() else ()
         ended = subprocess.run(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     if ended < 0:
         try:
