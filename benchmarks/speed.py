@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import s2d
 from s2d.checkpoint import load, save
 from s2d.errors import InputError
-from s2d.export.lowering import shared_copy
+from s2d.export.copies import shared_copy
 from s2d.export.onnx import write_onnx
 from s2d.export.timing import bench
 from s2d.io.files import JSON, write_json

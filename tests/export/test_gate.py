@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from s2d.export import gate
+from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport, judge_task, perturbed
-from s2d.export.lowering import shared_copy
 from s2d.tasks import Task
 
 

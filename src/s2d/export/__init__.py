@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, choices
 from s2d.export import executorch, layer_formats
+from s2d.export.copies import in_float32
 from s2d.export.gate import Check, ExportReport
 from s2d.export.graphs import export_graph
 from s2d.export.onnx import OnnxModel
@@ -92,6 +93,7 @@ def export(
         raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
     check_unchanged(model)
     kept = record(holder(model))
+    model, example = in_float32(model, example, notes)
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
     check = Check(task, split, batch_size, time_it, force, notes)
     try:

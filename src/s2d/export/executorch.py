@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, first_line
 from s2d.export import gate
+from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport
-from s2d.export.lowering import round_embeddings, shared_copy
+from s2d.export.lowering import round_embeddings
 from s2d.export.onnx import Face, named, tensors_of
 from s2d.export.parity import compare_modules
 from s2d.export.plain_layers import PlainLayer, plain_layers
@@ -78,6 +79,7 @@ def export_program(
         InputError: A layer has no product there; the model cannot be lowered; the comparison failed.
     """
     refuse_without_product(model)
+    widths = " and ".join(sorted({"4-bit" if each.bits <= 4 else "8-bit" for each in plain_layers(model, NAME)}))
     reference = shared_copy(model)
     if report.embeddings and not round_embeddings(reference, report.embeddings):
         report.embeddings = 0
@@ -90,7 +92,7 @@ def export_program(
         delegated, left = _write(prepared, example, made)
         del prepared
         report.about = [
-            f"the multiply: XNNPACK, 8-bit inputs (a range for every token) x {report.spec[1]}-bit weights; "
+            f"the multiply: XNNPACK, 8-bit inputs (a range for every token) x {widths} weights; "
             f"{delegated} operators delegated to it, {left} left to ExecuTorch's portable kernels"
         ]
         report.file_mb = made.stat().st_size / 1e6

@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, MissingExtra
 from s2d.export import openvino
-from s2d.export.lowering import shared_copy
+from s2d.export.child_process import try_runtime
+from s2d.export.copies import shared_copy
 from s2d.export.onnx import OnnxModel, kernels, tensors_of, write_onnx
 from s2d.export.parity import LayerParity
+from s2d.optional import require
 from s2d.quant.modules.record import remove
 from s2d.tasks import Split, Task
 
@@ -81,6 +83,7 @@ class ExportReport:
         latency_ms: By runtime, the median milliseconds of one row on one thread of ``"torch"`` (fp32), ``"fp32"`` (in
             the same runtime) and ``"file"``, timed in turns.
         about: Of files that onnxruntime does not run: what is narrow where, in words.
+        note: Of another runtime that cannot run the file; empty when all that were tried can.
         failures: Why the gate did not pass; empty when it did.
     """
 
@@ -98,6 +101,7 @@ class ExportReport:
     fp32_mb: float = 0.0
     latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)
     about: list[str] = field(default_factory=list)
+    note: str = ""
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -128,24 +132,37 @@ class ExportReport:
         if self.about:
             return [self._on_disk, *self.about, *speed]
         counted = ", ".join(f"{count} {name}" for name, count in sorted(self.kernels.items()))
+        integer = sum(count for name, count in self.kernels.items() if _multiplies_integers(name))
+        plain = sum(self.kernels.values()) - integer
+        unpacked = "codes of 4 bits become int8" if integer else "codes become float32"
+        if not integer:
+            multiply = "float32: the file is smaller, the products are those of full precision"
+        else:
+            multiply = "uint8 x int8 with int32 sums" + (f" in {integer} products, float32 in {plain}" if plain else "")
+            multiply += "; no CPU multiplies 4 by 4 bits"
         return [
             self._on_disk,
-            f"in memory: {self.memory_mb:.1f} MB of weights in onnxruntime, where codes of 4 bits become int8",
-            f"the multiply: uint8 x int8 with int32 sums; no CPU multiplies 4 by 4 bits ({counted})",
+            f"in memory: {self.memory_mb:.1f} MB of weights in onnxruntime, where {unpacked}",
+            f"the multiply: {multiply} ({counted})",
+            *([self.note] if self.note else []),
             *speed,
         ]
 
     @property
     def _on_disk(self) -> str:
         tables = f" (embeddings at {self.embeddings} bits)" if self.embeddings else ""
-        return (
-            f"on disk: {self.file_mb:.1f} MB, {self.fp32_mb / max(self.file_mb, 1e-9):.1f} times smaller than the "
-            f"plain model's {self.fp32_mb:.1f} MB{tables}"
-        )
+        ratio = self.fp32_mb / max(self.file_mb, 1e-9)
+        size = f"{ratio:.1f} times smaller" if ratio >= 1.0 else f"{1.0 / max(ratio, 1e-9):.1f} times larger"
+        return f"on disk: {self.file_mb:.1f} MB, {size} than the plain model's {self.fp32_mb:.1f} MB{tables}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
         return {**asdict(self), "label": self.label, "passed": self.passed}
+
+
+def _multiplies_integers(kernel: str) -> bool:
+    """Whether an operator of onnxruntime's, by its name, multiplies integers (MatMulInteger, QLinearConv)."""
+    return "Integer" in kernel or kernel.startswith(("Q", "DynamicQuantize"))
 
 
 def judge_layers(report: ExportReport, rows: list[LayerParity], missing: list[str]) -> None:
@@ -159,7 +176,9 @@ def judge_layers(report: ExportReport, rows: list[LayerParity], missing: list[st
             f"{worst.flipped:.2%} of rows"
         )
     if missing:
-        report.failures.append(f"{len(missing)} layers are not in the graph as integer products, such as {missing[0]}")
+        report.failures.append(
+            f"{len(missing)} layers are not products of their codes in the graph, such as {missing[0]}"
+        )
 
 
 def judge(
@@ -243,9 +262,13 @@ def describe_cost(
     report.memory_mb = held / 1e6
     report.fp32_mb = sum(each.numel() for each in model.parameters()) * 4 / 1e6
     try:
+        require("openvino", "openvino")
+        try_runtime(path, example, openvino=True)  # it compiles each graph, and ends the process on some
         report.openvino = openvino.kernels(path)
     except MissingExtra:
         report.openvino = {}
+    except InputError as error:  # an .onnx goes without it; an .xml was tried before
+        report.openvino, report.note = {}, str(error)
     if not time_it:
         return
     plain = remove(shared_copy(model))

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from s2d.export import gate, openvino
+from s2d.export.child_process import try_runtime
+from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport, give_back
-from s2d.export.lowering import lower, round_embeddings, shared_copy
+from s2d.export.lowering import lower, round_embeddings
 from s2d.export.onnx import OnnxModel, write_onnx
 from s2d.export.operators import Form
 from s2d.export.parity import compare_layers
@@ -57,12 +59,15 @@ def export_graph(
         }
         write_onnx(lowered, example, made, metadata, form=form)
         give_back()
+        check.notes("trying the runtime")
+        try_runtime(made, example)
         check.notes("comparing every layer")
         gate.judge_layers(report, *compare_layers(made, lowered, reference, dict(example), form))
         del lowered
         give_back()
         if target.suffix == ".xml":
             openvino.convert(made, made.with_suffix(".xml"))
+            try_runtime(made.with_suffix(".xml"), example, openvino=True)
         own = made.with_suffix(target.suffix)
         runner: nn.Module = openvino.OpenVinoModel(own) if target.suffix == ".xml" else OnnxModel(own)
         files = [each for each in Path(scratch).iterdir() if target.suffix == ".onnx" or each.suffix != ".onnx"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import compressed_tensors, gate, gguf
+from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport
-from s2d.export.lowering import shared_copy
 from s2d.export.parity import compare_modules
 from s2d.optional import require
 

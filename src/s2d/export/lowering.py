@@ -7,7 +7,6 @@ model's own forward.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import operators
+from s2d.export.copies import shared_copy
 from s2d.export.integers import (
     IntegerActivation,
     IntegerWeight,
@@ -244,11 +244,18 @@ class _ConvCodes(nn.Module):
 
 def _lower_attention(module: QuantizedAttention) -> None:
     holder: Any = module.attention_quantizer
+    # Codes are for products of two rounded factors. Where one stays in floating point so does the product, and
+    # runtimes move the codes about: onnxruntime ends the whole process on keys rounded before heads are repeated.
+    both = {"q": "k", "k": "q", "probs": "v", "v": "probs"}
+    alone = {each for each, other in both.items() if getattr(holder, other) is None}
     for operand in holder.OPERANDS:
         quantizer = getattr(holder, operand)
         if quantizer is None:
             continue
-        if operand == "weight":
+        if operand in alone:
+            lowered = _lowered(quantizer)  # which refuses what has no integers
+            setattr(holder, operand, _Plain(quantizer) if isinstance(lowered, Rounded) else lowered)
+        elif operand == "weight":
             parameter = module.in_proj_weight  # type: ignore[attr-defined]
             codes = Codes(integer_weight(parameter, quantizer), integer=False)
             setattr(holder, operand, codes)
@@ -257,11 +264,12 @@ def _lower_attention(module: QuantizedAttention) -> None:
 
 
 def _lowered(quantizer: Quantizer) -> nn.Module:
-    # Two grids, or a range for every token: outside of a Linear these are written with torch's own operators.
+    # Two grids, a range for every token or for every head: outside of a Linear these are written with torch's own
+    # operators. (No product takes codes with a scale for every head, and onnxruntime's optimizer breaks on them.)
     if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
         return _Plain(quantizer)
     activation = integer_activation(quantizer)
-    return _Plain(quantizer) if activation.dynamic else Rounded(activation)
+    return _Plain(quantizer) if activation.scale is None or activation.scale.ndim else Rounded(activation)
 
 
 class _Plain(nn.Module):
@@ -274,14 +282,3 @@ class _Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The same shape."""
         return self.quantizer.fake_quantize(x)
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """The model's modules again, on the same memory: in evaluation mode, and no parameter wants a gradient.
-
-    Modules of the copy may be replaced, and parameters set anew; writing into one of its tensors would write into the
-    model's. Parameters that several modules share are shared in the copy too.
-    """
-    same: dict[int, object] = {id(each): each for each in model.buffers()}
-    same |= {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
-    return copy.deepcopy(model, same).eval()

@@ -112,6 +112,7 @@ def write_onnx(
             raise InputError(f"{type(model).__name__} cannot be traced for ONNX: {_reason(error)}") from error
     assert program is not None
     graph = program.model.graph
+    _put_casts(graph, ir)
     _store_narrow(graph, ir, form)
     program.model.metadata_props.update(metadata or {})
     size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
@@ -125,6 +126,34 @@ def _free(value: Tensor) -> dict[int, Any]:
     if value.ndim == 2 and not value.is_floating_point():
         dims[1] = torch.export.Dim("length")
     return dims
+
+
+def _put_casts(graph: Any, ir: Any) -> None:
+    """Codes for products in floating point come behind a DequantizeLinear of scale 1, which becomes a Cast."""
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear" or len(node.inputs) != 2:
+            continue
+        codes, scale = node.inputs
+        users = [use.node.op_type for use in node.outputs[0].uses()]
+        if not (codes.name or "").endswith("codes") or users != ["Mul"] or not _is_one(scale):
+            continue
+        cast = ir.Node("", "Cast", [codes], [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
+        new, old = cast.outputs[0], node.outputs[0]
+        new.name, new.dtype, new.shape = old.name, ir.DataType.FLOAT, old.shape
+        graph.insert_before(node, cast)
+        for use in list(old.uses()):
+            use.node.replace_input_with(use.idx, new)
+        graph.remove(node, safe=True)
+
+
+def _is_one(value: Any) -> bool:
+    tensor = value.const_value
+    if tensor is None:
+        maker = value.producer()
+        if maker is None or maker.op_type != "Constant" or "value_float" not in maker.attributes:
+            return False
+        return bool(maker.attributes["value_float"].value == 1.0)
+    return tensor.size == 1 and bool(tensor.numpy().reshape(-1)[0] == 1.0)
 
 
 def _store_narrow(graph: Any, ir: Any, form: Form) -> None:

@@ -132,7 +132,9 @@ def translations(form: Form = "qdq") -> dict[Any, Any]:
         return op.DequantizeLinear(codes, scale, axis=1)
 
     def plain_weight_onnx(codes: Any, scale: Any) -> Any:
-        return op.Mul(op.Cast(codes, to=1), scale)
+        # A Cast by another name: exporters fold a Cast of small codes into a matrix of floats, and let this one stand.
+        # `s2d.export.onnx` puts the Cast in its place.
+        return op.Mul(op.DequantizeLinear(codes, op.Constant(value_float=1.0)), scale)
 
     def static_product_onnx(x: Any, scale: Any, zero_point: Any, top: int, codes: Any, weight_scale: Any) -> Any:
         if top < 255:

@@ -73,17 +73,16 @@ def compare_layers(
     for node in graph.node:
         for name in node.input:
             read_by.setdefault(name, []).append(node)
-    pairs: dict[str, tuple[str, str]] = {}
+    pairs: list[tuple[str, tuple[str, str]]] = []  # a layer that the model runs more than once has more than one
     missing = []
     for name, module in lowered.named_modules():
         if isinstance(module, (LoweredLinear, LoweredOnlineLinear)):
             found = _ends(f"model.{name}.weight_codes.codes", module, made_by, read_by, form)
-            if found is None:
+            if not found:
                 missing.append(name)
-            else:
-                pairs[name] = found
+            pairs += [(name, ends) for ends in found]
     shown = {each.name for each in graph.output}
-    for value in dict.fromkeys(value for pair in pairs.values() for value in pair):
+    for value in dict.fromkeys(value for _, pair in pairs for value in pair):
         if value not in shown:
             graph.output.append(onnx.helper.make_empty_tensor_value_info(value))
     content = model.SerializeToString()
@@ -91,7 +90,7 @@ def compare_layers(
     run = session(path, content=content)
     inputs = {each.name: feed[each.name].numpy() for each in run.get_inputs()}
     rows = []
-    for name, ends in pairs.items():  # a layer at a time, for memory's sake
+    for name, ends in pairs:  # a layer at a time, for memory's sake
         x, y = (torch.from_numpy(value) for value in run.run(list(ends), inputs))
         rows.append(_compare(name, reference.get_submodule(name), x, y))
     return rows, missing
@@ -143,25 +142,29 @@ def _compare(name: str, layer: Any, x: Tensor, y: Tensor) -> LayerParity:
 
 def _ends(
     codes: str, module: Any, made_by: dict[str, Any], read_by: dict[str, list[Any]], form: Form
-) -> tuple[str, str] | None:
-    """The names of a layer's (transformed) input and of its output before any low-rank branch."""
+) -> list[tuple[str, str]]:
+    """The names of a layer's (transformed) input and of its output before any low-rank branch, for every use of it.
+
+    Empty when any use of it is not understood.
+    """
 
     def only(value: str, kind: str) -> Any:
         found = [node for node in read_by.get(value, ()) if node.op_type == kind]
         return found[0] if len(found) == 1 else None
 
-    value = codes
+    values = [codes]
     # Whichever of them stand between. A product of tokens takes the codes as they are, unpacked.
     integer = module.token is not None or module.written_out
     between = ("Cast",) if integer else ("Cast", "DequantizeLinear", "Cast", "Mul", "Reshape")
     for kind in between:
-        node = only(value, kind)
-        if node is not None and (not integer or node.output[0].endswith(".int8")):
-            value = node.output[0]
-    product = only(value, "MatMulInteger" if integer else "MatMul")
-    if product is None:
-        return None
-    x, y = product.input[0], product.output[0]
+        after_it: list[str] = []
+        for value in values:
+            outputs = [node.output[0] for node in read_by.get(value, ()) if node.op_type == kind]
+            outputs = [each for each in outputs if not integer or each.endswith(".int8")]
+            after_it += outputs or [value]
+        values = after_it
+    kind = "MatMulInteger" if integer else "MatMul"
+    products = [node for value in values for node in read_by.get(value, ()) if node.op_type == kind]
     if module.token is not None:
         before, after = _TOKEN_BEFORE, _TOKEN_AFTER
     else:
@@ -171,14 +174,18 @@ def _ends(
         codes_of = ("QuantizeLinear",) if module.written_out else ("DequantizeLinear", "QuantizeLinear")
         before = (codes_of if rounded else ()) + (("Clip",) if clipped else ())
         after = ("Cast", "Mul") if module.written_out else ()
-    for kind in before:
-        node = made_by.get(x)
-        if node is None or node.op_type != kind:
-            return None
-        x = node.input[0]
-    for kind in (*after, *(("Add",) if module.bias is not None else ())):
-        node = only(y, kind)
-        if node is None:
-            return None
-        y = node.output[0]
-    return x, y
+    ends = []
+    for product in products:
+        x, y = product.input[0], product.output[0]
+        for kind in before:
+            node = made_by.get(x)
+            if node is None or node.op_type != kind:
+                return []
+            x = node.input[0]
+        for kind in (*after, *(("Add",) if module.bias is not None else ())):
+            node = only(y, kind)
+            if node is None:
+                return []
+            y = node.output[0]
+        ends.append((x, y))
+    return ends

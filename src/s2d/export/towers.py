@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import export, gate, open_exported
+from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport
-from s2d.export.lowering import round_embeddings, shared_copy
+from s2d.export.lowering import round_embeddings
 from s2d.export.operators import Form
 from s2d.io.files import write_json
 from s2d.io.provenance import run_metadata

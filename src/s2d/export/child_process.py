@@ -1,0 +1,74 @@
+"""A runtime is tried in a process of its own first: one that breaks down there takes nothing of ours with it.
+
+onnxruntime and OpenVINO are native code, and a graph that their optimizers did not foresee can end the whole process
+(a notebook, a night's run) instead of raising.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from s2d.errors import InputError
+from s2d.export.onnx import EXACT, overflows
+
+_ORT = """
+import sys, numpy, onnxruntime as runtime
+options = runtime.SessionOptions()
+options.intra_op_num_threads = options.inter_op_num_threads = 1
+options.log_severity_level = 4
+if len(sys.argv) > 3: options.add_session_config_entry(*sys.argv[3:])
+feed = dict(numpy.load(sys.argv[2]))
+"""
+_LOADED = """
+try:
+    session = runtime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+    session.run(None, {each.name: feed[each.name] for each in session.get_inputs()})
+except Exception: pass  # the parent meets it again, and says what it is
+"""
+_OPENVINO = """
+import sys, numpy, openvino
+feed = dict(numpy.load(sys.argv[2]))
+try:
+    config = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(sys.argv[1], "CPU", config)
+    model({each.get_any_name(): feed[each.get_any_name()] for each in model.inputs})
+except Exception: pass
+"""
+
+
+def try_runtime(path: Path, example: Mapping[str, Tensor], *, openvino: bool = False) -> None:
+    """Run a file once in another process.
+
+    Args:
+        path: ``.onnx`` or ``.xml``.
+        example: A batch of keyword inputs.
+        openvino: Under OpenVINO instead of onnxruntime.
+
+    Raises:
+        InputError: The runtime ended that process. Errors that it raises are left to who runs it here.
+    """
+    name, code = ("OpenVINO", _OPENVINO) if openvino else ("onnxruntime", _ORT + _LOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs.npz"
+        np.savez(inputs, **{key: value.numpy() for key, value in example.items()})  # pyright: ignore[reportArgumentType]
+        words = [sys.executable, "-c", code, os.path.abspath(path), str(inputs)]
+        words += EXACT if not openvino and overflows() else ()
+        ended = subprocess.run(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+    if ended < 0:
+        try:
+            how = signal.Signals(-ended).name
+        except ValueError:
+            how = f"signal {-ended}"
+        raise InputError(
+            f"{path.name}: {name} itself ends on this graph ({how}), tried in a process of its own; "
+            "leave the operands of attention in full precision (attention: false), or export for another runtime"
+        )

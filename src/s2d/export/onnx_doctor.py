@@ -1,0 +1,321 @@
+"""What ruins a range in an ONNX file, whoever wrote it, before a static quantizer measures it; and a mended file.
+
+Static quantizers give every tensor one range, from its smallest to its largest value. Exporters write a mask as a
+constant of -3.4e38 (or minus infinity) that is added to the scores of attention: the range of the masked scores is then
+so wide that all scores are one code. A softmax does not tell -3.4e38 from -100 behind scores of ordinary size, so the
+constant can be bounded; the file is run before and after to see that it computes the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s2d.errors import InputError, first_line
+from s2d.optional import require
+
+HUGE = 1e4  # no score of an attention is that large; masks in float16 are -65504
+BOUNDS = (100.0, 1000.0, 10000.0)  # exp(-100) is 4e-44; the later ones are for models whose scores are enormous
+SAME = 1e-6
+OUTLIER = 8.0  # largest channel over the median one: under one range 3 bits of the others are gone
+OLDEST, NEEDED = 13, 21  # opsets: a scale per channel; codes of 4 bits and blocks
+# Operators that hand a constant on to the scores: arithmetic of masks, and what changes shapes.
+_ARITHMETIC = ("Where", "Mul", "Add", "Sub", "Min", "Max", "Clip", "Neg", "Cast", "CastLike", "Identity", "Trilu")
+_SHAPES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Slice", "Concat", "Tile", "Transpose", "Split", "Flatten")
+_CARRIES = frozenset((*_ARITHMETIC, *_SHAPES, "Gather", "GatherND", "ScatterND", "ConstantOfShape"))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that ruins a range.
+
+    Attributes:
+        kind: ``"mask"``, ``"channels"``, ``"shared"`` or ``"opset"``.
+        where: The constant, the weight, or the opset.
+        text: What it is and what follows, in a line.
+        fixed_by: ``"--fix"``, or what else to do.
+    """
+
+    kind: str
+    where: str
+    text: str
+    fixed_by: str
+
+    def to_dict(self) -> dict[str, str]:
+        """JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A constant of floats: its tensor, and the name under which nodes read it."""
+
+    name: str
+    tensor: Any
+
+    @property
+    def values(self) -> np.ndarray:
+        return require("onnx", "export").numpy_helper.to_array(self.tensor)
+
+
+def open_file(path: str | os.PathLike[str]) -> Any:
+    """An ONNX file as protobuf, weights included.
+
+    Raises:
+        InputError: No such file, or not ONNX.
+    """
+    onnx = require("onnx", "export")
+    source = Path(path)
+    if not source.is_file():
+        raise InputError(f"{source} is not there; name a file ending in .onnx")
+    try:
+        model = onnx.load(os.fspath(source))
+        if not model.graph.node:
+            raise InputError(f"{source} is no ONNX file, or holds no graph; name a file ending in .onnx")
+        return model
+    except InputError:
+        raise
+    except Exception as error:  # protobuf's own, and missing weights beside the file
+        raise InputError(f"{source} cannot be read as ONNX: {first_line(error)}") from error
+
+
+def examine(model: Any) -> list[Finding]:
+    """What will ruin a range in a model.
+
+    Args:
+        model: An ONNX ``ModelProto`` with its weights.
+    """
+    return [*_masks_found(model), *_channels(model), *_shared(model), *_opset(model)]
+
+
+def mend(model: Any, bound: float = BOUNDS[0]) -> Any:
+    """A copy of a model with its mask constants at ``-bound``, no constant of a mask shared, and opset 13 or later.
+
+    Raises:
+        InputError: The opset is too old and cannot be converted.
+    """
+    onnx = require("onnx", "export")
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    if _version(made) < OLDEST:
+        try:
+            made = onnx.version_converter.convert_version(made, NEEDED)
+        except Exception as error:  # the converter's own
+            raise InputError(f"opset {_version(model)} cannot be converted: {first_line(error)}") from error
+    for constant, nodes, left in _masks(made):
+        values = constant.values
+        bounded = np.where(values <= -HUGE, values.dtype.type(-bound), values)
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(bounded), constant.tensor.name)
+        if not left:
+            constant.tensor.CopyFrom(tensor)
+            continue
+        # Somebody else reads it, who may mean the number: the mask gets one of its own.
+        tensor.name = f"{constant.name}.mask"
+        made.graph.initializer.append(tensor)
+        for node in nodes:
+            for index, name in enumerate(node.input):
+                if name == constant.name:
+                    node.input[index] = tensor.name
+    return made
+
+
+def fix(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[float, float]:
+    """Write a mended file that computes the same.
+
+    Args:
+        path: The file.
+        target: Where the mended one goes.
+
+    Returns:
+        The bound of the masks, and how far outputs are apart, relative to their largest value.
+
+    Raises:
+        InputError: It cannot be read, run or mended; no bound keeps its outputs.
+    """
+    onnx = require("onnx", "export")
+    model = open_file(path)
+    feed = inputs_for(model)
+    before = _outputs(model, feed, path)
+    apart = float("inf")
+    for bound in BOUNDS:
+        made = mend(model, bound)
+        apart = _apart(before, _outputs(made, feed, target))
+        if apart <= SAME:
+            onnx.save(made, os.fspath(target))
+            return bound, apart
+    raise InputError(
+        f"{target} was not written: with masks of {-BOUNDS[-1]:.0f} outputs of {path} still move by {apart:.1e}; "
+        "its scores are larger than that, so leave its attention out of the quantizer (nodes_to_exclude)"
+    )
+
+
+def inputs_for(model: Any, batch: int = 2, length: int = 16) -> dict[str, np.ndarray]:
+    """Random inputs that a model takes: ids that its tables hold, a mask with padding at the end, normal floats."""
+    onnx = require("onnx", "export")
+    random = np.random.default_rng(0)
+    weights = {each.name for each in model.graph.initializer}
+    tables = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
+    rows = [each.dims[0] for each in model.graph.initializer if len(each.dims) == 2 and each.name in tables]
+    feed: dict[str, np.ndarray] = {}
+    for each in model.graph.input:
+        if each.name in weights:
+            continue
+        kind = each.type.tensor_type
+        free = (batch, *([length] * len(kind.shape.dim)))
+        shape = [size.dim_value if size.dim_value > 0 else free[index] for index, size in enumerate(kind.shape.dim)]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        if np.issubdtype(dtype, np.floating):
+            feed[each.name] = random.standard_normal(shape).astype(dtype)
+        elif "mask" in each.name:
+            feed[each.name] = np.ones(shape, dtype)
+            feed[each.name][-1, ..., -(shape[-1] // 3) :] = 0
+        elif "type" in each.name or dtype == np.bool_:
+            feed[each.name] = np.zeros(shape, dtype)
+        elif "position" in each.name:
+            feed[each.name] = np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
+        else:
+            feed[each.name] = random.integers(0, max(rows, default=2), shape).astype(dtype)
+    return feed
+
+
+def _outputs(model: Any, feed: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> list[np.ndarray]:
+    from s2d.export.onnx import session
+
+    run = session(Path(path), content=model.SerializeToString())
+    try:
+        return [np.asarray(each) for each in run.run(None, {each.name: feed[each.name] for each in run.get_inputs()})]
+    except Exception as error:  # onnxruntime's own
+        raise InputError(
+            f"{path} does not run on inputs made for it, so no fix is checked: {first_line(error)}"
+        ) from error
+
+
+def _apart(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float:
+    found = 0.0
+    for a, b in zip(before, after, strict=True):
+        if np.issubdtype(a.dtype, np.floating):
+            found = max(found, float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-12)))
+    return found if np.isfinite(found) else float("inf")
+
+
+def _version(model: Any) -> int:
+    return next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 1)
+
+
+def _constants(model: Any) -> Iterator[_Constant]:
+    """Constants of floats, wherever they are held."""
+    onnx = require("onnx", "export")
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    for each in model.graph.initializer:
+        if each.data_type in floats:
+            yield _Constant(each.name, each)
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type in ("Constant", "ConstantOfShape") else ():
+            if attribute.name == "value_float":  # a tensor says the same, and can be changed as all others
+                value = onnx.numpy_helper.from_array(np.array(attribute.f, np.float32), "value")
+                attribute.CopyFrom(onnx.helper.make_attribute("value", value))
+            if attribute.name == "value" and attribute.t.data_type in floats:
+                yield _Constant(node.output[0], attribute.t)
+
+
+def _masks(model: Any) -> Iterator[tuple[_Constant, list[Any], list[Any]]]:
+    """Constants whose huge negative values reach a softmax: each, the nodes by which, and those that read it else."""
+    read_by: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in dict.fromkeys(node.input):
+            read_by.setdefault(name, []).append(node)
+
+    def reaches(node: Any, seen: set[str]) -> bool:
+        if node.op_type == "Softmax":
+            return True
+        if node.op_type not in _CARRIES:
+            return False
+        for output in node.output:
+            if output not in seen:
+                seen.add(output)
+                if any(reaches(each, seen) for each in read_by.get(output, ())):
+                    return True
+        return False
+
+    for constant in list(_constants(model)):
+        if constant.tensor.dims and int(np.prod(constant.tensor.dims)) > 2**24:
+            continue
+        values = constant.values
+        if not values.size or not bool((values <= -HUGE).any()):
+            continue
+        readers = read_by.get(constant.name, [])
+        through = [node for node in readers if reaches(node, set())]
+        if through:
+            yield constant, through, [node for node in readers if not any(node is each for each in through)]
+
+
+def _masks_found(model: Any) -> Iterator[Finding]:
+    for constant, through, _ in _masks(model):
+        lowest = float(constant.values.min())
+        yield Finding(
+            "mask",
+            constant.name,
+            f"mask constant of {lowest:.3g} reaches a softmax through {through[0].op_type}: a static range measured "
+            "there leaves all scores one code",
+            "--fix bounds it",
+        )
+
+
+def _channels(model: Any) -> Iterator[Finding]:
+    """Weights of products with one channel so large that a range for the whole tensor leaves little to the others."""
+    onnx = require("onnx", "export")
+    held = {each.name: each for each in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.input) < 2 or node.input[1] not in held:
+            continue
+        tensor = held[node.input[1]]
+        if len(tensor.dims) < 2 or tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+            continue
+        values = np.abs(onnx.numpy_helper.to_array(tensor).astype(np.float32))
+        turned = node.op_type == "Conv" or any(each.name == "transB" and each.i for each in node.attribute)
+        axis = 0 if turned else values.ndim - 1
+        largest = values.max(tuple(each for each in range(values.ndim) if each != axis))
+        ratio = float(largest.max() / max(float(np.median(largest)), 1e-12))
+        if ratio > OUTLIER:
+            yield Finding(
+                "channels",
+                tensor.name,
+                f"channel {int(largest.argmax())} is {ratio:.0f} times as large as the median one: one range for the "
+                f"tensor takes {np.log2(ratio):.1f} bits from the others",
+                "a scale per channel (per_channel=True in onnxruntime)",
+            )
+
+
+def _shared(model: Any) -> Iterator[Finding]:
+    """Constants that serve two purposes get one range for both."""
+    held = {each.name for each in model.graph.initializer if len(each.dims) >= 2}
+    kinds: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            if name in held:
+                kinds.setdefault(name, set()).add(node.op_type)
+    for name, found in kinds.items():
+        if len(found) > 1 and found & {"MatMul", "Gemm", "Conv"}:
+            yield Finding(
+                "shared",
+                name,
+                f"one constant is read by {' and '.join(sorted(found))}: they get one range and one axis of scales",
+                "give each its own copy, or leave one out of the quantizer",
+            )
+    for constant, _, others in _masks(model):
+        if others:
+            text = f"the mask constant is read by {others[0].op_type} too, which may mean the number"
+            yield Finding("shared", constant.name, text, "--fix gives the mask its own")
+
+
+def _opset(model: Any) -> Iterator[Finding]:
+    version = _version(model)
+    if version < NEEDED:
+        old = version < OLDEST
+        what = "a scale per channel needs 13" if old else "codes of 4 bits and scales in blocks need 21"
+        yield Finding("opset", str(version), f"opset {version}: {what}", "--fix converts it" if old else "export again")

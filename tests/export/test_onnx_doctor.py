@@ -1,0 +1,120 @@
+"""What ruins a range in an ONNX file, and the mended one: on graphs written by hand, so that the truth is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from s2d.errors import InputError
+
+onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
+runtime = pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "s2d[export]"')
+
+from s2d.export import onnx_doctor  # noqa: E402  (after the libraries that it needs)
+
+FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+LOWEST = float(np.finfo(np.float32).min)
+
+
+def attention(
+    *, lowest: float, how: str = "where", weight: Any = None, opset: int = 21, scale: float = 1.0, twice: bool = False
+) -> Any:
+    """Scores of a product with itself, masked and normalised: ``x [batch, tokens, 8]``, ``mask [batch, tokens]``."""
+    node, tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
+    held = [
+        tensor(np.float32(lowest) if how != "add" else np.array([lowest], np.float32), "lowest"),
+        tensor(np.float32(0.0), "zero"),
+        tensor(np.float32(1.0), "one"),
+        tensor(np.array([1], np.int64), "axes"),
+        tensor(np.float32(scale), "scale"),
+        tensor(np.eye(8, dtype=np.float32) if weight is None else weight, "weight"),
+    ]
+    nodes = [
+        node("MatMul", ["x", "weight"], ["q"]),
+        node("Mul", ["q", "scale"], ["scaled"]),
+        node("Transpose", ["x"], ["k"], perm=[0, 2, 1]),
+        node("MatMul", ["scaled", "k"], ["scores"]),
+        node("Unsqueeze", ["mask", "axes"], ["wide"]),
+    ]
+    if how == "where":
+        nodes += [
+            node("Cast", ["wide"], ["seen"], to=onnx.TensorProto.BOOL),
+            node("Where", ["seen", "zero", "lowest"], ["bias"]),
+        ]
+    else:
+        nodes += [
+            node("Cast", ["wide"], ["floats"], to=FLOAT),
+            node("Sub", ["one", "floats"], ["hidden"]),
+            node("Mul", ["hidden", "lowest"], ["bias"]),
+        ]
+    nodes += [node("Add", ["scores", "bias"], ["masked"]), node("Softmax", ["masked"], ["y"], axis=-1)]
+    outputs = [onnx.helper.make_tensor_value_info("y", FLOAT, None)]
+    if twice:
+        nodes.append(node("Mul", ["one", "lowest"], ["told"]))
+        outputs.append(onnx.helper.make_tensor_value_info("told", FLOAT, None))
+    inputs = [
+        onnx.helper.make_tensor_value_info("x", FLOAT, ["batch", "tokens", 8]),
+        onnx.helper.make_tensor_value_info("mask", INT64, ["batch", "tokens"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "attention", inputs, outputs, held)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
+
+
+def run(path: Path, feed: dict[str, Any]) -> list[Any]:
+    return runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feed)
+
+
+@pytest.mark.parametrize(("lowest", "how"), [(LOWEST, "where"), (-np.inf, "where"), (-65504.0, "add"), (LOWEST, "add")])
+def test_masks_are_named_and_bounded(lowest: float, how: str, tmp_path: Path) -> None:
+    onnx.save(attention(lowest=lowest, how=how), tmp_path / "a.onnx")
+    (found,) = onnx_doctor.examine(onnx_doctor.open_file(tmp_path / "a.onnx"))
+    assert (found.kind, found.where, found.fixed_by) == ("mask", "lowest", "--fix bounds it")
+    bound, apart = onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert bound == 100.0 and apart <= 1e-6
+    assert onnx_doctor.examine(onnx_doctor.open_file(tmp_path / "b.onnx")) == []
+    random = np.random.default_rng(1)
+    mask = np.ones((3, 7), np.int64)
+    mask[1, 4:] = 0
+    feed = {"x": random.standard_normal((3, 7, 8)).astype(np.float32), "mask": mask}
+    np.testing.assert_allclose(run(tmp_path / "a.onnx", feed)[0], run(tmp_path / "b.onnx", feed)[0], atol=1e-6)
+
+
+def test_scores_that_are_larger_than_the_bound_get_a_larger_one(tmp_path: Path) -> None:
+    onnx.save(attention(lowest=LOWEST, scale=20.0), tmp_path / "a.onnx")
+    bound, apart = onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert bound > 100.0 and apart <= 1e-6
+
+
+def test_scores_that_no_bound_is_good_for_are_refused(tmp_path: Path) -> None:
+    onnx.save(attention(lowest=LOWEST, scale=1e5), tmp_path / "a.onnx")
+    with pytest.raises(InputError, match="still move by.*nodes_to_exclude"):
+        onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_a_constant_that_others_read_stays_theirs(tmp_path: Path) -> None:
+    onnx.save(attention(lowest=LOWEST, twice=True), tmp_path / "a.onnx")
+    kinds = [each.kind for each in onnx_doctor.examine(onnx_doctor.open_file(tmp_path / "a.onnx"))]
+    assert kinds == ["mask", "shared"]
+    onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    feed = {"x": np.ones((1, 3, 8), np.float32), "mask": np.ones((1, 3), np.int64)}
+    assert run(tmp_path / "b.onnx", feed)[1] == np.float32(LOWEST)
+
+
+def test_one_large_channel_and_an_old_opset_are_named(tmp_path: Path) -> None:
+    weight = np.eye(8, dtype=np.float32)
+    weight[:, 5] *= 32.0
+    model = attention(lowest=-50.0, weight=weight, opset=13)
+    channels, opset = onnx_doctor.examine(model)
+    assert channels.kind == "channels" and "channel 5 is 32 times" in channels.text and "5.0 bits" in channels.text
+    assert opset.kind == "opset" and "need 21" in opset.text
+
+
+def test_other_files_are_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"no graph")
+    for name in ("a.onnx", "missing.onnx"):
+        with pytest.raises(InputError, match="onnx"):
+            onnx_doctor.open_file(tmp_path / name)
