@@ -65,9 +65,8 @@ class PeakRates:
         """Look at an optimizer's rates: those of now, and the peaks of its schedule."""
         number = self._optimizers.index(optimizer)
         starts = tuple(float(group["initial_lr"]) for group in optimizer.param_groups if "initial_lr" in group)
-        if (
-            len(starts) == len(optimizer.param_groups) and self._scheduled.get(number) != starts
-        ):  # a schedule began since the last step
+        begun = len(starts) == len(optimizer.param_groups) and self._scheduled.get(number) != starts
+        if begun:  # since the last step
             self._scheduled[number] = starts
             for index, peak in enumerate(_peaks_ahead(optimizer)):
                 known = float(optimizer.param_groups[index]["initial_lr"])

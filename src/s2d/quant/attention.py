@@ -265,7 +265,7 @@ def attention(
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~causal, -torch.inf)
     if attn_mask is None:
-        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
     else:
         # Passes over the mask, which all heads (and, in an exported graph, all layers) share, instead of the scores.
         if attn_mask.dtype == torch.bool:
@@ -275,11 +275,14 @@ def attention(
         bias = bias.clamp(min=torch.finfo(bias.dtype).min / 2)  # added to any score it stays finite
         # A query that may look nowhere gets zeros, as from the fused operator, instead of NaN.
         somewhere = seen.any(-1, keepdim=True)
-        probs = torch.softmax(scores + bias, dim=-1, dtype=torch.float32).mul(somewhere).to(q.dtype)
+        probs = torch.softmax(scores + bias, dim=-1, dtype=torch.float32).mul(somewhere).to(scores.dtype)
     weights = operand("probs", probs)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-    return weights @ v, probs
+    if weights.dtype == v.dtype:
+        return weights @ v, probs
+    with torch.autocast(q.device.type, enabled=False):
+        return (weights @ v.to(weights.dtype)).to(q.dtype), probs.to(q.dtype)
 
 
 def _multi_head(

@@ -63,7 +63,7 @@ def random_rotation(n: int, generator: torch.Generator, *, keep_ones: bool = Fal
         rotation = rotation * triangle.diagonal().sign()
     else:
         # Signs on both sides: on one side alone, one row of a Sylvester matrix would stay a row of ones.
-        signs = torch.randint(0, 2, (2, n), generator=generator).double() * 2.0 - 1.0
+        signs = torch.randint(0, 2, (2, n), generator=generator, device="cpu").double() * 2.0 - 1.0
         rotation = signs[0][:, None] * matrix * signs[1] / math.sqrt(n)
     if keep_ones and n > 1:
         ones = torch.ones(n, dtype=torch.float64, device="cpu")
