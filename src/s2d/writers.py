@@ -85,6 +85,11 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
+def version_of(tensor: Tensor) -> int:
+    """Grows with every write in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _correlation(a: Tensor, b: Tensor) -> float:
     a, b = a.flatten() - a.mean(), b.flatten() - b.mean()
     norms = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)

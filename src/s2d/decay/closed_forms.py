@@ -75,7 +75,12 @@ def summed_over(W: Block, components: Components, metric: str) -> Groups:
 
 
 def shrink_singular(
-    W: Tensor | Block, components: Components, amount: float, power: float, present: Tensor | None = None
+    W: Tensor | Block,
+    components: Components,
+    amount: float,
+    power: float,
+    present: Tensor | None = None,
+    draw: torch.Generator | None = None,
 ) -> None:
     """W <- W - U (s - s') V^T, with s the present values u^T W v, not those of the last refresh. In place.
 
@@ -85,11 +90,12 @@ def shrink_singular(
         amount: See `decayed`.
         power: See `decayed`.
         present: s, where it is known; see `measured`.
+        draw: Rounds at random, as half precision needs; see `subtract`.
     """
     assert components.U is not None and components.V is not None
     block, s = Block.of(W), measured(W, components, "weight") if present is None else present
     U, V, s = components.U[block.rows], components.V[block.columns], s.clamp_min(0)  # turned around by training: left
-    block.local.sub_(((U * (s - decayed(s, amount, power))) @ V.mT).to(block.local.dtype))
+    subtract(block.local, (U * (s - decayed(s, amount, power))) @ V.mT, draw)
 
 
 def shrink_directions(
@@ -100,6 +106,7 @@ def shrink_directions(
     bias: Tensor | Block | None = None,
     present: Tensor | None = None,
     present_bias: Tensor | None = None,
+    draw: torch.Generator | None = None,
 ) -> None:
     """W <- (I - U diag(rho) U^T) W and the same for the bias, rho = 1 - s'/s in the metric of the data. In place.
 
@@ -111,6 +118,7 @@ def shrink_directions(
         bias: ``[O]`` or None.
         present: ``U^T W``, where it is known; see `measured`.
         present_bias: ``U^T b`` ``[K, 1]``, likewise.
+        draw: Rounds at random, as half precision needs; see `subtract`.
     """
     assert components.U is not None
     kept = retained(components.S, amount, power)
@@ -118,14 +126,23 @@ def shrink_directions(
         if part is not None:
             block = Block.of(part)
             along = measured(block, components, "data") if known is None else known
-            block.local.sub_(((components.U[block.rows] * (1 - kept)) @ along).to(block.local.dtype))
+            subtract(block.local, (components.U[block.rows] * (1 - kept)) @ along, draw)
     components.S = components.S * kept
 
 
 def shrink_rows(
-    W: Tensor | Block, components: Components, amount: float, power: float, bias: Tensor | Block | None
+    W: Tensor | Block,
+    components: Components,
+    amount: float,
+    power: float,
+    bias: Tensor | Block | None,
+    offset: float = 0.0,
+    owed: Tensor | None = None,
 ) -> None:
     """Scale the selected rows (or gains) and their biases by s'/s. In place.
+
+    Half precision cannot hold a factor near 1: it is then saved up until it is as large as the spacing of the numbers,
+    and what rounding makes of it is kept account of, so that the product of all factors comes out right.
 
     Args:
         W: ``[O, I]``, or a gain ``[O]``.
@@ -133,14 +150,50 @@ def shrink_rows(
         amount: See `decayed`.
         power: See `decayed`.
         bias: ``[O]`` or None.
+        offset: What is added to a gain before it multiplies; the sum is what shrinks.
+        owed: ``[2, O]`` logarithms of what the rows and biases should still be scaled by, updated; for half precision.
     """
     kept = retained(components.S, amount, power)
-    for part in (W, bias):
-        if part is not None:
-            block = Block.of(part)
-            here, rows = channels_here(block, components)
-            block.local[rows] *= kept[here].to(block.local.dtype)[:, None]
+    for number, part in enumerate((W, bias)):
+        if part is None:
+            continue
+        block = Block.of(part)
+        here, rows = channels_here(block, components)
+        added = offset if number == 0 else 0.0
+        if owed is None:
+            scale = kept[here].to(block.local.dtype)[:, None]
+            # In this form 0 stays exact for a plain gain.
+            block.local[rows] = block.local[rows] * scale + added * (scale - 1)
+            continue
+        assert components.channels is not None
+        place = number, components.channels[here]
+        old = block.local[rows].float() + added
+        due = owed[place] + torch.log(kept[here].float())
+        factor = torch.where(due <= -torch.finfo(block.local.dtype).eps, due.exp(), 1.0)
+        rounded = (old * factor[:, None] - added).to(block.local.dtype)
+        block.local[rows] = rounded
+        size = old.square().sum(1)
+        reached = torch.where(size > 0, ((rounded.float() + added) * old).sum(1) / size, factor)
+        owed[place] = (due - torch.log(reached.clamp_min(1e-30))).clamp_max(0.01)
     components.S = components.S * kept
+
+
+def subtract(local: Tensor, change: Tensor, draw: torch.Generator | None = None) -> None:
+    """``local -= change``, in place.
+
+    Args:
+        local: Any shape, any floating dtype.
+        change: The same shape.
+        draw: Round up or down at random, right on average: changes below the spacing of half precision are else lost.
+    """
+    if draw is None:
+        local.sub_(change.to(local.dtype))
+        return
+    wanted, kind = local.float() - change.float(), torch.finfo(local.dtype)
+    _, exponent = torch.frexp(wanted)
+    spacing = torch.ldexp(torch.full_like(wanted, kind.eps / 2), exponent).clamp_min(kind.tiny * kind.eps)
+    up = torch.rand(wanted.shape, generator=draw, device=wanted.device)
+    local.copy_(torch.floor(wanted / spacing + up) * spacing)
 
 
 def channels_here(W: Block, components: Components) -> tuple[Tensor | slice, Tensor]:

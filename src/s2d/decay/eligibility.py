@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable
 
 from torch import nn
@@ -30,6 +31,21 @@ def eligible(
     Raises:
         InputError: A weight is divided in a way that has no rows, or nothing is left.
     """
+    kept, skipped = sort_out(model, found, trained, coupled=coupled, frozen=frozen)
+    if not kept:
+        name, reason = next(iter(skipped.items()))
+        asleep = any(why.startswith("frozen") for why in skipped.values())
+        raise InputError(
+            f"nothing to condition: all {len(skipped)} matching weights are left out, e.g. {name}: {reason}"
+            + ("; frozen=True shrinks frozen weights too, as training with LoRA needs" if asleep else "")
+        )
+    return kept, skipped
+
+
+def sort_out(
+    model: nn.Module, found: Iterable[Target], trained: Container[int], *, coupled: bool, frozen: bool
+) -> tuple[list[Target], dict[str, str]]:
+    """As `eligible`, as things stand now; nothing may be left."""
     owners: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name)
@@ -41,13 +57,6 @@ def eligible(
             kept.append(target)
         else:
             skipped[target.name] = reason
-    if not kept:
-        name, reason = next(iter(skipped.items()))
-        asleep = any(why.startswith("frozen") for why in skipped.values())
-        raise InputError(
-            f"nothing to condition: all {len(skipped)} matching weights are left out, e.g. {name}: {reason}"
-            + ("; frozen=True shrinks frozen weights too, as training with LoRA needs" if asleep else "")
-        )
     return kept, skipped
 
 
@@ -55,7 +64,11 @@ def _reason(
     target: Target, owners: dict[int, set[str]], trained: Container[int], coupled: bool, frozen: bool
 ) -> str | None:
     """Why a weight is left out, None where it is not."""
-    parameter = target.parameter
+    parameter = target.owner._parameters.get(target.parameter_name)
+    if parameter is None:
+        return "its parameter is gone: parametrized, pruned or removed"
+    if math.isnan(target.offset):
+        return "its output is no linear function of its weight"
     if target.kind != "norm" and parameter.ndim < 2:
         raise InputError(
             f"{target.name} is sharded into a flat vector without rows; shard by torch.distributed.fsdp.fully_shard "

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import functools
+import gc
+import types
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+# Steps of a schedule that are looked through for its peak, and as many as it may take while it still rises.
+_AHEAD = 10_000
+_RISING = 100_000
 
 
 class PeakRates:
@@ -16,35 +27,60 @@ class PeakRates:
         """Remember who trains what."""
         self._optimizers = list(optimizers)
         self._place: dict[int, tuple[Optimizer, int]] = {}
+        self._followers: list[nn.Parameter] = []
         self._peak: dict[tuple[int, int], float] = {}
-        for optimizer in self._optimizers:
+        self._scheduled: dict[int, tuple[float, ...]] = {}
+        # What an optimizer was built with counts as well: a warm-up by hand begins below it.
+        self._built = {key: _rate(group) for key, group in self._groups()}
+        self.look()
+
+    def _groups(self) -> Iterable[tuple[tuple[int, int], dict[str, Any]]]:
+        for number, optimizer in enumerate(self._optimizers):
             for index, group in enumerate(optimizer.param_groups):
-                self._place.update({id(parameter): (optimizer, index) for parameter in group["params"]})
+                yield (number, index), group
 
     def __contains__(self, identity: object) -> bool:
         """Whether an optimizer holds, or follows for, the parameter of this ``id``."""
         return identity in self._place
 
-    def follow(self, parameter: nn.Parameter) -> None:
-        """Let a parameter that nobody trains have the schedule of the first group."""
-        self._place[id(parameter)] = (self._optimizers[0], 0)
+    def look(self) -> None:
+        """See anew who trains what; followers are forgotten."""
+        self._followers = []
+        self._place = {
+            id(parameter): (self._optimizers[number], index)
+            for (number, index), group in self._groups()
+            for parameter in group["params"]
+        }
+
+    def follow(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let parameters that nobody trains have the schedule of the first group."""
+        self._followers = list(parameters)  # held, as another object could get the same id
+        self._place.update({id(parameter): (self._optimizers[0], 0) for parameter in self._followers})
 
     def trainer(self, parameter: nn.Parameter) -> Optimizer | None:
         """The optimizer that holds a parameter; none for one put in the place of the weight trained."""
         return self._place.get(id(parameter), (None, 0))[0]
 
     def note(self, optimizer: Optimizer) -> None:
-        """Look at an optimizer's rates: those of now, and the peaks that its scheduler announces."""
+        """Look at an optimizer's rates: those of now, and the peaks of its schedule."""
+        number = self._optimizers.index(optimizer)
+        starts = tuple(float(group["initial_lr"]) for group in optimizer.param_groups if "initial_lr" in group)
+        begun = len(starts) == len(optimizer.param_groups) and self._scheduled.get(number) != starts
+        if begun:  # since the last step
+            self._scheduled[number] = starts
+            for index, peak in enumerate(_peaks_ahead(optimizer)):
+                known = float(optimizer.param_groups[index]["initial_lr"])
+                self._peak[number, index] = peak if peak > known * (1 + 1e-6) else known
         for index, group in enumerate(optimizer.param_groups):
-            key = (self._optimizers.index(optimizer), index)
+            key = number, index
             announced = float(group.get("max_lr", group.get("initial_lr", 0.0)))
-            self._peak[key] = max(self._peak.get(key, 0.0), float(group["lr"]), announced)
+            self._peak[key] = max(self._peak.get(key, 0.0), self._built.get(key, 0.0), announced, _rate(group))
 
     def share(self, parameter: nn.Parameter) -> float:
         """The parameter's learning rate as a share of its peak, between 0 and 1; `note` comes before."""
         optimizer, index = self._place[id(parameter)]
         peak = self._peak[self._optimizers.index(optimizer), index]
-        return float(optimizer.param_groups[index]["lr"]) / peak if peak > 0 else 0.0
+        return _rate(optimizer.param_groups[index]) / peak if peak > 0 else 0.0
 
     def state(self) -> list[list[Any]]:
         """The peaks, as plain data."""
@@ -53,3 +89,64 @@ class PeakRates:
     def load_state(self, state: Sequence[Sequence[Any]]) -> None:
         """Take over what `state` gave."""
         self._peak = {(a, b): value for a, b, value in state}
+
+
+def _rate(group: dict[str, Any]) -> float:
+    """The rate of a group; schedule-free optimizers keep that of their own warm-up beside the one set."""
+    return min(float(group["lr"]), float(group.get("scheduled_lr", group["lr"])))
+
+
+def _peaks_ahead(optimizer: Optimizer) -> list[float]:
+    """The largest rate that an optimizer's schedule will reach in each group; nothing where that cannot be told.
+
+    The schedule is copied and run on an optimizer without weights. One that rises for as long as it is watched has no
+    peak of its own.
+    """
+    found = [each for each in _schedulers(optimizer) if type(each).__name__ != "ReduceLROnPlateau"]
+    if len(found) != 1:  # several that are stepped one by one: in which order is not known
+        return []
+    empty = torch.optim.SGD([_without_weights(group) for group in optimizer.param_groups], lr=0.0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ahead = _on(empty, found[0])
+            peaks, at, step = [_rate(group) for group in empty.param_groups], 0, 0
+            while step < _AHEAD or (at > 0.9 * step and step < _RISING):
+                step += 1
+                ahead.step()
+                rates = [_rate(group) for group in empty.param_groups]
+                if any(rate > peak * (1 + 1e-6) for rate, peak in zip(rates, peaks, strict=True)):
+                    at = step
+                peaks = [max(pair) for pair in zip(rates, peaks, strict=True)]
+    except Exception:  # a schedule of somebody else's may end, or need more than a step
+        return []
+    return [] if at > 0.9 * step else peaks
+
+
+def _without_weights(group: dict[str, Any]) -> dict[str, Any]:
+    # Schedulers write into rates that are tensors.
+    copied = {name: each.clone() if isinstance(each, Tensor) else each for name, each in group.items()}
+    return {**copied, "params": [nn.Parameter(torch.zeros(0, device="cpu"))]}
+
+
+def _on(optimizer: Optimizer, scheduler: Any) -> Any:
+    """A scheduler's copy for another optimizer; not a deep one, as a schedule may be the method of a whole trainer."""
+    new = object.__new__(type(scheduler))
+    new.__dict__.update(scheduler.__dict__)
+    new.optimizer = optimizer
+    if "_schedulers" in vars(new):
+        new._schedulers = [_on(optimizer, part) for part in new._schedulers]
+    if "lr_lambdas" in vars(new):  # objects may count their calls
+        plain = types.FunctionType | types.MethodType | functools.partial
+        new.lr_lambdas = [each if isinstance(each, plain) else copy.copy(each) for each in new.lr_lambdas]
+    return new
+
+
+def _schedulers(optimizer: Optimizer) -> list[Any]:
+    """The schedulers that step an optimizer's rates, without those that others step for them."""
+    holders = [each for each in gc.get_referrers(optimizer) if isinstance(each, dict)]
+    objects = [o for o in gc.get_referrers(*holders) if isinstance(o, LRScheduler)] if holders else []
+    objects += [o for o in gc.get_referrers(optimizer) if isinstance(o, LRScheduler)]
+    found = list({id(o): o for o in objects if getattr(o, "optimizer", None) is optimizer}.values())
+    inner = {id(part) for o in found for part in getattr(o, "_schedulers", [])}
+    return [o for o in found if id(o) not in inner]

@@ -42,8 +42,10 @@ from s2d.decay.closed_forms import (
     shrink_singular,
     summed_over,
 )
-from s2d.decay.eligibility import eligible
+from s2d.decay.eligibility import eligible, sort_out
+from s2d.decay.gains import gain_offset
 from s2d.decay.learning_rates import PeakRates
+from s2d.decay.refresh_hooks import Eager, Watch, is_recomputed, is_transformed
 from s2d.decay.selection import METRICS, Components, Finding
 from s2d.decay.settings import PRESETS, MetricName, Mode
 from s2d.distributed.sharding import (
@@ -54,7 +56,6 @@ from s2d.distributed.sharding import (
     data_groups,
     from_first,
     is_dtensor,
-    is_fsdp_module,
     local_part,
     ranks_in,
     require_same,
@@ -74,6 +75,7 @@ from s2d.targets.lora import with_adapters
 from s2d.targets.weights import Kind, Selector, Target, find_targets
 
 _STATE_VERSION = 1
+_NOT_RUN = "its module's forward was not called, or not with one tensor in and one out"
 _HISTORY_LENGTH = 100_000
 
 
@@ -155,14 +157,13 @@ class SelectiveSpectralDecay:
         if frozen and self.settings.mode == "coupled":
             raise InputError("frozen=True shrinks weights that no loss can reach; use it with mode='decoupled'")
         self._rates = PeakRates(self.optimizers)
-        found = with_adapters(model, find_targets(model, include, exclude, self.settings.kinds))
+        self._found = with_adapters(model, find_targets(model, include, exclude, self.settings.kinds))
+        self._found = [replace(target, offset=gain_offset(target)) for target in self._found]
+        self._model, self._take_frozen, self._seed = model, frozen, seed
         coupled = self.settings.mode == "coupled"
-        self.targets, self.skipped = eligible(model, found, self._rates, coupled=coupled, frozen=frozen)
-        self._frozen = {t.name: t for t in self.targets if id(t.parameter) not in self._rates}
+        self.targets, self.skipped = eligible(model, self._found, self._rates, coupled=coupled, frozen=frozen)
         self._changed: set[str] = set()
-        for target in self._frozen.values():  # they follow the schedule of what is trained instead of them
-            self._rates.follow(target.parameter)
-        self._between_steps = {target.name: target.parameter for target in self.targets}
+        self._take_note_of_targets()
         ranks = [min(target.block().shape) for target in self.targets if target.kind != "norm"]
         if max_rank is not None and ranks and max_rank > max(ranks):
             raise InputError(f"max_rank={max_rank} exceeds the rank of every weight here, at most {max(ranks)}")
@@ -175,11 +176,10 @@ class SelectiveSpectralDecay:
         self.step_count = 0
         self._ran: set[str] = set()
         self._mask: Tensor | None = None
-        self._handles: list[Any] = []
-        self._stance: Any = None
+        self._handles: list[Watch | Eager] = []
+        self._owed: dict[str, Tensor] = {}
         self._eager = is_compiled(model)
         self._seen_now: dict[str, None] = {}
-        self._model = model
         self._mask_sources = modules_with_mask(model)
         self._step_hooks: list[Any] = []
         for index, each in enumerate(self.optimizers):
@@ -233,7 +233,7 @@ class SelectiveSpectralDecay:
     @contextlib.contextmanager
     def _exact_arithmetic(self) -> Iterator[None]:
         """No graph is recorded, and autocast, which would compute directions in half precision, is off."""
-        device = self.targets[0].parameter.device.type
+        device = self._device.type
         active = torch.is_autocast_enabled(device)
         with torch.no_grad(), torch.autocast(device, enabled=False) if active else contextlib.nullcontext():
             yield
@@ -241,7 +241,10 @@ class SelectiveSpectralDecay:
     def _selected_of(self, optimizer: Optimizer) -> Iterable[tuple[Target, Components]]:
         for target in self.targets:
             components = self._metric.selected.get(target.name)
-            if components is not None and len(components) and self._rates.trainer(target.parameter) is optimizer:
+            awake = self._take_frozen or target.parameter.requires_grad  # it may have been frozen since the last look
+            if components is None or not len(components) or not awake:
+                continue
+            if self._rates.trainer(target.parameter) is optimizer:
                 yield target, components
 
     def _shrink(self, optimizer: Optimizer) -> None:
@@ -286,12 +289,28 @@ class SelectiveSpectralDecay:
             along_bias: The same of its bias.
         """
         power = self.settings.power
+        half = torch.finfo(W.local.dtype).bits < 32
         if components.channels is not None:
-            shrink_rows(W, components, amount, power, bias)
-        elif self.settings.metric == "weight":
-            shrink_singular(W, components, amount, power, along)
+            owed = self._owed_by(target, W) if half else None
+            return shrink_rows(W, components, amount, power, bias, target.offset, owed)
+        draw = self._draw(target, W.local.device) if half else None
+        if self.settings.metric == "weight":
+            shrink_singular(W, components, amount, power, along, draw)
         else:
-            shrink_directions(W, components, amount, power, bias, along, along_bias)
+            shrink_directions(W, components, amount, power, bias, along, along_bias, draw)
+
+    def _owed_by(self, target: Target, W: Block) -> Tensor:
+        """What half precision could not yet take of the shrinking of every row, and of its bias: see `shrink_rows`."""
+        if target.name not in self._owed:
+            self._owed[target.name] = torch.zeros(2, len(W), device=W.local.device)
+        owed = self._owed[target.name] = self._owed[target.name].to(W.local.device)
+        return owed
+
+    def _draw(self, target: Target, device: torch.device) -> torch.Generator:
+        """For rounding at random: the same on all ranks and after a resume, and none of the training's own numbers."""
+        number = next(n for n, each in enumerate(self.targets) if each.name == target.name)
+        seed = hash((self._seed, self.step_count, number)) & (2**63 - 1)  # of integers, the same in every process
+        return torch.Generator(device).manual_seed(seed)
 
     def _present(self, members: list[tuple[Target, Components]]) -> dict[str, tuple[Tensor, Tensor | None]]:
         """What must be known of the whole of each sharded weight, and of its bias, before its step."""
@@ -333,7 +352,7 @@ class SelectiveSpectralDecay:
         for (target, components, W, grad), present in zip(members, known, strict=True):
             if target.kind == "norm":
                 _, rows = channels_here(W, components)
-                gain = W.local[rows]
+                gain = W.local[rows] + target.offset
                 grad.local[rows] += factor * gain.sign() * gain.abs().pow(self.settings.power)
                 continue
             gradient = penalty_gradient(grad, components, self.settings.power, self.settings.metric, present)
@@ -341,30 +360,42 @@ class SelectiveSpectralDecay:
 
     # -- refresh -------------------------------------------------------------------------------------------------------
 
+    def _take_note_of_targets(self) -> None:
+        """Who trains the targets, and which parameters they are between steps (FSDP2 puts others in their place)."""
+        self._frozen = {t.name: t for t in self.targets if id(t.parameter) not in self._rates}
+        self._rates.follow(target.parameter for target in self._frozen.values())  # the schedule of what is trained
+        self._between_steps = {target.name: target.parameter for target in self.targets}
+
+    def _look_for_changes(self) -> None:
+        """Weights may have been frozen, unfrozen, replaced, tied, or given to an optimizer since the last look."""
+        self._rates.look()
+        coupled = self.settings.mode == "coupled"
+        kept, left_out = sort_out(self._model, self._found, self._rates, coupled=coupled, frozen=self._take_frozen)
+        if [t.name for t in kept] != [t.name for t in self.targets]:
+            self.targets[:] = kept
+            for name in left_out:
+                self._metric.selected.pop(name, None)
+        self.skipped = {n: why for n, why in self.skipped.items() if why == _NOT_RUN} | left_out
+        self._take_note_of_targets()
+
     def _arm(self) -> None:
-        """Put the forward hooks in; they see every forward pass until the next step."""
+        """Begin to look: at every forward pass until the next step."""
         self._disarm()
+        self._look_for_changes()
         self._metric.begin()
         self._seen_now = {}
         by_module: dict[nn.Module, list[Target]] = {}
         for target in self.targets:
             by_module.setdefault(target.module, []).append(target)
-        for module in self._mask_sources:
-            self._handles.append(module.register_forward_pre_hook(self._remember_mask, with_kwargs=True))
-        for module, targets in by_module.items():
-            # FSDP2's own hook takes the gathered weights away again.
-            first = is_fsdp_module(module)
-            self._handles.append(module.register_forward_hook(self._look(targets), with_kwargs=True, prepend=first))
+        looks = {module: self._look(targets) for module, targets in by_module.items()}
+        self._handles = [Watch(self._mask_sources, self._remember_mask, looks)]
         if self._eager:
-            self._stance = torch.compiler.set_stance("force_eager")  # compiled code does not run hooks added later
+            self._handles.append(Eager())
 
     def _disarm(self) -> None:
         for handle in self._handles:
-            handle.remove()
+            handle.close()
         self._handles, self._mask = [], None
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)  # back to the stance that was set before
-            self._stance = None
 
     def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
@@ -379,14 +410,14 @@ class SelectiveSpectralDecay:
 
     def _look(self, targets: list[Target]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if torch.compiler.is_compiling() or module is not targets[0].module:
-                return  # being traced; or a copy of the model, which has the hooks as well
             attention = isinstance(module, nn.MultiheadAttention)
             made = output[0] if attention else output
             if not isinstance(made, Tensor) or not (attention or (args and isinstance(args[0], Tensor))):
                 return
             if not (module.training or made.requires_grad):
                 return  # an evaluation between two steps
+            if is_transformed(made) or (is_recomputed() and targets[0].name in self._seen_now):
+                return
             given = self._mask if not attention or module.batch_first else None  # no mask has its tokens first
             # Looking is not part of the model: a function mode that is on (quantized attention) must not see it.
             with torch._C.DisableTorchFunction(), self._exact_arithmetic():
@@ -406,7 +437,7 @@ class SelectiveSpectralDecay:
 
     def _refresh(self) -> None:
         """Turn what the hooks saw into the new selection."""
-        require_same(self._seen_now, self._everyone, self.targets[0].parameter.device)
+        require_same(self._seen_now, self._everyone, self._device)
         if not self._eager and (not self._seen_now or is_compiled(self._model)):
             self._eager = True  # perhaps the model was compiled after this decay was made: look again, eagerly
             return self._arm()
@@ -426,7 +457,7 @@ class SelectiveSpectralDecay:
     def _note_what_ran(self) -> None:
         for target in self.targets:
             if target.name not in self._ran:
-                self.skipped[target.name] = "its module's forward was not called, or not with one tensor in and one out"
+                self.skipped[target.name] = _NOT_RUN
             else:
                 self.skipped.pop(target.name, None)
 
@@ -446,7 +477,7 @@ class SelectiveSpectralDecay:
         """Every rank shrinks the same, as copies of a model must stay equal; where they differ in a bit, rank 0's."""
         if ranks_in(self._everyone) == 1:
             return
-        selected, device = self._metric.selected, self.targets[0].parameter.device
+        selected, device = self._metric.selected, self._device
         marks = [_mark(selected.get(target.name), device) for target in self.targets]
         same = agreed(torch.stack(marks), self._everyone).tolist()
         differing = {t.name: t for t, agrees in zip(self.targets, same, strict=True) if not agrees}
@@ -458,6 +489,10 @@ class SelectiveSpectralDecay:
             selected.pop(name, None)
             if name in theirs:
                 selected[name] = theirs[name].to(target.parameter.device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -483,7 +518,8 @@ class SelectiveSpectralDecay:
             "metric": self._metric.state(),
             "history": list(self.history),
             "ran": sorted(self._ran),
-            "frozen": {name: _stored(self._frozen[name]) for name in sorted(self._changed)},
+            "frozen": {name: _stored(self._frozen[name]) for name in sorted(self._changed) if name in self._frozen},
+            "owed": {name: owed.cpu() for name, owed in self._owed.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -525,6 +561,7 @@ class SelectiveSpectralDecay:
             name: Components(**parts).to(known[name].parameter.device) for name, parts in state["selected"].items()
         }
         self._metric.load_state(state["metric"])
+        self._owed = {name: owed.clone() for name, owed in state.get("owed", {}).items()}
         self.history = deque(state["history"], maxlen=_HISTORY_LENGTH)
         self._ran = set(state["ran"])
         if self.step_count:
@@ -544,6 +581,12 @@ class SelectiveSpectralDecay:
         for handle in self._step_hooks:
             handle.remove()
         self._step_hooks = []
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "a decay belongs to its own model and optimizer and cannot be copied or pickled; save its state_dict(), "
+            "and keep it outside of the module that is copied"
+        )
 
     def __repr__(self) -> str:
         s = self.settings

@@ -9,6 +9,7 @@ that the trainer adds by itself stand before the callbacks passed to it, and hav
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ STATE_FILE = "s2d_decay.pt"
 class SpectralDecayCallback(Conditioning, transformers.TrainerCallback):
     """Delegates to `s2d.SelectiveSpectralDecay`; its state is ``s2d_decay.pt`` in every checkpoint."""
 
+    resumed_from: Any = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer exists: attach to it, and continue where a resumed training stopped.
 
         Raises:
             InputError: The checkpoint that the trainer resumes from has no state of a decay, or that of another.
         """
-        known = _read_state(args, state.global_step) if state.global_step else None
+        known = _read_state(args, self.resumed_from, state.global_step) if state.global_step else None
         self._attach(kwargs["model"], kwargs["optimizer"], known)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,19 +71,27 @@ def attach(trainer: Any, **settings: Any) -> SpectralDecayCallback:
     if not isinstance(trainer, transformers.Trainer):
         raise InputError(f"trainer is {type(trainer).__name__}; pass the transformers.Trainer that will train")
     callback = SpectralDecayCallback(**settings)
+    plain = trainer.train
+
+    @functools.wraps(plain)
+    def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        callback.resumed_from = resume_from_checkpoint  # callbacks are not told, and it may be in another folder
+        return plain(resume_from_checkpoint, *args, **kwargs)
+
+    trainer.train = train
     trainer.callback_handler.callbacks.insert(0, callback)  # before the reporters, which then see its numbers
     return callback
 
 
-def _read_state(args: Any, step: int) -> dict[str, Any]:
+def _read_state(args: Any, resumed_from: Any, step: int) -> dict[str, Any]:
     """The state beside the checkpoint of so many steps: where the trainer resumes from, or in its own folder."""
-    named = args.resume_from_checkpoint
-    places = [Path(named)] if isinstance(named, str | os.PathLike) else []
+    named = (resumed_from, args.resume_from_checkpoint)
+    places = [Path(each) for each in named if isinstance(each, str | os.PathLike)]
     places.append(Path(args.output_dir) / f"checkpoint-{step}")
     for place in places:
         if (place / STATE_FILE).is_file():
             return torch.load(place / STATE_FILE, map_location="cpu", weights_only=True)
     raise InputError(
-        f"the training is resumed at step {step}, but there is no {STATE_FILE} in {places[-1]}; resume from a "
-        "checkpoint written with this callback, or begin anew"
+        f"the training is resumed at step {step}, but there is no {STATE_FILE} in {places[0]}; resume from a "
+        "checkpoint written with this callback, or begin anew; from another folder use attach(trainer)"
     )

@@ -162,7 +162,7 @@ def principal_components(
     offset = None if bias is None else bias.float()
     if warm is None or warm.shape[1] != k:
         generator = torch.Generator().manual_seed(seed)
-        U = torch.linalg.qr(torch.randn(part.width, k, generator=generator)).Q.to(Y_NO.device)
+        U = torch.linalg.qr(torch.randn(part.width, k, generator=generator, device="cpu")).Q.to(Y_NO.device)
     else:
         U, steps = warm.to(Y_NO.device, torch.float32), 1
     energy = U.new_zeros(k)

@@ -300,7 +300,7 @@ class _Group:
     def _random_block(self, width: int) -> Tensor:
         """``[width, n]`` orthonormal rows; the same for every matrix of the shape, whatever group it is in."""
         generator = torch.Generator().manual_seed(self.seed)
-        rows = torch.randn(width, self.n, generator=generator)
+        rows = torch.randn(width, self.n, generator=generator, device="cpu")
         return torch.linalg.qr(rows.mT).Q.mT.to(self.device, self.dtype).contiguous()
 
     def _warm_block(self, starts: list[Triplets]) -> Tensor:

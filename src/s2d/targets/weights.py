@@ -46,6 +46,8 @@ class Target:
         rows: Which outputs of the parameter, ``None`` for all.
         kind: ``"linear"``, ``"conv"``, ``"embedding"`` (one row per entry) or ``"norm"`` (a gain ``[d]``).
         transposed: The parameter is stored ``[in, out]`` (transformers' ``Conv1D``).
+        offset: Of a norm: what is added to the weight before it multiplies (1 in Gemma); not a number where the output
+            is no linear function of the weight.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Target:
     rows: slice | None
     kind: Kind
     transposed: bool = False
+    offset: float = 0.0
 
     @property
     def parameter(self) -> nn.Parameter:

@@ -182,7 +182,7 @@ def coordinate_finding(sums: Sums, target: Target, outlier_ratio: float, selecte
     if len(channels) > most:
         channels = channels[channel_max[channels].topk(most).indices].sort().values
     if target.kind == "norm":
-        sigma = whole_vector(target.parameter).abs().float()
+        sigma = (whole_vector(target.parameter).float() + target.offset).abs()
     else:
         sigma = (sums.channel_squares / sums.rows).sqrt()
     top = sums.channel_max.topk(min(3, len(sums.channel_max))).indices

@@ -254,26 +254,35 @@ def attention(
     if enable_gqa:
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
         v = v.repeat_interleave(q.shape[-3] // v.shape[-3], dim=-3)
-    scores = q @ k.transpose(-2, -1) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if q.dtype in (torch.float16, torch.bfloat16):
+        # The scores stay in float32 until the softmax, as in fused kernels; half precision overflows or rounds them.
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q.float() @ k.float().transpose(-2, -1) * factor
+    else:
+        scores = q @ k.transpose(-2, -1) * factor
     if is_causal:
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~causal, -torch.inf)
     if attn_mask is None:
-        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
     else:
         # Passes over the mask, which all heads (and, in an exported graph, all layers) share, instead of the scores.
         if attn_mask.dtype == torch.bool:
             seen, bias = attn_mask, torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -torch.inf)
         else:
-            seen, bias = attn_mask > -torch.inf, attn_mask
+            seen, bias = attn_mask > -torch.inf, attn_mask.to(scores.dtype)
         bias = bias.clamp(min=torch.finfo(bias.dtype).min / 2)  # added to any score it stays finite
         # A query that may look nowhere gets zeros, as from the fused operator, instead of NaN.
         somewhere = seen.any(-1, keepdim=True)
-        probs = torch.softmax(scores + bias, dim=-1, dtype=torch.float32).mul(somewhere).to(q.dtype)
+        probs = torch.softmax(scores + bias, dim=-1, dtype=torch.float32).mul(somewhere).to(scores.dtype)
     weights = operand("probs", probs)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-    return weights @ v, probs
+    if weights.dtype == v.dtype:
+        return weights @ v, probs
+    with torch.autocast(q.device.type, enabled=False):
+        return (weights @ v.to(weights.dtype)).to(q.dtype), probs.to(q.dtype)
 
 
 def _multi_head(

@@ -22,7 +22,7 @@ from torch import Tensor
 @cache
 def _hadamard(n: int) -> Tensor | None:
     if n in (1, 2):
-        return torch.ones(1, 1, dtype=torch.float64) if n == 1 else _SYLVESTER.clone()
+        return torch.ones(1, 1, dtype=torch.float64, device="cpu") if n == 1 else _SYLVESTER.clone()
     if n < 1 or n % 4:
         return None
     # Doubling first: small bases make fast transforms. A large prime order is built only when nothing smaller is there.
@@ -58,15 +58,15 @@ def random_rotation(n: int, generator: torch.Generator, *, keep_ones: bool = Fal
     """
     matrix = _hadamard(n)
     if matrix is None:
-        gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64, device="cpu")
         rotation, triangle = torch.linalg.qr(gaussian)
         rotation = rotation * triangle.diagonal().sign()
     else:
         # Signs on both sides: on one side alone, one row of a Sylvester matrix would stay a row of ones.
-        signs = torch.randint(0, 2, (2, n), generator=generator).double() * 2.0 - 1.0
+        signs = torch.randint(0, 2, (2, n), generator=generator, device="cpu").double() * 2.0 - 1.0
         rotation = signs[0][:, None] * matrix * signs[1] / math.sqrt(n)
     if keep_ones and n > 1:
-        ones = torch.ones(n, dtype=torch.float64)
+        ones = torch.ones(n, dtype=torch.float64, device="cpu")
         # The reflection that takes Q 1 to 1, after Q.
         normal = rotation @ ones - ones
         if float(normal.norm()) > 1e-9:
@@ -83,7 +83,7 @@ def factors(n: int) -> tuple[Tensor, Tensor]:
     """
     if _hadamard(n) is None:
         block = n & -n
-        return torch.eye(n // block, dtype=torch.float64), _normalized(block)
+        return torch.eye(n // block, dtype=torch.float64, device="cpu"), _normalized(block)
     base = n
     while base % 2 == 0 and _hadamard(base // 2) is not None:
         base //= 2
@@ -108,7 +108,7 @@ def apply_factors(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return F.linear(grid, left.T).transpose(-2, -1).flatten(-2)
 
 
-_SYLVESTER = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+_SYLVESTER = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
 
 
 def _normalized(n: int) -> Tensor:
@@ -123,15 +123,15 @@ def _is_prime(n: int) -> bool:
 
 def _jacobsthal(q: int) -> Tensor:
     """Q of Paley: entry (i, j) is the Legendre symbol of i - j modulo the prime q."""
-    symbol = torch.full((q,), -1.0, dtype=torch.float64)
-    symbol[torch.arange(q, dtype=torch.int64).square() % q] = 1.0
+    symbol = torch.full((q,), -1.0, dtype=torch.float64, device="cpu")
+    symbol[torch.arange(q, dtype=torch.int64, device="cpu").square() % q] = 1.0
     symbol[0] = 0.0
-    index = torch.arange(q)
+    index = torch.arange(q, device="cpu")
     return symbol[(index[:, None] - index[None, :]) % q]
 
 
 def _bordered(q: int, corner: float) -> Tensor:
-    matrix = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    matrix = torch.zeros(q + 1, q + 1, dtype=torch.float64, device="cpu")
     matrix[0, 1:] = 1.0
     matrix[1:, 0] = corner
     matrix[1:, 1:] = _jacobsthal(q)
@@ -140,11 +140,13 @@ def _bordered(q: int, corner: float) -> Tensor:
 
 def _paley_one(q: int) -> Tensor:
     """Order q + 1, q = 3 mod 4: the identity and a skew-symmetric matrix."""
-    return torch.eye(q + 1, dtype=torch.float64) + _bordered(q, -1.0)
+    return torch.eye(q + 1, dtype=torch.float64, device="cpu") + _bordered(q, -1.0)
 
 
 def _paley_two(q: int) -> Tensor:
     """Order 2 (q + 1), q = 1 mod 4: the symmetric conference matrix, its zeros and signs replaced by 2 x 2 blocks."""
     conference = _bordered(q, 1.0)
-    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(conference, _SYLVESTER) + torch.kron(torch.eye(q + 1, dtype=torch.float64), diagonal)
+    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu")
+    return torch.kron(conference, _SYLVESTER) + torch.kron(
+        torch.eye(q + 1, dtype=torch.float64, device="cpu"), diagonal
+    )

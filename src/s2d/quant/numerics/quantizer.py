@@ -16,6 +16,7 @@ Scale and zero point broadcast against x:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -389,7 +390,7 @@ class WeightQuantizer(Quantizer):
     ) -> None:
         """Make a weight quantizer that is still off; arguments as for `Quantizer`."""
         super().__init__(format, granularity, name=name, channels=channels, groups=groups)
-        self._cache: tuple[tuple[object, ...], Tensor] | None = None
+        self._cache: tuple[tuple[object, ...], tuple[weakref.ref[Tensor], ...], Tensor] | None = None
 
     def train(self, mode: bool = True) -> WeightQuantizer:
         """Switch between training and evaluation; forgets the kept weight."""
@@ -404,18 +405,21 @@ class WeightQuantizer(Quantizer):
         if live or torch.compiler.is_compiling():
             self._cache = None
             return super().forward(weight)
-        key = tuple((t.data_ptr(), t.dtype, t.device, _version(t)) for t in (weight, self.scale, self.zero_point))
-        if self._cache is None or self._cache[0] != key:
+        parts = (weight, self.scale, self.zero_point)
+        if torch._C._functorch.maybe_current_level() is not None or any(t.is_inference() for t in parts):
+            return super().forward(weight)  # wrapped values have no versions, nor have those of inference mode
+        # Addresses and ids are used again: the very tensors must still be there, and point to what they did.
+        key = tuple((t.data_ptr(), t.dtype, t.device, t._version) for t in parts)
+        cache = self._cache
+        if cache is None or cache[0] != key or any(r() is not t for r, t in zip(cache[1], parts, strict=True)):
             plain = weight.detach()
-            rounded = super().forward(plain)
+            with torch.inference_mode(False), torch.no_grad():  # what is kept outlives inference mode
+                rounded = super().forward(plain)
             # A weight that is on the grid, as loaded ones and those of most methods are, needs no second copy.
-            self._cache = (key, plain if torch.equal(rounded, plain) else rounded)
-        return self._cache[1]
+            kept = plain if torch.equal(rounded, plain) else rounded
+            cache = self._cache = (key, tuple(weakref.ref(t) for t in parts), kept)
+        return cache[2]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a model need not carry the rounded weights.
         return {**self.__dict__, "_cache": None}
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,106 @@
+"""Seeing the calls of modules without leaving anything in them, and keeping compiled code off meanwhile.
+
+Hooks that sit in a module are copied, pickled and averaged with it. Those that see every module of the process are not:
+each looks up whether the module called is one to watch, and a copy of that module is another one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules import module as of_all_modules
+
+Before: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+After: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class Watch:
+    """Sees the calls of some modules until it is closed. Tracers do not see it."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, before: Iterable[nn.Module], enter: Before, after: Mapping[nn.Module, After]) -> None:
+        """Begin.
+
+        Args:
+            before: Modules whose arguments are shown to `enter` before they run.
+            enter: Given module, positional and named arguments.
+            after: What to do when a module has run; given its output as well. Wrappers that take gathered weights away
+                after a forward (FSDP2) have not done so yet.
+        """
+        # They fire once more for the wrapper of a compiled module, which is none of those watched.
+        warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
+        self._before, self._enter, self._after = set(before), enter, dict(after)
+        # torch shows named arguments only to hooks that the module itself lists. A number of torch's could be that of
+        # another hook once a copy of the module is loaded elsewhere; this one is nobody's.
+        self._key: Any = f"s2d-{next(self._numbers)}"
+        for module in self._before:
+            module._forward_pre_hooks_with_kwargs[self._key] = True
+        of_all_modules._global_forward_pre_hooks[self._key] = self._entering
+        self._leaving_handle = of_all_modules.register_module_forward_hook(self._leaving, with_kwargs=True)
+
+    def _entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if not torch.compiler.is_compiling() and kwargs is not None and module in self._before:
+            self._enter(module, args, kwargs)
+
+    def _leaving(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_compiling() and module in self._after:
+            self._after[module](module, args, kwargs, output)
+
+    def close(self) -> None:
+        """See nothing any more."""
+        of_all_modules._global_forward_pre_hooks.pop(self._key, None)
+        self._leaving_handle.remove()
+        for module in self._before:
+            module._forward_pre_hooks_with_kwargs.pop(self._key, None)
+        self._before, self._after = set(), {}
+
+
+def is_transformed(output: Tensor) -> bool:
+    """An output without values of its own: under ``torch.func``, in inference mode, faked or traced."""
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.is_inference_mode_enabled()
+        or output.is_inference()
+        or torch.jit.is_tracing()
+        or output.is_meta
+        or is_fake(output)
+    )
+
+
+def is_recomputed() -> bool:
+    """Whether this runs inside a backward pass, as the forwards that activation checkpointing repeats do."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Eager:
+    """While any of these is on, compiled code is not used: it would not run hooks that were added later.
+
+    They may end in another order than they began, which torch's own stance does not allow for.
+    """
+
+    _active = 0
+    _stance: Any = None
+
+    def __init__(self) -> None:
+        """Begin; what was set before comes back when the last one ends."""
+        self._on = True
+        if Eager._active == 0:
+            Eager._stance = torch.compiler.set_stance("force_eager")
+        Eager._active += 1
+
+    def close(self) -> None:
+        """End; once is enough."""
+        if not self._on:
+            return
+        self._on = False
+        Eager._active -= 1
+        if Eager._active == 0:
+            Eager._stance.__exit__(None, None, None)
+            Eager._stance = None
