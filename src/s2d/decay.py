@@ -37,6 +37,7 @@ from s2d.adapters import with_adapters
 from s2d.decay_settings import PRESETS, MetricName, Mode
 from s2d.eligible import eligible
 from s2d.errors import InputError
+from s2d.padding import given_mask, real_of
 from s2d.rates import PeakRates
 from s2d.selection import METRICS, Components, Finding
 from s2d.sharding import (
@@ -70,7 +71,6 @@ from s2d.views import (
     parts_of,
     projection_views,
     refuse_unreadable,
-    tells_padding,
 )
 
 _STATE_VERSION = 1
@@ -367,15 +367,12 @@ class SelectiveSpectralDecay:
             self._stance = None
 
     def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            names = list(inspect.signature(module.forward).parameters)
-            position = names.index("attention_mask")
-            mask = args[position] if position < len(args) else None
-        if mask is None:
+        signature = inspect.signature(module.forward)
+        found = real_of(signature, args, kwargs)
+        if found is not None:
+            self._mask = found.detach()
+        elif not given_mask(signature, args, kwargs):
             self._mask = None  # of an earlier call
-        elif isinstance(mask, Tensor) and mask.ndim == 2 and tells_padding(mask):
-            self._mask = mask.detach()
 
     def _look(self, targets: list[Target]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -418,7 +418,8 @@ def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator
             whole = (batch for mega in megas for batch in _by_length(mega, settings.batch_size, generator))
         given = 0
         for batch in whole:
-            if given and _rows(batch) < settings.batch_size:
+            # Batches of like length are cut from shuffled rows, so the small one holds the longest: it is trained on too.
+            if given and _rows(batch) < settings.batch_size and not (settings.group_by_length and task.ragged):
                 continue
             given += 1
             yield batch

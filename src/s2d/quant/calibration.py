@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.padding import MASKS, real_of, without_first
 from s2d.quant.formats import Format
 from s2d.quant.modules import QuantizedLinear
 from s2d.quant.observers import Observer, Rounding, make_observer
@@ -27,13 +28,17 @@ from s2d.sharding import Groups
 
 Stage = Literal["transform", "rounding"]
 Protocol = Literal["own", "unified"]
-_MASKS = frozenset({"attention_mask", "src_key_padding_mask", "key_padding_mask"})
+
+
+# Batches of a loader are held up to so many bytes; a list is held by whoever made it.
+HELD_BYTES = 8 * 2**30
 
 
 class Batches:
-    """Calibration batches, read as a stream.
+    """Calibration batches, the same ones in the same order in every pass.
 
-    A list or a DataLoader can be passed over as often as a method needs; a generator once.
+    A list can be passed over as often as a method needs, and a DataLoader too: what its first pass gives is held, since
+    another pass may shuffle or augment anew. A generator can be passed over once.
     """
 
     def __init__(self, source: Iterable[Any]) -> None:
@@ -53,11 +58,17 @@ class Batches:
         except StopIteration:
             raise InputError("the calibration data is empty; give at least one batch") from None
         self._used = False
+        self._held: list[Any] | None = None if self._once or isinstance(source, (list, tuple)) else [self.first]
+        self._whole = False
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._source) if isinstance(self._source, Sized) else 0
 
     def __iter__(self) -> Iterator[Any]:
+        if self._held is not None:
+            yield from self._hold()
+            return
         if not self._once:
             yield from self._source
             return
@@ -66,6 +77,38 @@ class Batches:
         self._used = True
         yield self.first
         yield from self._stream
+
+    def _hold(self) -> Iterator[Any]:
+        """What was read before, then what the first pass has yet to give."""
+        assert self._held is not None
+        at = 0
+        while True:
+            if at == len(self._held):
+                batch = _END if self._whole else next(self._stream, _END)
+                if batch is _END:
+                    self._whole = True
+                    return
+                self._held.append(batch)
+                self._bytes += _bytes(batch)
+                if self._bytes > HELD_BYTES:
+                    raise InputError(
+                        f"the calibration batches take more than {HELD_BYTES / 2**30:g} GiB, and a loader's have to be "
+                        "held so that every pass sees the same; use fewer or smaller ones, or a list"
+                    )
+            yield self._held[at]
+            at += 1
+
+
+_END = object()
+
+
+def _bytes(value: Any) -> int:
+    """Memory of the tensors in a batch."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0
 
 
 @dataclass
@@ -177,23 +220,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def token_mask(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
+def token_mask(model: nn.Module, prefix: int | None = None) -> Iterator[Callable[[], Tensor | None]]:
     """While active, a function gives the padding mask of the running forward.
 
     The mask is the ``attention_mask`` ``[batch, tokens]`` (non-zero: a real token), or what torch's own encoders and
     self-attention call ``src_key_padding_mask`` and ``key_padding_mask`` (True or -inf: padding), of the outermost call
     that has one; inner modules that receive a two-dimensional one of their own (a model that trims its batch first)
-    replace it.
+    replace it. The first ``prefix`` tokens are none either; None takes that of the model's quantizers.
     """
+    if prefix is None:
+        prefix = max((module.prefix for module in model.modules() if isinstance(module, Quantizer)), default=0)
     mask: list[Tensor | None] = [None]
     signatures = {
         module: inspect.signature(module.forward)
         for module in model.modules()
-        if module is model or not _MASKS.isdisjoint(inspect.signature(module.forward).parameters)
+        if module is model or not MASKS.isdisjoint(inspect.signature(module.forward).parameters)
     }
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = _real(signatures[module], args, kwargs)
+        found = real_of(signatures[module], args, kwargs)
+        if prefix and (found is not None or module is model):
+            found = without_first(found, signatures[module], args, kwargs, prefix)
         if found is not None:
             mask[0] = None if bool(found.all()) else found
         elif module is model:
@@ -205,23 +252,6 @@ def token_mask(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _real(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Which tokens a call says are real, ``[B, T]`` boolean; None when it does not say."""
-    given: Mapping[str, Any] = kwargs
-    with suppress(TypeError):
-        given = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
-    shown = given.get("attention_mask")
-    if isinstance(shown, Tensor) and shown.ndim == 2 and not shown.is_floating_point():
-        return shown.bool()
-    hidden = given.get("src_key_padding_mask")
-    # Behind a query of its own the mask is that of other tokens.
-    if hidden is None and given.get("query") is given.get("key"):
-        hidden = given.get("key_padding_mask")
-    if not isinstance(hidden, Tensor) or hidden.ndim != 2:
-        return None
-    return hidden > -torch.inf if hidden.is_floating_point() else ~hidden.bool()
 
 
 def real_tokens(x: Tensor, mask: Tensor | None, what: What) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from s2d.quant.blocks import Block, blocks_of, walk
-from s2d.quant.calibration import Job
+from s2d.quant.calibration import Job, real_tokens
 from s2d.quant.channels import ChannelStatistics, channel_statistics, function_kept
 from s2d.quant.folding import matrix
 from s2d.quant.online import refuse_low_rank
@@ -85,7 +85,8 @@ def few_calls(block: Block) -> Block:
     tokens = count = 0
     for call in block.inputs:
         hidden = next(value for value in call.slots().values() if isinstance(value, Tensor))
-        tokens, count = tokens + hidden[..., 0].numel(), count + 1
+        mask = block.masks[count]
+        tokens, count = tokens + (hidden[..., 0].numel() if mask is None else int(mask.sum())), count + 1
         if tokens >= SEARCH_TOKENS:
             break
     return replace(block, inputs=block.inputs[:count], masks=block.masks[:count], reference=None, outputs=None)
@@ -118,7 +119,8 @@ def best_scale(
                 with torch.no_grad():
                     weight.copy_(scaled.double() / scale)
             outputs = block.stream(block.inputs)
-            errors.append(sum(float((y - z).double().square().sum()) for y, z in zip(outputs, wanted, strict=True)))
+            pairs_of = zip(outputs, wanted, block.masks, strict=True)
+            errors.append(sum(float(real_tokens(y - z, mask, "input").double().square().sum()) for y, z, mask in pairs_of))
     finally:
         with torch.no_grad():
             for reader, weight in weights.items():
