@@ -45,7 +45,9 @@ def given_mask(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
     return not names or any(kwargs.get(name) is not None for name in names)
 
 
-def without_first(real: Tensor | None, signature: inspect.Signature, args: Any, kwargs: Any, count: int) -> Tensor | None:
+def without_first(
+    real: Tensor | None, signature: inspect.Signature, args: Any, kwargs: Any, count: int
+) -> Tensor | None:
     """The real tokens but the first ``count`` of every sequence; of a call without a mask by its ids or embeddings."""
     if real is None:
         with suppress(TypeError):

@@ -35,12 +35,12 @@ from s2d.training import train
 # Which rooms decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
 # are left out of training and judging; the weights' fingerprint stands for them.
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
-_ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py")
+_ANCHORING = ("anchor.py", "quant/distillation.py", "quant/blocks.py", "quant/calibration.py", "padding.py")
 _TOWERS = ("models/image_heads.py", "models/image_views.py", "models/dual_encoder.py")
-_HEADS = ("models/heads.py", "models/preprocessing.py", *_TOWERS)
+_HEADS = ("models/heads.py", "models/classes.py", "models/preprocessing.py", *_TOWERS)
 _TRAINING = ("training.py", "optimizers.py", "guard.py", "patience.py", "tasks", *_HEADS, *_ANCHORING)
 _SPECTRA = ("dominance.py", "spectrum.py", "subspace.py", "sharding.py")
-_SEEING = ("selection", "channels.py", "views.py", "writers.py", "targets.py", *_SPECTRA)
+_SEEING = ("selection", "channels.py", "views.py", "padding.py", "writers.py", "targets.py", *_SPECTRA)
 _DECAY = ("decay.py", "decay_settings.py", "eligible.py", "adapters.py", "shrink.py", "rates.py", "baselines", *_SEEING)
 _JUDGING = ("evaluation.py", "tasks", *_HEADS)
 _QUANTIZING = ("quant", "models")

@@ -407,7 +407,10 @@ def parameter_groups(
 
 
 def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator[Batch]:
-    """Batches without end, every epoch in another order; the last, smaller batch of an epoch is left out."""
+    """Batches without end, every epoch in another order.
+
+    The last, smaller batch of an epoch is left out; not of batches of like length, which would lose the longest rows.
+    """
     for epoch in itertools.count():
         epoch_seed = seed * 1_000_003 + epoch
         if not (settings.group_by_length and task.ragged):
@@ -419,7 +422,8 @@ def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator
         given = 0
         for batch in whole:
             # Batches of like length are cut from shuffled rows, so the small one holds the longest: it is trained on too.
-            if given and _rows(batch) < settings.batch_size and not (settings.group_by_length and task.ragged):
+            enough = launch.count() if settings.group_by_length and task.ragged else settings.batch_size
+            if given and _rows(batch) < enough:
                 continue
             given += 1
             yield batch

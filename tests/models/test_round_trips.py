@@ -60,6 +60,7 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.mark.timeout(600)
 def test_every_family_comes_back_bit_for_bit(tmp_path: Path) -> None:
     library("transformers", "hf")
     library("timm", "timm")
@@ -110,6 +111,7 @@ ODD: dict[str, Any] = {
 }
 
 
+@pytest.mark.timeout(600)
 def test_timm_models_with_other_arguments_and_changed_afterwards(tmp_path: Path) -> None:
     for name, make in ODD.items():
         record(make(), IMAGES, tmp_path / f"{name}-plain")
@@ -122,12 +124,17 @@ def test_timm_models_with_other_arguments_and_changed_afterwards(tmp_path: Path)
     assert in_another_process(tmp_path) == {}
 
 
+@pytest.mark.timeout(600)
 def test_open_clip_models_whose_activation_their_name_does_not_say(tmp_path: Path) -> None:
     batch = {"image": IMAGES["x"], "text": torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))}
     for quick in (False, True):
         model = tiny_clip(tmp_path, force_quick_gelu=quick)
         record(model, batch, tmp_path / f"plain-{quick}")
-        record(s2d.quantize(model, {"base": "w8a8", "attention": "keep"}, calibration=[batch]), batch, tmp_path / f"q-{quick}")
+        record(
+            s2d.quantize(model, {"base": "w8a8", "attention": "keep"}, calibration=[batch]),
+            batch,
+            tmp_path / f"q-{quick}",
+        )
     expected = [torch.load(tmp_path / f"plain-{quick}/expected.pt")["output"] for quick in (False, True)]
     assert not torch.equal(*expected)  # the activation counts
     assert in_another_process(tmp_path) == {}
@@ -190,7 +197,13 @@ def test_a_description_names_layers_only(tmp_path: Path) -> None:
     save(tiny_timm(act_layer="silu", **SMALL), tmp_path / "m")
     path = tmp_path / "m" / "s2d_config.json"
     content = json.loads(path.read_text())
-    for name in ("os:system", "builtins:eval", "timm.models:create_model", "torch.nn.modules.module:os", "torch.hub:load"):
+    for name in (
+        "os:system",
+        "builtins:eval",
+        "timm.models:create_model",
+        "torch.nn.modules.module:os",
+        "torch.hub:load",
+    ):
         bad = copy.deepcopy(content)
         bad["model"]["changes"]["blocks.0.mlp.act"]["class"] = name
         path.write_text(json.dumps(bad))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, require
 from s2d.models import Loaded
+from s2d.models.preprocessing import upright
 from s2d.tasks.docstring_corpus import STDLIB, collect
 from s2d.tasks.files import split_files
 from s2d.tasks.idx import idx_in, placed_images
@@ -225,7 +226,7 @@ def _images(path: Path) -> Iterator[Any]:
     found = False
     for place, content in _image_contents(path):
         try:
-            yield pil.open(content).convert("RGB")
+            yield upright(pil.open(content)).convert("RGB")
         except OSError as error:
             raise InputError(f"{place} is not an image that can be read: {error}") from error
         found = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -89,6 +90,7 @@ def _run(
 ) -> None:
     check_file(json_file)
     from s2d import launch
+    from s2d.folder_lock import locked
     from s2d.recipe import read_recipe
     from s2d.runner import Runner, device_of
     from s2d.terminal import Watch, comparison
@@ -101,7 +103,7 @@ def _run(
         launch.meet(device_of(content.device) == "cpu")
         content = launch.as_first(smoke_test(content, folder / "data") if launch.leads() else None)
     quiet = quiet or not launch.leads()
-    with Watch(Console(stderr=True), quiet=quiet) as watch:
+    with locked(folder) if launch.leads() else nullcontext(), Watch(Console(stderr=True), quiet=quiet) as watch:
         runner = Runner(name, content, folder, watch, trial=smoke)
         results = runner.run() if launch.leads() else runner.follow()
     launch.part()

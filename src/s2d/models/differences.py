@@ -183,7 +183,11 @@ def _change(name: str, module: nn.Module, built: nn.Module | None) -> JSON:
 
 
 def _attributes(module: nn.Module) -> JSON:
-    return {k: v for k, v in module.__dict__.items() if k not in _INTERNAL | _NOTES and not k.startswith(("_s2d", "_plain_"))}
+    return {
+        k: v
+        for k, v in module.__dict__.items()
+        if k not in _INTERNAL | _NOTES and not k.startswith(("_s2d", "_plain_"))
+    }
 
 
 def _parameters(module: nn.Module) -> JSON:

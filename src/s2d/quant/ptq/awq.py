@@ -120,7 +120,9 @@ def best_scale(
                     weight.copy_(scaled.double() / scale)
             outputs = block.stream(block.inputs)
             pairs_of = zip(outputs, wanted, block.masks, strict=True)
-            errors.append(sum(float(real_tokens(y - z, mask, "input").double().square().sum()) for y, z, mask in pairs_of))
+            errors.append(
+                sum(float(real_tokens(y - z, mask, "input").double().square().sum()) for y, z, mask in pairs_of)
+            )
     finally:
         with torch.no_grad():
             for reader, weight in weights.items():
