@@ -421,7 +421,7 @@ def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator
             whole = (batch for mega in megas for batch in _by_length(mega, settings.batch_size, generator))
         given = 0
         for batch in whole:
-            # Batches of like length are cut from shuffled rows, so the small one holds the longest: it is trained on too.
+            # Of batches of like length the small one holds the longest rows: it is trained on too.
             enough = launch.count() if settings.group_by_length and task.ragged else settings.batch_size
             if given and _rows(batch) < enough:
                 continue
