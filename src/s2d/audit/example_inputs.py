@@ -21,6 +21,7 @@ from s2d.data.tables import TABLE_SUFFIXES, Table, read_table
 from s2d.data.tokens import TokenTable, check_max_length, most_tokens, require_tokenizer, tokenize
 from s2d.errors import InputError
 from s2d.models import Loaded
+from s2d.models.preprocessing import upright
 from s2d.optional import require
 from s2d.tasks.language_modeling import cut_windows
 
@@ -226,7 +227,7 @@ def _images(path: Path) -> Iterator[Any]:
     found = False
     for place, content in _image_contents(path):
         try:
-            yield pil.open(content).convert("RGB")
+            yield upright(pil.open(content)).convert("RGB")
         except OSError as error:
             raise InputError(f"{place} is not an image that can be read: {error}") from error
         found = True

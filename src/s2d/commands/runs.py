@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -93,6 +94,7 @@ def _run(
     from s2d.distributed.processes import device_of
     from s2d.experiments.recipe import read_recipe
     from s2d.experiments.runner import Runner
+    from s2d.io.folder_lock import locked
 
     name, content = read_recipe(recipe, overrides or ())
     folder = out or Path("runs") / (f"{name}-smoke" if smoke else name)
@@ -102,7 +104,7 @@ def _run(
         processes.meet(device_of(content.device) == "cpu")
         content = processes.as_first(smoke_test(content, folder / "data") if processes.leads() else None)
     quiet = quiet or not processes.leads()
-    with Watch(Console(stderr=True), quiet=quiet) as watch:
+    with locked(folder) if processes.leads() else nullcontext(), Watch(Console(stderr=True), quiet=quiet) as watch:
         runner = Runner(name, content, folder, watch, trial=smoke)
         results = runner.run() if processes.leads() else runner.follow()
     processes.part()

@@ -69,9 +69,9 @@ from s2d.targets.calls import (
     parts_of,
     projection_views,
     refuse_unreadable,
-    tells_padding,
 )
 from s2d.targets.lora import with_adapters
+from s2d.targets.padding import given_mask, real_of
 from s2d.targets.weights import Kind, Selector, Target, find_targets
 
 _STATE_VERSION = 1
@@ -398,15 +398,12 @@ class SelectiveSpectralDecay:
         self._handles, self._mask = [], None
 
     def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            names = list(inspect.signature(module.forward).parameters)
-            position = names.index("attention_mask")
-            mask = args[position] if position < len(args) else None
-        if mask is None:
+        signature = inspect.signature(module.forward)
+        found = real_of(signature, args, kwargs)
+        if found is not None:
+            self._mask = found.detach()
+        elif not given_mask(signature, args, kwargs):
             self._mask = None  # of an earlier call
-        elif isinstance(mask, Tensor) and mask.ndim == 2 and tells_padding(mask):
-            self._mask = mask.detach()
 
     def _look(self, targets: list[Target]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

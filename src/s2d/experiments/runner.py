@@ -40,9 +40,9 @@ from s2d.training.qat_loop import train_quantized
 # Which folders decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
 # are left out of training and judging; the weights' fingerprint stands for them.
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
-_DISTILLING = ("quant/distillation.py", "models/blocks.py", "models/running.py")
+_DISTILLING = ("quant/distillation.py", "models/blocks.py", "models/running.py", "targets")
 _TOWERS = ("models/image_heads.py", "models/image_views.py", "models/dual_encoder.py")
-_HEADS = ("models/heads.py", "models/preprocessing.py", *_TOWERS)
+_HEADS = ("models/heads.py", "models/classes.py", "models/preprocessing.py", *_TOWERS)
 _SCORING = ("tasks", "data", *_HEADS)
 _TRAINING = ("training", "distributed", *_SCORING, *_DISTILLING)
 _SEEING = ("decay/selection", "writers.py", "targets", "spectral", "distributed")

@@ -123,11 +123,9 @@ def put_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 def match_types(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
     """Make parameters and buffers those types, in place; names that are not there are passed over."""
-    done: dict[int, nn.Parameter] = {}
-    for name, tensor in list(model.named_parameters(remove_duplicate=False)):
+    for name, tensor in model.named_parameters(remove_duplicate=False):  # of tied ones, a file may name any
         if (wanted := types.get(name, tensor.dtype)) != tensor.dtype:
-            made = done.setdefault(id(tensor), nn.Parameter(tensor.detach().to(wanted), tensor.requires_grad))
-            _put(model, name, made)
+            tensor.data = tensor.data.to(wanted)
     for name, tensor in list(model.named_buffers()):
         if (wanted := types.get(name, tensor.dtype)) != tensor.dtype:
             parent, _, last = name.rpartition(".")

@@ -134,38 +134,35 @@ def _could_be_on_the_hub(name: str) -> bool:
 
 
 def _from_path(
-    path: Path, shown: str, dtype: torch.dtype | None, options: dict[str, Any]
+    path: Path, shown: str, wanted: torch.dtype | None, options: dict[str, Any]
 ) -> tuple[nn.Module, Any, Any]:
     """From an existing file or folder."""
+    dtype = wanted or torch.float32
     if path.is_dir():
         if (path / CONFIG_NAME).is_file():
             model = load_saved(path)
-            model = model if dtype is None else model.to(dtype)
+            model = model if wanted is None else model.to(wanted)
             return model, *huggingface.load_parts(path, model)
         if (path / "config.json").is_file():
-            return huggingface.load_transformers(str(path), shown=shown, dtype=dtype or torch.float32, **options)
+            return huggingface.load_transformers(str(path), shown=shown, dtype=dtype, **options)
         found = packages.find_model(path)
         if found is None:
             listed = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
             raise InputError(
                 f"{shown} is not a model folder: no {CONFIG_NAME}, config.json or *.gguf in it (it holds {listed})"
             )
-        return _from_path(found, shown, dtype, options)
+        return _from_path(found, shown, wanted, options)
     if path.suffix == ".gguf":
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{path} is not a GGUF file or is damaged; download it again")
-        return huggingface.load_transformers(
-            str(path.parent), shown=shown, gguf_file=path.name, dtype=dtype or torch.float32, **options
-        )
+        return huggingface.load_transformers(str(path.parent), shown=shown, gguf_file=path.name, dtype=dtype, **options)
     if path.suffix in _FILES:
         if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
-            return _from_path(path.parent, shown, dtype, options)
+            return _from_path(path.parent, shown, wanted, options)
         if not (path.parent / "config.json").is_file():
             raise InputError(f"{path} holds weights only; put the model's config.json beside it, or load its folder")
-        return huggingface.load_transformers(
-            str(path.parent), shown=shown, weights=path, dtype=dtype or torch.float32, **options
-        )
+        return huggingface.load_transformers(str(path.parent), shown=shown, weights=path, dtype=dtype, **options)
     raise InputError(f"{path} is not a model file; expected a folder or one of {', '.join(_FILES)}")
 
 

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
 
 
+def upright(image: Image) -> Image:
+    """An image turned as its camera noted (EXIF), which viewers do and decoders do not."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """From an image of any size to the pixels of a model.
@@ -45,7 +52,7 @@ class Preprocessing:
 
     def pixels(self, image: Image) -> Tensor:
         """The resized and cut image as `[3, height, width]` bytes; grey, palette and transparent images become RGB."""
-        image = image.convert("RGB")
+        image = upright(image).convert("RGB")
         if self.shortest is None:
             image = _resized(image, (self.width, self.height), self.filter)
         else:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.targets.padding import MASKS, real_of, without_first
 
 What = Literal["weight", "input", "q", "k", "probs", "v"]
 OPERANDS: tuple[What, ...] = ("q", "k", "probs", "v")
-
-_MASKS = frozenset({"attention_mask", "src_key_padding_mask", "key_padding_mask"})
 
 
 def run(model: nn.Module, batch: Any, index: int = 0) -> None:
@@ -63,23 +62,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def token_mask(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
+def token_mask(model: nn.Module, prefix: int | None = None) -> Iterator[Callable[[], Tensor | None]]:
     """While active, a function gives the padding mask of the running forward.
 
     The mask is the ``attention_mask`` ``[batch, tokens]`` (non-zero: a real token), or what torch's own encoders and
     self-attention call ``src_key_padding_mask`` and ``key_padding_mask`` (True or -inf: padding), of the outermost call
     that has one; inner modules that receive a two-dimensional one of their own (a model that trims its batch first)
-    replace it.
+    replace it. The first ``prefix`` tokens are none either; None takes that of the model's quantizers.
     """
+    if prefix is None:  # of quantizers, which this room does not know by class
+        told = [getattr(module, "prefix", 0) for module in model.modules()]
+        prefix = max((number for number in told if isinstance(number, int)), default=0)
     mask: list[Tensor | None] = [None]
     signatures = {
         module: inspect.signature(module.forward)
         for module in model.modules()
-        if module is model or not _MASKS.isdisjoint(inspect.signature(module.forward).parameters)
+        if module is model or not MASKS.isdisjoint(inspect.signature(module.forward).parameters)
     }
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = _real(signatures[module], args, kwargs)
+        found = real_of(signatures[module], args, kwargs)
+        if prefix and (found is not None or module is model):
+            found = without_first(found, signatures[module], args, kwargs, prefix)
         if found is not None:
             mask[0] = None if bool(found.all()) else found
         elif module is model:
@@ -91,23 +95,6 @@ def token_mask(model: nn.Module) -> Iterator[Callable[[], Tensor | None]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _real(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Which tokens a call says are real, ``[B, T]`` boolean; None when it does not say."""
-    given: Mapping[str, Any] = kwargs
-    with suppress(TypeError):
-        given = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
-    shown = given.get("attention_mask")
-    if isinstance(shown, Tensor) and shown.ndim == 2 and not shown.is_floating_point():
-        return shown.bool()
-    hidden = given.get("src_key_padding_mask")
-    # Behind a query of its own the mask is that of other tokens.
-    if hidden is None and given.get("query") is given.get("key"):
-        hidden = given.get("key_padding_mask")
-    if not isinstance(hidden, Tensor) or hidden.ndim != 2:
-        return None
-    return hidden > -torch.inf if hidden.is_floating_point() else ~hidden.bool()
 
 
 def real_tokens(x: Tensor, mask: Tensor | None, what: What) -> Tensor:

@@ -305,7 +305,7 @@ def sensitivity(
     if parsed.weight is None or not isinstance(parsed.weight.format, IntFormat):
         raise InputError(f"{parsed} has no integer weights to give bits to; use a base such as w4a4")
     batches = Batches(list(calibration) if isinstance(calibration, Iterator) else calibration)
-    measure = _Measure(model, batches, loss)
+    measure = _Measure(model, batches, loss, parsed.prefix)
     follow = activations == "follow"
     errors: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
@@ -360,8 +360,8 @@ def _never_rising(errors: Mapping[int, float]) -> dict[int, float]:
 class _Measure:
     """The error of a model with some quantizers on, against the full-precision model."""
 
-    def __init__(self, model: nn.Module, batches: Batches, loss: Loss | None) -> None:
-        self.batches, self.loss = batches, loss
+    def __init__(self, model: nn.Module, batches: Batches, loss: Loss | None, prefix: int) -> None:
+        self.batches, self.loss, self.prefix = batches, loss, prefix
         self.before = 0.0
         self.expected: list[Tensor] = []
         self.spread = 0.0
@@ -391,7 +391,7 @@ class _Measure:
     def _outputs(self, model: nn.Module) -> Iterator[Tensor]:
         """The real tokens of what the model returns, batch by batch."""
         held: list[Any] = []
-        with token_mask(model) as mask, evaluating(model):
+        with token_mask(model, self.prefix) as mask, evaluating(model):
             hook = model.register_forward_hook(lambda _, __, output: held.append(output))
             try:
                 for index, batch in enumerate(self.batches):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from s2d.distributed.sharding import Groups, Part, Parts, data_groups_of, is_divided_by_rows, is_dtensor, local_part
 from s2d.errors import InputError
+from s2d.targets.padding import MASKS
 from s2d.targets.weights import Target
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -130,17 +131,12 @@ def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 
 
 def modules_with_mask(model: nn.Module) -> list[nn.Module]:
-    """Those that are given an attention mask."""
+    """Those that are given a mask of padding."""
     return [
         m
         for m in model.modules()
-        if type(m).__name__ != "OptimizedModule" and "attention_mask" in inspect.signature(m.forward).parameters
+        if type(m).__name__ != "OptimizedModule" and not MASKS.isdisjoint(inspect.signature(m.forward).parameters)
     ]
-
-
-def tells_padding(mask: Tensor) -> bool:
-    """A mask of 0 and 1; some models hand a 2-D one of what is *added* to the attention scores to their layers."""
-    return not mask.is_floating_point() or bool(((mask == 0) | (mask == 1)).all() & mask.any())
 
 
 def is_compiled(model: nn.Module) -> bool:

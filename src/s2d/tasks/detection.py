@@ -42,7 +42,7 @@ class Detection(ImageRows):
 
     Args:
         data: See `s2d.tasks.image_base`. The objects of an image are ``{"bbox": [[x, y, width, height], ...],
-            "category": [...]}`` in pixels of the stored image; categories are names, or numbers from 0.
+            "category": [...]}`` in pixels of the image as viewers show it; categories are names, or numbers from 0.
         image: Name of the image column; found by usual names when None.
         objects: Name of the column of the objects; likewise.
         boxes: ``xywh`` (COCO), or ``xyxy`` for two corners.
@@ -180,13 +180,14 @@ class Detection(ImageRows):
         )
 
     def _size(self, split: Split, row: int) -> tuple[int, int]:
-        """Height and width of a stored image, from its head."""
+        """Height and width of an image as it is shown, from its head."""
         image = int(self._image_of[split][row])
         known = self._edges.setdefault(split, {})
         if image not in known:
             source = self._sources[split][image]
             with require("PIL.Image", "vision").open(io.BytesIO(source) if isinstance(source, bytes) else source) as f:
-                known[image] = (f.height, f.width)
+                turned = f.getexif().get(0x0112, 1) >= 5  # EXIF's orientations that lie on the side
+                known[image] = (f.width, f.height) if turned else (f.height, f.width)
         return known[image]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from s2d.distributed import processes
 from s2d.errors import InputError
 from s2d.tasks import Batch, Task
 from s2d.training.train_settings import TrainSettings
@@ -17,7 +18,10 @@ MEGA_BATCH = 16
 
 
 def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator[Batch]:
-    """Batches without end, every epoch in another order; the last, smaller batch of an epoch is left out."""
+    """Batches without end, every epoch in another order.
+
+    The last, smaller batch of an epoch is left out; not of batches of like length, which would lose the longest rows.
+    """
     for epoch in itertools.count():
         epoch_seed = seed * 1_000_003 + epoch
         if not (settings.group_by_length and task.ragged):
@@ -28,7 +32,9 @@ def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator
             whole = (batch for mega in megas for batch in _by_length(mega, settings.batch_size, generator))
         given = 0
         for batch in whole:
-            if given and _rows(batch) < settings.batch_size:
+            # Of batches of like length the small one holds the longest rows: it is trained on too.
+            enough = processes.count() if settings.group_by_length and task.ragged else settings.batch_size
+            if given and _rows(batch) < enough:
                 continue
             given += 1
             yield batch

@@ -29,10 +29,15 @@ Stage = Literal["transform", "rounding"]
 Protocol = Literal["own", "unified"]
 
 
-class Batches:
-    """Calibration batches, read as a stream.
+# Batches of a loader are held up to so many bytes; a list is held by whoever made it.
+HELD_BYTES = 8 * 2**30
 
-    A list or a DataLoader can be passed over as often as a method needs; a generator once.
+
+class Batches:
+    """Calibration batches, the same ones in the same order in every pass.
+
+    A list can be passed over as often as a method needs, and a DataLoader too: what its first pass gives is held, since
+    another pass may shuffle or augment anew. A generator can be passed over once.
     """
 
     def __init__(self, source: Iterable[Any]) -> None:
@@ -52,11 +57,17 @@ class Batches:
         except StopIteration:
             raise InputError("the calibration data is empty; give at least one batch") from None
         self._used = False
+        self._held: list[Any] | None = None if self._once or isinstance(source, (list, tuple)) else [self.first]
+        self._whole = False
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._source) if isinstance(self._source, Sized) else 0
 
     def __iter__(self) -> Iterator[Any]:
+        if self._held is not None:
+            yield from self._hold()
+            return
         if not self._once:
             yield from self._source
             return
@@ -65,6 +76,38 @@ class Batches:
         self._used = True
         yield self.first
         yield from self._stream
+
+    def _hold(self) -> Iterator[Any]:
+        """What was read before, then what the first pass has yet to give."""
+        assert self._held is not None
+        at = 0
+        while True:
+            if at == len(self._held):
+                batch = _END if self._whole else next(self._stream, _END)
+                if batch is _END:
+                    self._whole = True
+                    return
+                self._held.append(batch)
+                self._bytes += _bytes(batch)
+                if self._bytes > HELD_BYTES:
+                    raise InputError(
+                        f"the calibration batches take more than {HELD_BYTES / 2**30:g} GiB, and a loader's have to be "
+                        "held so that every pass sees the same; use fewer or smaller ones, or a list"
+                    )
+            yield self._held[at]
+            at += 1
+
+
+_END = object()
+
+
+def _bytes(value: Any) -> int:
+    """Memory of the tensors in a batch."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0
 
 
 @dataclass

@@ -114,7 +114,7 @@ class LearnedQuantizer(Quantizer):
         """Start from a calibrated quantizer; its tensors are copied."""
         super().__init__(plain.format, plain.granularity, name=plain.name)
         self.plain_class = type(plain)
-        self.enabled = plain.enabled
+        self.enabled, self.prefix, self.transposed = plain.enabled, plain.prefix, plain.transposed
         self.scale = plain.scale.clone()
         self.zero_point = plain.zero_point.clone()
         self.log_step = nn.Parameter(torch.zeros_like(self.scale))
@@ -176,5 +176,5 @@ class LearnedQuantizer(Quantizer):
         step = self.step
         quantizer.scale.copy_(step)
         quantizer.zero_point.copy_(zero_point_of(step, self.lowest, self.format))
-        quantizer.enabled = self.enabled
+        quantizer.enabled, quantizer.prefix, quantizer.transposed = self.enabled, self.prefix, self.transposed
         return quantizer.train(self.training)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from s2d.models.blocks import blocks_of
+from s2d.models.running import real_tokens
 from s2d.quant.calibration.observe import Job, least_error
 from s2d.quant.calibration.transforms import (
     ChannelStatistics,
@@ -89,7 +90,8 @@ def few_calls(block: Block) -> Block:
     tokens = count = 0
     for call in block.inputs:
         hidden = next(value for value in call.slots().values() if isinstance(value, Tensor))
-        tokens, count = tokens + hidden[..., 0].numel(), count + 1
+        mask = block.masks[count]
+        tokens, count = tokens + (hidden[..., 0].numel() if mask is None else int(mask.sum())), count + 1
         if tokens >= SEARCH_TOKENS:
             break
     return replace(block, inputs=block.inputs[:count], masks=block.masks[:count], reference=None, outputs=None)
@@ -122,7 +124,10 @@ def best_scale(
                 with torch.no_grad():
                     weight.copy_(scaled.double() / scale)
             outputs = block.stream(block.inputs)
-            errors.append(sum(float((y - z).double().square().sum()) for y, z in zip(outputs, wanted, strict=True)))
+            pairs_of = zip(outputs, wanted, block.masks, strict=True)
+            errors.append(
+                sum(float(real_tokens(y - z, mask, "input").double().square().sum()) for y, z, mask in pairs_of)
+            )
     finally:
         with torch.no_grad():
             for reader, weight in weights.items():

@@ -1,0 +1,62 @@
+"""Which tokens of a call are real: masks as models are given them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MASKS = frozenset({"attention_mask", "src_key_padding_mask", "key_padding_mask"})
+# What is added to the scores of a hidden token is far below any score, whatever a model takes for it.
+_HIDDEN = -1e3
+
+
+def real_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Which tokens a call says are real, ``[B, T]`` boolean; None when it does not say.
+
+    An ``attention_mask`` is non-zero at real tokens; a floating-point one without any 1 is added to the scores. Torch's
+    own ``src_key_padding_mask`` and ``key_padding_mask`` are True at padding, or added to the scores.
+    """
+    given: Mapping[str, Any] = kwargs
+    with suppress(TypeError):
+        given = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+    shown = given.get("attention_mask")
+    if isinstance(shown, Tensor) and shown.ndim == 2:
+        multiplied = not shown.is_floating_point() or bool(((shown == 0) | (shown == 1)).all() & shown.any())
+        return shown.bool() if multiplied else shown > _HIDDEN
+    hidden = given.get("src_key_padding_mask")
+    # Behind a query of its own the mask is that of other tokens.
+    if hidden is None and given.get("query") is given.get("key"):
+        hidden = given.get("key_padding_mask")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 2:
+        return None
+    return hidden > _HIDDEN if hidden.is_floating_point() else ~hidden.bool()
+
+
+def given_mask(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call has some mask, of any layout, or is of an attention, whose model may have one."""
+    names = [name for name in ("attention_mask", "src_key_padding_mask") if name in signature.parameters]
+    with suppress(TypeError):
+        kwargs = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+    return not names or any(kwargs.get(name) is not None for name in names)
+
+
+def without_first(
+    real: Tensor | None, signature: inspect.Signature, args: Any, kwargs: Any, count: int
+) -> Tensor | None:
+    """The real tokens but the first ``count`` of every sequence; of a call without a mask by its ids or embeddings."""
+    if real is None:
+        with suppress(TypeError):
+            kwargs = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+        tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+        tokens = [t for t in tensors if (t.ndim == 2 and not t.is_floating_point()) or t.ndim == 3]
+        if not tokens:
+            return None
+        real = torch.ones(tokens[0].shape[:2], dtype=torch.bool, device=tokens[0].device)
+    real = real.clone()
+    real[:, :count] = False
+    return real
