@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Trace tiny random models of many architectures and compare the graph with torch's own flop counter.
 
 One command, offline, CPU:

@@ -1,4 +1,4 @@
-"""Multiplications and additions of one product, counted as `torch.utils.flop_counter` counts them (2 a multiply-add)."""
+"""Multiplications and additions of one product, 2 a multiply-add, as `torch.utils.flop_counter` counts them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from s2d.errors import InputError
-from s2d.models.dimensions import Digit, Dims, positions
+from s2d.models.dimensions import Digit, Dims
 
 Exactness = Literal["exact", "near", "none"]
 Shape = tuple[int, ...]
@@ -108,7 +108,7 @@ class Call:
         ordinal: Which operation with weights in this module, counted over all its executions.
         run: Which execution of the module.
         kind: ``"product"``, ``"convolution"``, ``"embedding"``, ``"lookup"`` (rows of a table by number), ``"gain"``,
-            ``"bias"``, ``"inserted"`` (a token), ``"elementwise"``, ``"operand"`` (of an attention, say), ``"function"``
+            ``"bias"``, ``"inserted"`` (a token), ``"elementwise"``, ``"operand"`` (of an attention), ``"function"``
             (with other parameters alone: a merged LoRA), or ``"unknown"``.
         op: The operation, e.g. ``"addmm"``.
         parameters: All tied names of the parameter.
@@ -455,10 +455,8 @@ class Graph:
         """
         if call.input is None:
             return None
-        dims = self.nodes[call.input].dims
-        have = [
-            (self.axes[digit.axis].same_as, digit.size, digit.stride, digit.offset) for dim in dims for digit in dim
-        ]
+        digits = [digit for dim in self.nodes[call.input].dims for digit in dim]
+        have = [(self.axes[digit.axis].same_as, *digit[1:]) for digit in digits]
         for mask in self.masks:
             if batch is not None and mask.key not in batch:
                 continue
@@ -599,9 +597,3 @@ def _made(maker: Any, row: Mapping[str, Any]) -> Any:
     if maker is Reader:
         values["call"] = None if row["call"] is None else _made(Call, row["call"])
     return maker(**values)
-
-
-def rows_read(graph: Graph, node: int, call: Call) -> Rows | None:
-    """Which output channels of a call a node holds."""
-    found = positions(graph.nodes[node].dims, call.features) if call.features else None
-    return None if found is None else Rows(*found)

@@ -1,6 +1,6 @@
 """What the operations of torch do, as the graph needs to know it: a table from an aten operation to its kind.
 
-An operation that is in no set here is "unknown": whatever walks the graph ends there, and nothing may be folded over it.
+An operation that is in no set here is "unknown": walks over the graph end there, and nothing is folded over it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ ACTIVATIONS = _names(
 REDUCTIONS = _names("mean sum amax amin max min logsumexp prod median nanmean any all argmax argmin count_nonzero "
                     "logcumsumexp cumsum cumprod nansum aminmax cummax cummin unique_consecutive")  # fmt: skip
 STATISTICS = _names("var var_mean std std_mean linalg_vector_norm norm _weight_norm_interface _weight_norm "
-                    "_linalg_svd linalg_norm cov _cdist_forward _euclidean_dist cdist linalg_qr _linalg_det")  # fmt: skip
+                    "_linalg_svd linalg_norm cov _cdist_forward _euclidean_dist cdist linalg_qr")  # fmt: skip
 CONSTANTS = _names(
     "arange zeros ones full empty empty_like zeros_like ones_like full_like scalar_tensor eye linspace rand randn "
     "randint rand_like randn_like new_zeros new_ones new_full new_empty randperm new_empty_strided empty_strided "

@@ -11,12 +11,13 @@ from s2d.models.operations import BATCH_NORMS, GROUP_NORMS, LAYER_NORMS
 from s2d.models.walks import activations, readers_of, reads, source_of, writers_of
 
 if TYPE_CHECKING:
-    from s2d.models.tracing import Run, Tracer
+    from s2d.models.recording import Tracer
+    from s2d.models.tensors import Run
 
 _BETWEEN_SCORES = frozenset(
-    ["view", "multiply", "add", "join", "homogeneous", "activation", "routing", "reduction", "lookup"]
+    ("view", "multiply", "add", "join", "homogeneous", "activation", "routing", "reduction", "lookup")
 )
-_AFTER_SOFTMAX = frozenset(["view", "multiply", "join", "homogeneous", "reduction"])
+_AFTER_SOFTMAX = frozenset(("view", "multiply", "join", "homogeneous", "reduction"))
 _MOST_STEPS = 60
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from s2d.models.graph import Call, Exactness, Graph, Node, Operation, Reader, Writer, rows_read
+from s2d.models.dimensions import positions
+from s2d.models.graph import Call, Exactness, Graph, Node, Operation, Reader, Rows, Writer
 
 _ORDER: dict[Exactness, int] = {"exact": 0, "near": 1, "none": 2}
 _WRITES = frozenset(("product", "convolution", "embedding", "lookup", "gain"))
@@ -71,7 +72,10 @@ def _note(found: dict[tuple[int, str, str, tuple[int, int] | None], Writer], wri
         found[key] = writer
 
 
-_SAME_CHANNELS = frozenset(["alias", "detach", "lift_fresh", "lift", "clone", "_to_copy", "contiguous", "view", "_unsafe_view", "dropout", "native_dropout"])  # fmt: skip
+_SAME_CHANNELS = frozenset(
+    ("alias", "detach", "lift_fresh", "lift", "clone", "_to_copy", "contiguous", "view", "_unsafe_view", "dropout")
+    + ("native_dropout",)
+)
 
 
 def roots(graph: Graph, number: int) -> frozenset[int]:
@@ -228,6 +232,12 @@ def _reader(graph: Graph, operation: Operation, number: int) -> Reader:
     if calls:
         return Reader(operation.name, calls[0].kind, operation.module, calls[0])
     return Reader(operation.name, operation.kind, operation.module)
+
+
+def rows_read(graph: Graph, node: int, call: Call) -> Rows | None:
+    """Which output channels of a call a node holds."""
+    found = positions(graph.nodes[node].dims, call.features) if call.features else None
+    return None if found is None else Rows(*found)
 
 
 __all__ = ["activations", "is_number", "readers_of", "reads", "source_of", "weaker", "writers_of"]
