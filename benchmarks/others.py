@@ -273,7 +273,7 @@ def main() -> int:
         task.prepare(loaded)
         inputs = calibration_inputs(task, 128, 32, seed)
         for (library, name), quantize in rows.items():
-            key = f"{folder.parent.name} {arguments.split} {name} {code_digest('tasks', 'evaluation.py')}"
+            key = f"{folder.parent.name} {arguments.split} {name} {code_digest('tasks', 'data')}"
             if not _there(library) or key in known:
                 continue
             row = {"key": key, "task": recipe["task"]["name"], "model": recipe["model"], "conditioning": arm}

@@ -1,4 +1,4 @@
-"""Selective Spectral Decay: make transformers survive 4 bits.
+"""Selective Spectral Decay: audit, fine-tune, quantize and export transformers for 4 bits.
 
 The public names load on first use, so that ``import s2d`` costs nothing, and the command line's help and the report
 need no torch. ``audit``, ``export`` and ``tasks`` are functions here and also modules of the package:

@@ -39,7 +39,7 @@ _THEIRS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 @app.callback(
     invoke_without_command=True,
-    help="Selective Spectral Decay: make transformers survive 4 bits.\n\n"
+    help="Selective Spectral Decay: audit, fine-tune, quantize and export transformers for 4 bits.\n\n"
     "audit lists the weights that make outliers, condition fine-tunes them away, quantize rounds to low bits, "
     "evaluate scores the result, and run does all of it by a recipe.",
     epilog="Each command explains itself: s2d audit --help",
