@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from s2d.data.docstring_corpus import STDLIB, collect
 from s2d.data.idx import idx_in, placed_images
-from s2d.data.image_folders import IMAGE_SUFFIXES, tables_in
+from s2d.data.image_rows import IMAGE_SUFFIXES, tables_in
 from s2d.data.split_files import split_files
 from s2d.data.tables import TABLE_SUFFIXES, Table, read_table
 from s2d.data.tokens import TokenTable, check_max_length, most_tokens, require_tokenizer, tokenize
