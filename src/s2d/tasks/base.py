@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from s2d.data.base import Batch, Split, check_batch_size, check_split
+from s2d.data.base import Batch, Split
 from s2d.errors import InputError, choices
 from s2d.models import Loaded
 from s2d.registry import Registry
@@ -88,10 +88,6 @@ class Task(ABC):
     def prefers_higher(self, metric: str) -> bool:
         """Whether more of a metric is better."""
         return self.higher_is_better != (metric in self.opposed)
-
-    def num_batches(self, split: Split, batch_size: int) -> int:
-        """How many batches one pass has; the last may be smaller."""
-        return -(-self.sizes()[check_split(split)] // check_batch_size(batch_size))
 
     @abstractmethod
     def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
