@@ -19,13 +19,14 @@ from s2d.data.tokens import digest, row_batches
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.preprocessing import Preprocessing, preprocessing_of
-from s2d.tasks.base import Task, device_of
+from s2d.tasks.base import Task, device_of, in_evaluation
 
 
 class ImageRows(Task):
     """A task on images and what stands beside them; images that stand in several rows are decoded once."""
 
     ragged = False
+    augment = False  # where training images are changed at random
 
     def __init__(self, rows: dict[Split, list[ImageRow]]) -> None:
         self.rows = rows
@@ -103,6 +104,10 @@ class ImageRows(Task):
         assert self._preprocessing is not None
         return self._preprocessing.normalize(pixels)
 
+    def training_pixels(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """What the model reads of bytes while it is trained: flipped and shifted at random, where that is asked for."""
+        return self.normalize(augment(pixels) if self.augment and model.training else pixels)
+
     def _readable(self, split: Split) -> Tensor:
         images = self._image_of[split]
         bad = list(self._tables[split].unreadable) if split in self._tables else []
@@ -142,27 +147,20 @@ class LabelledImages(ImageRows):
         """``labels`` `[batch]`."""
         return {"labels": self._classes[split][rows]}
 
-    def training_pixels(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """What the model reads of bytes while it is trained: flipped and shifted at random, where that is asked for."""
-        return self.normalize(augment(pixels) if self.augment and model.training else pixels)
-
     @torch.no_grad()
     def score(
         self, scores_of: Callable[[Tensor], Tensor], model: nn.Module, split: Split, batch_size: int
     ) -> dict[str, float]:
         """``accuracy`` and, with more than ten classes, ``top5``; `scores_of` makes `[batch, classes]` of pixels."""
-        device, was_training = device_of(model), model.training
-        model.eval()
+        device = device_of(model)
         first = fifth = seen = 0
-        try:
+        with in_evaluation(model):
             for batch in self.batches(split, batch_size=batch_size):
                 scores = scores_of(self.normalize(batch["pixels"].to(device))).float().cpu()
                 # NaN scores are no answer; ranking would take them for the largest.
                 ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == batch["labels"].unsqueeze(1)
                 ranked &= scores.isfinite().all(1, keepdim=True)
                 first, fifth, seen = first + int(ranked[:, 0].sum()), fifth + int(ranked.sum()), seen + len(ranked)
-        finally:
-            model.train(was_training)
         if not seen:
             raise InputError(f"none of the images of {split} can be read; {'; '.join(self.notes())}")
         metrics = {"accuracy": 100 * first / seen}
