@@ -23,7 +23,7 @@ from s2d.distributed import processes
 from s2d.commands import runs  # isort: skip
 from s2d.commands import audit, condition, quantize, evaluate, export, bench, report, recipes, doctor  # isort: skip
 from s2d.commands.shared import app
-from s2d.errors import InputError, visible
+from s2d.errors import InputError, first_line, visible
 
 COMMANDS = (runs, audit, condition, quantize, evaluate, export, bench, report, recipes, doctor)
 
@@ -95,7 +95,7 @@ def _unexpected(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in _THEIRS:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror}; free some space or choose another place", 2)
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return _fail("not enough memory; use smaller batches (-o train.batch_size=16 -o batch_size=16)", 2)
     if processes.lost_another(error):

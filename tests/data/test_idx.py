@@ -42,7 +42,7 @@ def test_splits_are_train_and_test_and_validation_is_taken_out_of_train(digits: 
     splits, names = read_labelled_images(str(digits))
     assert names == ("0", "1", "2")
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 54, "validation": 6, "test": 12}
-    assert splits["test"][4].label == "1" and splits["test"][4].place.endswith("t10k-images-idx3-ubyte, image 5")
+    assert splits["test"][4].cells == ("1",) and splits["test"][4].place.endswith("t10k-images-idx3-ubyte, image 5")
 
 
 @pytest.mark.parametrize(

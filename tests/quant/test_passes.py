@@ -201,7 +201,8 @@ def test_names_that_could_be_two_classes_are_none() -> None:
 
 
 def test_one_run_a_folder(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from s2d.io.folder_lock import locked\nwith locked(Path(sys.argv[1])): pass"
+    code = "import sys; from pathlib import Path; from s2d.io.folder_lock import locked\n"
+    code += "with locked(Path(sys.argv[1])): pass"
     other = [sys.executable, "-c", code, str(tmp_path / "run")]
     with locked(tmp_path / "run"):
         done = subprocess.run(other, capture_output=True, text=True, check=False, timeout=100)

@@ -12,13 +12,12 @@ from tests.blocks import spiked
 from torch import Tensor
 
 from s2d.errors import InputError
-from s2d.spectral.pcdr import Dominance, energy_share, outlier_shares, pcdr, principal_components, projections
+from s2d.spectral.pcdr import Dominance, outlier_shares, pcdr, principal_components, projections
 from s2d.spectral.statistics import (
     FEWEST_OUTLIERS,
     OUTLIER_FRACTION,
     channel_sums,
     kept_rows,
-    largest_over_rms,
     outlier_entries,
     row_sums,
     token_rows,
@@ -127,13 +126,6 @@ def test_known_triplets_are_used() -> None:
     torch.testing.assert_close(pcdr(W, X, 2, triplets=top_singular(W, 5)), pcdr(W, X, 2))
 
 
-def test_energy_share_is_that_of_the_spectrum() -> None:
-    W = torch.randn(15, 9, dtype=torch.float64)
-    S = torch.linalg.svdvals(W)
-    torch.testing.assert_close(energy_share(W, top_singular(W, 4)), (S.square().cumsum(0) / S.square().sum())[:4])
-    assert energy_share(torch.zeros(4, 4), top_singular(torch.zeros(4, 4))).tolist() == [0, 0, 0]
-
-
 @pytest.mark.parametrize("shape", [(7, 3), (1, 50), (300, 40), (64, 1)])
 @pytest.mark.parametrize("fraction", [OUTLIER_FRACTION, 0.01, 0.5, 1.0])
 def test_outliers_are_the_largest_entries(shape: tuple[int, int], fraction: float) -> None:
@@ -145,12 +137,6 @@ def test_outliers_are_the_largest_entries(shape: tuple[int, int], fraction: floa
     torch.testing.assert_close(Y[row, column].abs(), Y.abs().flatten().topk(count).values)
     known = outlier_entries(Y, fraction, row_max=Y.abs().amax(1))
     assert all(torch.equal(a, b) for a, b in zip(known, (row, column), strict=True))
-
-
-def test_largest_over_rms() -> None:
-    Y = torch.tensor([[3.0, -4.0], [0.0, 0.0]])
-    assert largest_over_rms(Y) == pytest.approx(4 / 2.5)
-    assert largest_over_rms(torch.zeros(3, 3)) == 0
 
 
 def test_token_rows_is_a_view_where_it_can_be() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from s2d.errors import InputError
 from s2d.spectral import subspace, svd
 from s2d.spectral.svd import singular_values, stable_rank, top_singular, top_singular_many
-from s2d.spectral.triplets import Triplets, as_matrix
+from s2d.spectral.triplets import Triplets
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -476,27 +476,3 @@ class TestErrors:
     def test_median_of_a_vector(self) -> None:
         with pytest.raises(InputError, match="pass a matrix"):
             singular_values(torch.ones(3))
-
-
-class TestAsMatrix:
-    def test_is_a_view(self) -> None:
-        W = gaussian(8, 3, 4, 5)
-        matrix = as_matrix(W)
-        assert matrix.shape == (8, 60)
-        matrix[2, 0] = 7
-        assert float(W[2, 0, 0, 0]) == 7
-        assert as_matrix(matrix) is matrix
-        assert as_matrix(gaussian(8, 3, 4)).shape == (8, 12)
-
-    def test_a_convolution_is_the_product_with_unfolded_patches(self) -> None:
-        convolution = torch.nn.Conv2d(3, 6, 4, stride=4, bias=False)
-        image = gaussian(1, 3, 8, 8)
-        patches = torch.nn.functional.unfold(image, 4, stride=4)
-        expected = convolution(image).flatten(2)
-        assert torch.allclose(as_matrix(convolution.weight) @ patches, expected, atol=1e-5)
-
-    def test_refuses_what_has_no_view(self) -> None:
-        with pytest.raises(InputError, match="at least two dimensions"):
-            as_matrix(gaussian(3))
-        with pytest.raises(InputError, match="contiguous_format"):
-            as_matrix(gaussian(8, 3, 4, 4).to(memory_format=torch.channels_last))

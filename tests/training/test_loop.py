@@ -210,7 +210,7 @@ def test_half_precision_leaves_the_weights_in_fp32(loaded: Loaded, task: Task) -
 def test_emulated_bfloat16_is_told(
     loaded: Loaded, task: Task, supported: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr("s2d.training._multiplies_bfloat16", lambda: supported)
+    monkeypatch.setattr("s2d.training.loop._multiplies_bfloat16", lambda: supported)
     for precision in ("fp32", "bf16"):
         train(task.build(loaded), task, SETTINGS.model_copy(update={"precision": precision, "steps": 1}))
         told = [str(each.message) for each in recwarn.list if "bfloat16" in str(each.message)]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from s2d.data.docstring_corpus import STDLIB, collect
 from s2d.data.idx import idx_in, placed_images
-from s2d.data.image_folders import IMAGE_SUFFIXES, tables_in
+from s2d.data.image_rows import IMAGE_SUFFIXES, tables_in
 from s2d.data.split_files import split_files
 from s2d.data.tables import TABLE_SUFFIXES, Table, read_table
 from s2d.data.tokens import TokenTable, check_max_length, most_tokens, require_tokenizer, tokenize
-from s2d.errors import InputError
+from s2d.errors import InputError, first_line
 from s2d.models import Loaded
 from s2d.models.preprocessing import upright
 from s2d.optional import require
@@ -215,8 +215,7 @@ def _prepared(loaded: Loaded, images: list[Any]) -> Tensor:
             return processor(images=images, return_tensors="pt")["pixel_values"]
         return torch.stack([processor(image) for image in images])
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{loaded.source}: its processor cannot prepare these images: {reason}") from error
+        raise InputError(f"{loaded.source}: its processor cannot prepare these images: {first_line(error)}") from error
 
 
 def _images(path: Path) -> Iterator[Any]:

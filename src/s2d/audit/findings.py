@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
@@ -16,6 +17,9 @@ from s2d.audit.terminal_tables import _NONE, _Column, _fitting, percent, share, 
 from s2d.errors import InputError, MissingExtra
 from s2d.io.files import JSON, read_json, write_json
 from s2d.optional import require
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _ERROR_KEY = re.compile(r"w\d+a\d+_error")
 
@@ -72,8 +76,46 @@ class AuditRow:
     histogram: JSON | None = None
 
 
+class _Saved(ABC):
+    """What is kept as a file of plain JSON data, and shown as a page."""
+
+    @abstractmethod
+    def to_json(self) -> JSON:
+        """Everything, as plain JSON data."""
+
+    @staticmethod
+    @abstractmethod
+    def from_json(content: object) -> Any:
+        """The inverse of `to_json`."""
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a ``.json`` file, or a self-contained ``.html`` page (of several checkpoints: side by side); complete,
+        or not at all.
+
+        Raises:
+            InputError: Another ending, or the file cannot be written.
+            MissingExtra: A page needs jinja2.
+        """
+        target = Path(path)
+        if target.suffix.lower() in (".html", ".htm"):
+            # The report stands on a higher floor and is no part of auditing; it is fetched when a page is asked for.
+            return require("s2d.report", "report").write_report(self.to_json(), target)
+        if target.suffix.lower() != ".json":
+            raise InputError(f"{target}: an audit is saved as .json or .html; name the file so")
+        return write_json(target, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            InputError: It cannot be read, or holds something else.
+        """
+        return cls.from_json(read_json(path))
+
+
 @dataclass
-class Audit:
+class Audit(_Saved):
     """One checkpoint, weight by weight, in the model's order.
 
     Attributes:
@@ -168,27 +210,9 @@ class Audit:
                 raise InputError(f"record {index} of the audit is not a weight's row: {error}") from None
         return Audit(rows, str(content.get("model")), dict(content.get("run") or {}), dict(content.get("missed") or {}))
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.json`` file, or a self-contained ``.html`` page; complete, or not at all.
-
-        Raises:
-            InputError: Another ending, or the file cannot be written.
-            MissingExtra: A page needs jinja2.
-        """
-        return _save(self.to_json(), path)
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> Audit:
-        """Read a file that `save` wrote.
-
-        Raises:
-            InputError: It cannot be read, or is not an audit.
-        """
-        return Audit.from_json(read_json(path))
-
 
 @dataclass
-class Trend:
+class Trend(_Saved):
     """Audits of several checkpoints, in the order of training: what grows, what decay took away.
 
     Attributes:
@@ -227,24 +251,6 @@ class Trend:
         if not isinstance(audits, Mapping) or not audits:
             raise InputError('these are not audits of s2d (a JSON object with "audits" by label is expected)')
         return Trend({str(label): Audit.from_json(audit) for label, audit in audits.items()})
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.json`` file, or a self-contained ``.html`` page with the checkpoints side by side.
-
-        Raises:
-            InputError: Another ending, or the file cannot be written.
-            MissingExtra: A page needs jinja2.
-        """
-        return _save(self.to_json(), path)
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> Trend:
-        """Read a file that `save` wrote.
-
-        Raises:
-            InputError: It cannot be read, or holds no audits.
-        """
-        return Trend.from_json(read_json(path))
 
 
 def _history(name: str, rows: Sequence[AuditRow | None]) -> JSON:
@@ -288,16 +294,6 @@ def _flat(record: JSON) -> JSON:
         elif key not in ("histogram", "spectrum", "carriers"):
             flat[key] = tuple(value) if isinstance(value, list) else value
     return flat
-
-
-def _save(content: JSON, path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    if target.suffix.lower() in (".html", ".htm"):
-        # The report stands on a higher floor and is no part of auditing; it is fetched when a page is asked for.
-        return require("s2d.report", "report").write_report(content, target)
-    if target.suffix.lower() != ".json":
-        raise InputError(f"{target}: an audit is saved as .json or .html; name the file so")
-    return write_json(target, content)
 
 
 def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:

@@ -13,8 +13,7 @@ from s2d.commands.shared import (
     command,
     say,
 )
-from s2d.errors import InputError
-from s2d.io.files import parse_json
+from s2d.io.files import read_any_json
 
 
 @command(app, example="s2d report runs/demo/results.json --out report.html")
@@ -28,16 +27,7 @@ def report(
 
     contents: list[Any] = []
     for path in results:
-        content = _read_any(path)
+        content = read_any_json(path)
         contents += content if isinstance(content, list) else [content]
     write_report(contents, out)
     say(quiet, f"{out}: written from {len(results)} file{'s' if len(results) > 1 else ''}")
-
-
-def _read_any(path: Path) -> Any:
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check the name") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not a JSON file ({error}); name a results.json of s2d") from error

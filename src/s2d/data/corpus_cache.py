@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from s2d.errors import InputError
+from s2d.io.files import write_atomic
 
 _KEPT = 8  # entries; older ones are removed
 
@@ -43,16 +45,8 @@ def read(name: str, key: str) -> Any | None:
 def write(name: str, key: str, content: Any) -> None:
     """Store JSON data, atomically; a disk that refuses is no error here."""
     path = _path(name, key)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                json.dump(content, file)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
-        temporary.replace(path)
+    with contextlib.suppress(OSError, InputError):
+        write_atomic(path, lambda file: file.write(json.dumps(content).encode("utf-8")))
         entries = sorted(path.parent.glob(f"{name}-*.json"), key=lambda entry: entry.stat().st_mtime)
         for entry in entries[:-_KEPT]:
             entry.unlink(missing_ok=True)

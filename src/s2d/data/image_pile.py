@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from s2d.data import idx
-from s2d.data.annotated_images import ImageRow
-from s2d.data.image_folders import IMAGE_NAMES, IMAGE_SUFFIXES, PREFIX, beside, column_of, image_source
-from s2d.data.tables import read_table
+from s2d.data.image_rows import IMAGE_NAMES, IMAGE_SUFFIXES, PREFIX, ImageRow, all_of_datasets, of_table
 from s2d.data.texts import TEXT_SUFFIXES
 from s2d.errors import InputError, first_line
 from s2d.optional import require
@@ -32,14 +29,14 @@ def read_images(data: str | os.PathLike[str], image: str | None = None) -> list[
     """
     data = os.fspath(data)
     if data.startswith(PREFIX):
-        rows, root = list(_of_datasets(data, image)), data
+        rows, root = list(all_of_datasets(data, image)), data
     else:
         path = Path(data).expanduser()
         files, root = _files_in(path), str(path)
         rows = [ImageRow(file, (), str(file)) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         tables = [file for file in files if file.suffix.lower() == _TABLE]
         known = [file for file in tables if image is not None or _has_images(file)]
-        rows += [row for file in known or (() if rows else tables) for row in _of_table(file, image)]
+        rows += [row for file in known or (() if rows else tables) for row in of_table(file, image, {})]
         packed = [file for file in files if idx.is_images(file)]
         rows += [ImageRow(source, (), place) for file in packed for place, source in idx.placed_images(file)]
         if not rows:
@@ -113,30 +110,6 @@ def _has_images(file: Path) -> bool:
     except (OSError, arrow.ArrowException, ValueError) as error:
         raise InputError(f"cannot read {file} as Parquet: {first_line(error)}") from error
     return any(name in names for name in IMAGE_NAMES)
-
-
-def _of_table(file: Path, image: str | None) -> Iterator[ImageRow]:
-    table = read_table(file)
-    column = column_of(table.columns, image, IMAGE_NAMES, "image", str(file))
-    for number, cell in enumerate(table.column(column), table.first_line):
-        place = f"{file}, row {number}"
-        source = image_source(cell, place)
-        yield ImageRow(beside(file.parent, source, place) if isinstance(source, Path) else source, (), place)
-
-
-def _of_datasets(data: str, image: str | None) -> Iterator[ImageRow]:
-    library = require("datasets", "vision")
-    name = data.removeprefix(PREFIX)
-    try:
-        loaded = library.load_from_disk(name) if Path(name).is_dir() else library.load_dataset(name)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{data}: {first_line(error)}") from error
-    for split, table in loaded.items() if isinstance(loaded, dict) else (("train", loaded),):
-        column = column_of(table.column_names, image, IMAGE_NAMES, "image", data)
-        table = table.select_columns([column]).cast_column(column, library.Image(decode=False))
-        for number, row in enumerate(table, 1):
-            place = f"{data}, {split} {number}"
-            yield ImageRow(image_source(row[column], place), (), place)
 
 
 def _held(path: Path, files: list[Path]) -> str:

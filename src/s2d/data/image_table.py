@@ -61,11 +61,6 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self._sources)
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether everything is decoded; otherwise unreadable images show only when they are asked for."""
-        return self._decoded is not None
-
     def note(self, split: str, places: Mapping[int, str]) -> str:
         """How many images are left out so far, and the first ones by their `places`; empty for none."""
         bad = sorted(self.unreadable.items())

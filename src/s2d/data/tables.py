@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from s2d.errors import InputError, first_line
 from s2d.io.files import parse_json
@@ -25,12 +25,14 @@ class Table:
         columns: Names of the columns; ``"0"``, ``"1"``, ... for a file without a header.
         rows: One list of cells per row, in the order of `columns`.
         first_line: Line (or row) number of the first row, for messages.
+        metadata: Of a Parquet file.
     """
 
     path: Path
     columns: tuple[str, ...]
     rows: list[list[Any]]
     first_line: int
+    metadata: Any = None
 
     def column(self, name: str) -> list[Any]:
         """The cells of a column.
@@ -44,12 +46,17 @@ class Table:
         return [row[index] for row in self.rows]
 
 
-def read_table(path: Path, named: tuple[str | None, ...] = ()) -> Table:
+# Chooses among the columns that a file has.
+Pick: TypeAlias = Callable[[Sequence[str]], Sequence[str]]
+
+
+def read_table(path: Path, named: tuple[str | None, ...] = (), pick: Pick | None = None) -> Table:
     """A table by its file's ending.
 
     Args:
         path: A ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file.
         named: Columns that the caller asks for; a first line that holds one of them is a header.
+        pick: Called with the columns that are there, for those that are needed; Parquet files have others left out.
 
     Raises:
         InputError: Unknown ending, unreadable or empty file, rows of different lengths.
@@ -57,7 +64,7 @@ def read_table(path: Path, named: tuple[str | None, ...] = ()) -> Table:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path} is not a table that can be read; use {', '.join(_READERS)}")
-    table = reader(path, tuple(name for name in named if name))
+    table = reader(path, tuple(name for name in named if name), pick)
     if not table.rows:
         raise InputError(f"{path} holds no rows; check the file")
     return table
@@ -90,7 +97,7 @@ def find_columns(table: Table, text: str | None, label: str | None) -> tuple[str
     return text, label
 
 
-def _read_delimited(path: Path, named: tuple[str, ...]) -> Table:
+def _read_delimited(path: Path, named: tuple[str, ...], pick: Pick | None) -> Table:
     tabs = path.suffix.lower() == ".tsv"
     # Tab-separated corpora hold bare quotation marks; quoting is a matter of CSV.
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"delimiter": ","}
@@ -128,7 +135,7 @@ def _is_header(first: list[str], rest: list[list[str]], named: tuple[str, ...]) 
     return len(values[labels]) < len(rest) and first[labels] not in values[labels]
 
 
-def _read_json_lines(path: Path, named: tuple[str, ...]) -> Table:
+def _read_json_lines(path: Path, named: tuple[str, ...], pick: Pick | None) -> Table:
     records: list[dict[str, Any]] = []
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -146,19 +153,22 @@ def _read_json_lines(path: Path, named: tuple[str, ...]) -> Table:
     return Table(path, columns, [[record.get(name) for name in columns] for record in records], 1)
 
 
-def _read_parquet(path: Path, named: tuple[str, ...]) -> Table:
+def _read_parquet(path: Path, named: tuple[str, ...], pick: Pick | None) -> Table:
     parquet = require("pyarrow.parquet", "hf")
     arrow = require("pyarrow", "hf")
     try:
-        table = parquet.read_table(path)
+        wanted = None if pick is None else list(dict.fromkeys(pick(parquet.read_schema(path).names)))
+        table = parquet.read_table(path, columns=wanted)
         columns = tuple(table.column_names)
         cells = [column.to_pylist() for column in table.columns]
-    except (OSError, arrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+    except InputError:
+        raise
+    except (OSError, arrow.ArrowException, ValueError, TypeError, KeyError, OverflowError) as error:
         raise InputError(f"cannot read {path} as Parquet: {first_line(error)}") from error
-    return Table(path, columns, [list(row) for row in zip(*cells, strict=True)], 1)
+    return Table(path, columns, [list(row) for row in zip(*cells, strict=True)], 1, table.schema.metadata)
 
 
-_READERS: dict[str, Callable[[Path, tuple[str, ...]], Table]] = {
+_READERS: dict[str, Callable[[Path, tuple[str, ...], Pick | None], Table]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
     ".jsonl": _read_json_lines,

@@ -41,11 +41,6 @@ def retained(sigma: Tensor, amount: float, power: float) -> Tensor:
     return torch.exp(-torch.log1p(amount * (power - 1) * sigma.pow(power - 1)) / (power - 1))
 
 
-def spectral_penalty(sigma: Tensor, strength: float, power: float) -> Tensor:
-    """The paper's loss, ``lambda / (n + 1) * sum sigma^(n+1)``, a scalar (arXiv 2602.14432)."""
-    return strength / (power + 1) * sigma.pow(power + 1).sum()
-
-
 def measured(W: Tensor | Block, components: Components, metric: str) -> Tensor:
     """What a step must know of the whole weight, as far as this rank's part of it tells.
 

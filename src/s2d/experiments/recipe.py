@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,6 +37,17 @@ _NOT_FOR_RECIPES = ("model", "optimizer", "seed")  # parameters of the decay tha
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _each(field: str, parse: Callable[[Any], object]) -> Any:
+    """A validator of a list that has each of its members read; whatever is wrong with one is said by `parse`."""
+
+    def check(members: list[Any]) -> list[Any]:
+        for member in members:
+            parse(member)
+        return members
+
+    return field_validator(field)(check)
 
 
 class TaskSection(BaseModel):
@@ -97,27 +108,9 @@ class QuantizeSection(_Section):
     protocol: Literal["own", "unified"] = "own"
     calibration: Calibration = Calibration()
 
-    @field_validator("specs")
-    @classmethod
-    def _readable_specs(cls, specs: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
-        for spec in specs:
-            if spec != FULL:
-                QuantSpec.parse(spec)
-        return specs
-
-    @field_validator("observers")
-    @classmethod
-    def _known_observers(cls, observers: list[str]) -> list[str]:
-        for observer in observers:
-            ObserverSpec.parse(observer)
-        return observers
-
-    @field_validator("methods")
-    @classmethod
-    def _known_methods(cls, methods: list[str]) -> list[str]:
-        for method in methods:
-            get_methods(method)
-        return methods
+    _readable_specs = _each("specs", lambda spec: spec == FULL or QuantSpec.parse(spec))
+    _known_observers = _each("observers", ObserverSpec.parse)
+    _known_methods = _each("methods", get_methods)
 
     def cells(self) -> list[Cell]:
         """Everything to evaluate a model at, each once."""
@@ -147,12 +140,7 @@ class QATSection(QATSettings):
     lr: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     decay: bool = False
 
-    @field_validator("specs")
-    @classmethod
-    def _readable_specs(cls, specs: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
-        for spec in specs:
-            QuantSpec.parse(spec)
-        return specs
+    _readable_specs = _each("specs", QuantSpec.parse)
 
     @property
     def settings(self) -> QATSettings:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.checkpoint import load
-from s2d.errors import InputError, MissingExtra
+from s2d.errors import InputError, MissingExtra, first_line
 from s2d.export import RUNNABLE, OnnxModel, OpenVinoModel, open_exported
 from s2d.export.gate import take_turns
 from s2d.models.heads import encoder_of
@@ -206,8 +206,9 @@ def _call(module: nn.Module, inputs: dict[str, Tensor], model: str) -> None:
         raise
     except Exception as error:  # each runtime has classes of its own
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(f"{model} does not take {shapes}: {reason}; choose another --length or --batch") from error
+        raise InputError(
+            f"{model} does not take {shapes}: {first_line(error, 200)}; choose another --length or --batch"
+        ) from error
 
 
 def _resident_mb() -> float:

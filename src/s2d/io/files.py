@@ -111,18 +111,27 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_json(path: str | os.PathLike[str]) -> JSON:
-    """A JSON object from a file.
+def read_any_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds.
 
     Raises:
-        InputError: It is not there, cannot be read, or is something else.
+        InputError: It is not there, cannot be read, or is no JSON.
     """
     try:
-        content = parse_json(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {os.fspath(path)}: {error.strerror}; check the name") from error
     except ValueError as error:
         raise InputError(f"{os.fspath(path)} is not a JSON file: {error}; make it again") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> JSON:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: As `read_any_json`, or it is something else.
+    """
+    content = read_any_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{os.fspath(path)} should hold a JSON object, not a {type(content).__name__}")
     return content

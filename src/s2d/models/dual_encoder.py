@@ -81,6 +81,18 @@ def has_two_towers(model: nn.Module) -> bool:
     return any(hasattr(model, name) for name in ("get_text_features", "encode_text"))
 
 
+def as_dual(model: nn.Module) -> DualEncoder:
+    """The model, behind one pair of methods."""
+    return model if isinstance(model, DualEncoder) else DualEncoder(model)
+
+
+def own_loss(model: nn.Module, scores: Tensor, match: Tensor) -> Tensor:
+    """`pair_loss` as a `DualEncoder`, or what a library wrapped around one, was trained with."""
+    dual = getattr(model, "module", model)
+    assert isinstance(dual, DualEncoder)
+    return pair_loss(scores, match, sigmoid=dual.sigmoid)
+
+
 def pair_loss(scores: Tensor, match: Tensor, *, sigmoid: bool) -> Tensor:
     """The loss of image-text pairs: pairwise sigmoid (SigLIP, arXiv 2303.15343), or softmax both ways (CLIP).
 

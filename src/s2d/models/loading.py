@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2d.errors import InputError
+from s2d.errors import InputError, first_line
 from s2d.io.files import JSON
 from s2d.models import huggingface, packages
 from s2d.models.family import Family, family_of, loaders
@@ -171,5 +171,5 @@ def _torch_device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
     return place

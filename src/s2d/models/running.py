@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError
+from s2d.errors import InputError, first_line
 from s2d.targets.padding import MASKS, real_of, without_first
 
 What = Literal["weight", "input", "q", "k", "probs", "v"]
@@ -45,8 +45,9 @@ def run(model: nn.Module, batch: Any, index: int = 0) -> None:
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"calibration batch {index} does not fit {type(model).__name__}: {first_line}") from error
+        raise InputError(
+            f"calibration batch {index} does not fit {type(model).__name__}: {first_line(error)}"
+        ) from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from s2d.quant.estimate import Estimate, estimate
 from s2d.quant.modules.record import Record, record, remove, switch_on
 from s2d.quant.modules.sites import Site, describe, insert, is_quantized, plan, refuse_quantized
 from s2d.quant.modules.storage import load, save
-from s2d.quant.ptq import Entry, get_methods, methods, refuse_undivided, stages
+from s2d.quant.ptq import Entry, get_methods, methods, refuse_undivided
 from s2d.quant.spec import QuantSpec
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "refuse_undivided",
     "remove",
     "save",
-    "stages",
 ]
 
 

@@ -117,11 +117,6 @@ def finish_qat(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_training_ranges(model: nn.Module) -> bool:
-    """Whether a model's ranges are being learned."""
-    return any(isinstance(module, LearnedQuantizer) for module in model.modules())
-
-
 def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trained ranges: steps and offsets, without the weights."""
     return [p for module in model.modules() if isinstance(module, LearnedQuantizer) for p in module.parameters()]

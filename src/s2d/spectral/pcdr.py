@@ -26,20 +26,6 @@ from s2d.spectral.svd import top_singular
 from s2d.spectral.triplets import Triplets
 
 
-def energy_share(W: Tensor, triplets: Triplets) -> Tensor:
-    """The energy variant of dominance: ``sum_{r<=k} sigma_r^2 / ||W||_F^2``, blind to the data.
-
-    Args:
-        W: ``[O, I]``.
-        triplets: Its K leading triplets.
-
-    Returns:
-        ``[K]``, between 0 and 1, non-decreasing.
-    """
-    total = torch.linalg.vector_norm(W.detach().to(triplets.S.dtype)).square()
-    return triplets.S.square().cumsum(-1) / total.clamp_min(torch.finfo(triplets.S.dtype).tiny)
-
-
 @dataclass
 class Dominance:
     """PCDR_1..K of one weight, streamed over batches in memory that does not grow.

@@ -257,9 +257,3 @@ def outlier_entries(
 def outlier_count(entries: int, fraction: float = OUTLIER_FRACTION) -> int:
     """How many of so many activations count as outliers, where there are that many."""
     return max(math.ceil(fraction * entries), FEWEST_OUTLIERS)
-
-
-def largest_over_rms(Y: Tensor) -> float:
-    """``max |Y| / rms(Y)``, the outlier ratio of a tensor; 0 for a zero tensor."""
-    rms = torch.linalg.vector_norm(Y).item() / math.sqrt(max(Y.numel(), 1))
-    return torch.linalg.vector_norm(Y, math.inf).item() / rms if rms > 0 else 0.0

@@ -384,7 +384,7 @@ def _check_arguments(
     for W, name, start in zip(Ws, names, starts, strict=True):
         if not isinstance(W, Block):
             if W.ndim != 2:
-                raise InputError(f"{name} has shape {list(W.shape)}; pass a matrix [m, n] (as_matrix flattens others)")
+                raise InputError(f"{name} has shape {list(W.shape)}; pass a matrix [m, n], such as weight.flatten(1)")
             _check_matrix(W, name)
         if not 1 <= k <= min(W.shape):
             raise InputError(

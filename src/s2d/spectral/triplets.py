@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2d.errors import InputError
-
 
 @dataclass
 class Triplets:
@@ -42,29 +40,6 @@ class Triplets:
     fallbacks: int
     basis: Tensor
     edge: Tensor
-
-
-def as_matrix(W: Tensor) -> Tensor:
-    """View a weight as a matrix ``[out, in]``.
-
-    Args:
-        W: A linear weight ``[out, in]`` (returned unchanged) or a convolution weight ``[out, in, *kernel]``.
-
-    Returns:
-        A view ``[out, in * prod(kernel)]``; writing to it writes to ``W``.
-
-    Raises:
-        InputError: ``W`` has fewer than two dimensions, or its memory layout has no such view.
-    """
-    if W.ndim < 2:
-        raise InputError(f"a weight of shape {list(W.shape)} is not a matrix; pass one with at least two dimensions")
-    if W.ndim == 2:
-        return W
-    try:
-        return W.view(W.shape[0], -1)
-    except RuntimeError:
-        remedy = "call model.to(memory_format=torch.contiguous_format) first"
-        raise InputError(f"a weight of shape {list(W.shape)} has no 2-D view (channels last?); {remedy}") from None
 
 
 def fix_signs(U: Tensor, V: Tensor) -> None:

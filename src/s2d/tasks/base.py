@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from s2d.data.base import Batch, Split, check_batch_size, check_split
+from s2d.data.base import Batch, Split
 from s2d.errors import InputError, choices
 from s2d.models import Loaded
 from s2d.registry import Registry
@@ -91,10 +92,6 @@ class Task(ABC):
         """Whether more of a metric is better."""
         return self.higher_is_better != (metric in self.opposed)
 
-    def num_batches(self, split: Split, batch_size: int) -> int:
-        """How many batches one pass has; the last may be smaller."""
-        return -(-self.sizes()[check_split(split)] // check_batch_size(batch_size))
-
     @abstractmethod
     def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
         """What a model is called with for a batch, one dictionary of keywords per call: for calibration and audit."""
@@ -168,6 +165,17 @@ def create(name: str, **options: Any) -> Task:
     if missing:
         raise InputError(f"task {name} needs the option {missing[0]!r}")
     return known[name](**options)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode; afterwards it is in the mode that it was in, as a whole."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -21,7 +21,7 @@ from s2d.models.classes import both_lists, match, only_numbered
 from s2d.models.image_heads import class_names
 from s2d.models.preprocessing import preprocessing_of
 from s2d.optional import require
-from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.base import device_of, in_evaluation, register, to_device
 from s2d.tasks.image_base import ImageRows
 
 _OBJECTS = ("objects", "annotations", "object")
@@ -154,11 +154,10 @@ class Detection(ImageRows):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """COCO's average precision on all readable images of the split."""
-        device, was_training = device_of(model), model.training
-        model.eval()
+        device = device_of(model)
         found: list[dict[str, Any]] = []
         seen: list[int] = []
-        try:
+        with in_evaluation(model):
             for batch in self.batches(split, batch_size=batch_size):
                 output = model(**self.inputs({"pixels": batch["pixels"].to(device)})[0])
                 scores, kinds = output.logits.float().softmax(-1)[..., :-1].nan_to_num(0.0).max(-1)
@@ -171,8 +170,6 @@ class Detection(ImageRows):
                     corner = corner * torch.tensor([width, height, width, height])
                     for index in score.topk(min(_MOST, len(score))).indices.tolist():
                         found.append(_detection(row, int(kind[index]), corner[index].tolist(), float(score[index])))
-        finally:
-            model.train(was_training)
         if not seen:
             raise InputError(f"none of the images of {split} can be read; {'; '.join(self.notes())}")
         return average_precision(

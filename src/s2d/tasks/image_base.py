@@ -1,4 +1,4 @@
-"""What tasks on labelled images share: the data, their batches, accuracy, and notes about images left out."""
+"""What tasks on images share: the data, their batches, accuracy, and what is said about images left out."""
 
 from __future__ import annotations
 
@@ -10,139 +10,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from s2d.data.annotated_images import ImageRow
 from s2d.data.augmentation import augment
 from s2d.data.base import SPLITS, Batch, Split, check_batch_size, check_split
 from s2d.data.image_folders import read_labelled_images
+from s2d.data.image_rows import ImageRow
 from s2d.data.image_table import ImageTable
 from s2d.data.tokens import digest, row_batches
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.preprocessing import Preprocessing, preprocessing_of
-from s2d.tasks.base import Task, device_of
-
-
-class LabelledImages(Task):
-    """A task on labelled images; subclasses say what a model makes of them."""
-
-    ragged = False
-
-    def __init__(
-        self,
-        data: str | os.PathLike[str],
-        image: str | None,
-        label: str | None,
-        classes: Sequence[str] | None,
-        augment: bool,
-    ) -> None:
-        self._examples, found = read_labelled_images(os.fspath(data), image, label)
-        if classes is not None and len(classes) != len(found):
-            raise InputError(
-                f"{data} has {len(found)} classes, but classes names {len(classes)}: {', '.join(found[:6])}"
-            )
-        self.augment = augment
-        self._own_labels = found if classes is None else tuple(str(name) for name in classes)
-        self.labels: tuple[str, ...] = self._own_labels
-        numbers = {name: number for number, name in enumerate(found)}
-        self._own_classes = self._classes = {
-            split: torch.tensor([numbers[example.label] for example in examples])
-            for split, examples in self._examples.items()
-        }
-        self._fingerprint = digest(
-            part
-            for split in SPLITS
-            for example in self._examples[split]
-            for part in (split, example.label, digest([example.content().hex()]))
-        )
-        self._tables: dict[Split, ImageTable] = {}
-        self._preprocessing: Preprocessing | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """Short SHA-256 of all splits: labels, and the images' bytes or the names of their files."""
-        return self._fingerprint
-
-    def sizes(self) -> dict[str, int]:
-        """Number of images of each split, without those known to be unreadable."""
-        bad = {split: len(table.unreadable) for split, table in self._tables.items()}
-        return {split: len(examples) - bad.get(split, 0) for split, examples in self._examples.items()}
-
-    def prepare(self, loaded: Loaded) -> None:
-        """Note the model's preprocessing; a split's images are decoded when it is first used."""
-        preprocessing = preprocessing_of(loaded.processor, loaded.source)
-        if preprocessing == self._preprocessing:
-            return
-        for split, examples in self._examples.items():
-            self._tables[split] = ImageTable([example.source for example in examples], preprocessing)
-            if self._tables[split].first_readable() is None:
-                raise InputError(f"none of the {len(examples)} images of {split} can be read; {self.notes()[-1]}")
-        self._preprocessing = preprocessing
-
-    def notes(self) -> list[str]:
-        """One line for each split with images found unreadable so far: how many, and the first ones."""
-        lines = []
-        for split, table in self._tables.items():
-            line = table.note(split, {row: example.place for row, example in enumerate(self._examples[split])})
-            lines += [line] if line else []
-        return lines
-
-    def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
-        """Batches of ``pixels`` `[batch, 3, height, width]` (bytes) and ``labels`` `[batch]`."""
-        table = self._table(split)
-        readable = torch.tensor([row for row in range(len(table)) if row not in table.unreadable])
-        for rows in row_batches(len(readable), check_batch_size(batch_size), seed=seed, shuffle=shuffle):
-            pixels, kept = table.take(readable[rows])
-            if len(kept):
-                yield {"pixels": pixels, "labels": self._classes[split][kept]}
-
-    def number(self, labels: tuple[str, ...], places: list[int] | None) -> None:
-        """Number the classes as a model does; None for the data's own numbers."""
-        self.labels, self._classes = labels, self._own_classes
-        if places is not None:
-            self._classes = {split: torch.tensor(places)[numbers] for split, numbers in self._own_classes.items()}
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """What the model reads."""
-        assert self._preprocessing is not None
-        return self._preprocessing.normalize(pixels)
-
-    def training_pixels(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """What the model reads of bytes while it is trained: flipped and shifted at random, where that is asked for."""
-        return self.normalize(augment(pixels) if self.augment and model.training else pixels)
-
-    def _table(self, split: Split) -> ImageTable:
-        if check_split(split) not in self._tables:
-            raise RuntimeError("the images' size is not known yet: call build(loaded) or prepare(loaded) first")
-        self._tables[split].decode()
-        return self._tables[split]
-
-    @torch.no_grad()
-    def score(
-        self, scores_of: Callable[[Tensor], Tensor], model: nn.Module, split: Split, batch_size: int
-    ) -> dict[str, float]:
-        """``accuracy`` and, with more than ten classes, ``top5``; `scores_of` makes `[batch, classes]` of pixels."""
-        device, was_training = device_of(model), model.training
-        model.eval()
-        first = fifth = seen = 0
-        try:
-            for batch in self.batches(split, batch_size=batch_size):
-                scores = scores_of(self.normalize(batch["pixels"].to(device))).float().cpu()
-                # NaN scores are no answer; ranking would take them for the largest.
-                ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == batch["labels"].unsqueeze(1)
-                ranked &= scores.isfinite().all(1, keepdim=True)
-                first, fifth, seen = first + int(ranked[:, 0].sum()), fifth + int(ranked.sum()), seen + len(ranked)
-        finally:
-            model.train(was_training)
-        if not seen:
-            raise InputError(f"none of the images of {split} can be read; {'; '.join(self.notes())}")
-        metrics = {"accuracy": 100 * first / seen}
-        return metrics if len(self.labels) <= 10 else {**metrics, "top5": 100 * fifth / seen}
+from s2d.tasks.base import Task, device_of, in_evaluation
 
 
 class ImageRows(Task):
-    """A task on such rows of every split; images that stand in several rows are decoded once."""
+    """A task on images and what stands beside them; images that stand in several rows are decoded once."""
 
     ragged = False
+    augment = False  # where training images are changed at random
 
     def __init__(self, rows: dict[Split, list[ImageRow]]) -> None:
         self.rows = rows
@@ -156,10 +40,15 @@ class ImageRows(Task):
             part
             for split in SPLITS
             for row in self.rows[split]
-            for part in (split, str(row.cells), digest([row.content().hex()]))
+            for part in (split, self.text_of(row), digest([row.content().hex()]))
         )
         self._tables: dict[Split, ImageTable] = {}
         self._preprocessing: Preprocessing | None = None
+
+    @staticmethod
+    def text_of(row: ImageRow) -> str:
+        """What the fingerprint takes of what stands beside an image."""
+        return str(row.cells)
 
     @property
     def fingerprint(self) -> str:
@@ -201,12 +90,9 @@ class ImageRows(Task):
         for chosen in row_batches(len(readable), check_batch_size(batch_size), seed=seed, shuffle=shuffle):
             rows = readable[chosen]
             images = self._image_of[split][rows]
-            if not table.in_memory:  # images turn out to be unreadable only now
-                _, kept = table.take(images.unique())
-                rows = rows[torch.isin(images, kept)]
-                images = self._image_of[split][rows]
+            pixels, kept = table.take(images)
+            rows = rows[torch.isin(images, kept)]  # what is not in memory turns out to be unreadable only now
             if len(rows):
-                pixels, _ = table.take(images)
                 yield {"pixels": pixels, **self.beside(split, rows)}
 
     @abstractmethod
@@ -218,7 +104,71 @@ class ImageRows(Task):
         assert self._preprocessing is not None
         return self._preprocessing.normalize(pixels)
 
+    def training_pixels(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """What the model reads of bytes while it is trained: flipped and shifted at random, where that is asked for."""
+        return self.normalize(augment(pixels) if self.augment and model.training else pixels)
+
     def _readable(self, split: Split) -> Tensor:
         images = self._image_of[split]
         bad = list(self._tables[split].unreadable) if split in self._tables else []
         return torch.arange(len(images))[~torch.isin(images, torch.tensor(bad, dtype=torch.long))]
+
+
+class LabelledImages(ImageRows):
+    """A task on labelled images; subclasses say what a model makes of them."""
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str],
+        image: str | None,
+        label: str | None,
+        classes: Sequence[str] | None,
+        augment: bool,
+    ) -> None:
+        rows, found = read_labelled_images(os.fspath(data), image, label)
+        if classes is not None and len(classes) != len(found):
+            raise InputError(
+                f"{data} has {len(found)} classes, but classes names {len(classes)}: {', '.join(found[:6])}"
+            )
+        super().__init__(rows)
+        self.augment = augment
+        self._own_labels = found if classes is None else tuple(str(name) for name in classes)
+        self.labels: tuple[str, ...] = self._own_labels
+        numbers = {name: number for number, name in enumerate(found)}
+        self._own_classes = self._classes = {
+            split: torch.tensor([numbers[row.cells[0]] for row in members]) for split, members in rows.items()
+        }
+
+    @staticmethod
+    def text_of(row: ImageRow) -> str:
+        """The name of the class."""
+        return row.cells[0]
+
+    def beside(self, split: Split, rows: Tensor) -> Batch:
+        """``labels`` `[batch]`."""
+        return {"labels": self._classes[split][rows]}
+
+    def number(self, labels: tuple[str, ...], places: list[int] | None) -> None:
+        """Number the classes as a model does; None for the data's own numbers."""
+        self.labels, self._classes = labels, self._own_classes
+        if places is not None:
+            self._classes = {split: torch.tensor(places)[numbers] for split, numbers in self._own_classes.items()}
+
+    @torch.no_grad()
+    def score(
+        self, scores_of: Callable[[Tensor], Tensor], model: nn.Module, split: Split, batch_size: int
+    ) -> dict[str, float]:
+        """``accuracy`` and, with more than ten classes, ``top5``; `scores_of` makes `[batch, classes]` of pixels."""
+        device = device_of(model)
+        first = fifth = seen = 0
+        with in_evaluation(model):
+            for batch in self.batches(split, batch_size=batch_size):
+                scores = scores_of(self.normalize(batch["pixels"].to(device))).float().cpu()
+                # NaN scores are no answer; ranking would take them for the largest.
+                ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == batch["labels"].unsqueeze(1)
+                ranked &= scores.isfinite().all(1, keepdim=True)
+                first, fifth, seen = first + int(ranked[:, 0].sum()), fifth + int(ranked.sum()), seen + len(ranked)
+        if not seen:
+            raise InputError(f"none of the images of {split} can be read; {'; '.join(self.notes())}")
+        metrics = {"accuracy": 100 * first / seen}
+        return metrics if len(self.labels) <= 10 else {**metrics, "top5": 100 * fifth / seen}

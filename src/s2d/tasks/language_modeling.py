@@ -18,7 +18,7 @@ from s2d.data.split_files import read_utf8, split_files
 from s2d.data.tokens import check_max_length, digest, require_tokenizer, row_batches, tokenizer_key
 from s2d.errors import InputError, choices
 from s2d.models import Loaded
-from s2d.tasks.base import Task, device_of, register, to_device
+from s2d.tasks.base import Task, device_of, in_evaluation, register, to_device
 from s2d.tasks.teacher import find_original, head_of, mean_divergence
 
 _SUFFIXES = (".txt",)
@@ -169,15 +169,11 @@ class LanguageModeling(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 4) -> dict[str, float]:
         """``perplexity`` and ``nll`` over every scored token of the split."""
-        was_training = model.training
-        model.eval()
         total, count = 0.0, 0
-        try:
+        with in_evaluation(model):
             for batch in self.batches(split, batch_size=batch_size):
                 part, tokens = self._negative_log_likelihood(model, batch)
                 total, count = total + part.item(), count + tokens
-        finally:
-            model.train(was_training)
         nll = total / count if math.isfinite(total) else math.inf
         return {"perplexity": math.exp(nll) if nll < 700 else math.inf, "nll": nll}
 

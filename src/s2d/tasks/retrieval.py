@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from s2d.data.annotated_images import read_image_rows
-from s2d.data.augmentation import augment
 from s2d.data.base import SPLITS, Batch, Split
 from s2d.data.tokens import require_tokenizer, tokenizer_key
 from s2d.errors import InputError
 from s2d.models import Loaded
-from s2d.models.dual_encoder import DualEncoder, pair_loss
-from s2d.tasks.base import device_of, register, to_device
+from s2d.models.dual_encoder import DualEncoder, as_dual, own_loss
+from s2d.tasks.base import device_of, in_evaluation, register, to_device
 from s2d.tasks.image_base import ImageRows
 
 _CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "description")
@@ -66,7 +65,7 @@ class Retrieval(ImageRows):
 
     def prepare(self, loaded: Loaded) -> None:
         """Decode the images, tokenize the captions."""
-        dual = _dual(loaded.model)
+        dual = as_dual(loaded.model)
         super().prepare(loaded)
         tokenizer = require_tokenizer(loaded, self.name)
         if self._tokenized_for != tokenizer_key(tokenizer):
@@ -76,7 +75,7 @@ class Retrieval(ImageRows):
     def build(self, loaded: Loaded, seed: int = 0) -> DualEncoder:
         """A copy of the model behind one pair of methods."""
         self.prepare(loaded)
-        return copy.deepcopy(_dual(loaded.model)).train()
+        return copy.deepcopy(as_dual(loaded.model)).train()
 
     def beside(self, split: Split, rows: Tensor) -> Batch:
         """``row`` and one of its captions, ``caption``, by number; the first, except in training."""
@@ -94,20 +93,16 @@ class Retrieval(ImageRows):
         captions = batch["caption"].unique()
         own = [set(self._own["train"][row]) for row in batch["row"].tolist()]
         match = torch.tensor([[caption in mine for caption in captions.tolist()] for mine in own], device=device)
-        pixels = batch["pixels"].to(device)
-        pixels = self.normalize(augment(pixels) if self.augment and model.training else pixels)
+        pixels = self.training_pixels(model, batch["pixels"].to(device))
         scores = model(pixel_values=pixels, **to_device(self._text("train", captions), device))
-        dual = getattr(model, "module", model)
-        assert isinstance(dual, DualEncoder)
-        return pair_loss(scores, match, sigmoid=dual.sigmoid)
+        return own_loss(model, scores, match)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """Recall at 1, 5 and 10 both ways on all readable images of the split, in points."""
         assert isinstance(model, DualEncoder)
-        device, was_training = device_of(model), model.training
-        model.eval()
-        try:
+        device = device_of(model)
+        with in_evaluation(model):
             images: dict[int, Tensor] = {}
             number_of: dict[int, int] = {}
             own: list[list[int]] = []
@@ -126,8 +121,6 @@ class Retrieval(ImageRows):
                 model.text(**to_device(self._text(split, rows), device)).float().cpu()
                 for rows in torch.arange(len(self._captions[split])).split(batch_size)
             ]
-        finally:
-            model.train(was_training)
         return recalls(torch.stack(list(images.values())) @ torch.cat(parts).T, own)
 
     def _text(self, split: Split, captions: Tensor) -> dict[str, Tensor]:
@@ -165,7 +158,3 @@ def _texts(cell: Any, place: str) -> Iterator[str]:
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise InputError(f"{place}: expected a caption or a list of captions, not {str(cell)[:60]!r}")
     yield from texts
-
-
-def _dual(model: nn.Module) -> DualEncoder:
-    return model if isinstance(model, DualEncoder) else DualEncoder(model)

@@ -24,7 +24,7 @@ from s2d.models import Loaded, TextClassifier
 from s2d.models.classes import both_lists, match
 from s2d.models.heads import encoder_of
 from s2d.models.image_heads import class_names
-from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.base import device_of, in_evaluation, register, to_device
 from s2d.tasks.text_base import TokenizedTexts
 
 
@@ -114,18 +114,14 @@ class TextClassification(TokenizedTexts):
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """``accuracy`` on the whole split."""
         table, classes, device = self._table(split), self._classes[check_split(split)], device_of(model)
-        was_training = model.training
-        model.eval()
         hits = 0
-        try:
+        with in_evaluation(model):
             for rows in by_length(table.lengths, check_batch_size(batch_size)):
                 ids, mask = table.take(rows)
                 scores = model(input_ids=ids.to(device), attention_mask=mask.to(device)).float().cpu()
                 # NaN scores are no answer; argmax would take them for the largest.
                 right = (scores.argmax(1) == classes[rows]) & scores.isfinite().all(1)
                 hits += int(right.sum())
-        finally:
-            model.train(was_training)
         return {"accuracy": 100 * hits / len(table)}
 
     def _number(self, labels: tuple[str, ...], places: list[int] | None) -> None:

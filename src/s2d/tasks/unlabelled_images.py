@@ -23,7 +23,7 @@ from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.image_heads import feature_width, image_tower, number_of_classes
 from s2d.models.image_views import ImageView, view_images
 from s2d.models.preprocessing import preprocessing_of
-from s2d.tasks.base import device_of, register
+from s2d.tasks.base import device_of, in_evaluation, register
 from s2d.tasks.image_base import ImageRows
 from s2d.tasks.teacher import FeatureLoss, Teacher
 
@@ -158,11 +158,9 @@ class UnlabelledImages(ImageRows):
         features, so ``cosine`` is left out.
         """
         teacher = self._teacher.model
-        was_training = model.training
-        model.eval()
         sums: dict[str, float] = {}
         count = 0
-        try:
+        with in_evaluation(model):
             for batch in self.batches(split, batch_size=batch_size):
                 found, wanted = self._view(model, batch), self._view(teacher, batch)
                 parts: dict[str, Tensor] = {}
@@ -175,8 +173,6 @@ class UnlabelledImages(ImageRows):
                 for name, values in parts.items():
                     sums[name] = sums.get(name, 0.0) + values.sum().item()
                 count += len(batch["pixels"])
-        finally:
-            model.train(was_training)
         if not count:
             raise InputError(f"none of the images of {split} can be read; {'; '.join(self.notes())}")
         metrics = {name: total / count for name, total in sums.items()}

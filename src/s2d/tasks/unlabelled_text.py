@@ -24,7 +24,7 @@ from s2d.errors import InputError
 from s2d.models import Loaded, SentenceEncoder
 from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.heads import encoder_of
-from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.base import device_of, in_evaluation, register, to_device
 from s2d.tasks.teacher import FeatureLoss, Teacher, divergence, head_of, hidden_states, known_head, mean_divergence
 from s2d.tasks.text_base import TokenizedTexts
 
@@ -143,11 +143,9 @@ class UnlabelledText(TokenizedTexts):
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """``drift``, and ``cosine`` of an encoder or ``agreement`` of a language model; see the class."""
         teacher = self._teacher.model
-        was_training = model.training
-        model.eval()
         head = head_of(model)
         first, second, count = 0.0, 0.0, 0
-        try:
+        with in_evaluation(model):
             for batch in self.batches(split, batch_size=batch_size):
                 batch = to_device(batch, device_of(model))
                 mask = batch["attention_mask"].bool()
@@ -161,8 +159,6 @@ class UnlabelledText(TokenizedTexts):
                     )
                 first, second = first + parts[0].sum().item(), second + parts[1].sum().item()
                 count += len(parts[0])
-        finally:
-            model.train(was_training)
         if not math.isfinite(first):  # a broken model agrees with nothing
             return {"drift": math.inf, "cosine" if head is None else "agreement": 0.0}
         if head is None:

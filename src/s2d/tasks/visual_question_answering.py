@@ -17,7 +17,7 @@ from s2d.data.base import SPLITS, Batch, Split
 from s2d.data.tokens import require_tokenizer, tokenizer_key
 from s2d.errors import InputError
 from s2d.models import Loaded
-from s2d.tasks.base import device_of, register, to_device
+from s2d.tasks.base import device_of, in_evaluation, register, to_device
 from s2d.tasks.image_base import ImageRows
 from s2d.tasks.vqa_metrics import Answer, answers_in, score_answers
 
@@ -127,17 +127,14 @@ class VisualQuestionAnswering(ImageRows):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """See `s2d.tasks.vqa_metrics.score_answers`; on all rows with a readable image."""
-        device, was_training = device_of(model), model.training
-        model.eval()
+        device = device_of(model)
         said: list[str] = []
         right: list[Answer] = []
-        try:
+        with in_evaluation(model):
             for batch in self.batches(split, batch_size=batch_size):
                 rows = batch["row"].tolist()
                 said += self.answer(model, batch["pixels"].to(device), [self.rows[split][r].cells[0] for r in rows])
                 right += [self.answers[split][row] for row in rows]
-        finally:
-            model.train(was_training)
         if not said:
             raise InputError(f"none of the images of {split} can be read; {'; '.join(self.notes())}")
         return score_answers(said, right)

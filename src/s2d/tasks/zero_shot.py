@@ -13,8 +13,8 @@ from s2d.data.base import Batch, Split
 from s2d.data.tokens import digest, require_tokenizer
 from s2d.errors import InputError
 from s2d.models import Loaded
-from s2d.models.dual_encoder import DualEncoder, pair_loss
-from s2d.tasks.base import device_of, register, to_device
+from s2d.models.dual_encoder import DualEncoder, as_dual, own_loss
+from s2d.tasks.base import device_of, in_evaluation, register, to_device
 from s2d.tasks.image_base import LabelledImages
 
 # Seven of CLIP's eighty, the ones its authors recommend (openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet).
@@ -72,7 +72,7 @@ class ZeroShot(LabelledImages):
 
     def prepare(self, loaded: Loaded) -> None:
         """Decode the images, tokenize the descriptions."""
-        dual = _dual(loaded.model)
+        dual = as_dual(loaded.model)
         super().prepare(loaded)
         if self._tokenized_for != loaded.fingerprint:
             tokenizer = require_tokenizer(loaded, self.name)
@@ -83,7 +83,7 @@ class ZeroShot(LabelledImages):
     def build(self, loaded: Loaded, seed: int = 0) -> DualEncoder:
         """A copy of the model behind one pair of methods."""
         self.prepare(loaded)
-        return copy.deepcopy(_dual(loaded.model)).train()
+        return copy.deepcopy(as_dual(loaded.model)).train()
 
     def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
         """The one call: the images, and a description of each of their classes."""
@@ -98,9 +98,7 @@ class ZeroShot(LabelledImages):
         pixels = self.training_pixels(model, batch["pixels"])
         scores = model(pixel_values=pixels, **to_device(texts, device))
         match = batch["labels"].unsqueeze(1) == present.to(device)
-        dual = getattr(model, "module", model)
-        assert isinstance(dual, DualEncoder)
-        return pair_loss(scores, match, sigmoid=dual.sigmoid)
+        return own_loss(model, scores, match)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
@@ -111,21 +109,16 @@ class ZeroShot(LabelledImages):
 
     def _class_vectors(self, model: DualEncoder, batch_size: int) -> Tensor:
         """Unit vectors `[classes, width]`."""
-        device, was_training = device_of(model), model.training
-        model.eval()
+        device = device_of(model)
         rows = len(self.labels) * len(self.templates)
-        parts = [
-            model.text(**{name: part[start : start + batch_size].to(device) for name, part in self._texts.items()})
-            for start in range(0, rows, batch_size)
-        ]
-        model.train(was_training)
+        with in_evaluation(model):
+            parts = [
+                model.text(**{name: part[start : start + batch_size].to(device) for name, part in self._texts.items()})
+                for start in range(0, rows, batch_size)
+            ]
         vectors = torch.cat(parts).view(len(self.labels), len(self.templates), -1).mean(1)
         return torch.nn.functional.normalize(vectors, dim=-1)
 
     def _described(self, classes: Tensor, template: Tensor) -> dict[str, Tensor]:
         rows = classes * len(self.templates) + template[classes]
         return {name: part[rows] for name, part in self._texts.items()}
-
-
-def _dual(model: nn.Module) -> DualEncoder:
-    return model if isinstance(model, DualEncoder) else DualEncoder(model)

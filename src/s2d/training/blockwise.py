@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from s2d.tasks import Task
 from s2d.training.loop import parameter_groups, schedule, without_dropout
 from s2d.training.optimizers import make_optimizer
 from s2d.training.state import key_of
-from s2d.training.step_guard import StepGuard
+from s2d.training.step_guard import StepGuard, train_step
 from s2d.training.train_settings import OnStep, Training, TrainSettings
 
 # Of settings: those that say something about the model as a whole, with the values that say nothing.
@@ -159,15 +160,8 @@ def _condition(
             wanted = block.outputs[index].to(place)
             loss = relative_error(*(real_tokens(y, mask, "input").flatten(0, -2) for y in (output, wanted)))
             value = loss.item()
-            taken = guard.loss(step, value)
-            optimizer.zero_grad()
-            if taken:
-                loss.backward()
-                taken = guard.gradient(step, float(nn.utils.clip_grad_norm_(alone.parameters(), settings.clip)))
-            if taken:
-                optimizer.step()
-            elif spectral is not None:
-                spectral.forget()
+            clip = partial(nn.utils.clip_grad_norm_, alone.parameters(), settings.clip)
+            train_step(guard, step, value, optimizer, loss.backward, clip, spectral)
             rates.step()
             done.steps += 1
             done.losses.append(value)

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import nn
 from s2d.baselines import attach
 from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.distributed import processes
-from s2d.errors import InputError
+from s2d.errors import InputError, first_line
 from s2d.io.provenance import measured
 from s2d.optional import require
 from s2d.tasks import Task
@@ -33,7 +34,7 @@ from s2d.training.early_stopping import Patience
 from s2d.training.frozen_teacher import Anchor
 from s2d.training.optimizers import make_optimizer
 from s2d.training.state import _deferred_interrupt, _Run, key_of
-from s2d.training.step_guard import StepGuard
+from s2d.training.step_guard import StepGuard, train_step
 from s2d.training.train_settings import Companion, OnStep, Training, TrainSettings
 
 
@@ -120,16 +121,9 @@ def train(
             value, seconds, ending = _together(
                 accelerator, loss.item(), time.monotonic() - started, interrupt is not None and interrupt.is_set()
             )
-            optimizer.zero_grad()
-            taken = guard.loss(run.step + 1, value)
-            if taken:
-                accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip)
-                taken = guard.gradient(run.step + 1, float(norm))
-            if taken:
-                optimizer.step()
-            elif spectral is not None:
-                spectral.forget()  # what this step showed is not its next one's
+            backward = partial(accelerator.backward, loss)
+            clip = partial(accelerator.clip_grad_norm_, model.parameters(), settings.clip)
+            train_step(guard, run.step + 1, value, optimizer, backward, clip, spectral)
             run.seconds = clock.seconds = before + (time.monotonic() - started if seconds is None else seconds)
             scheduler.step()
             run.step += 1
@@ -176,7 +170,7 @@ def _accelerator(place: torch.device, task: Task, settings: TrainSettings) -> An
     except ValueError as error:
         raise InputError(
             "this process has an Accelerator with other settings already; train in a process of its own "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     if accelerator.num_processes == 1:
         return accelerator
@@ -285,7 +279,3 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, rate in changed:
             setattr(module, name, rate)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

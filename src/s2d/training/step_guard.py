@@ -9,14 +9,42 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from s2d.baselines import Baseline
+from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.errors import InputError
 
 PATIENCE = 5  # steps in a row that may be skipped; the next one ends the training
 WINDOW = 64  # gradients whose median says what is usual
 WARM = 16  # of them are needed first
+
+
+def train_step(
+    guard: StepGuard,
+    step: int,
+    value: float,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[], object],
+    clip: Callable[[], Any],
+    decay: SelectiveSpectralDecay | Baseline | None,
+) -> None:
+    """Take a step whose loss is known, `value`, unless the guard says no; then what the decay saw of it is forgotten.
+
+    `backward` makes the gradients, and `clip` limits them and gives back the norm that they had.
+    """
+    optimizer.zero_grad()
+    taken = guard.loss(step, value)
+    if taken:
+        backward()
+        taken = guard.gradient(step, float(clip()))
+    if taken:
+        optimizer.step()
+    elif decay is not None:
+        decay.forget()  # what this step showed is not its next one's
 
 
 class StepGuard:

@@ -1,16 +1,18 @@
 """Shared by the methods that correct weights from their inputs: GPTQ, ERQ, and in part AdaRound.
 
 Which layers can be corrected at all, what happens to the others (rounded to nearest, and said), how the final weight is
-written, and damping that grows until a system can be factored.
+written, sums over the inputs, and damping that grows until a system can be factored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from s2d.errors import InputError
 from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, groups
 
 # A system that cannot be factored gets more damping, this many times as much in turn.
@@ -18,6 +20,36 @@ MORE_DAMPING = (1.0, 10.0, 100.0)
 
 # Says of a layer why it is rounded to nearest, in the method's own words.
 Warn = Callable[[Layer, str], None]
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, float64, of a layer's inputs; what they are sums of is the method's own.
+
+    Attributes:
+        name: The layer, for messages.
+        count: Tokens so far.
+        square: Of the inputs with themselves; None before the first token.
+        cross: Of the inputs with what they should be; None without such a reference.
+    """
+
+    name: str
+    count: int = 0
+    square: Tensor | None = None
+    cross: Tensor | None = None
+
+    def take(self, count: int, square: Tensor, cross: Tensor | None) -> None:
+        """Take in the sums over some more tokens.
+
+        Raises:
+            InputError: NaN or infinity in them, and so in some token's input.
+        """
+        if not all(bool(torch.isfinite(part).all()) for part in (square, cross) if part is not None):
+            raise InputError(f"{self.name} received NaN or infinite values; check the weights and the calibration data")
+        self.count += count
+        self.square = square if self.square is None else self.square.add_(square)
+        if cross is not None:
+            self.cross = cross if self.cross is None else self.cross.add_(cross)
 
 
 def dampings(diagonal: Tensor, share: float) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from s2d.errors import InputError
+from s2d.errors import InputError, first_line
 from s2d.io.files import write_atomic, write_json
 
 VERSION = 1
@@ -129,8 +129,9 @@ class Store:
         try:
             module.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
-            raise InputError(f"{path} is damaged or does not fit ({first}); delete it to redo this block") from None
+            raise InputError(
+                f"{path} is damaged or does not fit ({first_line(error)}); delete it to redo this block"
+            ) from None
         return True
 
     def save(self, walk: int, name: str, module: nn.Module) -> None:

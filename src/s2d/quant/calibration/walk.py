@@ -202,17 +202,22 @@ def invoke(module: nn.Module, call: Call) -> Any:
     """
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    copies: dict[int, Tensor] = {}
+    placed = _each_tensor(call, lambda value: value.to(device, copy=value.is_floating_point()))
+    return module(*placed.args, **placed.kwargs)
 
-    def place(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            # One copy a tensor: attention asks whether query, key and value are the same object.
-            if id(value) not in copies:
-                copies[id(value)] = value.to(device, copy=value.is_floating_point())
-            return copies[id(value)]
-        return _rebuilt(value, place)
 
-    return module(*place(call.args), **place(call.kwargs))
+def _each_tensor(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    """A call with its tensors changed, each once: attention asks whether query, key and value are the same object."""
+    changed: dict[int, Tensor] = {}
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return _rebuilt(value, take)
+        if id(value) not in changed:
+            changed[id(value)] = change(value)
+        return changed[id(value)]
+
+    return Call(take(call.args), take(call.kwargs))
 
 
 def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -259,17 +264,8 @@ def _raw(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return Call(tuple(plain(value) for value in args), named)
 
 
-def _detached(call: Call) -> Call:
-    copies: dict[int, Tensor] = {}
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in copies:
-                copies[id(value)] = value.detach().to("cpu", copy=True)
-            return copies[id(value)]
-        return _rebuilt(value, take)
-
-    return Call(take(call.args), take(call.kwargs))
+def _detached(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -320,7 +316,7 @@ def _catching(job: Job, blocks: Mapping[str, nn.Module], caught: dict[str, _Caug
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             into = caught.setdefault(name, _Caught())
-            call, found = _detached(_raw(args, kwargs)), mask()
+            call, found = _each_tensor(_raw(args, kwargs), _detached), mask()
             for value in call.slots().values():
                 if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
                     raise InputError(f"{name} received NaN values; check the weights and the calibration data")

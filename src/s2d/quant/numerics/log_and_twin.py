@@ -33,7 +33,6 @@ default is the piecewise form.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -60,12 +59,6 @@ def log_sqrt2_codes(x: Tensor, scale: Tensor) -> Tensor:
 def log_sqrt2_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     """What codes stand for, float32."""
     return torch.where(codes >= 2**bits, torch.zeros_like(codes), scale * torch.exp2(-0.5 * codes))
-
-
-def log_sqrt2_shifts(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """`log_sqrt2_values` as an integer product computes it: a power of two under one of two scales."""
-    scales = torch.where(codes % 2 == 1, scale * math.sqrt(2.0), scale)
-    return torch.where(codes >= 2**bits, torch.zeros_like(codes), torch.ldexp(scales, -torch.ceil(codes / 2.0)))
 
 
 def log_sqrt2(x: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -73,11 +73,6 @@ def methods() -> dict[str, str]:
     return {name: entry.summary for name, entry in sorted(_METHODS.all().items())}
 
 
-def stages() -> dict[str, Stage]:
-    """Every method's name, with its stage."""
-    return {name: entry.stage for name, entry in sorted(_METHODS.all().items())}
-
-
 def get_methods(text: str) -> list[Entry]:
     """The methods of ``"a+b"``, transforms first and the rounding (``rtn`` when none is named) last.
 

@@ -42,13 +42,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from s2d.errors import InputError
 from s2d.models.running import evaluating
+from s2d.quant.calibration import corrections
 from s2d.quant.calibration.corrections import correctable, dampings, to_nearest, write
 from s2d.quant.calibration.observe import Job
 from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
@@ -66,21 +66,10 @@ FLIPS = 100
 _UNSOLVED = "has inputs whose second moment cannot be factored, even with more damping"
 
 
-@dataclass
-class Moments:
-    """Sums over tokens, float64; the last row and column belong to the constant 1.
-
-    Attributes:
-        name: The layer, for messages.
-        count: Tokens so far.
-        square: ``X^^T X^``, ``[d + 1, d + 1]``; None before the first token.
-        cross: ``X^^T (X - X^)``, ``[d + 1, d]``.
+class Moments(corrections.Moments):
+    """``X^^T X^`` as ``square``, ``[d + 1, d + 1]``, and ``X^^T (X - X^)`` as ``cross``, ``[d + 1, d]``; the last row
+    and column belong to the constant 1.
     """
-
-    name: str
-    count: int = 0
-    square: Tensor | None = None
-    cross: Tensor | None = None
 
     def add(self, rounded: Tensor, x: Tensor) -> None:
         """Take in some tokens: what the layer reads and what it should read, ``[N, d]`` each.
@@ -90,13 +79,7 @@ class Moments:
         """
         rounded, x = rounded.float(), x.float()
         extended = torch.cat([rounded, rounded.new_ones(len(rounded), 1)], dim=1)
-        square, cross = (extended.T @ extended).double(), (extended.T @ (x - rounded)).double()
-        # Anything that is not finite reaches these sums.
-        if not bool(torch.isfinite(square.trace()) & torch.isfinite(cross.sum())):
-            raise InputError(f"{self.name} received NaN or infinite values; check the weights and the calibration data")
-        self.count += len(x)
-        self.square = square if self.square is None else self.square.add_(square)
-        self.cross = cross if self.cross is None else self.cross.add_(cross)
+        self.take(len(x), (extended.T @ extended).double(), (extended.T @ (x - rounded)).double())
 
     def normalised(self, bias: bool) -> tuple[Tensor, Tensor]:
         """Both sums divided by the tokens, without the constant if there is no bias to take it."""

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from s2d.distributed.sharding import Groups, all_reduce
-from s2d.errors import InputError
 from s2d.models.running import evaluating
+from s2d.quant.calibration import corrections
 from s2d.quant.calibration.corrections import correctable, dampings, to_nearest, write
 from s2d.quant.calibration.observe import Job, least_error, observe, set_weight_range
 from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
@@ -222,21 +222,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
-@dataclass
-class Moments:
-    """Sums over tokens, in float64: ``X^T X``, and ``(X~ - X)^T X`` where there is a reference.
-
-    Attributes:
-        name: The layer, for messages.
-        count: Tokens so far.
-        square: ``[d, d]``, None before the first token.
-        cross: ``[d, d]``, None without a reference.
-    """
-
-    name: str
-    count: int = 0
-    square: Tensor | None = None
-    cross: Tensor | None = None
+class Moments(corrections.Moments):
+    """``X^T X`` as ``square`` and, where there is a reference, ``(X~ - X)^T X`` as ``cross``, ``[d, d]`` both."""
 
     def add(self, x: Tensor, reference: Tensor | None = None) -> None:
         """Take in the inputs of some tokens, ``[N, d]``, and the same tokens' inputs in the full-precision model.
@@ -245,14 +232,8 @@ class Moments:
             InputError: NaN or infinity in them.
         """
         x = x.float()
-        square = _wide(x.t() @ x)
-        if not bool(torch.isfinite(square).all()):
-            raise InputError(f"{self.name} received NaN or infinite values; check the weights and the calibration data")
-        self.count += len(x)
-        self.square = square if self.square is None else self.square.add_(square)
-        if reference is not None:
-            cross = _wide((reference.float() - x).t() @ x)
-            self.cross = cross if self.cross is None else self.cross.add_(cross)
+        cross = None if reference is None else _wide((reference.float() - x).t() @ x)
+        self.take(len(x), _wide(x.t() @ x), cross)
 
     def add_up(self, groups: Groups) -> None:
         """Add the sums of other ranks, which saw other tokens of the same layer."""
