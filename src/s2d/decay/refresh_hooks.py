@@ -25,7 +25,13 @@ class Watch:
 
     _numbers = itertools.count()
 
-    def __init__(self, before: Iterable[nn.Module], enter: Before, after: Mapping[nn.Module, After]) -> None:
+    def __init__(
+        self,
+        before: Iterable[nn.Module],
+        enter: Before,
+        after: Mapping[nn.Module, After],
+        late: Iterable[nn.Module] = (),
+    ) -> None:
         """Begin.
 
         Args:
@@ -33,6 +39,8 @@ class Watch:
             enter: Given module, positional and named arguments.
             after: What to do when a module has run; given its output as well. Wrappers that take gathered weights away
                 after a forward (FSDP2) have not done so yet.
+            late: Those of `after` whose own hooks come first, as they finish the output (tensor parallelism). These get
+                a hook of their own.
         """
         # They fire once more for the wrapper of a compiled module, which is none of those watched.
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
@@ -43,7 +51,14 @@ class Watch:
         for module in self._before:
             module._forward_pre_hooks_with_kwargs[self._key] = True
         of_all_modules._global_forward_pre_hooks[self._key] = self._entering
-        self._leaving_handle = of_all_modules.register_module_forward_hook(self._leaving, with_kwargs=True)
+        own = {module: self._after.pop(module) for module in late}
+
+        def leaving_own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not torch.compiler.is_compiling() and module in own:
+                own[module](module, args, kwargs, output)
+
+        self._leaving_handles = [of_all_modules.register_module_forward_hook(self._leaving, with_kwargs=True)]
+        self._leaving_handles += [module.register_forward_hook(leaving_own, with_kwargs=True) for module in own]
 
     def _entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if not torch.compiler.is_compiling() and kwargs is not None and module in self._before:
@@ -56,7 +71,8 @@ class Watch:
     def close(self) -> None:
         """See nothing any more."""
         of_all_modules._global_forward_pre_hooks.pop(self._key, None)
-        self._leaving_handle.remove()
+        for handle in self._leaving_handles:
+            handle.remove()
         for module in self._before:
             module._forward_pre_hooks_with_kwargs.pop(self._key, None)
         self._before, self._after = set(), {}

@@ -56,6 +56,7 @@ from s2d.distributed.sharding import (
     data_groups,
     from_first,
     is_dtensor,
+    is_fsdp_module,
     local_part,
     ranks_in,
     require_same,
@@ -388,7 +389,8 @@ class SelectiveSpectralDecay:
         for target in self.targets:
             by_module.setdefault(target.module, []).append(target)
         looks = {module: self._look(targets) for module, targets in by_module.items()}
-        self._handles = [Watch(self._mask_sources, self._remember_mask, looks)]
+        late = [m for m, group in by_module.items() if is_dtensor(group[0].parameter) and not is_fsdp_module(m)]
+        self._handles = [Watch(self._mask_sources, self._remember_mask, looks, late)]
         if self._eager:
             self._handles.append(Eager())
 
