@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from s2d.errors import InputError
-from s2d.models.graph import Graph, Writer
+from s2d.models.graph import Graph
+from s2d.models.graph_parts import Writer
 from s2d.models.tracing import trace
 
 _SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from s2d.models.dimensions import Digit, Dim, Dims, known, reshaped, selected, size_of, sliced, unknown, whole
-from s2d.models.graph import Node
+from s2d.models.graph_parts import Node
 
 Shape = tuple[int, ...]
 _MASKS = (torch.bool, torch.uint8)

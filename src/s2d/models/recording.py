@@ -10,7 +10,7 @@ from torch import Tensor
 from s2d.models import propagation
 from s2d.models.dimensions import Dims, unknown, whole
 from s2d.models.flops import flops_of
-from s2d.models.graph import Call, Node, Operation
+from s2d.models.graph_parts import Call, Node, Operation
 from s2d.models.operations import ADDED, BATCH_NORMS, GROUP_NORMS, GROUPED, Kind
 from s2d.models.tensors import (
     Memory,

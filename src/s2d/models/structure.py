@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from s2d.models.graph import Attention, Axis, Blocks, Call, Graph, Mask, Node, Norm, Operation
+from s2d.models.graph import Graph
+from s2d.models.graph_parts import Attention, Axis, Blocks, Call, Mask, Node, Norm, Operation
 from s2d.models.operations import BATCH_NORMS, GROUP_NORMS, LAYER_NORMS
 from s2d.models.walks import activations, readers_of, reads, source_of, writers_of
 

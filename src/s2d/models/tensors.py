@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from s2d.models import propagation
 from s2d.models.dimensions import Dims, unknown, whole
-from s2d.models.graph import Call, Node, Operation
+from s2d.models.graph_parts import Call, Node, Operation
 from s2d.models.operations import Kind, kind_of
 
 Geometry = tuple[Any, ...]

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Iterator
 
 from s2d.models.dimensions import positions
-from s2d.models.graph import Call, Exactness, Graph, Node, Operation, Reader, Rows, Writer
+from s2d.models.graph import Graph
+from s2d.models.graph_parts import Call, Exactness, Node, Operation, Reader, Rows, Writer
 
 _ORDER: dict[Exactness, int] = {"exact": 0, "near": 1, "none": 2}
 _WRITES = frozenset(("product", "convolution", "embedding", "lookup", "gain"))
