@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from s2d.distributed.sharding import Groups
 from s2d.errors import InputError
+from s2d.models.graph import Graph
 from s2d.models.running import evaluating, real_tokens, run, token_mask
+from s2d.models.tracing import trace
 from s2d.quant.calibration.resume import Store
 from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.modules.sites import OPERANDS, Site, replace_quantizer, weight_name
@@ -145,6 +148,11 @@ class Job:
     stage: Stage = "rounding"
     published: str | None = None
     ranks: Groups = ()
+
+    @cached_property
+    def graph(self) -> Graph:
+        """What the model does with its weights, seen in one forward of the first calibration batch."""
+        return trace(self.model, self.batches.first)
 
     def observer_of(self, site: Site) -> str:
         """The observer that finds the range of a site."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.models.family import Family, family_of
+from s2d.models.graph import Graph
 
 _ATTENTION_READERS = ("q", "k", "v", "qkv")
 _MLP_READERS = ("fc1", "gate")
@@ -42,7 +43,8 @@ class NormFold:
     Attributes:
         norm: Dotted name of the norm.
         readers: Dotted names; `nn.MultiheadAttention` stands for its fused projection.
-        residual: The output also feeds the residual sum (post-norm), so that no scale can move.
+        residual: The output also feeds something else (the residual sum of post-norm blocks, a reader that the names
+            do not tell), so that no scale can move.
     """
 
     norm: str
@@ -130,8 +132,29 @@ class Stream:
     branches: tuple[Branch, ...] = field(repr=False)
 
 
-def norm_folds(model: nn.Module) -> list[NormFold]:
-    """Every norm with a gain whose readers are known, in the model's order."""
+def norm_folds(model: nn.Module, graph: Graph | None = None) -> list[NormFold]:
+    """Every norm with a gain whose readers are known, in the model's order.
+
+    What the names of a family's parts say is confirmed by what the model did, where its graph (`s2d.trace`) is given: a
+    fold whose norm has other readers than these, or did not run, comes marked as ``residual``.
+    """
+    named = _named_folds(model)
+    if graph is None:
+        return named
+    return [replace(fold, residual=fold.residual or not _confirmed(fold, graph)) for fold in named]
+
+
+def _confirmed(fold: NormFold, graph: Graph) -> bool:
+    """Whether the fold's readers are all that ever read the norm's output, each with a product."""
+    uses = [norm for norm in graph.norms if f"{fold.norm}.weight" in norm.gain]
+    for norm in uses:
+        read = {name.rpartition(".")[0] for r in norm.readers if r.call is not None for name in r.call.parameters}
+        if not norm.foldable or read != set(fold.readers):
+            return False
+    return bool(uses)
+
+
+def _named_folds(model: nn.Module) -> list[NormFold]:
     family = family_of(model)
     folds: list[NormFold] = []
     before: str | None = next((n for n, _ in model.named_modules() if family.role(n) == "norm_embed"), None)

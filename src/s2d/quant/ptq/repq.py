@@ -184,13 +184,13 @@ def set_weight(job: Job, site: Site, quantizer: Quantizer, published: str = PUBL
 
 
 def warn_about_residuals(job: Job) -> None:
-    """Say by name which norms cannot be reparametrised because they feed the residual sum as well."""
-    kept = [fold.norm for fold in norm_folds(job.model) if fold.residual and _targets(job, fold)]
+    """Say by name which norms cannot be reparametrised because more than the known products reads them."""
+    kept = [fold.norm for fold in norm_folds(job.model, job.graph) if fold.residual and _targets(job, fold)]
     if kept:
         more = f" and {len(kept) - 2} more" if len(kept) > 2 else ""
         warnings.warn(
-            f"{job.method}: {', '.join(kept[:2])}{more} also feed the residual sum (post-norm), so their channels keep "
-            "one range for all; the rest of the method runs",
+            f"{job.method}: {', '.join(kept[:2])}{more} also feed the residual sum (post-norm) or another reader, so "
+            "their channels keep one range for all; the rest of the method runs",
             stacklevel=2,
         )
 
@@ -226,7 +226,7 @@ def reparametrise_block(job: Job, block: Block, calls: Sequence[Call]) -> Fitted
     Returns:
         The ranges of the readers' inputs; `Fitted.restore` sets them.
     """
-    folds = [(fold, _targets(job, fold)) for fold in norm_folds(job.model) if not fold.residual]
+    folds = [(fold, _targets(job, fold)) for fold in norm_folds(job.model, job.graph) if not fold.residual]
     folds = [(fold, targets) for fold, targets in folds if targets and f"{fold.norm}.".startswith(f"{block.name}.")]
     seen: dict[Site, list[Tensor]] = {next(iter(targets)): [] for _, targets in folds}
     try:

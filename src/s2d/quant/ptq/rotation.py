@@ -83,7 +83,7 @@ def rotation(job: Job) -> None:
         else:
             rotate_residual(job)
         rotate_heads(job)
-        readers = [reader for fold in norm_folds(job.model) if fold.residual for reader in fold.readers]
+        readers = [reader for fold in norm_folds(job.model, job.graph) if fold.residual for reader in fold.readers]
         rotate_inputs(job, readers + second_linears(job.model))
 
 
