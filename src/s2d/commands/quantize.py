@@ -144,7 +144,6 @@ def quantize(
     if made is not None:
         bare = steps is None and is_bare(loaded, made)
         plain = loaded.model if bare else model_for(loaded, made)
-    plan = quant.plan(plain, parsed)
     inputs: Any = None
     try:
         if recipe is None or made is None:
@@ -170,9 +169,11 @@ def quantize(
     if bits is not None:
         found = sensitivity(plain, calibration=inputs, base=parsed, progress=bars(quiet))
         parsed = found.allocate(bits)
-        plan = quant.plan(plain, parsed)
         say(quiet, found.explain(parsed))
     if dry_run:
+        inputs = None if inputs is None else list(inputs)
+        # The very plan that would be executed; without data what the modules alone tell.
+        plan = quant.plan(plain, parsed) if inputs is None else quant.planned(plain, parsed, inputs)
         say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
     else:
         assert out is not None  # else it is a plan
@@ -196,6 +197,7 @@ def quantize(
         processes.part()
         if not processes.leads():
             return  # the first process writes
+        plan = quant.record(quantized).sites
         notes = {**loaded.notes, "quantized": {"model": model}}
         save(quantized, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
         if steps is not None:

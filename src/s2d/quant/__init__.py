@@ -13,8 +13,9 @@ from torch import nn
 from s2d.distributed.sharding import Groups, all_ranks, in_common, is_dtensor
 from s2d.errors import InputError
 from s2d.models.saved import fingerprint
-from s2d.quant.calibration.observe import Batches, Job, Protocol, find_attention
+from s2d.quant.calibration.observe import Batches, Job, Protocol
 from s2d.quant.calibration.resume import Snapshot, Store, fingerprint_batches
+from s2d.quant.coverage import planned
 from s2d.quant.estimate import Estimate, estimate
 from s2d.quant.modules.record import Record, record, remove, switch_on
 from s2d.quant.modules.sites import Site, describe, insert, is_quantized, plan, refuse_quantized
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "methods",
     "plan",
+    "planned",
     "quantize",
     "record",
     "refuse_undivided",
@@ -96,8 +98,7 @@ def quantize(
     refuse_quantized(model)
     ranks = _ranks(model, entries, resume) if shared else ()
     batches = Batches(calibration)
-    seen = find_attention(model, batches) if _wants_attention(parsed) else []
-    decided = plan(model, parsed, seen)
+    decided = planned(model, parsed, batches)
     store = None if resume is None else Store(resume, _belongs(model, parsed, batches, name, protocol, seed))
     snapshot = Snapshot(model) if inplace and name != "rtn" else None
     if not inplace:
@@ -144,7 +145,3 @@ def _belongs(
         "model": fingerprint(model),
         "calibration data": fingerprint_batches(batches),
     }
-
-
-def _wants_attention(spec: QuantSpec) -> bool:
-    return spec.attention is not None or any(override.attention is not None for _, override in spec.overrides)

@@ -1,4 +1,4 @@
-"""Scales move only where all readers of a norm are known: architectures that no family file names keep their function."""
+"""Scales move only where all readers of a norm are known: architectures that no family names keep their function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def decoder(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(kind(**DECODER)).eval()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.rand_like(parameter))
     return model
