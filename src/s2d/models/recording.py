@@ -123,7 +123,7 @@ class Tracer(Memory):
                     if has_storage(value):
                         storage = self._storage(value)
                         if storage.parameters:
-                            rows = self._rows(value, parameters[0], storage)
+                            rows = self._rows(value, parameters[0], storage)  # pyright: ignore[reportGeneralTypeIssues]
                         elif name in ("select", "slice", "split", "unbind") and rows is None:
                             plain = name == "slice" and value.numel() == tensors[0].numel()
                 elif state == "weight":
@@ -318,7 +318,7 @@ class Tracer(Memory):
             )  # fmt: skip
             return propagation.convolution(axes, dims[0], shape, features, same)
         if kind == "embedding":
-            return (*dims[1], whole(features, shape[-1])) if len(dims[1]) + 1 == len(shape) else all_unknown(shape)
+            return (*dims[1], whole(features, shape[-1])) if len(dims[1]) + 1 == len(shape) else all_unknown(shape)  # pyright: ignore[reportGeneralTypeIssues]
         if kind == "attention":
             if part:
                 return all_unknown(shape)

@@ -134,8 +134,8 @@ class Memory(TorchDispatchMode):
             return
         storage = self._storage(value)
         size = value.element_size()
-        first = value.storage_offset() * size
-        extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+        first = int(value.storage_offset()) * size
+        extent = 1 + sum((int(n) - 1) * int(s) for n, s in zip(value.shape, value.stride(), strict=True))
         storage.guarded = value.detach()
         storage.parameters = [row for row in storage.parameters if row[:2] != (first, first + extent * size)]
         storage.parameters.append((first, first + extent * size, number, tuple(value.stride())))
@@ -272,7 +272,7 @@ class Memory(TorchDispatchMode):
         per_row = _product(shape[1:])
         if stride <= 0 or value.numel() % per_row:
             return None
-        begin, rest = divmod(value.storage_offset() - row[0] // value.element_size(), stride)
+        begin, rest = divmod(int(value.storage_offset()) - row[0] // value.element_size(), stride)
         return None if rest else (begin, begin + value.numel() // per_row)
 
     def _reread(self, value: Tensor, storage: _Storage, geometry: Geometry) -> Node:

@@ -160,7 +160,7 @@ def _factors(graph: Graph, operation: Operation, node: Node, live: list[Node]) -
         return
     for one in full:
         # What is divided by its own root mean square does not keep a scale, nor does a divisor.
-        lost = (divides and one.id == operation.inputs[1]) or any(reads(graph, other, one.id) for other in narrow)
+        lost = (divides and one.id == operation.inputs[1]) or any(reads(graph, other, one.id) for other in narrow)  # pyright: ignore[reportGeneralTypeIssues]
         yield one.id, "none" if lost else "exact", len(full) > 1
 
 

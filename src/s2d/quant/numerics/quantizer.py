@@ -406,7 +406,7 @@ class WeightQuantizer(Quantizer):
             self._cache = None
             return super().forward(weight)
         parts = (weight, self.scale, self.zero_point)
-        if torch._C._functorch.maybe_current_level() is not None or any(t.is_inference() for t in parts):
+        if torch._C._functorch.maybe_current_level() is not None or any(t.is_inference() for t in parts):  # pyright: ignore[reportAttributeAccessIssue]
             return super().forward(weight)  # wrapped values have no versions, nor have those of inference mode
         # Addresses and ids are used again: the very tensors must still be there, and point to what they did.
         key = tuple((t.data_ptr(), t.dtype, t.device, t._version) for t in parts)
