@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import s2d
 from s2d.errors import InputError
-from s2d.export import ExportReport, copies, graphs, open_exported, probe
+from s2d.export import ExportReport, child_process, copies, graphs, open_exported
 
 pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxscript", reason='onnxscript is not installed: pip install "s2d[export]"')
@@ -124,10 +124,10 @@ def test_other_precisions_are_written_as_float32(dtype: torch.dtype, tmp_path: P
 
 
 def test_a_runtime_that_ends_its_process_leaves_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_LOADED", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr(child_process, "_LOADED", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     torch.manual_seed(0)
     quantized = s2d.quantize(Repeated(1).eval(), "w8a8", calibration=[rows(4)])
     with pytest.raises(InputError, match=f"onnxruntime itself ends on this graph \\({signal.SIGSEGV.name}\\)"):
         s2d.export(quantized, tmp_path / "m.onnx", example=rows(2), time_it=False)
     assert list(tmp_path.iterdir()) == []
-    assert graphs.try_runtime is probe.try_runtime
+    assert graphs.try_runtime is child_process.try_runtime

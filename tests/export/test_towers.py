@@ -15,6 +15,7 @@ from s2d.export import example_of, export, open_exported
 from s2d.export.towers import ExportedTowers, Tower, export_towers, paths_of
 from s2d.models import load
 from s2d.models.dual_encoder import DualEncoder
+from s2d.quant.modules.sites import quantizers_of
 from s2d.tasks import Task, create
 
 pytest.importorskip("onnxruntime")
@@ -60,7 +61,7 @@ def test_both_towers_compute_the_same_and_score_the_same(name: str, tmp_path: Pa
 
 
 def quant_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and list(quant.sites.quantizers_of(m))]
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and list(quantizers_of(m))]
 
 
 def test_a_tower_is_without_the_other(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from s2d.data.tokens import row_batches
 from s2d.errors import InputError
 from s2d.io.folder_lock import locked
 from s2d.models.classes import match, places_of
-from s2d.quant import calibration
+from s2d.quant.calibration import observe
 from s2d.quant.calibration.observe import Batches
 from s2d.quant.numerics.quantizer import Quantizer
 from s2d.targets.padding import real_of
@@ -74,7 +74,7 @@ def test_every_pass_sees_the_batches_of_the_first(source: Any) -> None:
 
 
 def test_what_would_have_to_be_held_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "HELD_BYTES", 64)
+    monkeypatch.setattr(observe, "HELD_BYTES", 64)
     with pytest.raises(InputError, match="a loader's have to be held"):
         list(Batches(DataLoader(TensorDataset(torch.arange(32.0)), 4)))
     assert len(list(Batches([torch.arange(32.0)] * 9))) == 9  # a list is there anyway

@@ -125,7 +125,7 @@ def condition(
         if blockwise is None:
             built = made.build(loaded, seed)
             if made.new_head:
-                watch.say(made.new_head.replace("would be random", "is made", 1))
+                say(quiet, made.new_head.replace("would be random", "is made", 1))
             _tell_strength(loaded.model, recipe.arms["s2d"], watch)
             watch.stage("training", recipe.train.steps)
             state = held / "state.pt"

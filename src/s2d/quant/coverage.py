@@ -56,7 +56,11 @@ def covered(model: nn.Module, sites: Sequence[Site], graph: Graph) -> list[Site]
     owners = {weight_name(model, site): site.module for site in sites if site.what == "weight" and site.shape}
     calls = [call for call in graph.calls if call.kind in PRODUCTS]
     bypassed = {
-        owners[name]: call for call in calls for name in call.parameters if _bypasses(model, call, name, owners)
+        owners[name]: call
+        for call in calls
+        if _bypasses(model, call, owners)
+        for name in call.parameters
+        if name in owners
     }
     found = [_kept(site, _reason(bypassed[site.module])) if site.module in bypassed else site for site in sites]
     unknown: dict[str, Call] = {}
@@ -75,13 +79,12 @@ def _kept(site: Site, reason: str) -> Site:
     return replace(site, format=None, granularity="", observer="", reason=site.reason or reason, group=0, prefix=0)
 
 
-def _bypasses(model: nn.Module, call: Call, name: str, owners: dict[str, str]) -> bool:
-    """Whether a call uses a planned weight without its module being called."""
-    owner = owners.get(name)
-    if owner is None or call.module == owner:
-        return False
+def _bypasses(model: nn.Module, call: Call, owners: dict[str, str]) -> bool:
+    """Whether a call uses a planned weight without its module (tied ones have several) being called."""
+    mine = {owners[name] for name in call.parameters if name in owners}
     # Torch's attention reads its projections itself, and a quantized one does so through their quantizers.
-    return not isinstance(model.get_submodule(owner.rpartition(".")[0]), nn.MultiheadAttention)
+    parents = [model.get_submodule(owner.rpartition(".")[0]) for owner in mine]
+    return call.module not in mine and not any(isinstance(parent, nn.MultiheadAttention) for parent in parents)
 
 
 def _reason(call: Call) -> str:
