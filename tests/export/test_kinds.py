@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.quant import tiny_families
 from torch import Tensor, nn
 
 import s2d
@@ -19,9 +18,6 @@ from s2d.export import ExportReport, child_process, copies, graphs, open_exporte
 pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxscript", reason='onnxscript is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "s2d[export]"')
-
-HEADS = {"granularity": "head"}
-KEYS = {"base": "w8a8", "attention": {"q": {"bits": 16}, "probs": {"bits": 16}}}
 
 
 class Repeated(nn.Module):
@@ -41,14 +37,13 @@ class Repeated(nn.Module):
         return x
 
 
+def everywhere(spec: Any) -> dict[str, Any]:
+    """A spec for Linears outside of any block."""
+    return {"base": spec, "overrides": {"*": spec}}
+
+
 def rows(count: int) -> dict[str, Tensor]:
     return {"x": torch.randn(count, 5, 24)}
-
-
-def family(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    found = tiny_families.build(name)
-    batches = [{key: value for key, value in each.items() if isinstance(value, Tensor)} for each in found.batches]
-    return found.model, batches
 
 
 def first(output: Any) -> Tensor:
@@ -74,59 +69,14 @@ def written(
 @pytest.mark.parametrize(("times", "spec"), [(2, "w8a8"), (3, "w4a16"), (4, "w8a8-token")])
 def test_a_layer_that_is_used_again_is_compared_at_every_use(times: int, spec: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    report = written(Repeated(times).eval(), spec, [rows(4), rows(4)], tmp_path / "m.onnx", rows)
+    report = written(Repeated(times).eval(), everywhere(spec), [rows(4), rows(4)], tmp_path / "m.onnx", rows)
     assert [each.name for each in report.layers].count("again") == times
-
-
-@pytest.mark.parametrize("spec", ["w3a16", "w8a16", {"base": "w4a8", "weight": {"granularity": "group-8"}}])
-def test_small_matrices_stay_codes_in_the_file(spec: Any, tmp_path: Path) -> None:
-    import onnx
-
-    torch.manual_seed(0)
-    report = written(Repeated(1).eval(), spec, [rows(4), rows(4)], tmp_path / "m.onnx", rows)
-    graph = onnx.load(tmp_path / "m.onnx").graph
-    codes = [each for each in graph.initializer if each.name.endswith("codes")]
-    assert len(codes) == len(report.layers) == 2
-    assert {each.data_type for each in codes} <= {onnx.TensorProto.INT4, onnx.TensorProto.INT8}
-    assert not [each for each in graph.initializer if each.data_type == 1 and each.dims == [40, 40]]
-    assert "float32" in report.label[2] and "uint8" not in report.label[2]
-    assert report.label[1].endswith("where codes become float32")
-
-
-@pytest.mark.parametrize(
-    ("name", "spec"),
-    [
-        ("bert", {"base": "w8a8", "attention": HEADS}),
-        ("vit-classifier", {"base": "w6a6", "attention": HEADS}),
-        ("llama", KEYS),
-        ("llama", {"base": "w4a8kv4", "attention": HEADS}),
-    ],
-)
-def test_operands_of_attention_that_no_product_of_integers_takes(name: str, spec: Any, tmp_path: Path) -> None:
-    model, batches = family(name)
-
-    def other(count: int) -> dict[str, Tensor]:
-        return {key: value[:1].repeat(count, *(1 for _ in value.shape[1:])) for key, value in batches[0].items()}
-
-    written(model, spec, batches, tmp_path / "m.onnx", other)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions_are_written_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Repeated(1).eval().to(dtype)
-
-    def batch(count: int) -> dict[str, Tensor]:
-        return {key: value.to(dtype) for key, value in rows(count).items()}
-
-    written(model, "w4a8", [batch(4), batch(4)], tmp_path / "m.onnx", batch)
-    assert {each.dtype for each in model.parameters()} == {dtype}
 
 
 def test_a_runtime_that_ends_its_process_leaves_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "_LOADED", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     torch.manual_seed(0)
-    quantized = s2d.quantize(Repeated(1).eval(), "w8a8", calibration=[rows(4)])
+    quantized = s2d.quantize(Repeated(1).eval(), everywhere("w8a8"), calibration=[rows(4)])
     with pytest.raises(InputError, match=f"onnxruntime itself ends on this graph \\({signal.SIGSEGV.name}\\)"):
         s2d.export(quantized, tmp_path / "m.onnx", example=rows(2), time_it=False)
     assert list(tmp_path.iterdir()) == []
