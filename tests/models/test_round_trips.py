@@ -41,7 +41,7 @@ IMAGES = {"x": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed
 def in_another_process(folder: Path) -> dict[str, str]:
     """What `round_trips.check` finds wrong, in a fresh interpreter."""
     code = (
-        "from s2d.torchvision_operators import declare_missing_operators as d; d(); import sys, json; "
+        "from s2d.optional import declare_missing_operators as d; d(); import sys, json; "
         "import torch; torch.set_num_threads(1); from pathlib import Path; "
         "from tests.models.round_trips import check; print(json.dumps(check(Path(sys.argv[1]))))"
     )
