@@ -161,6 +161,8 @@ def condition(
     skipped += ", ended early by the held-out measure" if done.stopped_early else ""
     for line in made.notes():
         say(quiet, line)
+    if recipe.train.precision == "auto":
+        say(quiet, f"train.precision=auto took {done.precision}")
     last = f"; last loss {done.losses[-1]:.3g}" if done.losses else ""  # all blocks were there already
     say(quiet, f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s{last}")
 
