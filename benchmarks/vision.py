@@ -281,7 +281,11 @@ def main() -> None:
     parser.add_argument("--report", type=Path), parser.add_argument("--quantized-images", type=int, default=0)
     args = parser.parse_args()
     bed = Bed(args)
-    arms, ways, seeds = args.arms.split(","), [FULL, *filter(None, args.ways.split(","))], [int(n) for n in args.seeds.split(",")]
+    arms, ways, seeds = (
+        args.arms.split(","),
+        [FULL, *filter(None, args.ways.split(","))],
+        [int(n) for n in args.seeds.split(",")],
+    )
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"there is no arm {unknown[0]!r}; {choices(unknown[0], ARMS)}")
     for seed in seeds:  # one arm after the other, as each is trained when first scored
