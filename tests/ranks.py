@@ -106,6 +106,7 @@ def train(place: str, way: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
             selected.append(dict(decay.selected))
         channels = {n: c.channels.tolist() for n, c in decay._metric.selected.items() if c.channels is not None}
         told = {"selected": selected, "channels": channels, "history": list(decay.history)}
+        told["budget"] = [] if decay._budget is None else [decay._budget.change, decay._budget.cost]
     return gathered(whole), told
 
 
