@@ -93,7 +93,7 @@ def condition(
     from s2d.io.provenance import run_metadata
     from s2d.models import footprint, save_model
     from s2d.models.blocks import blocks_of
-    from s2d.report import write_card
+    from s2d.report import held_back, write_card
     from s2d.tasks import create
     from s2d.training.blockwise import condition_blocks
     from s2d.training.loop import train
@@ -161,6 +161,8 @@ def condition(
     skipped += ", ended early by the held-out measure" if done.stopped_early else ""
     for line in made.notes():
         say(quiet, line)
+    if held_by_budget := held_back(done.history):
+        say(quiet, held_by_budget)
     if recipe.train.precision == "auto":
         say(quiet, f"train.precision=auto took {done.precision}")
     last = f"; last loss {done.losses[-1]:.3g}" if done.losses else ""  # all blocks were there already

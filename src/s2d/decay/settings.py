@@ -37,7 +37,7 @@ class DecaySettings:
     mode: Mode = "decoupled"
     power: float = 1.0
     strength: float = 0.03
-    budget: float = 0.1
+    budget: float = 0.03
     threshold: float = 0.3
     max_rank: int = 3
     refresh_every: int = 5
