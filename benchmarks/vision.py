@@ -127,6 +127,7 @@ class Bed:
                 fit(self.model.head, features, labels.to(self.args.device))
                 torch.save(self.model.state_dict(), kept)
             self.initial = torch.load(kept, map_location=self.args.device)
+        assert self.initial is not None
         return self.initial
 
     def normal(self, images: Tensor) -> Tensor:

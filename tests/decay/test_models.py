@@ -155,7 +155,7 @@ def test_torchs_own_attention_is_seen_though_its_projections_are_no_modules(batc
         block.norm1.weight[5] = 60.0  # read by the attention's projections alone
         block.self_attn.in_proj_weight[128 + 9] *= 60.0  # a value channel
     optimizer = torch.optim.SGD(block.parameters(), lr=1e-9)  # only the decay moves weights
-    decay = SelectiveSpectralDecay(block, optimizer, strength=0.05, outlier_ratio=8.0, budget=0.0)
+    decay = SelectiveSpectralDecay(block, optimizer, strength=0.05, outlier_ratio=8.0)
     before = weights(block)
     for _ in range(40):
         block(torch.randn(8, 16, 64)).sum().backward()

@@ -18,8 +18,8 @@ from s2d.errors import InputError
 
 def test_the_papers_settings() -> None:
     assert PRESETS["paper"] == DecaySettings(
-        metric="weight", mode="coupled", power=2.0, strength=5e-4, budget=0.0, threshold=0.95, max_rank=3,
-        refresh_every=100, outlier_ratio=0.0, track=False, kinds=("linear", "conv"),
+        metric="weight", mode="coupled", power=2.0, strength=5e-4, threshold=0.95, max_rank=3, refresh_every=100,
+        outlier_ratio=0.0, track=False, kinds=("linear", "conv"),
     )  # fmt: skip
     model = Encoder()
     decay = SelectiveSpectralDecay(model, sgd(model), preset="paper", strength=1e-3)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2d.distributed.sharding import Groups, all_reduce, gradient_of, ranks_in, shard_groups, stored_part
+from s2d.distributed.parameters import gradient_of, shard_groups, stored_part
+from s2d.distributed.sharding import Groups, all_reduce, ranks_in
 
 # Entries of a parameter that are looked at.
 ENTRIES = 2048

@@ -37,7 +37,7 @@ class DecaySettings:
     mode: Mode = "decoupled"
     power: float = 1.0
     strength: float = 0.03
-    budget: float = 0.03
+    budget: float = 0.0
     threshold: float = 0.3
     max_rank: int = 3
     refresh_every: int = 5
@@ -91,7 +91,6 @@ PRESETS: dict[str, DecaySettings] = {
         mode="coupled",
         power=2.0,
         strength=5e-4,
-        budget=0.0,
         threshold=0.95,
         max_rank=3,
         refresh_every=100,

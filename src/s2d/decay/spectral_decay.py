@@ -50,6 +50,7 @@ from s2d.decay.learning_rates import PeakRates
 from s2d.decay.refresh_hooks import Eager, Watch, is_recomputed, is_transformed
 from s2d.decay.selection import METRICS, Components, Finding
 from s2d.decay.settings import PRESETS, MetricName, Mode
+from s2d.distributed.parameters import gradient_of
 from s2d.distributed.sharding import (
     Block,
     agreed,
@@ -57,7 +58,6 @@ from s2d.distributed.sharding import (
     all_reduce_many,
     data_groups,
     from_first,
-    gradient_of,
     is_dtensor,
     is_fsdp_module,
     local_part,
@@ -94,7 +94,7 @@ class SelectiveSpectralDecay:
         targets: What is looked at.
         skipped: Weights left out, by name, with the reason.
         history: One record per refresh and weight: ``step, weight, sigma, pcdr, outlier_max, outlier_ratio, selected``
-            (how many components), ``pace`` (see `pace`). The newest 100,000 are kept.
+            (how many components), with a budget ``pace`` (see `pace`). The newest 100,000 are kept.
         step_count: Optimizer steps seen.
     """
 
@@ -507,7 +507,7 @@ class SelectiveSpectralDecay:
             "outlier_max": finding.outlier_max,
             "outlier_ratio": finding.outlier_ratio,
             "selected": 0 if components is None else len(components),
-            "pace": self.pace,
+            **({} if self._budget is None else {"pace": self.pace}),
         }
 
     def _agree(self) -> None:
@@ -580,6 +580,7 @@ class SelectiveSpectralDecay:
             )
         mine = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         other = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
+        other.setdefault("budget", 0.0)  # of before there was one
         changed = [name for name in mine if mine[name] != other.get(name)]
         if changed:
             text = ", ".join(f"{name}: {other.get(name)!r} saved, {mine[name]!r} here" for name in changed)

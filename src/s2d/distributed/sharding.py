@@ -364,30 +364,6 @@ def local_part(activation: Tensor) -> Tensor:
     return whole.to_local()
 
 
-def stored_part(tensor: Tensor) -> Tensor:
-    """What of a parameter lies on this rank."""
-    return _dtensor(tensor).to_local() if is_dtensor(tensor) else tensor
-
-
-def gradient_of(parameter: Tensor) -> Tensor | None:
-    """A parameter's gradient, divided as the parameter is: under tensor parallelism it may lie otherwise."""
-    gradient = parameter.grad
-    if gradient is None or not is_dtensor(gradient):
-        return gradient
-    wanted, found = _dtensor(parameter), _dtensor(gradient)
-    same = found.placements == wanted.placements
-    return gradient if same else found.redistribute(wanted.device_mesh, wanted.placements)
-
-
-def shard_groups(tensor: Tensor) -> Groups:
-    """Over whose ranks a tensor is divided, along whichever dimension; empty where this rank holds all of it."""
-    if not is_dtensor(tensor):
-        return ()
-    whole = _dtensor(tensor)
-    divided = [dim for dim, placement in enumerate(whole.placements) if not placement.is_replicate()]
-    return tuple(whole.device_mesh.get_group(dim) for dim in divided)
-
-
 def is_divided_by_rows(activation: Tensor) -> bool:
     """Whether ranks hold different tokens of one activation: sequence parallelism."""
     if not is_dtensor(activation):
