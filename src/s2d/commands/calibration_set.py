@@ -25,10 +25,10 @@ def write_calibration_set(
     quiet: bool,
 ) -> None:
     """Load, take examples of the training split (or what an audit takes), write the folder, say what is in it."""
-    from s2d.export.conditioned import compilers, export_conditioned, find_compiler, parse_shape
+    from s2d.export.conditioned import export_conditioned, find_compiler, parse_shape
 
     if runtime is None:
-        raise InputError(f"which compiler is the set for? add --for, one of {', '.join(compilers())}")
+        raise InputError("which compiler is the set for? add --for any, or its name")
     compiler, sizes = find_compiler(runtime), parse_shape(shape)
     if out is None or out.suffix:
         raise InputError("a calibration set is a folder: add --out NAME, without a suffix")

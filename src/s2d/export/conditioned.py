@@ -12,59 +12,28 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
-from s2d.errors import InputError, choices, first_line
+from s2d.errors import InputError, first_line
 from s2d.export import onnx_doctor
 from s2d.export.copies import in_float32
-from s2d.export.onnx import OPSET, OnnxModel, tensors_of, write_onnx
+from s2d.export.onnx import OnnxModel, tensors_of, write_onnx
+from s2d.export.runtime import Compiler, Runtime, find_runtime, runtimes
 from s2d.io.files import write_json
 from s2d.io.provenance import run_metadata
 from s2d.models.saved import save_parts
 from s2d.optional import require
 from s2d.quant.modules.sites import is_quantized
 
-FOLDER = Path(__file__).with_name("runtimes")
 SAME = 1e-5  # of the largest output: float32 in another order of sums; masks alone may move it by 1e-6
 PARITY_ROWS = 16
 _AXES = ("batch", "tokens")
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """What one compiler reads: the key ``compiler`` of ``runtimes/NAME.yaml``.
-
-    Attributes:
-        name: What users call it.
-        about: One line.
-        opset: Of the ONNX file.
-        shapes: ``"fixed"`` when it compiles no free sizes.
-        images: ``"nhwc"`` when its calibration images are channels last, in ``calibration.npy``.
-        raw: Whether it reads a list of raw files beside the .npz.
-        source: Where this is from.
-        scripts: Small programs that go into the folder, by name.
-        commands: What the user runs there, in order.
-        notes: What else users should know.
-    """
-
-    name: str
-    about: str
-    source: str
-    commands: tuple[str, ...]
-    opset: int = OPSET
-    shapes: Literal["free", "fixed"] = "free"
-    images: Literal["nchw", "nhwc"] = "nchw"
-    raw: bool = False
-    scripts: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -96,28 +65,17 @@ class ConditionedReport:
         return asdict(self)
 
 
-@lru_cache(maxsize=1)
-def compilers() -> dict[str, Compiler]:
-    """Every compiler by its name."""
-    found = {}
-    for path in sorted(FOLDER.glob("*.yaml")):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(part := content.get("compiler"), dict):
-            lists = {key: tuple(part[key]) for key in ("commands", "notes") if key in part}
-            found[path.stem] = Compiler(path.stem, content["about"], **{**part, **lists})
-    return found
-
-
-def find_compiler(name: str) -> Compiler:
-    """A compiler by its name.
+def find_compiler(name: str) -> Runtime:
+    """A runtime that takes a model in full precision and quantizes by itself.
 
     Raises:
-        InputError: There is none; close names are listed.
+        InputError: There is none of that name, or it takes none; those that do are listed.
     """
-    known = compilers()
-    if name not in known:
-        raise InputError(f"no calibration set is written for {name!r}; {choices(name, known)}")
-    return known[name]
+    runtime = find_runtime(name)
+    if runtime.compiler is None:
+        able = sorted(each.name for each in runtimes().values() if each.compiler is not None)
+        raise InputError(f"{name} takes quantized files, no calibration set; that is for {', '.join(able)}")
+    return runtime
 
 
 def parse_shape(text: str | None) -> dict[str, int]:
@@ -141,7 +99,7 @@ def export_conditioned(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    compiler: Compiler,
+    compiler: Runtime,
     inputs: Sequence[Mapping[str, Tensor]],
     shape: Mapping[str, int] | None = None,
     tokenizer: Any = None,
@@ -170,6 +128,7 @@ def export_conditioned(
     target = Path(path)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty folder; choose another name or remove it")
+    reads = _reads(compiler)
     if is_quantized(model):
         raise InputError(
             f"{type(model).__name__} is quantized, and {compiler.name} quantizes by itself; give the plain model "
@@ -188,7 +147,7 @@ def export_conditioned(
         made = Path(scratch) / target.name
         made.mkdir()
         notes("tracing")
-        write_onnx(model, example, made / "model.onnx", opset=max(compiler.opset, 18), fixed=bool(sizes))
+        write_onnx(model, example, made / "model.onnx", opset=max(reads.opset, 18), fixed=bool(sizes))
         notes("comparing")
         expected = _outputs(model, held, sizes)
         mask, moved = _mend(made / "model.onnx", held, expected, sizes, compiler)
@@ -196,7 +155,7 @@ def export_conditioned(
         report = ConditionedReport(
             str(target),
             compiler.name,
-            compiler.opset,
+            reads.opset,
             sizes,
             rows,
             mask,
@@ -205,7 +164,7 @@ def export_conditioned(
         )
         _save_rows(made, held, expected, compiler)
         save_parts(made / "inputs", tokenizer, processor)
-        for name, text in compiler.scripts.items():
+        for name, text in reads.scripts.items():
             (made / name).write_text(text.replace("{batch}", str(sizes.get("batch", 1))), encoding="utf-8")
         (made / "README.md").write_text(page(report, compiler), encoding="utf-8")
         write_json(made / "export.json", {"run": run_metadata(), "export": report.to_dict()})
@@ -249,13 +208,14 @@ def stack(inputs: Sequence[Mapping[str, Tensor]], tokens: int | None, padding: M
     return made
 
 
-def page(report: ConditionedReport, compiler: Compiler) -> str:
+def page(report: ConditionedReport, compiler: Runtime) -> str:
     """The page for the user: what is in the folder, and the commands."""
     fixed = ", ".join(f"{name} {size}" for name, size in report.shape.items()) or "free batch and length"
     mask = "no mask had to be bounded" if report.mask is None else f"masks are {-report.mask:.0f}"
-    names = "".join(f"- `{name}`\n" for name in compiler.scripts)
-    commands = "\n".join(compiler.commands)
-    told = "".join(f"- {text}\n" for text in (*compiler.notes, *report.findings))
+    reads = _reads(compiler)
+    names = "".join(f"- `{name}`\n" for name in reads.scripts)
+    commands = "\n".join(reads.commands)
+    told = "".join(f"- {text}\n" for text in (*reads.notes, *report.findings))
     return (
         f"# For {compiler.name}: {compiler.about}\n\n"
         "The model is in full precision; the compiler quantizes it with the examples that lie beside it.\n\n"
@@ -264,11 +224,16 @@ def page(report: ConditionedReport, compiler: Compiler) -> str:
         f"- `calibration.npz`: {report.rows} examples, prepared as in training; `expected.npz`: the outputs of the "
         f"first {min(report.rows, PARITY_ROWS)}\n- `inputs`: the tokenizer or image processor\n{names}\n"
         f"```bash\n{commands}\n```\n\n"
-        f"{compiler.source}\n{told}"
+        f"{reads.source}\n{told}"
     )
 
 
-def _sizes(shape: dict[str, int], inputs: Sequence[Mapping[str, Tensor]], compiler: Compiler) -> dict[str, int]:
+def _reads(runtime: Runtime) -> Compiler:
+    assert runtime.compiler is not None, runtime.name
+    return runtime.compiler
+
+
+def _sizes(shape: dict[str, int], inputs: Sequence[Mapping[str, Tensor]], compiler: Runtime) -> dict[str, int]:
     """The sizes that the file fixes; checked before any work."""
     texts = any(_sequence(each) for each in (inputs[0].values() if inputs else ()))
     if "tokens" in shape and not texts:
@@ -313,7 +278,7 @@ def _mend(
     held: Mapping[str, Tensor],
     expected: Mapping[str, np.ndarray],
     sizes: Mapping[str, int],
-    compiler: Compiler,
+    compiler: Runtime,
 ) -> tuple[float | None, float]:
     """Bound the masks, take the exporter's notes out, convert the opset; and compare with torch's outputs."""
     onnx = require("onnx", "export")
@@ -323,7 +288,7 @@ def _mend(
     for bound in onnx_doctor.BOUNDS if masked else (onnx_doctor.BOUNDS[0],):
         made = onnx_doctor.mend(written, bound) if masked else written
         strip(made)
-        if compiler.opset < 18:
+        if _reads(compiler).opset < 18:
             made = _older(made, compiler)
             strip(made)
         onnx.save(made, os.fspath(path))
@@ -354,7 +319,7 @@ def strip(model: Any) -> None:
         del value.metadata_props[:]
 
 
-def _older(model: Any, compiler: Compiler) -> Any:
+def _older(model: Any, compiler: Runtime) -> Any:
     """A model at an opset that torch's exporter does not write any more.
 
     Raises:
@@ -362,28 +327,26 @@ def _older(model: Any, compiler: Compiler) -> Any:
     """
     onnx = require("onnx", "export")
     try:
-        made = onnx.version_converter.convert_version(model, compiler.opset)
+        made = onnx.version_converter.convert_version(model, _reads(compiler).opset)
         made.ir_version = onnx.helper.find_min_ir_version_for(list(made.opset_import))
         onnx.checker.check_model(made)
     except Exception as error:  # the converter's own
         raise InputError(
-            f"{compiler.name} reads opset {compiler.opset}, and the model has no form there: {first_line(error)}; "
+            f"{compiler.name} reads opset {_reads(compiler).opset}, where the model has no form: {first_line(error)}; "
             "the nearest is --for any"
         ) from error
     return made
 
 
-def _save_rows(
-    folder: Path, held: Mapping[str, Tensor], expected: Mapping[str, np.ndarray], compiler: Compiler
-) -> None:
+def _save_rows(folder: Path, held: Mapping[str, Tensor], expected: Mapping[str, np.ndarray], compiler: Runtime) -> None:
     arrays = {name: value.numpy() for name, value in held.items()}
     np.savez_compressed(folder / "calibration.npz", allow_pickle=False, **arrays)
     np.savez_compressed(folder / "expected.npz", allow_pickle=False, **expected)
-    if compiler.images == "nhwc":
+    if _reads(compiler).images == "nhwc":
         images = [value for value in arrays.values() if value.ndim == 4]
         if len(images) == 1 and len(arrays) == 1:
             np.save(folder / "calibration.npy", np.ascontiguousarray(images[0].transpose(0, 2, 3, 1)))
-    if compiler.raw:
+    if _reads(compiler).raw:
         raw = folder / "calibration"
         raw.mkdir()
         lines = []
