@@ -73,7 +73,7 @@ def by_nncf(source: Path, target: Path, rows: Any) -> None:
 
 def main() -> None:
     """Export, quantize, score."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--thin", type=int, default=4)

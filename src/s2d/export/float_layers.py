@@ -137,8 +137,8 @@ def share_scales(model: nn.Module, example: Mapping[str, Tensor]) -> int:
 
     hooks = []
     for module in model.modules():
-        quantizer = module.weight_quantizer if isinstance(module, QuantizedLinear) else None
-        if quantizer is not None and isinstance(quantizer.format, BlockFormat) and quantizer.format.scale is not None:
+        format = getattr(getattr(module, "weight_quantizer", None), "format", None)
+        if isinstance(format, BlockFormat) and format.scale is not None:
             hooks.append(module.register_forward_pre_hook(note))
     if not hooks:
         return 0
@@ -174,7 +174,7 @@ def as_read(model: nn.Module) -> bool:
         if layer is None or not isinstance(layer.quantizer.format, BlockFormat):
             continue
         found = True
-        module.weight = nn.Parameter(module.weight_quantizer(module.weight).bfloat16().float(), requires_grad=False)
+        module.weight = nn.Parameter(layer.quantizer(module.weight).bfloat16().float(), requires_grad=False)
         module.weight_quantizer = None
         if layer.input is not None:
             layer.input.format = replace(layer.quantizer.format, rule="even")
