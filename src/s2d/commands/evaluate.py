@@ -18,7 +18,6 @@ from s2d.commands.shared import (
     app,
     check_file,
     command,
-    refuse_too_little,
     save_json,
     say,
     settings,
@@ -46,12 +45,13 @@ def evaluate(
     from s2d.checkpoint import load
     from s2d.distributed.processes import device_of
     from s2d.io.provenance import measured, run_metadata
+    from s2d.models.footprint import refuse_too_little
     from s2d.tasks import create
     from s2d.tasks.evaluation import evaluate as judge
 
     recipe = settings(model, task, data, o, split=split)
     made = create(recipe.task.name, **recipe.task.options)
-    refuse_too_little(f"evaluating {model}", model, device_of(device))
+    refuse_too_little("evaluating", model, device_of(device))
     loaded = load(model, device=device_of(device))
     with measured() as cost:
         metrics = judge(loaded, made, split=recipe.split, batch_size=recipe.batch_size)

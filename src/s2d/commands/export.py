@@ -63,14 +63,13 @@ def export(
     from s2d.audit import audit_batches
     from s2d.checkpoint import load
     from s2d.commands.terminal import Watch
-    from s2d.data.base import check_split
     from s2d.export import RUNNABLE, example_of
     from s2d.export import export as write
     from s2d.export.towers import export_towers
     from s2d.models.dual_encoder import DualEncoder
     from s2d.models.saved import save_parts
     from s2d.quant.modules.sites import is_quantized
-    from s2d.tasks import create
+    from s2d.tasks import check_split, create
     from s2d.tasks.evaluation import model_for
 
     recipe = settings(model, task, data, o) if task is not None or o else None

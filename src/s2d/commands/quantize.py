@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,23 +23,13 @@ from s2d.commands.shared import (
     bars,
     check_file,
     check_folder,
-    clear,
     command,
-    held_beside,
-    refuse_too_little,
     save_json,
     say,
     settings,
 )
+from s2d.distributed import processes
 from s2d.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from s2d.experiments.recipe import Recipe
-    from s2d.quant import QuantSpec
-    from s2d.tasks import Task
-    from s2d.training.train_settings import Training
 
 
 @command(app, example="s2d quantize runs/conditioned --spec w4a4 --observer mse --out runs/w4a4", together=True)
@@ -102,140 +92,21 @@ def quantize(
         )
     if steps is not None and (observer, budget, resume, protocol) != (None, None, None, "own"):
         raise InputError("--steps learns the ranges; leave out --observer, --budget, --protocol and --resume")
-    from s2d import quant
-    from s2d.audit import audit_batches
-    from s2d.checkpoint import load, refuse_in_the_way, save
-    from s2d.distributed import processes
-    from s2d.distributed.processes import device_of
-    from s2d.io.provenance import run_metadata
-    from s2d.models import footprint
+    from s2d.commands.terminal import Watch
+    from s2d.experiments.quantizing import Order, quantize_model
     from s2d.quant import QuantSpec
-    from s2d.quant.allocate import CHOICES, affordable, sensitivity
-    from s2d.tasks import create
-    from s2d.tasks.base import calibration_inputs
-    from s2d.tasks.evaluation import encoder_inputs, is_bare, model_for
 
-    if out is not None and not dry_run:
-        refuse_in_the_way(out)  # before the work, not after it
     parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
     if prefix:
         parsed = replace(parsed, prefix=prefix)
-    entries = quant.get_methods(method)
-    if processes.count() > 1:
-        if steps is None:
-            quant.refuse_undivided(entries)
-        if budget is not None or dry_run:
-            raise InputError("--budget and --dry-run work in one process; start them without torchrun")
-        quiet = quiet or not processes.leads()
-        processes.meet(device_of(device) == "cpu")
-    bits = None if budget is None else affordable(budget, CHOICES)  # before the model is loaded
     training = {} if steps is None else {"qat": {"steps": steps, "method": method}}
     recipe = settings(model, task, data, o, **training) if task is not None or o else None
     if steps is None and recipe is not None and recipe.qat is not None:
         raise InputError("qat is for training with the quantizers in place; add --steps")
-    made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
-    if recipe is not None and made is not None and recipe.qat is not None:
-        needed = partial(footprint.to_train, tokens=recipe.train.batch_size * made.tokens, quantized=True)
-        refuse_too_little(f"training {model}", model, device_of(device), needed)
-    else:
-        refuse_too_little(f"quantizing {model}", model, device_of(device))
-    loaded = load(model, device=device_of(device))
-    plain, bare = loaded.model, False
-    if made is not None:
-        bare = steps is None and is_bare(loaded, made)
-        plain = loaded.model if bare else model_for(loaded, made)
-    inputs: Any = None
-    try:
-        if recipe is None or made is None:
-            inputs = audit_batches(loaded, data)
-        else:
-            inputs = calibration_inputs(
-                made, recipe.quantize.calibration.samples, recipe.quantize.calibration.batch_size, seed
-            )
-            if bare:
-                say(quiet, f"{model} has no head: the encoder is quantized, calibrated on inputs of {made.name} alone")
-                inputs = [encoder_inputs(plain, each) for each in inputs]
-    except InputError:
-        if not dry_run or bits is not None:  # a plan needs no data; its time is then left out
-            raise
-    if processes.count() > 1 and steps is None:
-        inputs = list(inputs)
-        if len(inputs) < processes.count():
-            raise InputError(
-                f"{len(inputs)} calibration batches cannot be shared by {processes.count()} processes; use more data, "
-                "or smaller batches (-o quantize.calibration.batch_size=8)"
-            )
-        inputs = inputs[processes.rank() :: processes.count()]
-    if bits is not None:
-        found = sensitivity(plain, calibration=inputs, base=parsed, progress=bars(quiet))
-        parsed = found.allocate(bits)
-        say(quiet, found.explain(parsed))
-    if dry_run:
-        inputs = None if inputs is None else list(inputs)
-        # The very plan that would be executed; without data what the modules alone tell.
-        plan = quant.plan(plain, parsed) if inputs is None else quant.planned(plain, parsed, inputs)
-        say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
-    else:
-        assert out is not None  # else it is a plan
-        said = f"{out}: {model} at {parsed}"
-        if recipe is not None and made is not None and recipe.qat is not None:
-            quantized, done = _train(plain, made, parsed, recipe, inputs, seed, held_beside(out), quiet)
-            said += f", trained for {done.steps} steps ({done.seconds:.0f} s, last loss {done.losses[-1]:.3g})"
-        else:
-            quantized = quant.quantize(
-                plain,
-                parsed,
-                calibration=inputs,
-                method=method,
-                protocol=protocol,
-                seed=seed,
-                resume=resume,
-                inplace=True,
-                shared=processes.count() > 1,
-                progress=bars(quiet),
-            )
-        processes.part()
-        if not processes.leads():
-            return  # the first process writes
-        plan = quant.record(quantized).sites
-        notes = {**loaded.notes, "quantized": {"model": model}}
-        save(quantized, out, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
-        if steps is not None:
-            clear(held_beside(out))
-        count = sum(site.format is not None for site in plan)
-        say(quiet, f"{said}, {count} of {len(plan)} sites quantized")
-    if json_file is not None:
+    quiet = quiet or not processes.leads()
+    order = Order(model, parsed, method, protocol, seed, resume, budget, recipe, data, device, bars(quiet))
+    with Watch(Console(stderr=True), quiet=quiet or steps is None) as watch:  # else the bars are those of quantize
+        plan, run = quantize_model(order, None if dry_run else out, say=partial(say, quiet), watcher=watch)
+    if json_file is not None and processes.leads():
         sites = [{**vars(site), "format": None if site.format is None else site.format.name} for site in plan]
-        about = run_metadata(spec=parsed.to_dict(), method=method, model=model, seed=seed)
-        save_json(json_file, {"run": about, "plan": sites})
-
-
-def _train(
-    model: nn.Module,
-    task: Task,
-    spec: QuantSpec,
-    recipe: Recipe,
-    calibration: Any,
-    seed: int,
-    held: Path,
-    quiet: bool,
-) -> tuple[nn.Module, Training]:
-    """Quantization-aware training as in a recipe, for one model and spec."""
-    from s2d.commands.terminal import Watch
-    from s2d.training.qat_loop import train_quantized
-
-    assert recipe.qat is not None
-    with Watch(Console(stderr=True), quiet=quiet) as watch:
-        watch.stage(f"training at {spec}", recipe.qat.steps)
-        return train_quantized(
-            model,
-            task,
-            spec,
-            recipe.qat.training(recipe.train),
-            recipe.qat.settings,
-            calibration=calibration,
-            seed=seed,
-            decay=recipe.arms["s2d"] if recipe.qat.decay else None,
-            state=held / "state.pt",
-            on_step=lambda step, loss: watch.advance(step, f"loss {loss:.3g}"),
-        )
+        save_json(json_file, {"run": run, "plan": sites})

@@ -5,7 +5,6 @@ Heavy libraries are imported inside the commands, so that help is there at once.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from s2d.experiments.recipe import Recipe
-    from s2d.models.footprint import Footprint, Shapes
 
 
 app = typer.Typer(
@@ -119,35 +117,6 @@ def _check_writable(path: Path) -> None:
         raise InputError(
             f"{path} cannot be written: {place} is not a folder that you may write to; choose another place"
         )
-
-
-def refuse_too_little(doing: str, model: str, device: str, needed: Callable[[Shapes], Footprint] | None = None) -> None:
-    """Refuse a model of which what is needed does not fit, before it is loaded: by default two copies, the loaded one
-    and the one that is worked on.
-    """
-    from s2d.models import footprint
-
-    shapes = footprint.shapes_of(model)
-    if shapes is not None:
-        wanted = footprint.to_load(shapes, copies=2) if needed is None else needed(shapes)
-        footprint.refuse_too_little(wanted, doing, device)
-
-
-def held_beside(out: Path) -> Path:
-    """The folder in which a training keeps how far it got, until the model is saved."""
-    return out.with_name(f"{out.name}.training")
-
-
-def clear(held: Path) -> None:
-    """Remove what a training kept to be continued, and nothing that somebody else put there."""
-    from s2d.io.files import sweep
-    from s2d.quant.calibration.resume import Store
-
-    sweep(held, age=0.0)  # by a run that was killed while it saved
-    (held / "state.pt").unlink(missing_ok=True)
-    Store.discard(held / "blocks")
-    with contextlib.suppress(OSError):
-        held.rmdir()
 
 
 def save_json(path: Path, content: Any) -> None:
