@@ -15,7 +15,7 @@ from torch import nn
 
 from s2d import models, quant
 from s2d.errors import InputError
-from s2d.io.files import in_place_of, read_json, write_json
+from s2d.io.files import in_place_of, json_text, read_json
 from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_model
 from s2d.models.differences import match_types, tie, ties
 from s2d.models.huggingface import load_parts
@@ -70,7 +70,7 @@ def save(
     with in_place_of(folder) as new:
         new.mkdir()
         write_into(model, new)
-        write_json(new / ARCHITECTURE, content)
+        (new / ARCHITECTURE).write_text(json_text(content), encoding="utf-8")
         save_buffers(model, new)
         save_parts(new, tokenizer, processor)
     return folder

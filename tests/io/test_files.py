@@ -36,6 +36,19 @@ def test_what_is_written_beside_it_goes_before_it(tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "z.data"]
 
 
+def test_what_the_disk_did_not_take_is_not_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with (
+        pytest.raises(InputError, match=f"could not write {tmp_path}/a: No space left"),
+        in_place_of(tmp_path / "a") as made,
+    ):
+        made.write_text("a")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")])
 def test_an_unfinished_folder_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "model"

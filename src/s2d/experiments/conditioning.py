@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from s2d.checkpoint import load
-from s2d.data.image_pile import holds_images
+from s2d.data.images import holds_images
 from s2d.distributed import processes
 from s2d.distributed.processes import device_of
 from s2d.errors import InputError

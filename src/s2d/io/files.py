@@ -79,7 +79,10 @@ def in_place_of(path: str | os.PathLike[str]) -> Iterator[Path]:
             for each in Path(scratch).rglob("*"):
                 if each.is_file() and not each.is_symlink():
                     each.chmod(0o644)  # some libraries make their files private
-                _sync(each)
+                    with open(each, "rb") as file:
+                        os.fsync(file.fileno())
+                elif each.is_dir():
+                    _sync(each)
             for each in sorted(Path(scratch).iterdir(), key=lambda each: each == made):
                 _put(each, target.parent / each.name)
             _sync(target.parent)
@@ -109,9 +112,9 @@ def _not_written(target: Path, error: Exception) -> InputError:
     )
 
 
-def _sync(path: Path) -> None:
+def _sync(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some systems cannot do it with folders
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -133,12 +136,13 @@ def write_json(path: str | os.PathLike[str], content: object) -> Path:
     Raises:
         InputError: It cannot be written.
     """
-    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(content).encode("utf-8")
+    return write_atomic(path, lambda file: file.write(text))
 
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode("utf-8"))
 
-    return write_atomic(path, write)
+def json_text(content: object) -> str:
+    """Any data as JSON; see `write_json`."""
+    return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def parse_json(text: str | bytes) -> Any:

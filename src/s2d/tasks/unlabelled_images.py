@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from s2d.data.base import Batch, Split
 from s2d.data.docstring_corpus import STDLIB, collect
-from s2d.data.image_pile import content_of, read_images
-from s2d.data.splits import split_pile
+from s2d.data.images import content_of, read_images
+from s2d.data.splits import split_by_content
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.dual_encoder import DualEncoder, has_two_towers
@@ -80,8 +80,8 @@ class UnlabelledImages(ImageRows):
             raise InputError(f"scores is a weight, 0 or above, not {scores}")
         self.original = original or ""
         self.embedding, self.features, self.scores = embedding, features, scores
-        pile = ((row, content_of(row)) for row in read_images(data, image))
-        super().__init__(split_pile(pile, train, heldout, what="image", shown=os.fspath(data)))
+        contents = ((row, content_of(row)) for row in read_images(data, image))
+        super().__init__(split_by_content(contents, train, heldout, what="image", shown=os.fspath(data)))
         self._teacher = Teacher(
             self.original,
             lambda loaded: _whole(loaded.model),

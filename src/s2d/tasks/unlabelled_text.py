@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2d.data.base import SPLITS, Batch, Split, check_batch_size
-from s2d.data.splits import split_pile
+from s2d.data.splits import split_by_content
 from s2d.data.texts import read_texts
 from s2d.data.tokens import digest, require_tokenizer, row_batches
 from s2d.distributed.processes import inside
@@ -77,7 +77,7 @@ class UnlabelledText(TokenizedTexts):
         self.original = original or ""
         self.embedding, self.features = embedding, features
         texts = ((text, text.encode("utf-8", "surrogatepass")) for text in read_texts(Path(data), column))
-        self._texts = split_pile(texts, train, heldout, what="text", shown=os.fspath(data))
+        self._texts = split_by_content(texts, train, heldout, what="text", shown=os.fspath(data))
         self._teacher = Teacher(
             self.original,
             _model_of,
