@@ -13,6 +13,7 @@ from rich.console import Console
 from s2d.commands.shared import (
     Data,
     Device,
+    ForRuntime,
     JsonFile,
     Model,
     Overrides,
@@ -36,11 +37,13 @@ from s2d.errors import InputError
 def quantize(
     model: Model,
     spec: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Bits of weights and activations: w8a8, w4a4, w4a16, ..., or '{base: w4a4, attention: false}'."
+            help="Bits of weights and activations: w8a8, w4a4, w4a16, ..., or '{base: w4a4, attention: false}'. By "
+            "default w4a4, or what --for begins with."
         ),
-    ] = "w4a4",
+    ] = None,
+    for_: ForRuntime = None,
     observer: Annotated[str | None, typer.Option(help="minmax, percentile, percentile:99.99 or mse.")] = None,
     budget: Annotated[
         str | None,
@@ -94,9 +97,13 @@ def quantize(
         raise InputError("--steps learns the ranges; leave out --observer, --budget, --protocol and --resume")
     from s2d.commands.terminal import Watch
     from s2d.experiments.quantizing import Order, quantize_model
+    from s2d.export.runtime import find_runtime
     from s2d.quant import QuantSpec
 
-    parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
+    runtime = None if for_ is None else find_runtime(for_)
+    parsed = QuantSpec.parse(spec or (runtime.spec if runtime is not None and runtime.spec else "w4a4"))
+    if observer is not None:
+        parsed = parsed.with_observer(observer)
     if prefix:
         parsed = replace(parsed, prefix=prefix)
     training = {} if steps is None else {"qat": {"steps": steps, "method": method}}
@@ -104,7 +111,8 @@ def quantize(
     if steps is None and recipe is not None and recipe.qat is not None:
         raise InputError("qat is for training with the quantizers in place; add --steps")
     quiet = quiet or not processes.leads()
-    order = Order(model, parsed, method, protocol, seed, resume, budget, recipe, data, device, bars(quiet))
+    check = None if runtime is None else runtime.refuse
+    order = Order(model, parsed, method, protocol, seed, resume, budget, check, recipe, data, device, bars(quiet))
     with Watch(Console(stderr=True), quiet=quiet or steps is None) as watch:  # else the bars are those of quantize
         plan, run = quantize_model(order, None if dry_run else out, say=partial(say, quiet), watcher=watch)
     if json_file is not None and processes.leads():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ class Order:
         spec: Bits, or those of the layers that the budget says nothing about.
         method, protocol, seed, resume: As for `s2d.quantize`.
         budget: Bits a weight may have on average, as ``"4.5 bits"``.
+        check: Refuses a plan that is not legal where the model will run, as `Runtime.refuse`.
         recipe: Its task has the calibration data; with ``qat`` the model is trained on the grid.
         data: Texts or images to calibrate on, without a task.
         device: As in a recipe.
@@ -52,6 +53,7 @@ class Order:
     seed: int = 0
     resume: Path | None = None
     budget: str | None = None
+    check: Callable[[Sequence[Site]], None] | None = None
     recipe: Recipe | None = None
     data: str | None = None
     device: str = "auto"
@@ -106,10 +108,14 @@ def quantize_model(
         found = sensitivity(model, calibration=inputs, base=spec, progress=order.progress)
         spec = found.allocate(bits)
         say(found.explain(spec))
-    if out is None:
+    plan: list[Site] = []
+    if out is None or order.check is not None:
         inputs = None if inputs is None else list(inputs)
-        # The very plan that would be executed; without data what the modules alone tell.
+        # The very plan that is executed; without data what the modules alone tell.
         plan = quant.plan(model, spec) if inputs is None else quant.planned(model, spec, inputs)
+        if order.check is not None:
+            order.check(plan)
+    if out is None:
         say(f"{quant.describe(plan)}\n\n{quant.estimate(model, plan, order.method, inputs)}")
     else:
         quantized, said = _quantized(order, model, task, spec, inputs, held_beside(out), watcher or Silent())
