@@ -40,18 +40,18 @@ def condition(
     objective: Annotated[
         str,
         typer.Option(
-            help="task: the loss of --task. distill: the model itself is teacher, on texts or images without labels."
+            help="task: the loss of --task. distill: the published model is the teacher; data need no labels."
         ),
     ] = "task",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Most minutes of training.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time limit of the training, in minutes.")] = None,
     blockwise: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="BATCHES",
             help="With --objective distill: train one block after the other, on this number of batches, for models "
-            "that do not fit into memory twice. --steps counts the steps of each block.",
+            "that do not fit into memory twice. --steps is then the number of steps per block.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -62,7 +62,7 @@ def condition(
 ) -> None:
     """Fine-tune a model with selective spectral decay and save it.
 
-    Other settings go by the keys of a recipe: -o train.lr=5e-5, -o train.batch_size=32, -o decay.strength=0.1,
+    Other settings have the keys of a recipe: -o train.lr=5e-5, -o train.batch_size=32, -o decay.strength=0.1,
     -o task.max_length=128. Interrupt it at any time: the same command continues.
     """
     if out is None:

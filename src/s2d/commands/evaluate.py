@@ -30,7 +30,7 @@ def evaluate(
     model: Model,
     task: TaskName = None,
     data: Data = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Data split: train, validation or test.")] = "test",
     o: Overrides = None,
     device: Device = "auto",
     json_file: JsonFile = None,
@@ -38,7 +38,7 @@ def evaluate(
 ) -> None:
     """Score a model on a task: as published, conditioned, or quantized.
 
-    Further settings go by the keys of a recipe: -o task.max_length=128, -o batch_size=32.
+    Further settings have the keys of a recipe: -o task.max_length=128, -o batch_size=32.
     """
     check_file(json_file)
     from s2d import quant

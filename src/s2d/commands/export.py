@@ -39,11 +39,15 @@ def export(
     task: TaskName = None,
     data: Data = None,
     for_: ForRuntime = None,
-    embeddings: Annotated[int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to leave them.")] = 8,
-    form: Annotated[str, typer.Option(help="Of ONNX: qdq, integer (MatMulInteger) or types (INT4, UINT4).")] = "qdq",
-    split: Annotated[str, typer.Option(help="On which the metric is compared.")] = "validation",
+    embeddings: Annotated[
+        int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to keep them in full precision.")
+    ] = 8,
+    form: Annotated[
+        str, typer.Option(help="ONNX operators: qdq, integer (MatMulInteger) or types (INT4, UINT4).")
+    ] = "qdq",
+    split: Annotated[str, typer.Option(help="Data split on which the metric is compared.")] = "validation",
     time_it: Annotated[bool, typer.Option("--time/--no-time", help="Measure latency against fp32.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Keep a file that does not compute the same.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Keep the file even if it does not compute the same.")] = False,
     o: Overrides = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,

@@ -39,35 +39,44 @@ def quantize(
     spec: Annotated[
         str | None,
         typer.Option(
-            help="Bits of weights and activations: w8a8, w4a4, w4a16, ..., or '{base: w4a4, attention: false}'. By "
-            "default w4a4, or what --for begins with."
+            help="Bits of weights and activations: w8a8, w4a4, w4a16, ..., or '{base: w4a4, attention: false}'. "
+            "Default: w4a4, or the runtime's own with --for."
         ),
     ] = None,
     for_: ForRuntime = None,
-    observer: Annotated[str | None, typer.Option(help="minmax, percentile, percentile:99.99 or mse.")] = None,
+    observer: Annotated[
+        str | None, typer.Option(help="How ranges are chosen: minmax, percentile, percentile:99.99 or mse.")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
             metavar="BITS",
-            help='Bits a weight may have on average, as "4.5 bits": layers get 3, 4, 6 or 8, by measurement.',
+            help='Average bits per weight, as "4.5 bits": each layer gets 3, 4, 6 or 8, by its measured error.',
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="How, for example rotation+gptq: see [bold]s2d doctor[/bold].")] = "rtn",
-    protocol: Annotated[str, typer.Option(help="Ranges: each method's own, or one rule for all (unified).")] = "own",
+    method: Annotated[
+        str, typer.Option(help="Quantization method, for example rotation+gptq. [bold]s2d doctor[/bold] lists them.")
+    ] = "rtn",
+    protocol: Annotated[
+        str, typer.Option(help="own: each method chooses its ranges. unified: one rule for all methods.")
+    ] = "own",
     prefix: Annotated[
-        int, typer.Option(min=0, help="First tokens of a text that stay at full precision, and out of the ranges.")
+        int,
+        typer.Option(
+            min=0, help="Number of first tokens of each text that stay in full precision and out of the ranges."
+        ),
     ] = 0,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Then train it with the quantizers in place (QAT) for so many steps; needs --task."),
+        typer.Option(min=1, help="Then train with the quantizers in place (QAT), this number of steps; needs --task."),
     ] = None,
     task: TaskName = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the quantized model.")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Keeps finished blocks, to continue from.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan with its size and time, and stop.")
-    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder that keeps finished blocks; the same command continues.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, with its size and time.")] = False,
     seed: Seed = 0,
     o: Overrides = None,
     device: Device = "auto",
@@ -76,14 +85,14 @@ def quantize(
 ) -> None:
     """Quantize a model, calibrated on a little data; with --steps, train its weights and ranges on the grid.
 
-    With --task, calibration uses training examples of it (128; -o quantize.calibration.samples=256); otherwise the
-    texts or images of --data, or docstrings of the standard library. With --budget each layer is first measured at
-    every width (minutes), and the layers that make most of the error are named. Low bits are simulated in floating
-    point; s2d.load and s2d evaluate read the folder. Under torchrun each process reads a share of the calibration data.
+    Calibration data: training examples of --task (128; -o quantize.calibration.samples=256), else the texts or images
+    of --data, else docstrings of the standard library. --budget first measures each layer at every width, which takes
+    minutes, and names the layers that make most of the error. Low bits are simulated in floating point; s2d.load and
+    s2d evaluate read the folder. Under torchrun each process reads a share of the calibration data.
 
-    --steps continues from where --method ends, with the loss of --task: for unlabelled-text and unlabelled-images that
-    is to stay the model that went in, so no labels are needed. Settings: -o qat.lr=2e-4, -o train.batch_size=32; how
-    far it got is kept beside --out, and the same command continues.
+    --steps trains from where --method ends, with the loss of --task. The tasks unlabelled-text and unlabelled-images
+    need no labels: their loss is the distance from the original model. Settings: -o qat.lr=2e-4, -o
+    train.batch_size=32. An interrupted training continues with the same command.
     """
     if out is None and not dry_run:
         raise InputError("where should the quantized model go? add --out FOLDER, or --dry-run to see the plan only")

@@ -68,19 +68,24 @@ Overrides = Annotated[
         "--override",
         "-o",
         metavar="KEY=VALUE",
-        help="Change a setting by its key in a recipe (s2d recipes show minilm-banking77). Repeatable.",
+        help="Change a setting, by its key in a recipe: s2d recipes show minilm-banking77. Repeatable.",
     ),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor tables.")]
-TaskName = Annotated[str | None, typer.Option("--task", help="What the model is for: see [bold]s2d doctor[/bold].")]
+TaskName = Annotated[
+    str | None,
+    typer.Option("--task", help="Task of the model: data, loss and metric. [bold]s2d doctor[/bold] lists them."),
+]
 Data = Annotated[str | None, typer.Option("--data", metavar="PATH", help="File or folder with the data.")]
 ForRuntime = Annotated[
     str | None,
-    typer.Option("--for", metavar="RUNTIME", help="Refuse what this runtime cannot hold: see [bold]s2d doctor[/bold]."),
+    typer.Option(
+        "--for", metavar="RUNTIME", help="Refuse what this runtime cannot run. [bold]s2d doctor[/bold] lists them."
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ... or auto.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
+Device = Annotated[str, typer.Option("--device", help="Device: cpu, cuda, ... or auto.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random choices.")]
 
 
 def settings(model: str, task: str | None, data: str | None, overrides: list[str] | None, **more: Any) -> Recipe:
