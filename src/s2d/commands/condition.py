@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -81,15 +82,13 @@ def condition(
     recipe = settings(model, task, data, o, train=_budget(steps, minutes), arms=arms)
     quiet = quiet or not processes.leads()
     with Watch(Console(stderr=True), quiet=quiet) as watch:
-        found = condition_model(recipe, out, blockwise=blockwise, seed=seed, device=device, watcher=watch)
+        tell = partial(say, quiet)
+        done, run = condition_model(recipe, out, blockwise=blockwise, seed=seed, device=device, say=tell, watcher=watch)
     if not processes.leads():
         return
-    done = found.training
     if json_file is not None:
         training = {name: value for name, value in asdict(done).items() if name != "history"}
-        save_json(json_file, {"run": found.run, "training": training, "history": done.history})
-    for line in found.notes:
-        say(quiet, line)
+        save_json(json_file, {"run": run, "training": training, "history": done.history})
     skipped = f" ({len(done.skipped)} skipped)" if done.skipped else ""
     skipped += ", ended early by the held-out measure" if done.stopped_early else ""
     last = f"; last loss {done.losses[-1]:.3g}" if done.losses else ""  # all blocks were there already

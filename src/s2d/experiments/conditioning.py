@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -28,21 +29,6 @@ from s2d.training.loop import train
 from s2d.training.train_settings import Training
 
 _UNLABELLED = ("unlabelled-text", "unlabelled-images", "language-modeling")
-
-
-@dataclass(frozen=True)
-class Conditioned:
-    """How it went.
-
-    Attributes:
-        training: Steps, losses, history of the decay.
-        run: What a results file says about the run.
-        notes: Lines about the data, for people.
-    """
-
-    training: Training
-    run: JSON
-    notes: list[str]
 
 
 def task_of(objective: str, task: str | None, data: str | None) -> str | None:
@@ -77,8 +63,9 @@ def condition_model(
     blockwise: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
     watcher: Watcher | None = None,
-) -> Conditioned:
+) -> tuple[Training, JSON]:
     """Train a recipe's model with the decay of its arm ``s2d``, and save it into `out`; of several processes, the first
     saves. An interrupted call continues where it was.
 
@@ -88,7 +75,11 @@ def condition_model(
         blockwise: One block after the other, on so many batches; see `s2d.training.blockwise`.
         seed: Of everything random.
         device: As in a recipe.
+        say: Told the lines for people.
         watcher: Told of the progress.
+
+    Returns:
+        How the training went, and what a results file says about the run.
 
     Raises:
         InputError: The model, the data, the settings or the folder; too little memory.
@@ -110,7 +101,7 @@ def condition_model(
     if blockwise is None:
         model = task.build(loaded, seed)
         if task.new_head:
-            watch.say(task.new_head.replace("would be random", "is made", 1))
+            say(task.new_head.replace("would be random", "is made", 1))
     else:
         task.prepare(loaded)
     if head_of(loaded.model) is not None and not (decay or {}).keys() & {"strength", "preset"}:
@@ -134,4 +125,6 @@ def condition_model(
         told = {**asdict(done), "seed": seed, "settings": recipe.train.outcome(), "decay": decay}
         write_card(out, base=recipe.model, task=recipe.task.name, training=told, run=about)
         clear(held)
-    return Conditioned(done, about, task.notes())
+        for line in task.notes():
+            say(line)
+    return done, about
