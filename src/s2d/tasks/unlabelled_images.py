@@ -23,7 +23,8 @@ from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.image_heads import feature_width, image_tower, number_of_classes
 from s2d.models.image_views import ImageView, view_images
 from s2d.models.preprocessing import preprocessing_of
-from s2d.tasks.base import device_of, in_evaluation, register
+from s2d.models.running import evaluating
+from s2d.tasks.base import device_of, register
 from s2d.tasks.image_base import ImageRows
 from s2d.tasks.teacher import FeatureLoss, Teacher
 
@@ -160,7 +161,7 @@ class UnlabelledImages(ImageRows):
         teacher = self._teacher.model
         sums: dict[str, float] = {}
         count = 0
-        with in_evaluation(model):
+        with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 found, wanted = self._view(model, batch), self._view(teacher, batch)
                 parts: dict[str, Tensor] = {}

@@ -24,7 +24,8 @@ from s2d.errors import InputError
 from s2d.models import Loaded, SentenceEncoder
 from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.heads import encoder_of
-from s2d.tasks.base import device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import device_of, register, to_device
 from s2d.tasks.teacher import FeatureLoss, Teacher, divergence, head_of, hidden_states, known_head, mean_divergence
 from s2d.tasks.text_base import TokenizedTexts
 
@@ -145,7 +146,7 @@ class UnlabelledText(TokenizedTexts):
         teacher = self._teacher.model
         head = head_of(model)
         first, second, count = 0.0, 0.0, 0
-        with in_evaluation(model):
+        with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 batch = to_device(batch, device_of(model))
                 mask = batch["attention_mask"].bool()
