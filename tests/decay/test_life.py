@@ -134,6 +134,22 @@ def test_half_precision_shrinks_as_much_as_single(dtype: torch.dtype, strength: 
     decay.remove()
 
 
+def noam(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Vaswani et al., section 5.3, with 6 steps of warm-up; the optimizer's own rate is 1."""
+    optimizer.param_groups[0]["lr"] = 1.0
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 512**-0.5 * min((t + 1) ** -0.5, (t + 1) * 6**-1.5))
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Keeps the rate of its own warm-up beside the one set, as schedulefree's optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        group = self.param_groups[0]
+        group["k"] = group.get("k", 0) + 1
+        group["scheduled_lr"] = group["lr"] * min(1.0, group["k"] / 5)
+        return super().step(closure)
+
+
 def by_hand(optimizer: torch.optim.Optimizer, step: int) -> None:
     optimizer.param_groups[0]["lr"] = 0.1 * (step + 1) / 10
 
@@ -144,6 +160,8 @@ def by_hand(optimizer: torch.optim.Optimizer, step: int) -> None:
         (lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-4, 0.5, step_size_up=15, cycle_momentum=False), 0.5),
         (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: min(5.0, (t + 1) / 2)), 0.5),
         (lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 4), 0.1),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=10, cycle_momentum=False), 0.5),
+        (noam, 512**-0.5 * 6**-0.5),
         (None, 0.1),
     ],
 )
@@ -160,6 +178,46 @@ def test_the_strength_is_the_share_of_the_schedules_own_peak(schedule: Any, peak
         still(made, optimizer)
         if scheduler is not None:
             scheduler.step()
+    assert made[0].weight[5].item() == pytest.approx(40 * math.exp(-0.05 * total), rel=1e-5)  # type: ignore[operator]
+    decay.remove()
+
+
+class Failing(torch.optim.SGD):
+    """Calls its base class's step, which torch hooks as well once there is a plain SGD; its second step fails."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        found = super().step(closure)
+        if self.calls == 2:
+            raise RuntimeError("stop")
+        return found
+
+
+def test_a_step_within_a_step_counts_once_and_one_that_fails_ends() -> None:
+    sgd(model())
+    made = model()
+    optimizer = Failing(made.parameters(), lr=0.1)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=0.05, outlier_ratio=2.0)
+    for step in range(5):
+        if step == 1:
+            with pytest.raises(RuntimeError, match="stop") as kept:  # as a notebook keeps the last one
+                still(made, optimizer)
+        else:
+            still(made, optimizer)
+    assert decay.step_count == 4 and kept.tb is not None
+    assert made[0].weight[5].item() == pytest.approx(40 * math.exp(-0.05 * 4), rel=1e-5)  # type: ignore[operator]
+    decay.remove()
+
+
+def test_a_schedule_free_optimizer_has_the_schedule_of_its_own_warm_up() -> None:
+    made = model()
+    optimizer = ScheduleFree(made.parameters(), lr=0.1)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=0.05, outlier_ratio=2.0)
+    for _ in range(8):
+        still(made, optimizer)
+    total = sum(min(1.0, step / 5) for step in range(1, 9))
     assert made[0].weight[5].item() == pytest.approx(40 * math.exp(-0.05 * total), rel=1e-5)  # type: ignore[operator]
     decay.remove()
 

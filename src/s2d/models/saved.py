@@ -27,7 +27,7 @@ from safetensors.torch import load_file, load_model, save_file
 from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
 
-from s2d.errors import InputError
+from s2d.errors import InputError, first_line
 from s2d.io.files import parse_json, sync_folder
 from s2d.models.differences import match_types, put_buffers, tie, ties, unsaved_buffers
 from s2d.models.preprocessing import preprocessing_of
@@ -159,7 +159,7 @@ def save_model(
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"could not write {destination}: {_first_line(error)}; nothing was changed there; "
+            f"could not write {destination}: {first_line(error)}; nothing was changed there; "
             "free some space or choose another folder"
         ) from error
     return destination
@@ -235,7 +235,7 @@ def load_saved(folder: Path) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # a library's constructor, given anything, raises anything
-        raise InputError(f"{folder / CONFIG_NAME} does not describe a model: {_first_line(error)}") from error
+        raise InputError(f"{folder / CONFIG_NAME} does not describe a model: {first_line(error)}") from error
     try:
         if "ties" in config:
             tie(model, config["ties"])
@@ -243,7 +243,7 @@ def load_saved(folder: Path) -> nn.Module:
         load_model(model, weights)
         load_buffers(model, folder)
     except RuntimeError as error:
-        raise InputError(f"{weights} does not fit {folder / CONFIG_NAME}: {_first_line(error)}") from error
+        raise InputError(f"{weights} does not fit {folder / CONFIG_NAME}: {first_line(error)}") from error
     return model.eval()
 
 
@@ -291,7 +291,7 @@ def read_json(path: Path) -> JSON:
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(content).__name__}")
     return content
@@ -319,7 +319,7 @@ def check_safetensors(path: Path) -> None:
             raise InputError(f"{path} is a git-lfs pointer, not the weights; run: git lfs pull") from error
         size = path.stat().st_size
         raise InputError(
-            f"{path} ({size} bytes) is truncated or damaged: {_first_line(error)}; download or copy it again"
+            f"{path} ({size} bytes) is truncated or damaged: {first_line(error)}; download or copy it again"
         ) from error
 
 
@@ -340,7 +340,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise InputError(explain_unpickling(path, error)) from error
     except Exception as error:  # an unpickler of bytes from anywhere raises anything
-        raise InputError(f"{path} is damaged or not a PyTorch file: {_first_line(error)}") from error
+        raise InputError(f"{path} is damaged or not a PyTorch file: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -410,8 +410,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__
