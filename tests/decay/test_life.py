@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch.func import functional_call, grad, vmap
@@ -308,3 +310,50 @@ def test_what_runs_later_is_conditioned_then_and_listed_until(first: int) -> Non
     assert not decay.skipped
     assert all(made.parts[index][0].weight[5] < 35 for index in range(3))  # type: ignore[operator, index]
     decay.remove()
+
+
+def freeze(made: nn.Module, on: bool) -> None:
+    made[0].requires_grad_(not on)  # type: ignore[operator]
+
+
+def retied(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    made[3].weight = made[1].weight  # type: ignore[operator, union-attr]
+
+
+def untied(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    made[3].weight = nn.Parameter(made[1].weight.detach().clone())  # type: ignore[operator, union-attr]
+    optimizer.add_param_group({"params": [made[3].weight]})  # type: ignore[operator]
+
+
+EVENTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
+    "step": still,
+    "freeze": lambda made, _: freeze(made, True),
+    "unfreeze": lambda made, _: freeze(made, False),
+    "retie": retied,
+    "untie": untied,
+    "evaluate": lambda made, _: made.eval()(X),
+    **{name: lambda made, _, how=how: how(made.train()) for name, how in copies().items()},
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(list(EVENTS)), max_size=8), st.sampled_from(["site", "data", "weight"]))
+def test_whatever_happens_to_a_model_it_and_its_copies_stay_plain(events: list[str], metric: Any) -> None:
+    made = model()
+    made[3] = nn.Linear(64, 64)
+    optimizer, kept, names = sgd(made), [], list(made.state_dict())
+    decay = SelectiveSpectralDecay(made, optimizer, metric=metric, strength=0.05, outlier_ratio=2.0, refresh_every=2)
+    for event in events:
+        found = EVENTS[event](made, optimizer)
+        if event in copies():
+            kept.append((found, {name: value.clone() for name, value in found.state_dict().items()}))
+    decay.remove()
+    steps = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    assert not steps and decay.step_count == events.count("step")
+    for each in (made, *(other for other, _ in kept)):
+        assert type(each) is nn.Sequential and list(each.state_dict()) == names
+        assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in each.modules())
+        assert bool(each(X).isfinite().all())
+    assert all(torch.equal(value, before[name]) for other, before in kept for name, value in other.state_dict().items())
+    if "freeze" in events and "step" not in events[: events.index("freeze")] and "unfreeze" not in events:
+        assert made[0].weight[5] == 40  # type: ignore[operator]
