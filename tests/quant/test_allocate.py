@@ -203,7 +203,8 @@ def test_layers_side_by_side_that_read_one_activation_get_one_width(name: str, m
     case = make(name)
     found = sensitivity(case.model, calibration=case.batches[:1], choices=(3, 8))
     families = [{part.rpartition(".")[2].split("_")[0] for part in names} for names in found.together]
-    assert families == [{"q", "k", "v"}, {"gate", "up"}] * 2 if "llama" in name else [{"query", "key", "value"}] * 2
+    one_block = [{"q", "k", "v"}, {"gate", "up"}] if "llama" in name else [{"q", "k", "v"}]
+    assert families == one_block * 2
     spec = found.allocate(5.0)
     bits = {layer.name: module._weight_bits(spec, layer.name) for layer in found.layers}
     assert all(len({bits[each] for each in names}) == 1 for names in found.together)

@@ -155,7 +155,9 @@ def test_every_arm_and_width_is_a_record_and_computed_once(
     task = create(recipe.task.name, **recipe.task.options)
     for record in records:  # the trained models are kept: what s2d evaluate and s2d export read
         (folder,) = (tmp_path / "qat").glob(f"{record['conditioning']}-0-{record['spec']}-qat-*")
-        found = evaluate(checkpoint.load(folder).model, task, split=recipe.split, batch_size=recipe.batch_size)
+        kept = checkpoint.load(folder)
+        task.prepare(kept)
+        found = evaluate(kept.model, task, split=recipe.split, batch_size=recipe.batch_size)
         assert found["accuracy"] == record["value"]
 
     def refuse(*args: Any, **kwargs: Any) -> Any:

@@ -132,7 +132,8 @@ def _peaks_ahead(optimizer: Optimizer) -> tuple[list[float], bool]:
                 peaks = [max(pair) for pair in zip(rates, peaks, strict=True)]
     except Exception:  # a schedule of somebody else's may end, or need more than a step
         return [], False
-    return ([], False) if at > 0.9 * step else (peaks, whole)
+    # One whose first rate is its largest may hang on a clock, or have been cut: what the optimizer was given counts.
+    return ([], False) if at > 0.9 * step else (peaks, whole and at > 0)
 
 
 def _without_weights(group: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from s2d import quant
 from s2d.errors import InputError
 from s2d.models.running import evaluating, main_output, real_tokens, run, token_mask
+from s2d.models.walks import source_of
 from s2d.quant.calibration.observe import Batches, Job
 from s2d.quant.modules.sites import Site, insert
 from s2d.quant.numerics.formats import IntFormat, integer_format
@@ -365,7 +366,8 @@ def _together(job: Job, layers: Container[str]) -> tuple[tuple[str, ...], ...]:
     found: dict[tuple[int | None, str], dict[str, None]] = {}
     with suppress(InputError):  # the plan has said that no graph can be traced
         for call in (each for each in job.graph.products if each.module in layers):
-            found.setdefault((call.input, call.module.rpartition(".")[0]), {})[call.module] = None
+            read = None if call.input is None else source_of(job.graph, call.input)
+            found.setdefault((read, call.module.rpartition(".")[0]), {})[call.module] = None
     return tuple(dict.fromkeys(tuple(names) for names in found.values() if len(names) > 1))
 
 
@@ -416,8 +418,7 @@ class _Measure:
         assert self.loss is not None
         with torch.no_grad(), evaluating(model):
             values = [float(self.loss(model, batch)) for batch in self.batches]
-        mean = sum(values) / len(values)
-        return _finite(mean)
+        return _finite(sum(values) / len(values))
 
     def _outputs(self, model: nn.Module) -> Iterator[Tensor]:
         """The real tokens of what the model returns, batch by batch."""
