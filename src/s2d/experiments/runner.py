@@ -20,8 +20,6 @@ from torch import nn
 
 from s2d import quant
 from s2d.audit import Audit, audit
-from s2d.audit.measure import OUTLIER_RATIO
-from s2d.audit.terminal_tables import bars
 from s2d.baselines import attach
 from s2d.distributed import processes
 from s2d.distributed.processes import device_of
@@ -160,7 +158,7 @@ class Runner:
         first = recipe.seeds[0]
         if recipe.audit:
             audits[UNTRAINED] = self._audit(UNTRAINED, first)
-            for line in _worst_weights(audits[UNTRAINED], recipe.model):
+            for line in Audit.from_json(audits[UNTRAINED]).picture().splitlines():
                 self.watcher.say(line)
         for seed in recipe.seeds:
             for arm in recipe.arms:
@@ -442,11 +440,3 @@ class Runner:
         settings = self.recipe.model_dump(exclude={"about"})
         settings["arms"] = {arm: self._decay_key(arm) if arm != UNTRAINED else None for arm in self.recipe.arms}
         return settings
-
-
-def _worst_weights(found: JSON, model: str) -> list[str]:
-    """The picture with which a run begins: the weights whose outputs hold the largest outliers."""
-    looked_at = [row for row in Audit.from_json(found).rows if row.output_ratio is not None]
-    rows = sorted(((row.weight, row.output_ratio or 0.0) for row in looked_at), key=lambda row: -row[1])[:6]
-    scale = f"a bell curve has about 5, 4 bits hold {OUTLIER_RATIO:.0f}"
-    return bars(f"{model} as published, largest output over RMS of its {len(rows)} worst weights ({scale}):", rows)
