@@ -77,6 +77,10 @@ JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="A
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor tables.")]
 TaskName = Annotated[str | None, typer.Option("--task", help="What the model is for: see [bold]s2d doctor[/bold].")]
 Data = Annotated[str | None, typer.Option("--data", metavar="PATH", help="File or folder with the data.")]
+ForRuntime = Annotated[
+    str | None,
+    typer.Option("--for", metavar="RUNTIME", help="Refuse what this runtime cannot hold: see [bold]s2d doctor[/bold]."),
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ... or auto.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
 
@@ -158,9 +162,9 @@ def save_json(path: Path, content: Any) -> None:
 
 
 def say(quiet: bool, text: str) -> None:
-    """Print the closing lines of a command."""
+    """Print lines of a command's own, at once."""
     if not quiet:
-        print("\n".join(visible(line, 1500) for line in text.split("\n")))
+        print("\n".join(visible(line, 1500) for line in text.split("\n")), flush=True)
 
 
 def show(table: Table) -> None:

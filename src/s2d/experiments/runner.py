@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from s2d import quant
-from s2d.audit import audit
+from s2d.audit import Audit, audit
 from s2d.baselines import attach
 from s2d.checkpoint import Loaded, load, save
 from s2d.distributed import processes
@@ -158,6 +158,8 @@ class Runner:
         first = recipe.seeds[0]
         if recipe.audit:
             audits[UNTRAINED] = self._audit(UNTRAINED, first)
+            for line in Audit.from_json(audits[UNTRAINED]).picture().splitlines():
+                self.watcher.say(line)
         for seed in recipe.seeds:
             for arm in recipe.arms:
                 if arm == UNTRAINED and seed != first:
