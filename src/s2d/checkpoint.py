@@ -19,6 +19,7 @@ from s2d.io.files import in_place_of, json_text, read_json
 from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_model
 from s2d.models.differences import match_types, tie, ties
 from s2d.models.huggingface import load_parts
+from s2d.models.running import outside_inference_mode
 from s2d.models.saved import load_buffers, save_buffers, save_parts
 from s2d.quant.modules.storage import CONFIG, saved_types, write_into
 
@@ -76,6 +77,7 @@ def save(
     return folder
 
 
+@outside_inference_mode()
 def load(source: str | os.PathLike[str], *, device: str = "cpu", **options: Any) -> Loaded:
     """Load a model: pretrained, conditioned or quantized.
 

@@ -60,6 +60,12 @@ def audit(
     """
     for file in (html, json_file):
         check_file(file)
+    # Before the libraries are loaded that read a model: the first line comes within seconds.
+    from s2d.models import footprint
+
+    told = footprint.introduction(models[0])
+    if told is not None:
+        say(quiet, told)
     from s2d.audit import audit as look
     from s2d.audit import audit_batches, audit_many
     from s2d.audit.massive_tokens import summary
@@ -68,6 +74,8 @@ def audit(
 
     settings: dict[str, Any] = {"include": include or "all-linear", "spec": spec, "progress": bars(quiet)}
     first = load(models[0], device=device_of(device))
+    if told is None:
+        say(quiet, f"{models[0]}: {footprint.size_text(sum(weight.numel() for weight in first.model.parameters()))}")
     batches = audit_batches(first, data)
     if graph:
         _show_graph(first.model, models, batches, html, json_file, quiet)

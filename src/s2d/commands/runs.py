@@ -37,10 +37,11 @@ def demo(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show on a real, published sentence encoder what S2D does, in about half an hour on two cores.
+    """Show on a real, published sentence encoder what S2D does, in about five minutes on two cores.
 
     MiniLM is fine-tuned twice from the same start, with AdamW and with AdamW and S2D, on docstrings of installed
-    packages; both are quantized to 8, 6 and 4 bits and compared. Interrupt it at any time: the same command continues.
+    packages; both are quantized to 4 bits and compared. Interrupt it at any time: the same command continues.
+    Longer texts, more steps, 8 and 6 bits too, in half an hour: s2d run minilm-docstrings.
 
     --vision: the same on a small vision transformer that comes with s2d, trained until four bits cost it ten points.
     It needs Fashion-MNIST: apt install dataset-fashion-mnist, or its four files elsewhere and -o task.data=FOLDER.
@@ -51,7 +52,7 @@ def demo(
             "and name it: -o task.data=FOLDER; or download it: -o task.data=datasets:zalando-datasets/fashion_mnist"
         )
     out = out or Path("runs/demo-vision" if vision else "runs/demo")
-    _run("vit-fashion-condition" if vision else "minilm-docstrings", o, out, json_file, quiet)
+    _run("vit-fashion-condition" if vision else "minilm-demo", o, out, json_file, quiet)
     if not no_open and _has_display():
         import webbrowser
 

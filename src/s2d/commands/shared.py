@@ -136,9 +136,9 @@ def save_json(path: Path, content: Any) -> None:
 
 
 def say(quiet: bool, text: str) -> None:
-    """Print the closing lines of a command."""
+    """Print lines of a command's own, at once."""
     if not quiet:
-        print("\n".join(visible(line, 1500) for line in text.split("\n")))
+        print("\n".join(visible(line, 1500) for line in text.split("\n")), flush=True)
 
 
 def show(table: Table) -> None:

@@ -76,6 +76,21 @@ def shapes_of(source: str | os.PathLike[str]) -> Shapes | None:
     return _safetensors(files) if files else None
 
 
+def introduction(source: str) -> str | None:
+    """A model's name and size, as far as files tell without loading it; None where there is nothing here to read."""
+    shapes = shapes_of(source)
+    if shapes is not None:
+        return f"{source}: {size_text(_numbers(shapes))}"
+    folder = None if Path(source).expanduser().exists() else packages.package_folder(source.partition("?")[0])
+    sizes = [] if folder is None else [file.stat().st_size for file in folder.rglob("*.onnx")]
+    return f"{source}: a file of {max(sizes) / 1e6:.1f} MB" if sizes else None
+
+
+def size_text(numbers: int) -> str:
+    """A count of weights, such as ``"22.6 million numbers"``."""
+    return f"{numbers / 1e6:.1f} million numbers" if numbers >= 50_000 else f"{numbers} numbers"
+
+
 def to_load(shapes: Shapes, copies: int) -> Footprint:
     """What it takes to hold a model so many times."""
     return Footprint({"weights": copies * _numbers(shapes) * FLOAT, "libraries": LIBRARIES})
