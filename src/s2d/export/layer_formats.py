@@ -5,8 +5,6 @@ Nothing is traced: what runs later is the model as its own library builds it, fr
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +17,7 @@ from s2d.export import compressed_tensors, float_layers, gate, gguf
 from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport
 from s2d.export.parity import compare_modules
+from s2d.io.files import in_place_of
 from s2d.optional import require
 
 
@@ -88,8 +87,7 @@ def export_checkpoint(
         report.about.append(
             f"scales: {shared} layers take the tensor scale of others that read the same input, as servers need it"
         )
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
+    with in_place_of(target) as made:
         check.notes("writing")
         format.write(inner, made, embeddings=report.embeddings, tokenizer=tokenizer)
         files = [made] if made.is_file() else [each for each in made.rglob("*") if each.is_file()]
@@ -107,9 +105,6 @@ def export_checkpoint(
         gate.judge_layers(report, *compare_modules(compared, found, written, name and f"{name}.", example))
         gate.judge(report, reference, runner, example, check)
         report.refuse(target, check.force)
-        if made.is_dir() and target.is_dir():
-            target.rmdir()  # it is empty
-        os.replace(made, target)
 
 
 def transformers_part(model: nn.Module, format: str) -> tuple[str, nn.Module]:
