@@ -185,7 +185,7 @@ class Bed:
                 channels = sum(selected[-1].values())
                 print(f"  step {step + 1} loss {statistics.mean(losses[-25:]):.3f} channels {channels}", flush=True)
         first = [row for row in decay.history if row["step"] == 0 and row["selected"]] if decay else []
-        pace = [row["pace"] for row in decay.history] if decay else []
+        pace = [row.get("pace", 1.0) for row in decay.history] if decay else []
         if decay:
             decay.remove()
         means = [statistics.mean(losses[at : at + 25]) for at in range(0, len(losses), 25)]
