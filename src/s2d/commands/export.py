@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from s2d.commands.calibration_set import write_calibration_set
 from s2d.commands.shared import (
     Data,
     ForRuntime,
@@ -39,6 +40,13 @@ def export(
     task: TaskName = None,
     data: Data = None,
     for_: ForRuntime = None,
+    calibration_set: Annotated[
+        bool, typer.Option("--calibration-set", help="A plain model and its calibration inputs, for --for: see below.")
+    ] = False,
+    shape: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="Of that set: batch=1,tokens=128 fixes sizes.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Examples in that set.")] = 128,
     embeddings: Annotated[
         int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to keep them in full precision.")
     ] = 8,
@@ -61,7 +69,27 @@ def export(
 
     A name without a suffix is a folder in the format of compressed-tensors, for transformers and servers like vLLM;
     NAME.gguf is for llama.cpp. Both are read back by those libraries and compared before they are handed over.
+
+    With --calibration-set the model is a plain one (best: from s2d condition) for a compiler that quantizes by itself:
+    --for any, hailo, qnn or vitis. The folder holds float32 ONNX with bounded masks, calibration inputs, expected
+    outputs, and a page with the commands that follow.
     """
+    if calibration_set:
+        write_calibration_set(
+            model,
+            out,
+            runtime=for_,
+            shape=shape,
+            task=task,
+            data=data,
+            overrides=o,
+            samples=samples,
+            json_file=json_file,
+            quiet=quiet,
+        )
+        return
+    if shape is not None:
+        raise InputError("--shape goes with --calibration-set")
     if out is None:
         raise InputError("where should the exported model go? add --out NAME.onnx")
     (check_file if out.suffix else check_folder)(out)
