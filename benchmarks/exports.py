@@ -146,11 +146,11 @@ def cell(name: str, spec: Any, dtype: torch.dtype, suffix: str) -> str:
             return f"CRASH: {traceback.format_exc().strip().splitlines()[-1]}"
 
 
-def cells(models: list[str], exporters: list[str]) -> Iterator[tuple[str, str, str, str]]:
+def cells(models: list[str], exporters: list[str], specs: list[str]) -> Iterator[tuple[str, str, str, str]]:
     """Model, spec, precision and exporter, one after the other."""
     for suffix in exporters:
         for name in models:
-            for label in SPECS:
+            for label in specs:
                 for precision in DTYPES:
                     if precision == "float32" or label in HALVES:
                         yield name, label, precision, suffix
@@ -169,6 +169,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--exporters", default=",".join(EXPORTERS))
+    parser.add_argument("--specs", default=";".join(SPECS), help="their names, with a ; between them")
     parser.add_argument("--most", type=float, default=float("inf"), help="begin no cell after so many seconds")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -178,7 +179,8 @@ def main() -> int:
     found: dict[str, str] = {}
     if chosen.json is not None and chosen.json.is_file():
         found = json.loads(chosen.json.read_text(encoding="utf-8"))["cells"]
-    for name, label, precision, suffix in cells(chosen.models.split(","), chosen.exporters.split(",")):
+    wanted = cells(chosen.models.split(","), chosen.exporters.split(","), chosen.specs.split(";"))
+    for name, label, precision, suffix in wanted:
         key = " | ".join((name, label, precision, suffix))
         if key in found or time.monotonic() - start > chosen.most:
             continue
@@ -186,7 +188,7 @@ def main() -> int:
         print(f"{key}: {found[key]}", flush=True)
         if chosen.json is not None:
             write_json(chosen.json, {"run": run_metadata(), "cells": dict(sorted(found.items()))})
-    every = cells(list(MODELS), list(EXPORTERS))
+    every = cells(list(MODELS), list(EXPORTERS), list(SPECS))
     missing = sum(" | ".join(each) not in found for each in every)
     faults = sum(text.startswith(("DIFFERS", "CRASH")) for text in found.values())
     print(f"{len(found)} cells, {missing} missing, {faults} faults")
