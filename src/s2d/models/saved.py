@@ -13,8 +13,6 @@ import math
 import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
 
 from s2d.errors import InputError, first_line
-from s2d.io.files import parse_json, sync_folder
+from s2d.io.files import JSON, in_place_of, read_json
 from s2d.models.differences import match_types, put_buffers, tie, ties, unsaved_buffers
 from s2d.models.preprocessing import preprocessing_of
 from s2d.registry import Registry
@@ -40,8 +38,6 @@ BUFFERS_NAME = "buffers.safetensors"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TYPE, _VERSION = "s2d_model", 1
-
-JSON = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -143,25 +139,14 @@ def save_model(
     _refuse_foreign_state(model, description)
     shared = ties(model)
     config = {"_type": _TYPE, "_version": _VERSION, "model": description, "ties": shared, "notes": dict(notes or {})}
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-        try:
-            save_safetensors(model, str(temporary / WEIGHTS_NAME), metadata={"format": "pt"})
-            save_buffers(model, temporary)
-            if description["architecture"] == "transformers":
-                model.config.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
-            save_parts(temporary, tokenizer, processor)
-            (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            sync_folder(temporary)
-            _move_into_place(temporary, destination)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"could not write {destination}: {first_line(error)}; nothing was changed there; "
-            "free some space or choose another folder"
-        ) from error
+    with in_place_of(destination) as folder:
+        folder.mkdir()
+        save_safetensors(model, str(folder / WEIGHTS_NAME), metadata={"format": "pt"})
+        save_buffers(model, folder)
+        if description["architecture"] == "transformers":
+            model.config.save_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+        save_parts(folder, tokenizer, processor)
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return destination
 
 
@@ -175,22 +160,6 @@ def save_parts(folder: Path, *parts: Any) -> None:
             part = preprocessing_of(part, "the model")
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)
-
-
-def _move_into_place(temporary: Path, destination: Path) -> None:
-    temporary.chmod(0o755)  # mkdtemp makes folders private
-    if not destination.exists():
-        temporary.rename(destination)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}-old-", dir=destination.parent))
-    destination.rename(old / "checkpoint")
-    try:
-        temporary.rename(destination)
-    except OSError:
-        (old / "checkpoint").rename(destination)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _refuse_foreign_state(model: nn.Module, description: JSON) -> None:
@@ -284,17 +253,6 @@ def _read_config(folder: Path) -> JSON:
     if config.get("_version", 0) > _VERSION:
         raise InputError(f"{folder} was written by a newer s2d (format {config['_version']}); upgrade s2d to read it")
     return config
-
-
-def read_json(path: Path) -> JSON:
-    """A JSON object from a file, or one line about why not."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
 
 
 def check_safetensors(path: Path) -> None:

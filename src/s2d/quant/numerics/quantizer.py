@@ -126,8 +126,13 @@ def block_scales(blocks: Tensor, scale: Tensor, format: BlockFormat) -> Tensor:
     largest = blocks.abs().amax(-1, keepdim=True)
     if format.scale is None:
         # OCP Microscaling v1.0, section 6.3: the power of two below the largest value, over the element's own.
+        if format.rule == "even":  # half of the step that one more bit would make, then the same power of two below
+            largest = (largest.contiguous().view(torch.int32) + (1 << 21)).view(torch.float32)
         exponent = torch.frexp(largest).exponent - 1 - format.element.largest_exponent
         return torch.ldexp(torch.ones_like(largest), exponent.clamp(-127, 127))
+    if format.rule == "even":
+        found = round_float((largest / format.element.qmax * (1.0 / scale)).clamp(max=format.scale.qmax), format.scale)
+        return torch.where(found == 0, 0.125, found)
     wanted = largest / format.element.qmax / scale
     return round_float(wanted.clamp(2.0**format.scale.smallest_exponent, format.scale.qmax), format.scale)
 
