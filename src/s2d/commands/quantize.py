@@ -174,6 +174,8 @@ def quantize(
         inputs = None if inputs is None else list(inputs)
         # The very plan that would be executed; without data what the modules alone tell.
         plan = quant.plan(plain, parsed) if inputs is None else quant.planned(plain, parsed, inputs)
+        if inputs is None:
+            say(quiet, "no data to trace the model with: the plan is that of its modules, without most attention")
         say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
     else:
         assert out is not None  # else it is a plan

@@ -325,6 +325,14 @@ def _blocks(tracer: Tracer) -> list[Blocks]:
         kinds = [_signature(tracer, tracer.runs[i]) for i in kept]
         if any(_alike(a, b) for i, a in enumerate(kinds) for b in kinds[:i]):
             sequences.append(((container,), kept))
+    # A stage of one block is a sequence too, where other stages hold more of its kind.
+    known = {_kind(tracer, i) for _, runs in sequences for i in runs}
+    for container, runs in by_container.items():
+        kept = [i for i in runs if any(op in work for op in range(tracer.runs[i].first, tracer.runs[i].last))]
+        new = all(containers != (container,) for containers, _ in sequences)
+        if kept and new and all(_kind(tracer, i) in known for i in kept):
+            sequences.append(((container,), kept))
+    sequences.sort(key=lambda pair: pair[1][0])
     sequences = _interleaved(tracer, sequences)
     members = {i for _, runs in sequences for i in runs}
     out: list[Blocks] = []
@@ -347,6 +355,12 @@ def _blocks(tracer: Tracer) -> list[Blocks]:
 def _signature(tracer: Tracer, run: Run) -> tuple[str, dict[str, tuple[int, ...]]]:
     module = tracer.by_path[run.path]
     return type(module).__name__, {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
+def _kind(tracer: Tracer, run: int) -> tuple[str, frozenset[str]]:
+    """Class and parameters by name, whatever their sizes."""
+    name, shapes = _signature(tracer, tracer.runs[run])
+    return name, frozenset(shapes)
 
 
 def _alike(a: tuple[str, dict[str, tuple[int, ...]]], b: tuple[str, dict[str, tuple[int, ...]]]) -> bool:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from s2d import quant
 from s2d.errors import InputError
-from s2d.models.running import evaluating, main_output, real_tokens, run, token_mask
-from s2d.quant.calibration.observe import Batches
+from s2d.models.masks import token_mask
+from s2d.models.running import evaluating, main_output, real_tokens, run
+from s2d.quant.calibration.observe import Batches, traced
 from s2d.quant.modules.record import record
 from s2d.quant.modules.sites import quantizers_of
 from s2d.quant.numerics.formats import IntFormat, integer_format
@@ -368,6 +369,7 @@ class _Measure:
         if loss is not None:
             self.before = self._loss(model)
             return
+        self.graph = traced(model, batches)
         self.expected = [output.double() for output in self._outputs(model)]
         rows = torch.cat([output.flatten(0, -2) if output.ndim > 1 else output[None] for output in self.expected])
         self.spread = float((rows - rows.mean(0)).square().sum())
@@ -391,12 +393,13 @@ class _Measure:
     def _outputs(self, model: nn.Module) -> Iterator[Tensor]:
         """The real tokens of what the model returns, batch by batch."""
         held: list[Any] = []
-        with token_mask(model, self.prefix) as mask, evaluating(model):
+        with token_mask(model, self.graph, self.prefix) as mask, evaluating(model):
             hook = model.register_forward_hook(lambda _, __, output: held.append(output))
             try:
                 for index, batch in enumerate(self.batches):
                     run(model, batch, index)
-                    yield real_tokens(main_output(held.pop()), mask(), "input")
+                    output = main_output(held.pop())
+                    yield real_tokens(output, mask.of_output(output), "input")
             finally:
                 hook.remove()
 

@@ -100,11 +100,6 @@ class QuantizedAttention(Quantized):
 _running = threading.local()
 
 
-def inside_quantized_attention() -> bool:
-    """Whether a quantized attention module is running in this thread."""
-    return bool(getattr(_running, "modes", None))
-
-
 class AttentionMode(TorchFunctionMode):
     """Quantizes the attention products of one run of one module."""
 
