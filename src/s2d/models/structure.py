@@ -45,7 +45,7 @@ def finish(tracer: Tracer, given: dict[str, Tensor]) -> Graph:
     graph.attentions = _attentions(graph)
     graph.masks = _masks(graph, tracer.padding)
     graph.norms = _norms(graph)
-    graph.blocks = _blocks(tracer)
+    graph.blocks = _blocks(tracer, {one.context for one in graph.attentions})
     return graph
 
 
@@ -310,7 +310,7 @@ def _before_mean(graph: Graph, node: Node) -> int:
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(tracer: Tracer) -> list[Blocks]:
+def _blocks(tracer: Tracer, attended: set[int]) -> list[Blocks]:
     by_container: dict[str, list[int]] = {}
     for index, run in enumerate(tracer.runs):
         container = run.path.rpartition(".")[0]
@@ -319,21 +319,25 @@ def _blocks(tracer: Tracer) -> list[Blocks]:
         if isinstance(owner, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and any(True for _ in module.children()):
             by_container.setdefault(container, []).append(index)
     work = {op for op in (call.operation for call in tracer.calls if call.kind in ("product", "convolution"))}
-    sequences: list[tuple[tuple[str, ...], list[int]]] = []
-    for container, runs in by_container.items():
-        kept = [i for i in runs if any(op in work for op in range(tracer.runs[i].first, tracer.runs[i].last))]
-        kinds = [_signature(tracer, tracer.runs[i]) for i in kept]
+    spans = [range(run.first, run.last) for run in tracer.runs]
+    working = {c: [i for i in runs if any(op in work for op in spans[i])] for c, runs in by_container.items()}
+    found: dict[str, list[int]] = {}
+    for container, runs in working.items():
+        kinds = [_signature(tracer, tracer.runs[i]) for i in runs]
         if any(_alike(a, b) for i, a in enumerate(kinds) for b in kinds[:i]):
-            sequences.append(((container,), kept))
+            found[container] = runs
     # A stage of one block is a sequence too, where other stages hold more of its kind.
-    known = {_kind(tracer, i) for _, runs in sequences for i in runs}
-    for container, runs in by_container.items():
-        kept = [i for i in runs if any(op in work for op in range(tracer.runs[i].first, tracer.runs[i].last))]
-        new = all(containers != (container,) for containers, _ in sequences)
-        if kept and new and all(_kind(tracer, i) in known for i in kept):
-            sequences.append(((container,), kept))
-    sequences.sort(key=lambda pair: pair[1][0])
-    sequences = _interleaved(tracer, sequences)
+    known = {_kind(tracer, i) for runs in found.values() for i in runs}
+    found |= {c: runs for c, runs in working.items() if runs and all(_kind(tracer, i) in known for i in runs)}
+    # So is a list of one block with attention in it, in a model of one layer.
+    for container, runs in working.items():
+        lone = len(runs) == 1 and isinstance(tracer.by_path[container], nn.ModuleList)
+        if lone and any(op in attended for op in spans[runs[0]]):
+            others = [spans[i] for members in found.values() for i in members]
+            if not any(span.start < spans[runs[0]].stop and spans[runs[0]].start < span.stop for span in others):
+                found[container] = runs
+    ordered = sorted((((container,), runs) for container, runs in found.items()), key=lambda pair: pair[1][0])
+    sequences: list[tuple[tuple[str, ...], list[int]]] = _interleaved(tracer, ordered)
     members = {i for _, runs in sequences for i in runs}
     out: list[Blocks] = []
     for containers, runs in sequences:
