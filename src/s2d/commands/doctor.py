@@ -100,6 +100,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from s2d import __version__
+    from s2d.export.runtime import runtimes
     from s2d.models import installed_models
     from s2d.models.trained import trained_models
     from s2d.quant import methods
@@ -116,6 +117,7 @@ def examine() -> dict[str, Any]:
         "models": _models(installed_models(), trained_models()),
         "tasks": tasks(),
         "methods": methods(),
+        "runtimes": {name: runtime.about for name, runtime in runtimes().items()},
     }
 
 

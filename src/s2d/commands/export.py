@@ -10,6 +10,7 @@ from rich.console import Console
 
 from s2d.commands.shared import (
     Data,
+    ForRuntime,
     JsonFile,
     Model,
     Overrides,
@@ -37,6 +38,7 @@ def export(
     ] = None,
     task: TaskName = None,
     data: Data = None,
+    for_: ForRuntime = None,
     embeddings: Annotated[int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to leave them.")] = 8,
     form: Annotated[str, typer.Option(help="Of ONNX: qdq, integer (MatMulInteger) or types (INT4, UINT4).")] = "qdq",
     split: Annotated[str, typer.Option(help="On which the metric is compared.")] = "validation",
@@ -60,12 +62,14 @@ def export(
         raise InputError("where should the exported model go? add --out NAME.onnx")
     (check_file if out.suffix else check_folder)(out)
     check_file(json_file)
+    from s2d import quant
     from s2d.audit import audit_batches
     from s2d.checkpoint import load
     from s2d.commands.terminal import Watch
     from s2d.data.base import check_split
     from s2d.export import RUNNABLE, example_of
     from s2d.export import export as write
+    from s2d.export.runtime import find_runtime
     from s2d.export.towers import export_towers
     from s2d.models.dual_encoder import DualEncoder
     from s2d.models.saved import save_parts
@@ -73,6 +77,9 @@ def export(
     from s2d.tasks import create
     from s2d.tasks.evaluation import model_for
 
+    runtime = None if for_ is None else find_runtime(for_)
+    if runtime is not None:
+        runtime.check_file(out)
     recipe = settings(model, task, data, o) if task is not None or o else None
     wanted = check_split(split)
     with Watch(Console(stderr=True), quiet=quiet) as watch:
@@ -80,6 +87,8 @@ def export(
         loaded = load(model)
         if not is_quantized(loaded.model):
             raise InputError(f"{model} is not quantized; first: s2d quantize {model} --spec w4a4 --out FOLDER")
+        if runtime is not None:
+            runtime.refuse(quant.record(loaded.model).sites)
         made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
         plain = loaded.model
         inputs: Any

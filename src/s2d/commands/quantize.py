@@ -13,6 +13,7 @@ from rich.console import Console
 from s2d.commands.shared import (
     Data,
     Device,
+    ForRuntime,
     JsonFile,
     Model,
     Overrides,
@@ -46,11 +47,13 @@ if TYPE_CHECKING:
 def quantize(
     model: Model,
     spec: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Bits of weights and activations: w8a8, w4a4, w4a16, ..., or '{base: w4a4, attention: false}'."
+            help="Bits of weights and activations: w8a8, w4a4, w4a16, ..., or '{base: w4a4, attention: false}'. By "
+            "default w4a4, or what --for begins with."
         ),
-    ] = "w4a4",
+    ] = None,
+    for_: ForRuntime = None,
     observer: Annotated[str | None, typer.Option(help="minmax, percentile, percentile:99.99 or mse.")] = None,
     budget: Annotated[
         str | None,
@@ -107,6 +110,7 @@ def quantize(
     from s2d.checkpoint import load, refuse_in_the_way, save
     from s2d.distributed import processes
     from s2d.distributed.processes import device_of
+    from s2d.export.runtime import find_runtime
     from s2d.io.provenance import run_metadata
     from s2d.models import footprint
     from s2d.quant import QuantSpec
@@ -117,7 +121,10 @@ def quantize(
 
     if out is not None and not dry_run:
         refuse_in_the_way(out)  # before the work, not after it
-    parsed = QuantSpec.parse(spec) if observer is None else QuantSpec.parse(spec).with_observer(observer)
+    runtime = None if for_ is None else find_runtime(for_)
+    parsed = QuantSpec.parse(spec or (runtime.spec if runtime is not None and runtime.spec else "w4a4"))
+    if observer is not None:
+        parsed = parsed.with_observer(observer)
     if prefix:
         parsed = replace(parsed, prefix=prefix)
     entries = quant.get_methods(method)
@@ -170,6 +177,9 @@ def quantize(
         found = sensitivity(plain, calibration=inputs, base=parsed, progress=bars(quiet))
         parsed = found.allocate(bits)
         say(quiet, found.explain(parsed))
+    if runtime is not None:
+        inputs = None if inputs is None else list(inputs)
+        runtime.refuse(quant.plan(plain, parsed) if inputs is None else quant.planned(plain, parsed, inputs))
     if dry_run:
         inputs = None if inputs is None else list(inputs)
         # The very plan that would be executed; without data what the modules alone tell.

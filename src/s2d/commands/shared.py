@@ -77,6 +77,10 @@ JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="A
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor tables.")]
 TaskName = Annotated[str | None, typer.Option("--task", help="What the model is for: see [bold]s2d doctor[/bold].")]
 Data = Annotated[str | None, typer.Option("--data", metavar="PATH", help="File or folder with the data.")]
+ForRuntime = Annotated[
+    str | None,
+    typer.Option("--for", metavar="RUNTIME", help="Refuse what this runtime cannot hold: see [bold]s2d doctor[/bold]."),
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ... or auto.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
 

@@ -20,7 +20,6 @@ from rich.progress import (
 from rich.table import Table
 
 from s2d.errors import visible
-from s2d.report.schema import read_results
 from s2d.report.summary import Group, groups, label, rivals
 
 LINE_EVERY = 30.0  # seconds between two lines where the output is not a terminal
@@ -80,6 +79,8 @@ class Watch:
 
 def comparison(results: Mapping[str, Any]) -> list[Table]:
     """One table for each task and metric of a run: a row per bit width and calibrator, a column per arm."""
+    from s2d.report.schema import read_results
+
     return [_table(group) for group in groups(read_results(results).records)]
 
 
