@@ -35,10 +35,12 @@ from s2d.commands.shared import (
 from s2d.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from s2d.experiments.recipe import Recipe
-    from s2d.quant import QuantSpec
+    from s2d.quant import QuantSpec, Site
     from s2d.tasks import Task
     from s2d.training.train_settings import Training
 
@@ -177,13 +179,14 @@ def quantize(
         found = sensitivity(plain, calibration=inputs, base=parsed, progress=bars(quiet))
         parsed = found.allocate(bits)
         say(quiet, found.explain(parsed))
-    if runtime is not None:
-        inputs = None if inputs is None else list(inputs)
-        runtime.refuse(quant.plan(plain, parsed) if inputs is None else quant.planned(plain, parsed, inputs))
-    if dry_run:
+    plan: Sequence[Site] = ()
+    if runtime is not None or dry_run:
         inputs = None if inputs is None else list(inputs)
         # The very plan that would be executed; without data what the modules alone tell.
         plan = quant.plan(plain, parsed) if inputs is None else quant.planned(plain, parsed, inputs)
+    if runtime is not None:
+        runtime.refuse(plan)
+    if dry_run:
         if inputs is None:
             say(quiet, "no data to trace the model with: the plan is that of its modules, without most attention")
         say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
