@@ -228,15 +228,12 @@ def records(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for name, row in found.items():
         shared = {"task": "architectures", "conditioning": "none", "spec": "w4a8", "model": name}
-        reasons = {**row["failures"], **row["refused"]}
-        for metric, value in row.items():
-            if metric not in _PLAIN and (value is not None or metric in reasons):
-                kind = "refused" if value is None else metric
-                row_of = {**shared, "metric": kind, "value": 1.0 if value is None else float(value)}
-                if value is None:
-                    row_of |= {"method": metric}
-                made.append({**row_of, "reason": reasons.get(metric, ""), "higher_is_better": True})
-        made.append({**shared, "metric": "failures", "value": float(len(row["failures"])), "higher_is_better": False})
+        counts = {metric: value for metric, value in row.items() if metric not in _PLAIN and value is not None}
+        counts |= {kind: len(row[kind]) for kind in ("refused", "failures")}
+        for metric, value in counts.items():
+            made.append(
+                {**shared, "metric": metric, "value": float(value), "higher_is_better": metric in quant.methods()}
+            )
     return made
 
 
@@ -283,6 +280,8 @@ def main() -> int:
         )
         if options.json:
             _write(options.json, found, digest)
+    if options.json:
+        _write(options.json, found, digest)
     wrong = sum(bool(row["failures"]) for row in found.values())
     print(f"{len(found)} architectures, {wrong} with a failure")
     return 1 if wrong else 0

@@ -103,6 +103,26 @@ def test_attention_that_cannot_be_quantized_is_kept_with_the_reason_and_the_rest
     assert output(s2d.quantize(model, "w4a8", calibration=[x]), (x,)).isfinite().all()
 
 
+class ByHand(nn.Module):
+    """Attention whose projections are products with their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(8, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        return F.scaled_dot_product_attention(x @ self.q.T, x @ self.k, x @ self.v.T)
+
+
+def test_attention_with_projections_by_hand_is_quantized() -> None:
+    model, x = ByHand().eval(), torch.randn(2, 5, 8)
+    quantized = s2d.quantize(model, "w8a8", calibration=[x])
+    assert {site.what for site in record(quantized).sites if site.format} >= {"q", "k", "probs", "v"}
+    assert 0 < float((output(quantized, (x,)) - output(model, (x,))).norm() / output(model, (x,)).norm()) < 0.1
+
+
 def test_a_computed_weight_is_kept_with_the_reason() -> None:
     norm = nn.utils.parametrizations.weight_norm
     model = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), norm(nn.Linear(8, 8)), nn.Linear(8, 8)) for _ in range(2)))
