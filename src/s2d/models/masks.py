@@ -31,6 +31,9 @@ class _Whose:
         self._known: dict[tuple[str, Where], list[_Key]] = {}
         masked = [] if graph is None else [axis for mask in graph.masks for axis in mask.axes[1:]]
         self._masked = set() if graph is None else {graph.axes[axis].same_as for axis in masked}
+        # A mask that the model itself does not read says what is padding all the same.
+        unread = set() if graph is None else MASKS & graph.inputs.keys() - {mask.key for mask in graph.masks}
+        self._unread = bool(unread)
         self.frames: dict[str, tuple[int, ...]] = {}
         for node in () if graph is None else graph.nodes:
             if node.source.startswith("input:") and len(node.shape) in (2, 3):
@@ -53,7 +56,7 @@ class _Whose:
             return mask.key
         for key, axes in self.frames.items():
             if graph.has_whole(node, axes, graph.inputs[key][:2]):
-                return f":{key}"
+                return _CANNOT_TELL if self._unread else f":{key}"
         # Of masked tokens that were cut, moved or picked out since only the running forward may know.
         return _CANNOT_TELL if self._origins(node) & self._masked else None
 

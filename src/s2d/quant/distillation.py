@@ -80,11 +80,15 @@ class Distiller:
             raise InputError(f"variance={variance!r} is a share, above 0 and at most 1")
         self._teacher = teacher.eval()
         self._outputs = outputs
+        known = {name for name, _ in student.named_parameters()}
+        strange = [name for name, _ in teacher.named_parameters() if name not in known]
+        if strange:
+            raise InputError(
+                f"the student has no {strange[0]}; the teacher must be the student's model at full precision"
+            )
         batches = Batches(calibration)
         self._graph = traced(self._teacher, batches)
         names = _last_of_each_tower(self._graph)
-        if not set(names) <= {name for name, _ in student.named_modules()}:
-            raise InputError(f"the student has no {names[0]}; it must be the teacher's model with quantizers in it")
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any, dict[str, Tensor]]] = []
         self._seen: dict[str, Tensor] = {}
         self._own = {name: teacher.get_submodule(name) for name in names}
