@@ -191,7 +191,7 @@ def quantize(
             say(quiet, "no data to trace the model with: the plan is that of its modules, without most attention")
         say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
     else:
-        assert out is not None  # else it is a plan
+        assert out is not None and inputs is not None  # else it is a plan
         said = f"{out}: {model} at {parsed}"
         if recipe is not None and made is not None and recipe.qat is not None:
             quantized, done = _train(plain, made, parsed, recipe, inputs, seed, held_beside(out), quiet)

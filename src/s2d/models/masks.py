@@ -203,12 +203,11 @@ def _take(padding: Padding, signature: inspect.Signature, args: tuple[Any, ...],
         bound = signature.bind_partial(*args, **kwargs).arguments
         given |= bound | {str(place): bound[name] for place, name in enumerate(signature.parameters) if name in bound}
     padding.given, padding.sizes = {}, {}
-    for key in padding.whose.frames:
-        value = given.get(key)
-        if isinstance(value, Tensor) and value.ndim in (2, 3):
-            padding.sizes[key] = (value.shape[0], value.shape[1])
+    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    for key in tensors.keys() & padding.whose.frames.keys():
+        if tensors[key].ndim in (2, 3):
+            padding.sizes[key] = (tensors[key].shape[0], tensors[key].shape[1])
     for mask in graph.masks:
-        value = given.get(mask.key)
-        if isinstance(value, Tensor) and value.ndim == 2:
-            real = mask.keeps(value)
+        if mask.key in tensors and tensors[mask.key].ndim == 2:
+            real = mask.keeps(tensors[mask.key])
             padding.given[mask.key] = None if bool(real.all()) else real
