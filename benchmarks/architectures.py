@@ -232,7 +232,12 @@ def records(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         counts |= {kind: len(row[kind]) for kind in ("refused", "failures")}
         for metric, value in counts.items():
             made.append(
-                {**shared, "metric": metric, "value": float(value), "higher_is_better": metric in quant.methods()}
+                {
+                    **shared,
+                    "metric": metric,
+                    "value": int(value) if value == int(value) else value,
+                    "higher_is_better": metric in quant.methods(),
+                }
             )
     return made
 

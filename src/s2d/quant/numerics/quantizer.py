@@ -229,6 +229,8 @@ class Quantizer(nn.Module):
     kind: ClassVar[str] = "affine"
     scale: Tensor
     zero_point: Tensor
+    # Tokens of the sequence that came in earlier calls: they are not in what passes now, and no longer first.
+    past: int = 0
 
     def __init__(
         self,
@@ -311,13 +313,14 @@ class Quantizer(nn.Module):
             self.watch(x)
         if not self.enabled:
             return x
-        if self.prefix:
+        kept = max(0, self.prefix - self.past)
+        if kept:
             if x.ndim < 3:
                 raise InputError(
                     f"{self.name} sees its tokens without their sequences, {list(x.shape)}, so the first {self.prefix} "
                     "cannot be kept; leave out the prefix, or override the site with keep"
                 )
-            return torch.cat([x[..., : self.prefix, :], self._rounded(x[..., self.prefix :, :])], dim=-2)
+            return torch.cat([x[..., :kept, :], self._rounded(x[..., kept:, :])], dim=-2)
         return self._rounded(x)
 
     def _rounded(self, x: Tensor) -> Tensor:
