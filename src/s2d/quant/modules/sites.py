@@ -15,7 +15,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -163,8 +163,6 @@ def insert(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Quantizer]:
                 holder = AttentionQuantizer(name, {str(what): quantizer for what, quantizer in mine.items()})
                 swap_in(module, QuantizedAttention, {"attention_quantizer": holder}, name)
         _fast_paths(model, on=False)
-        if any(site.prefix for site in quantizers):
-            model.register_forward_pre_hook(_follow_cache, with_kwargs=True)
     except BaseException:
         remove(model)
         raise
@@ -190,8 +188,6 @@ def remove(model: nn.Module) -> None:
     """
     online.detach(model)
     _fast_paths(model, on=True)
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _follow_cache]:
-        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
     for module in list(model.modules()):
         if isinstance(module, QuantizedLayer):
             swap_out(module, ("weight_quantizer", "input_quantizer"))  # pyright: ignore[reportArgumentType]
@@ -221,17 +217,6 @@ def weight_name(model: nn.Module, site: Site) -> str:
     """The state-dict key of the parameter behind a ``weight`` site (of a Linear or an nn.MultiheadAttention)."""
     multi_head = isinstance(model.get_submodule(site.module), nn.MultiheadAttention)
     return f"{site.module}.{'in_proj_weight' if multi_head else 'weight'}".lstrip(".")
-
-
-def _follow_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell quantizers with a prefix how many tokens of the sequence a cache of generation holds already."""
-    caches = [kwargs[key] for key in ("past_key_values", "cache") if hasattr(kwargs.get(key), "get_seq_length")]
-    past = int(caches[0].get_seq_length()) if caches else 0
-    for quantizer in quantizers_of(module):
-        # Keys and values come with the cache's in front.
-        before = 0 if quantizer.name.endswith((".k", ".v")) else past
-        if quantizer.past != before:
-            quantizer.past = before
 
 
 def _quantizer(site: Site) -> Quantizer:
