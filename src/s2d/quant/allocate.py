@@ -320,8 +320,7 @@ def sensitivity(
     measure = _Measure(model, batches, loss, parsed.prefix, graph)
     follow = activations == "follow"
     errors: dict[str, dict[int, float]] = {}
-    sizes: dict[str, int] = {}
-    parts: dict[str, tuple[float, float]] = {}
+    sizes, parts = dict[str, int](), dict[str, tuple[float, float]]()
     spec = all_with_bits(parsed, widths[0], follow)
     kept = tuple((name, replace(override, attention=None)) for name, override in spec.overrides)
     spec, together = replace(spec, attention=None, overrides=kept), ()
@@ -396,9 +395,8 @@ class _Measure:
 
     def __init__(self, model: nn.Module, batches: Batches, loss: Loss | None, prefix: int, graph: Graph) -> None:
         self.batches, self.loss, self.prefix, self.graph = batches, loss, prefix, graph
-        self.before = 0.0
+        self.before = self.spread = 0.0
         self.expected: list[Tensor] = []
-        self.spread = 0.0
         if loss is not None:
             self.before = self._loss(model)
             return
