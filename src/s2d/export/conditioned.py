@@ -213,7 +213,7 @@ def page(report: ConditionedReport, compiler: Runtime) -> str:
     commands = "\n".join(reads.commands)
     told = "".join(f"- {text}\n" for text in (*reads.notes, *report.findings))
     return (
-        f"# For {compiler.name}: {compiler.about}\n\n"
+        f"# For {compiler.name}\n\n"
         "The model is in full precision; the compiler quantizes it with the examples that lie beside it.\n\n"
         f"- `model.onnx`: float32, opset {report.opset}, {fixed}; {mask}; outputs within {report.outputs_moved:.0e} of "
         "torch's\n"
