@@ -44,9 +44,11 @@ class Structure:
         self._masked: dict[nn.Module, inspect.Signature] = {}
         self._mark: Any = None
         self._looks = 0
-        self._as_it_trains = False
+        # Names of targets: those asked for ever, those that ran unknown, those to find now, those to find next time.
         self._asked: set[str] = set()
         self._unknown: set[str] = set()
+        self._missing: set[str] = set()
+        self._wanted: set[str] = set()
         self._outermost: nn.Module | None = None
         self._called: Counter[str] = Counter()
         self._real: dict[str, Tensor] = {}
@@ -64,13 +66,13 @@ class Structure:
         tied = [numbers.setdefault(id(p), i) for i, p in enumerate(_parameters(self._model))]
         mark = [(path, type(module).__name__) for module, path in modules.items()], tied
         if mark != self._mark or self._looks >= _TRACE_AGAIN:
-            self._known, self._asked, self._looks, self._as_it_trains = {}, set(), 0, False
+            self._known, self._asked, self._looks = {}, set(), 0
             signatures = {module: inspect.signature(module.forward) for module in modules}
             self._masked = {m: s for m, s in signatures.items() if not MASKS.isdisjoint(s.parameters)}
         self._mark, self._paths = mark, modules
         self._looks += 1
         self._outermost, self._named, self.traced = None, None, False
-        self._unknown = set()
+        self._unknown, self._missing, self._wanted = set(), self._wanted, set()
         return list(modules)
 
     @property
@@ -79,9 +81,9 @@ class Structure:
         return bool(self._unknown)
 
     def complete(self) -> None:
-        """Trace the next forward as it trains, whole, for what was missing."""
+        """Trace the forwards of the next look as they train, whole, for what was missing."""
         self._asked |= self._unknown
-        self._as_it_trains = True
+        self._wanted = set(self._unknown)
 
     # -- the running forward -------------------------------------------------------------------------------------------
 
@@ -111,7 +113,7 @@ class Structure:
         self._real = {}
         given, rest = _by_name(module, args, kwargs)
         values = inputs_by_key(rest, given)
-        if module not in self._known or self._as_it_trains:
+        if module not in self._known or self._missing:
             trains = module.training or torch.is_grad_enabled()
             if not trains or is_recomputed() or is_transformed(*values.values()):
                 self._outermost = None
@@ -125,7 +127,7 @@ class Structure:
                 self._real[mask.key] = mask.keeps(value.detach()) if real is None else real
 
     def _trace(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        known, self._as_it_trains, problem = self._known.get(module, Sites()), False, None
+        known, problem = self._known.get(module, Sites()), None
         for training in (True,) if module in self._known else (False, True):
             self.tracing = True
             try:
@@ -146,6 +148,7 @@ class Structure:
             warnings.warn(
                 f"the conditioned model could not be traced, so its sites are not known: {problem}", stacklevel=2
             )
+        self._missing -= known.uses.keys()
         self._known[module], self.traced = known, True
 
     def call(self, target: Target) -> Uses:
@@ -175,6 +178,12 @@ class Structure:
             found = self._real.get(uses.mask.key)
             found = found.mT if found is not None and uses.mask.turned else found
         return found if found is not None and found.numel() == here[..., 0].numel() else None
+
+    @property
+    def writers(self) -> dict[str, str]:
+        """The writer of what each weight reads, where it is the first to read it; of several the last."""
+        found = [pair for sites in self._known.values() for pair in sites.uses.items()]
+        return {name: uses.read.writer for name, calls in found for uses in calls if uses.read is not None}
 
     def offsets(self) -> dict[str, float]:
         """What norms add to their gains, as far as they have run."""
