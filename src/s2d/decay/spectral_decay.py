@@ -41,7 +41,7 @@ from s2d.decay.closed_forms import (
     shrink_singular,
     summed_over,
 )
-from s2d.decay.eligibility import eligible, sort_out
+from s2d.decay.eligibility import eligible, no_matrices, sort_out
 from s2d.decay.learning_rates import PeakRates
 from s2d.decay.refresh_hooks import Eager, Watch, is_recomputed, is_transformed
 from s2d.decay.selection import METRICS, Components, Finding
@@ -62,6 +62,7 @@ from s2d.distributed.sharding import (
     require_same,
 )
 from s2d.errors import InputError
+from s2d.models.tracing import unwrapped
 from s2d.targets.calls import (
     bias_parameter,
     call_views,
@@ -159,7 +160,11 @@ class SelectiveSpectralDecay:
         self._found = with_adapters(model, find_targets(model, include, exclude, self.settings.kinds))
         self._model, self._take_frozen, self._seed = model, frozen, seed
         coupled = self.settings.mode == "coupled"
+        self._unfit = (
+            no_matrices(unwrapped(model)) if include == "all-linear" and "linear" in self.settings.kinds else {}
+        )
         self.targets, self.skipped = eligible(model, self._found, self._rates, coupled=coupled, frozen=frozen)
+        self.skipped |= self._unfit
         self._changed: set[str] = set()
         self._take_note_of_targets()
         ranks = [min(target.block().shape) for target in self.targets if target.kind != "norm"]
@@ -375,7 +380,7 @@ class SelectiveSpectralDecay:
             self.targets[:] = kept
             for name in left_out:
                 self._metric.selected.pop(name, None)
-        self.skipped = {n: why for n, why in self.skipped.items() if why == _NOT_RUN} | left_out
+        self.skipped = {n: why for n, why in self.skipped.items() if why == _NOT_RUN} | left_out | self._unfit
         self._take_note_of_targets()
 
     def _arm(self) -> None:
@@ -463,8 +468,9 @@ class SelectiveSpectralDecay:
             self._sort_out()
 
     def _note_what_ran(self) -> None:
+        written = set(self._structure.writers.values())  # some are used without a call of their module
         for target in self.targets:
-            if target.name not in self._ran:
+            if target.name not in self._ran and target.name not in written:
                 self.skipped[target.name] = _NOT_RUN
             else:
                 self.skipped.pop(target.name, None)
