@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Plant an outlier in a gain, a value row and an fc1 row of tiny random models, and let the decay find and shrink it.
 
 One command, offline, CPU; it goes on where it was interrupted, and runs a row again if the code of the decay changed:
@@ -35,12 +36,47 @@ from s2d.io.provenance import code_digest
 STEPS, STRENGTH, TIMES, LIMITS = 30, 0.1, 10.0, (4.5, 6.0, 9.0, 14.0)
 # Names of modules, the better ones first. What reads the norm is a linear layer of the same block.
 PLACES: dict[str, list[str]] = {
-    "gain": """input_layernorm layernorm_before norm1 ln_1 self_attn_layer_norm attention.output.LayerNorm sa_layer_norm
-        attention.LayerNorm post_attention_layernorm layer_norm1 attn_norm layer.0.layer_norm attention_layernorm
-        output.LayerNorm layernorm_after layer_norm layernorm norm2 norm""".split(),
-    "value": "v_proj value v v_lin query_key_value qkv qkv_proj c_attn Wqkv kv".split(),
-    "fc1": """fc1 fc1_x intermediate.dense intermediate_dense up_proj wi wi_1 lin1 dense_h_to_4h c_fc gate_up_proj ffn
-        linear1 mlp.Wi weights_in pwconv1 up""".split(),
+    "gain": [
+        "input_layernorm",
+        "layernorm_before",
+        "norm1",
+        "ln_1",
+        "self_attn_layer_norm",
+        "attention.output.LayerNorm",
+        "sa_layer_norm",
+        "attention.LayerNorm",
+        "post_attention_layernorm",
+        "layer_norm1",
+        "attn_norm",
+        "layer.0.layer_norm",
+        "attention_layernorm",
+        "output.LayerNorm",
+        "layernorm_after",
+        "layer_norm",
+        "layernorm",
+        "norm2",
+        "norm",
+    ],
+    "value": ["v_proj", "value", "v", "v_lin", "query_key_value", "qkv", "qkv_proj", "c_attn", "Wqkv", "kv"],
+    "fc1": [
+        "fc1",
+        "fc1_x",
+        "intermediate.dense",
+        "intermediate_dense",
+        "up_proj",
+        "wi",
+        "wi_1",
+        "lin1",
+        "dense_h_to_4h",
+        "c_fc",
+        "gate_up_proj",
+        "ffn",
+        "linear1",
+        "mlp.Wi",
+        "weights_in",
+        "pwconv1",
+        "up",
+    ],
 }
 
 
