@@ -156,14 +156,16 @@ class Structure:
         number = self._called[target.name]
         self._called[target.name] += 1
         sites = self._known.get(self._outermost) if self._outermost is not None else None
-        calls = sites.uses.get(target.name) if sites is not None else None
+        own = sites.uses.get(target.name) if sites is not None else None
+        # A head that is called from outside, for some of the tokens, reads what it reads in the model.
+        calls = own or next((s.uses[target.name] for s in self._known.values() if target.name in s.uses), None)
         if not calls:
             if sites is not None and target.name not in self._asked:
                 self._unknown.add(target.name)
             return Uses()
         uses = calls[min(number, len(calls) - 1)]
         site = uses.read
-        if site is not None and sites is not None and site.writer in sites.uses and not self._called[site.writer]:
+        if own and sites and site is not None and site.writer in sites.uses and not self._called[site.writer]:
             return Uses(None, uses.written, uses.mask)  # its writer was left out: somebody else wrote this
         return uses
 

@@ -35,6 +35,8 @@ class Tracer(Memory):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.stack and self.stack[-1][0]._parameters:
+            self._tell_replaced()
         info = self._infos.get(func)
         if info is None:
             info = self._infos[func] = info_of(func)

@@ -52,16 +52,17 @@ def trace_call(
     Raises:
         InputError: As `trace`.
     """
-    if as_it_trains:
-        return _traced(module, *_copied(args, kwargs), training=True)
-    short_args, short_kwargs, cut = _two_rows(args, kwargs)
-    try:
-        return _traced(module, short_args, short_kwargs)
-    except InputError:
-        # Inputs whose first dimension is not rows (patches of all images in one list) cannot be cut.
-        if not cut:
-            raise
-    return _traced(module, *_copied(args, kwargs))
+    with torch.no_grad():  # what is copied here is no part of anybody's graph of gradients
+        if as_it_trains:
+            return _traced(module, *_copied(args, kwargs), training=True)
+        short_args, short_kwargs, cut = _two_rows(args, kwargs)
+        try:
+            return _traced(module, short_args, short_kwargs)
+        except InputError:
+            # Inputs whose first dimension is not rows (patches of all images in one list) cannot be cut.
+            if not cut:
+                raise
+        return _traced(module, *_copied(args, kwargs))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

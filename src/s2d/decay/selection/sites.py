@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from s2d.distributed.sharding import is_dtensor
 from s2d.models.dimensions import positions
 from s2d.models.graph import Graph
 from s2d.models.graph_parts import Call, Exactness, Mask, Writer
@@ -90,6 +91,7 @@ class _Reading:
         for target in targets:
             path = f"{target.module_name}.{target.parameter_name}" if target.module_name else target.parameter_name
             self.by_parameter[path].append(target)
+        self.divided = any(is_dtensor(target.parameter) for target in targets)
         self.adapted = {
             target.module_name.rpartition(".")[0]: target for target in targets if isinstance(target, AdaptedTarget)
         }
@@ -185,6 +187,8 @@ class _Reading:
         found = positions(dims, call.features) if call.features and dims else None
         if found is None:  # a product is named by one of its factors; the other has the same channels
             rows = [] if writer.rows is None else writer.rows.indices()
+            if not rows and self.divided:  # a rank's part of the channels: they are not followed through its views
+                rows = range(width if call.output_shape[-1] == width else 0)
         elif sum(d.axis == call.features for d in dims[-1]) != len(found[1]):
             return None
         else:
