@@ -33,16 +33,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from rich.console import Console
 
 import s2d
 from s2d.checkpoint import load
-from s2d.commands.terminal import Watch
 from s2d.distributed.processes import device_of
 from s2d.errors import InputError
 from s2d.experiments.recipe import FULL, Cell, QuantizeSection, Recipe, read_recipe
 from s2d.experiments.records import records_of
-from s2d.experiments.runner import Runner
+from s2d.experiments.runner import Runner, Silent, Watcher
 from s2d.io.files import JSON, read_json, write_json
 from s2d.io.provenance import code_digest, digest, measured, run_metadata
 from s2d.models import Loaded, fingerprint
@@ -105,7 +103,15 @@ def arms_in(places: Sequence[Path], wanted: Sequence[str], seeds: Sequence[int])
     return sorted(found.values(), key=lambda arm: (arm.seed, first[arm.name]))
 
 
-def trained(recipe_name: str, recipe: Recipe, out: Path, watch: Watch) -> Path:
+class Aloud(Silent):
+    """Says its lines on standard error: beside the table, which may go into a file."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+        print(text, file=sys.stderr)
+
+
+def trained(recipe_name: str, recipe: Recipe, out: Path, watch: Watcher) -> Path:
     """Train the arms of a recipe, those that are missing; the folder of the run."""
     folder = out / "models"
     plain = recipe.model_copy(update={"audit": False, "qat": None, "quantize": QuantizeSection(specs=[FULL])})
@@ -243,7 +249,7 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = [f"split={arguments.split}", *arguments.o]
     name, recipe = read_recipe(arguments.recipe, overrides)
     everything = jobs(arguments)
-    say = Watch(Console(stderr=True))  # beside the table, which may go into a file
+    say = Aloud()
     places = arguments.models or [trained(name, recipe, arguments.out, say)]
     arms = arms_in(places, [word for word in arguments.arms.split(",") if word], arguments.seeds)
     task = create(recipe.task.name, **recipe.task.options)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from s2d.data.windows import cut_windows
 from s2d.errors import InputError
 from s2d.models import Loaded, save_model
 from s2d.tasks import create
-from s2d.tasks.language_modeling import cut_windows
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from s2d.data.image_rows import IMAGE_SUFFIXES, tables_in
 from s2d.data.split_files import split_files
 from s2d.data.tables import TABLE_SUFFIXES, Table, read_table
 from s2d.data.tokens import TokenTable, check_max_length, most_tokens, require_tokenizer, tokenize
+from s2d.data.windows import cut_windows
 from s2d.errors import InputError, first_line
 from s2d.models import Loaded
 from s2d.models.preprocessing import upright
 from s2d.optional import require
-from s2d.tasks.language_modeling import cut_windows
 
 TEXTS, TEXT_LENGTH = 128, 128
 WINDOWS, WINDOW_LENGTH = 8, 512

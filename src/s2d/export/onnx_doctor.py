@@ -67,7 +67,7 @@ def open_file(path: str | os.PathLike[str]) -> Any:
     """An ONNX file as protobuf, weights included.
 
     Raises:
-        InputError: No such file, or not ONNX.
+        InputError: No such file, not ONNX, or damaged.
     """
     onnx = require("onnx", "export")
     source = Path(path)
@@ -77,6 +77,8 @@ def open_file(path: str | os.PathLike[str]) -> Any:
         model = onnx.load(os.fspath(source))
         if not model.graph.node:
             raise InputError(f"{source} is no ONNX file, or holds no graph; name a file ending in .onnx")
+        for weight in model.graph.initializer:
+            onnx.checker.check_tensor(weight)
         return model
     except InputError:
         raise

@@ -7,7 +7,7 @@ before anything is written, with the nearest spec that can be said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,19 +45,20 @@ class PlainLayer:
         return inputs // scale.shape[1] if scale.ndim == 2 else inputs
 
 
-def plain_layers(model: nn.Module, format: str) -> Iterator[PlainLayer]:
+def plain_layers(model: nn.Module, format: str, without: Collection[str] = ()) -> Iterator[PlainLayer]:
     """The quantized Linears of a model, one at a time.
 
     Args:
         model: Quantized.
         format: The format's name, for messages.
+        without: Modules that the format holds in another way.
 
     Raises:
         InputError: It is not quantized; something in it is more than a Linear of integers.
     """
     refuse_more_than_linears(model, format)
     for name, module in model.named_modules():
-        if not isinstance(module, QuantizedLinear):
+        if not isinstance(module, QuantizedLinear) or name in without:
             continue
         quantizer, weight = module.input_quantizer, module.weight_quantizer
         if weight is None:

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from s2d.errors import visible
-from s2d.io.files import write_atomic
+from s2d.io.files import JSON, write_atomic
 from s2d.report.formatting import MISSING, points, ratio, signed
-from s2d.report.schema import JSON, read_results
 from s2d.report.summary import Group, gain, groups, label
 
 NAME = "README.md"
@@ -83,6 +82,8 @@ def card(
     name: str = "model",
 ) -> str:
     """The card's text; arguments as for `write_card`."""
+    from s2d.report.schema import read_results
+
     training, run = training or {}, run or {}
     found = groups(read_results({"records": list(records)}).records) if records else []
     trial = run.get("trial") is True

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2d.report.formatting import percent, ratio, show, two_decimals
 from s2d.report.histograms import caption, chosen, histogram_figure, span
 from s2d.report.histories import Track, track_figure
-from s2d.report.schema import Audit, Weight
 from s2d.report.scores import style
 from s2d.report.summary import LABELS, worst_weight
+
+if TYPE_CHECKING:
+    from s2d.report.schema import Audit, Weight
+
+    Found = list[tuple[str, Weight]]  # (checkpoint, its row)
 
 COLUMNS = (
     # heading, key of the value, how it is written
@@ -31,7 +35,6 @@ COLUMNS = (
     ("input max / RMS", "input_ratio", ratio),
     ("W4A4 error", "w4a4_error", percent),
 )
-Found = list[tuple[str, Weight]]  # (checkpoint, its row)
 
 
 def used_columns(audits: Sequence[Audit]) -> list[tuple[str, str, Any]]:

@@ -8,10 +8,12 @@ alternating tints, so one sees at a glance how many levels the bulk of the value
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2d.report.formatting import show
-from s2d.report.schema import Histogram
+
+if TYPE_CHECKING:
+    from s2d.report.schema import Histogram
 
 BULK = 0.999  # the share of the values that the close-up shows
 

@@ -6,10 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2d.report.formatting import ratio, show
-from s2d.report.schema import Moment
+
+if TYPE_CHECKING:
+    from s2d.report.schema import Moment
 
 SHOWN = 6  # as many as there are colours that everybody can tell apart
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from s2d.report.formatting import percent, ratio, two_decimals
-from s2d.report.schema import Audit, Weight
+
+if TYPE_CHECKING:
+    from s2d.report.schema import Audit, Weight
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from s2d.io.files import write_atomic
+from s2d.errors import visible
+from s2d.io.files import JSON, write_atomic
 from s2d.optional import require
 from s2d.report import layermap
 from s2d.report.close_up import cell, close_ups, used_columns, weight_figures
 from s2d.report.formatting import MISSING, points, show, signed
 from s2d.report.histories import history_figure, most_decayed, tracks
-from s2d.report.schema import JSON, Audit, Record, Results, read_results, visible
 from s2d.report.scores import score_figure
 from s2d.report.summary import (
     Group,
@@ -36,6 +36,9 @@ from s2d.report.summary import (
 )
 from s2d.report.trend import trend_figure, trend_verdict
 
+if TYPE_CHECKING:
+    from s2d.report.schema import Audit, Record, Results
+
 # The charting library, as it was published (plotly.js-basic-dist-min 4.1.1 on npm); its licence is beside it.
 PLOTLY = ("vendor/plotly-basic.min.js", "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba")
 
@@ -47,6 +50,8 @@ def render_report(results: object) -> str:
         InputError: It is not a results file of s2d, or holds no record.
         MissingExtra: jinja2 is not installed.
     """
+    from s2d.report.schema import read_results
+
     jinja2 = require("jinja2", "report")
     markup = jinja2.utils.markupsafe.Markup
     read = read_results(results)
@@ -202,14 +207,13 @@ def _audit_rows(audits: Sequence[Audit]) -> list[dict[str, Any]]:
 
 
 def _record_row(record: Record) -> dict[str, Any]:
-    seconds, memory = (record.raw.get(key) for key in ("seconds", "peak_mb"))
     return {
         "record": record,
         "conditioning": label(record.conditioning),
         "value": points(record.value),
         "sort": "" if math.isnan(record.value) else repr(record.value),
-        "seconds": show(float(seconds)) if isinstance(seconds, (int, float)) else MISSING,
-        "memory": show(float(memory)) if isinstance(memory, (int, float)) else MISSING,
+        "seconds": show(record.seconds),
+        "memory": show(record.peak_mb),
     }
 
 

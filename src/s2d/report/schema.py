@@ -1,42 +1,127 @@
-"""Result JSON, checked and typed. Whatever a file says, the rest of the report sees only these classes."""
+"""Result JSON, checked by pydantic and typed. Whatever a file says, the rest of the report sees only these classes.
+
+A measure of the wrong type counts as not taken; a structure of the wrong type is an error. Modules that only name these
+classes import them for type checkers, so that pydantic is loaded when a file is read.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import field, fields, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from s2d.errors import InputError, visible
+from s2d.io.files import JSON
 
-JSON = Mapping[str, Any]
+T = TypeVar("T")
+_RANKED = ("sigma", "pcdr", "pcdr_data")  # measures of the first three singular components
+_WRONG_TYPE = {"list_type": "a list", "tuple_type": "a list", "dict_type": "an object", "dataclass_type": "an object"}
 
 
-@dataclass(frozen=True)
+def _number(value: object) -> float:
+    """A float; NaN for everything that is none (a measure that was not taken)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _numbers(value: object) -> list[float]:
+    return [_number(item) for item in value] if isinstance(value, (list, tuple)) else []
+
+
+def _first(value: object) -> float:
+    return _number(next(iter(value), None) if isinstance(value, (list, tuple)) else value)
+
+
+def _curve(value: object) -> list[tuple[float, float]]:
+    ranks, values = (_numbers(value.get(key)) if isinstance(value, dict) else [] for key in ("rank", "sigma"))
+    return sorted((r, v) for r, v in zip(ranks, values, strict=False) if math.isfinite(r) and math.isfinite(v))
+
+
+def _sides(value: object) -> str:
+    return " × ".join(map(visible, value)) if isinstance(value, (list, tuple)) else ""
+
+
+def _or(default: object) -> BeforeValidator:
+    """What is null, empty or zero reads as `default`."""
+    return BeforeValidator(lambda value: value or default)
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
+First = Annotated[float, BeforeValidator(_first)]  # of a list, or a number
+Words = Annotated[str, BeforeValidator(lambda value: visible("" if value is None else value))]
+Depth = Annotated[int | None, BeforeValidator(lambda value: value if type(value) is int else None)]
+Shape = Annotated[str, BeforeValidator(_sides)]
+Flag = Annotated[bool, BeforeValidator(bool)]
+_BY_NAME = ConfigDict(populate_by_name=True)  # as well as by the name in the file
+
+
+@dataclass(frozen=True, config=_BY_NAME)
 class Record:
     """One measured number."""
 
-    task: str
-    model: str
-    conditioning: str
-    seed: str
-    spec: str
-    quantizer: str  # method and observer together, "" at full precision
-    metric: str
-    value: float
-    higher_is_better: bool
-    split: str
-    raw: JSON
+    task: Words
+    conditioning: Words
+    spec: Words
+    metric: Words
+    value: Number
+    model: Words = ""
+    seed: Words = ""
+    method: Words = ""
+    observer: Words = ""
+    split: Words = ""
+    higher_is_better: Flag = True
+    seconds: Number = math.nan
+    peak_mb: Number = math.nan
+
+    @cached_property
+    def quantizer(self) -> str:
+        """Method and observer together, "" at full precision."""
+        parts = [] if self.spec == "fp32" else [self.method, self.observer]
+        return " · ".join(part for part in parts if part not in ("", "none"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_BY_NAME)
 class Histogram:
     """The distribution of one activation tensor and the quantizer's levels over it."""
 
-    edges: tuple[float, ...]
-    counts: tuple[float, ...]
-    grid: tuple[float, ...]
-    of: str
+    edges: Numbers
+    counts: Numbers
+    grid: Annotated[Numbers, AfterValidator(lambda levels: tuple(sorted(levels)))]
+    of: Annotated[Words, _or("input")] = "input"
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Histogram:
+        edges, counts, grid = self.edges, self.counts, self.grid
+        if len(edges) != len(counts) + 1 or not counts or len(grid) < 2:
+            raise InputError(
+                "a histogram needs n + 1 edges, n counts and a grid of levels, "
+                f"not {len(edges)}, {len(counts)} and {len(grid)}"
+            )
+        if not all(math.isfinite(item) for item in [*edges, *counts, *grid]) or min(counts) < 0 or sum(counts) <= 0:
+            raise InputError("a histogram must be finite, and count at least one value")
+        if any(a >= b for a, b in pairwise(edges)):
+            raise InputError("the histogram's edges must increase")
+        return self
 
     def mass(self, low: float, high: float) -> float:
         """The number of values in [low, high), a bin's counts taken as spread evenly over it."""
@@ -74,49 +159,81 @@ class Histogram:
         return self.edges[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_BY_NAME)
 class Weight:
-    """One row of an audit. ``values`` holds every measure that was taken, by its key in ``MEASURES`` and a few more.
+    """One row of an audit.
 
     ``selected_by`` names the rule that selected it: ``"weight"`` (singular components of the weight), ``"data"``
     (principal directions of its outputs), or nothing.
     """
 
-    name: str
-    role: str
-    depth: int | None
-    shape: str
-    selected: bool
-    selected_by: str
-    values: Mapping[str, float]
-    spectrum: tuple[tuple[float, float], ...]  # (rank, singular value), ranks increasing
-    histogram: Histogram | None
+    name: Words = Field(validation_alias="weight")
+    role: Words = "other"
+    depth: Depth = None
+    shape: Shape = ""
+    selected: Flag = False
+    selected_by: Words = ""
+    sigma: Numbers = ()
+    pcdr: Numbers = ()
+    pcdr_data: Numbers = ()
+    sigma_over_median: Number = math.nan
+    stable_rank: Number = math.nan
+    output_max: Number = math.nan
+    output_ratio: Number = math.nan
+    input_max: Number = math.nan
+    input_ratio: Number = math.nan
+    w4a4_error: Number = math.nan
+    spectrum: Annotated[tuple[tuple[float, float], ...], BeforeValidator(_curve)] = ()  # (rank, singular value)
+    histogram: Annotated[Histogram | None, _or(None)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_role(cls, row: Any) -> Any:
+        return {**row, "role": row.get("role") or row.get("kind") or "other"} if isinstance(row, dict) else row
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """Every measure that was taken, by its key in ``MEASURES`` and a few more (``sigma_1``)."""
+        taken = {f"{key}_{rank}": value for key in _RANKED for rank, value in enumerate(getattr(self, key), 1)}
+        taken |= {each.name: getattr(self, each.name) for each in fields(self) if each.type == "Number"}
+        return {key: value for key, value in taken.items() if not math.isnan(value)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_BY_NAME)
 class Audit:
     """One checkpoint, weight by weight."""
 
-    label: str
-    model: str
-    weights: tuple[Weight, ...]
-    run: JSON
+    weights: tuple[Weight, ...] = Field(validation_alias="records")
+    label: Words = ""
+    model: Annotated[Words, _or("model")] = "model"
+    run: Annotated[JSON, _or({})] = field(default_factory=dict)
 
     def weight(self, name: str) -> Weight | None:
         """The row of this name."""
         return next((weight for weight in self.weights if weight.name == name), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_BY_NAME)
 class Moment:
     """One weight at one refresh of the decay."""
 
-    step: float
-    weight: str
-    sigma: float
-    ratio: float
-    pcdr: float
-    selected: bool
+    step: Number = math.nan
+    weight: Words = ""
+    sigma: First = math.nan
+    ratio: Number = Field(default=math.nan, validation_alias=AliasChoices("output_ratio", "outlier_ratio", "outlier"))
+    pcdr: First = math.nan
+    selected: Flag = False
+    seed: Words = ""
+
+
+@dataclass(frozen=True, config=_BY_NAME)
+class _Run:
+    """One file of a run or a trend."""
+
+    records: tuple[Record, ...]
+    run: Annotated[JSON, _or({})] = field(default_factory=dict)
+    audits: Annotated[dict[str, Audit], _or({})] = field(default_factory=dict)
+    history: Annotated[tuple[Moment, ...], _or(())] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +243,7 @@ class Results:
     records: tuple[Record, ...] = ()
     audits: tuple[Audit, ...] = ()
     history: tuple[Moment, ...] = ()
-    runs: tuple[JSON, ...] = field(default=())
+    runs: tuple[JSON, ...] = ()
     trend: bool = False  # the audits are checkpoints of one training, in its order
 
     @property
@@ -149,22 +266,19 @@ def read_results(results: object) -> Results:
     trend = False
     for number, content in enumerate(files, 1):
         where = "results" if len(files) == 1 else f"results file {number}"
-        if not isinstance(content, Mapping) or not isinstance(content.get("records"), list):
+        if not isinstance(content, dict) or not isinstance(content.get("records"), list):
             raise InputError(f'{where}: not a results file of s2d (a JSON object with a list "records" is expected)')
-        run = content.get("run") or {}
-        if not isinstance(run, Mapping):
-            raise InputError(f'{where}: "run" must be an object, not {type(run).__name__}')
-        runs.append(run)
         trend = trend or content.get("kind") == "trend"
         if content.get("kind") == "audit":
-            audits.append(_audit(content, label=str(content.get("label") or ""), where=where))
+            audits.append(_checked_as(Audit, content, where))
+            runs.append(audits[-1].run)
             continue
-        records += [_record(row, f"{where}, record {index}") for index, row in enumerate(content["records"])]
-        named = content.get("audits") or {}
-        if not isinstance(named, Mapping):
-            raise InputError(f'{where}: "audits" must be an object of audits by name')
-        audits += [_audit(audit, label=str(label), where=f"{where}, audit {label!r}") for label, audit in named.items()]
-        history += _history(content.get("history") or [], where)
+        read = _checked_as(_Run, content, where)
+        runs.append(read.run)
+        records += read.records
+        audits += [replace(audit, label=label) for label, audit in read.audits.items()]
+        # One run's history is drawn; of several seeds, the first.
+        history += [m for m in read.history if m.seed == read.history[0].seed and math.isfinite(m.step)]
     if not records and not any(audit.weights for audit in audits):
         raise InputError("results: there is no record in it, so nothing to report; run the audit or the recipe again")
     trend = trend or (len(audits) > 2 and not records)
@@ -178,144 +292,40 @@ def _distinct(audits: list[Audit]) -> tuple[Audit, ...]:
     for audit in audits:
         label = audit.label or audit.model
         seen[label] = seen.get(label, 0) + 1
-        if seen[label] > 1:
-            label = f"{label} ({seen[label]})"
-        named.append(Audit(label, audit.model, audit.weights, audit.run))
+        named.append(replace(audit, label=f"{label} ({seen[label]})" if seen[label] > 1 else label))
     return tuple(named)
 
 
-def _record(row: object, where: str) -> Record:
-    row = _mapping(row, where)
-    missing = [key for key in ("task", "conditioning", "spec", "metric", "value") if key not in row]
-    if missing:
-        raise InputError(f"{visible(where)}: {', '.join(missing)} missing")
-    spec = visible(row["spec"])
-    parts = [row.get("method"), row.get("observer")]
-    quantizer = "" if spec == "fp32" else " · ".join(visible(part) for part in parts if part and part != "none")
-    return Record(
-        task=visible(row["task"]),
-        model=visible(row.get("model") or ""),
-        conditioning=visible(row["conditioning"]),
-        seed=visible(row.get("seed", "")),
-        spec=spec,
-        quantizer=quantizer,
-        metric=visible(row["metric"]),
-        value=_number(row["value"]),
-        higher_is_better=bool(row.get("higher_is_better", True)),
-        split=visible(row.get("split") or ""),
-        raw=row,
-    )
-
-
-def _audit(content: object, label: str, where: str) -> Audit:
-    content = _mapping(content, where)
-    rows = content.get("records")
-    if not isinstance(rows, list):
-        raise InputError(f'{visible(where)}: an audit has a list "records"')
-    run = content.get("run")
-    return Audit(
-        label=visible(label),
-        model=visible(content.get("model") or "model"),
-        weights=tuple(_weight(row, f"{where}, record {index}") for index, row in enumerate(rows)),
-        run=run if isinstance(run, Mapping) else {},
-    )
-
-
-def _weight(row: object, where: str) -> Weight:
-    row = _mapping(row, where)
-    if "weight" not in row:
-        raise InputError(f"{visible(where)}: weight missing")
-    values = {}
-    for key in (
-        "sigma_over_median",
-        "stable_rank",
-        "output_max",
-        "output_ratio",
-        "input_max",
-        "input_ratio",
-        "w4a4_error",
-    ):
-        values[key] = _number(row.get(key))
-    for key in ("sigma", "pcdr", "pcdr_data"):
-        triple = row.get(key)
-        for rank, value in enumerate(triple if isinstance(triple, (list, tuple)) else [], 1):
-            values[f"{key}_{rank}"] = _number(value)
-    depth = row.get("depth")
-    shape = row.get("shape")
-    histogram = row.get("histogram")
-    return Weight(
-        name=visible(row["weight"]),
-        role=visible(row.get("role") or row.get("kind") or "other"),
-        depth=depth if isinstance(depth, int) and not isinstance(depth, bool) else None,
-        shape=" × ".join(visible(side) for side in shape) if isinstance(shape, (list, tuple)) else "",
-        selected=bool(row.get("selected")),
-        selected_by=visible(row.get("selected_by") or ""),
-        values={key: value for key, value in values.items() if not math.isnan(value)},
-        spectrum=_spectrum(row.get("spectrum")),
-        histogram=_histogram(histogram, where) if histogram else None,
-    )
-
-
-def _spectrum(content: object) -> tuple[tuple[float, float], ...]:
-    if not isinstance(content, Mapping):
-        return ()
-    ranks, values = ([_number(item) for item in _listed(content.get(key))] for key in ("rank", "sigma"))
-    return tuple(sorted((r, v) for r, v in zip(ranks, values, strict=False) if math.isfinite(r) and math.isfinite(v)))
-
-
-def _listed(content: object) -> list[Any]:
-    return list(content) if isinstance(content, (list, tuple)) else []
-
-
-def _histogram(content: object, where: str) -> Histogram:
-    content = _mapping(content, f"{where}, histogram")
-    edges, counts, grid = ([_number(item) for item in _listed(content.get(key))] for key in ("edges", "counts", "grid"))
-    if len(edges) != len(counts) + 1 or not counts or len(grid) < 2:
-        raise InputError(
-            f"{visible(where)}: a histogram needs n + 1 edges, n counts and a grid of levels, "
-            f"not {len(edges)}, {len(counts)} and {len(grid)}"
-        )
-    if not all(math.isfinite(item) for item in [*edges, *counts, *grid]) or min(counts) < 0 or sum(counts) <= 0:
-        raise InputError(f"{visible(where)}: a histogram must be finite, and count at least one value")
-    if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
-        raise InputError(f"{visible(where)}: the histogram's edges must increase")
-    return Histogram(tuple(edges), tuple(counts), tuple(sorted(grid)), visible(content.get("of") or "input"))
-
-
-def _history(entries: object, where: str) -> list[Moment]:
-    if not isinstance(entries, list):
-        raise InputError(f'{visible(where)}: "history" must be a list')
-    moments = []
-    for index, entry in enumerate(entries):
-        entry = _mapping(entry, f"{where}, history {index}")
-        if entry.get("seed") != entries[0].get("seed"):
-            continue  # one run's history is drawn; of several seeds, the first
-        sigma = entry.get("sigma")
-        ratio = entry.get("output_ratio", entry.get("outlier_ratio", entry.get("outlier")))
-        moments.append(
-            Moment(
-                step=_number(entry.get("step")),
-                weight=visible(entry.get("weight", "")),
-                sigma=_number(sigma[0] if isinstance(sigma, (list, tuple)) and sigma else sigma),
-                ratio=_number(ratio),
-                pcdr=_number(next(iter(_listed(entry.get("pcdr"))), None)),
-                selected=bool(entry.get("selected")),
-            )
-        )
-    return [moment for moment in moments if math.isfinite(moment.step)]
-
-
-def _mapping(content: object, where: str) -> JSON:
-    if not isinstance(content, Mapping):
-        raise InputError(f"{visible(where)}: an object is expected, not {type(content).__name__}")
-    return content
-
-
-def _number(value: object) -> float:
-    """A float; NaN for everything that is none (a measure that was not taken)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
+def _checked_as(kind: type[T], content: JSON, where: str) -> T:
     try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise InputError(_explained(error, where)) from None
+
+
+def _explained(error: ValidationError, where: str) -> str:
+    """The first thing that is wrong and where, in one line."""
+    first, *others = error.errors()
+    *above, last = first["loc"] or ("",)
+    if first["type"] == "missing":
+        beside = [other["loc"][-1] for other in others if other["type"] == "missing" and other["loc"][:-1] == (*above,)]
+        return f"{_place(where, above)}: {', '.join(map(str, (last, *beside)))} missing"
+    if expected := _WRONG_TYPE.get(first["type"]):
+        found = type(first["input"]).__name__
+        if isinstance(last, str) and above[-1:] != ["audits"]:
+            return f'{_place(where, above)}: "{last}" must be {expected}, not {found}'
+        return f"{_place(where, first['loc'])}: {expected} is expected, not {found}"
+    return f"{_place(where, first['loc'])}: {visible(first['msg'].removeprefix('Value error, '))}"
+
+
+def _place(where: str, path: Sequence[str | int]) -> str:
+    """A path into a file, in words: ``results, audit 'adamw', record 3``."""
+    parts = [where]
+    for above, part in pairwise(("", *path)):
+        if isinstance(part, int):
+            parts.append(f"{str(above).removesuffix('s')} {part}")
+        elif above == "audits":
+            parts.append(f"audit {part!r}")
+        elif part not in ("records", "audits", "history"):
+            parts.append(part)
+    return visible(", ".join(parts))

@@ -8,9 +8,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from s2d.report.formatting import MISSING, percent, points, ratio, signed
-from s2d.report.schema import Audit, Record, Weight
+
+if TYPE_CHECKING:
+    from s2d.report.schema import Audit, Record, Weight
 
 # Student's t, two-sided 95 %, for 1, 2, … degrees of freedom: with three seeds a mean is far less certain than 2 SE.
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)

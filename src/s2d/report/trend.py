@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2d.report.formatting import percent, points, ratio, two_decimals
-from s2d.report.schema import Audit, Record
 from s2d.report.summary import Verdict, audit_change, groups, label, primary, target_spec, worst_weight
+
+if TYPE_CHECKING:
+    from s2d.report.schema import Audit, Record
 
 WEIGHTS = 6
 _MEASURES = (

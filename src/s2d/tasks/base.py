@@ -7,9 +7,10 @@ tasks are first asked for, so adding the file is all there is to do.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,6 +20,47 @@ from s2d.data.base import Batch, Split
 from s2d.errors import InputError, choices
 from s2d.models import Loaded
 from s2d.registry import Registry
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model made of each example, from which the primary metric follows.
+
+    The metric is ``scale * sum(values) / sum(weights)``, or its exponential.
+
+    Attributes:
+        values: `[examples]`, float64.
+        weights: `[examples]`, float64; the same for every model.
+        scale: 100 turns a share into points.
+        exponential: The metric is the exponential of the mean, as perplexity is.
+        hits: Values are 0 or 1, and weights 1.
+    """
+
+    values: Tensor
+    weights: Tensor
+    scale: float = 1.0
+    exponential: bool = False
+    hits: bool = False
+
+    @staticmethod
+    def of_hits(right: Tensor) -> Outcomes:
+        """Right and wrong answers `[examples]`, as accuracy in points."""
+        return Outcomes(right.double(), torch.ones(len(right), dtype=torch.float64), 100.0, hits=True)
+
+    def score(self, rows: Tensor | None = None) -> float:
+        """The metric over all examples, or over some, by index."""
+        values, weights = (self.values, self.weights) if rows is None else (self.values[rows], self.weights[rows])
+        mean = self.scale * float(values.sum()) / max(float(weights.sum()), 1e-300)
+        if not self.exponential:
+            return mean
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @staticmethod
+    def joined(parts: Sequence[Outcomes]) -> Outcomes:
+        """Those of successive batches."""
+        first = parts[0]
+        values, weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "weights"))
+        return Outcomes(values, weights, first.scale, first.exponential, first.hits)
 
 
 class Task(ABC):
@@ -104,6 +146,14 @@ class Task(ABC):
         """What `s2d condition` saves of a model from `build`: itself, unless the user's own is within."""
         return model
 
+    def outcomes(self, model: nn.Module, batch: Batch) -> Outcomes:
+        """What the model makes of each example of a batch, for comparisons of two models on the same examples.
+
+        Raises:
+            InputError: The task's metric is no mean over examples.
+        """
+        raise InputError(f"{self.primary} of task {self.name} is no mean over examples, which this comparison needs")
+
     @abstractmethod
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """All metrics of a split, in points from 0 to 100 unless the task says otherwise; the model's mode is kept."""
@@ -165,17 +215,6 @@ def create(name: str, **options: Any) -> Task:
     if missing:
         raise InputError(f"task {name} needs the option {missing[0]!r}")
     return known[name](**options)
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode; afterwards it is in the mode that it was in, as a whole."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def device_of(model: nn.Module) -> torch.device:

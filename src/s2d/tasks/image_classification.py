@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +15,8 @@ from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.classes import both_lists, places_of
 from s2d.models.image_heads import ImageClassifier, class_names, image_encoder, number_of_classes
-from s2d.tasks.base import device_of, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import Outcomes, device_of, register, to_device
 from s2d.tasks.image_base import LabelledImages
 
 
@@ -93,6 +95,13 @@ class ImageClassification(LabelledImages):
         batch = to_device(batch, device_of(model))
         scores = model(pixel_values=self.training_pixels(model, batch["pixels"]))
         return F.cross_entropy(scores, batch["labels"], label_smoothing=self.smoothing)
+
+    @torch.no_grad()
+    def outcomes(self, model: nn.Module, batch: Batch) -> Outcomes:
+        """Right or wrong, of each image."""
+        with evaluating(model):
+            scores = model(pixel_values=self.normalize(batch["pixels"].to(device_of(model)))).float().cpu()
+        return Outcomes.of_hits((scores.argmax(1) == batch["labels"]) & scores.isfinite().all(1))
 
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """``accuracy`` (and ``top5``) on all readable images of the split."""

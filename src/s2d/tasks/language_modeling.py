@@ -16,14 +16,15 @@ from torch.nn import functional as F
 from s2d.data.base import SPLITS, Batch, Split, check_batch_size, check_split
 from s2d.data.split_files import read_utf8, split_files
 from s2d.data.tokens import check_max_length, digest, require_tokenizer, row_batches, tokenizer_key
+from s2d.data.windows import IGNORED, cut_windows, with_first
 from s2d.errors import InputError, choices
 from s2d.models import Loaded
-from s2d.tasks.base import Task, device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import Outcomes, Task, device_of, register, to_device
 from s2d.tasks.teacher import find_original, head_of, mean_divergence
 
 _SUFFIXES = (".txt",)
 LOSSES = ("text", "original")
-_IGNORED = -100  # torch's cross-entropy skips these labels
 
 
 @register("language-modeling")
@@ -167,10 +168,19 @@ class LanguageModeling(Task):
             )
 
     @torch.no_grad()
+    def outcomes(self, model: nn.Module, batch: Batch) -> Outcomes:
+        """The summed negative log-likelihood of each window, and its number of scored tokens."""
+        labels = batch["labels"][:, 1:]
+        with evaluating(model):
+            logits = model(**self.inputs(to_device(batch, device_of(model)))[0]).logits[:, :-1].float().cpu()
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        return Outcomes(losses.double().sum(1), (labels != IGNORED).double().sum(1), exponential=True)
+
+    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 4) -> dict[str, float]:
         """``perplexity`` and ``nll`` over every scored token of the split."""
         total, count = 0.0, 0
-        with in_evaluation(model):
+        with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 part, tokens = self._negative_log_likelihood(model, batch)
                 total, count = total + part.item(), count + tokens
@@ -182,52 +192,13 @@ class LanguageModeling(Task):
         batch = to_device(batch, device_of(model))
         logits = model(**self.inputs(batch)[0]).logits[:, :-1]  # what position t says about token t + 1
         labels = batch["labels"][:, 1:]
-        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="sum")
-        return total, int((labels != _IGNORED).sum())
+        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total, int((labels != IGNORED).sum())
 
     def _table(self, split: Split) -> tuple[Tensor, Tensor, Tensor]:
         if check_split(split) not in self._windows:
             raise RuntimeError("the data is not tokenized yet: call build(loaded) or prepare(loaded) first")
         return self._windows[split]
-
-
-def cut_windows(tokens: Tensor, window: int, stride: int, most: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows over a token sequence.
-
-    Args:
-        tokens: `[tokens]` ids.
-        window: Tokens in a window.
-        stride: Tokens between starts, at most `window`.
-        most: At most so many windows; None for all.
-
-    Returns:
-        Ids (padded with 0), mask and labels, each `[windows, window]`. A window's first token is never a label, nor is
-        one that was a label before.
-    """
-    starts: list[int] = []
-    for start in range(0, len(tokens) - 1, stride):
-        starts.append(start)
-        if start + window >= len(tokens) or len(starts) == most:
-            break
-    ids = torch.zeros(len(starts), window, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, _IGNORED)
-    scored = 0  # tokens before this index have had their turn
-    for row, start in enumerate(starts):
-        part = tokens[start : start + window]
-        ids[row, : len(part)] = part
-        mask[row, : len(part)] = 1
-        first = max(start + 1, scored)
-        labels[row, first - start : len(part)] = part[first - start :]
-        scored = start + len(part)
-    return ids, mask, labels
-
-
-def with_first(table: tuple[Tensor, Tensor, Tensor], token: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows as `cut_windows` gives them, each with one token more, in front, which is seen and not scored."""
-    return tuple(  # pyright: ignore[reportReturnType]
-        torch.cat([torch.full_like(part[:, :1], value), part], dim=1)
-        for part, value in zip(table, (token, 1, _IGNORED), strict=True)
-    )
 
 
 def _vocabulary(model: nn.Module) -> int:

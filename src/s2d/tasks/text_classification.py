@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s2d.data.base import SPLITS, Batch, Split, check_batch_size, check_split
+from s2d.data.base import SPLITS, Batch, Split, check_batch_size
 from s2d.data.split_files import split_files
 from s2d.data.splits import CARVED, carve
 from s2d.data.tables import TABLE_SUFFIXES, Table, find_columns, read_table
@@ -24,7 +24,8 @@ from s2d.models import Loaded, TextClassifier
 from s2d.models.classes import both_lists, match
 from s2d.models.heads import encoder_of
 from s2d.models.image_heads import class_names
-from s2d.tasks.base import device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import Outcomes, device_of, register, to_device
 from s2d.tasks.text_base import TokenizedTexts
 
 
@@ -96,10 +97,13 @@ class TextClassification(TokenizedTexts):
 
     def batches(self, split: Split, *, batch_size: int, seed: int = 0, shuffle: bool = False) -> Iterator[Batch]:
         """Batches of ``input_ids`` and ``attention_mask`` `[batch, tokens]` and ``labels`` `[batch]`."""
-        table = self._table(split)
-        for rows in row_batches(len(table), check_batch_size(batch_size), seed=seed, shuffle=shuffle):
-            ids, mask = table.take(rows)
-            yield {"input_ids": ids, "attention_mask": mask, "labels": self._classes[split][rows]}
+        count = len(self._table(split))
+        for rows in row_batches(count, check_batch_size(batch_size), seed=seed, shuffle=shuffle):
+            yield self._batch(split, rows)
+
+    def _batch(self, split: Split, rows: Tensor) -> Batch:
+        ids, mask = self._table(split).take(rows)
+        return {"input_ids": ids, "attention_mask": mask, "labels": self._classes[split][rows]}
 
     def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
         """The one call of the classifier."""
@@ -111,18 +115,23 @@ class TextClassification(TokenizedTexts):
         return F.cross_entropy(model(**self.inputs(batch)[0]), batch["labels"])
 
     @torch.no_grad()
+    def outcomes(self, model: nn.Module, batch: Batch) -> Outcomes:
+        """Right or wrong, of each text."""
+        device = device_of(model)
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        with evaluating(model):
+            scores = model(input_ids=ids, attention_mask=mask).float().cpu()
+        # NaN scores are no answer; argmax would take them for the largest.
+        return Outcomes.of_hits((scores.argmax(1) == batch["labels"]) & scores.isfinite().all(1))
+
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """``accuracy`` on the whole split."""
-        table, classes, device = self._table(split), self._classes[check_split(split)], device_of(model)
-        hits = 0
-        with in_evaluation(model):
-            for rows in by_length(table.lengths, check_batch_size(batch_size)):
-                ids, mask = table.take(rows)
-                scores = model(input_ids=ids.to(device), attention_mask=mask.to(device)).float().cpu()
-                # NaN scores are no answer; argmax would take them for the largest.
-                right = (scores.argmax(1) == classes[rows]) & scores.isfinite().all(1)
-                hits += int(right.sum())
-        return {"accuracy": 100 * hits / len(table)}
+        table = self._table(split)
+        parts = [
+            self.outcomes(model, self._batch(split, rows))
+            for rows in by_length(table.lengths, check_batch_size(batch_size))
+        ]
+        return {"accuracy": Outcomes.joined(parts).score()}
 
     def _number(self, labels: tuple[str, ...], places: list[int] | None) -> None:
         """Number the classes as a model does; None for the data's own numbers."""
