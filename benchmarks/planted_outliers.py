@@ -57,7 +57,7 @@ PLACES: dict[str, list[str]] = {
         "norm2",
         "norm",
     ],
-    "value": ["v_proj", "value", "v", "v_lin", "query_key_value", "qkv", "qkv_proj", "c_attn", "Wqkv", "kv"],
+    "value": ["v_proj", "value_proj", "value", "v", "v_lin", "query_key_value", "qkv", "qkv_proj", "c_attn", "Wqkv", "kv"],
     "fc1": [
         "fc1",
         "fc1_x",

@@ -184,18 +184,18 @@ class _Reading:
     def _rows(self, node: int, writer: Writer, width: int) -> tuple[int, ...] | None:
         """Which output channel of a writer each channel of a node is; None where that cannot be told."""
         call, dims = writer.call, self.graph.nodes[node].dims
+        if writer.rows is not None and len(rows := writer.rows.indices()) == width:
+            return tuple(rows)
         found = positions(dims, call.features) if call.features and dims else None
-        if found is None:  # a product is named by one of its factors; the other has the same channels
-            rows = [] if writer.rows is None else writer.rows.indices()
-            if not rows and self.divided:  # a rank's part of the channels: they are not followed through its views
-                rows = range(width if call.output_shape[-1] == width else 0)
-        elif sum(d.axis == call.features for d in dims[-1]) != len(found[1]):
-            return None
-        else:
+        if found is not None and sum(d.axis == call.features for d in dims[-1]) == len(found[1]):
             rows = [found[0]]
             for digit in dims[-1]:
                 step = digit.stride if digit.axis == call.features else 0  # others repeat what is there
                 rows = [row + i * step for row in rows for i in range(digit.size)]
+        elif found is None and writer.rows is None and self.divided and call.output_shape[-1] == width:
+            rows = list(range(width))  # a rank's part of the channels, which are not followed through its views
+        else:
+            return None
         return tuple(rows) if len(rows) == width else None
 
     def _on_target(self, call: Call, rows: Sequence[int]) -> Site | None:
