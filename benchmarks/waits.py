@@ -199,6 +199,16 @@ def demo() -> Iterator[Measure]:
         yield Measure("`s2d demo`, whole", time.monotonic() - began, 300.0, "s")
 
 
+def records(parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The measures as the pages of results read them."""
+    return [
+        {"wait": measure["what"], "unit": measure["unit"], "metric": name, "value": measure[key]}
+        for part in parts.values()
+        for measure in part
+        for name, key in (("measured", "value"), ("goal", "goal"))
+    ]
+
+
 PARTS: dict[str, Callable[[], Iterator[Measure]]] = {"start": first_second, "audit": audits, "quantizers": quantizers}
 
 
@@ -219,7 +229,7 @@ def main() -> int:
         if name not in done:
             done[name] = [asdict(measure) for measure in part()]
             if file is not None:
-                write_json(file, {"run": run_metadata(), "parts": done})
+                write_json(file, {"run": run_metadata(), "parts": done, "records": records(done)})
         for measure in (Measure(**each) for each in done[name]):
             missed += measure.value > measure.goal
             print(measure.line(), flush=True)

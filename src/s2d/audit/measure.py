@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from s2d.audit.accumulators import Judgement, Survey
 from s2d.audit.findings import Audit, AuditRow, Trend
 from s2d.audit.hooks import MaskOf, batches_twice, unreadable, watching, with_progress
-from s2d.audit.massive_tokens import Carriers
+from s2d.audit.massive_tokens import MassiveTokens
 from s2d.errors import InputError
 from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
@@ -95,16 +95,16 @@ def audit(
     missed = {target.name: reason for target in targets if (reason := unreadable(target))}
     readable = [target for target in targets if target.name not in missed]
     surveys = {target.name: Survey(target, parsed) for target in readable}
-    family, carriers = family_of(model), Carriers()
+    family, tokens = family_of(model), MassiveTokens()
 
     def see(target: Target, x: Tensor, A: Tensor) -> None:
         surveys[target.name].add(x, A)
         if family.modality == "causal-lm":
-            carriers.add(target.name, x)
+            tokens.add(target.name, x)
 
     with watching(model, readable, see, mask) as feed:
         batches_seen = with_progress(source, max_batches, "looking at activations, 1 of 2", progress)
-        count = feed(carriers.noting(batches_seen))
+        count = feed(tokens.noting(batches_seen))
     if count == 0:
         raise InputError("the audit was given no batches; give at least one")
     missed |= {name: "no batch reached its module" for name, survey in surveys.items() if survey.rows == 0}
@@ -128,7 +128,7 @@ def audit(
         row = _row(target, family, leading[target.name], values[target.name])
         if target.name in judgements:
             _fill(row, surveys[target.name], judgements[target.name])
-            row.carriers = carriers.record(target.name)
+            row.carriers = tokens.record(target.name)
         rows.append(row)
     details = run_metadata(
         fingerprint=fingerprint(model),

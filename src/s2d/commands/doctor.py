@@ -79,7 +79,7 @@ def _file(file: Path, fix: Path | None, json_file: Path | None, quiet: bool) -> 
     for each in findings:
         say(quiet, f"{each.kind}: {each.where}: {each.text} ({each.fixed_by})")
     if not findings:
-        say(quiet, f"{file}: nothing found that ruins a range")
+        say(quiet, f"{file}: nothing found that spoils a range")
     if mended is not None:
         say(quiet, f"{fix}: masks of {-mended[0]:.0f}; outputs moved by {mended[1]:.1e} of their largest value")
 

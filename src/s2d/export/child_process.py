@@ -79,6 +79,6 @@ def try_runtime(path: Path, example: Mapping[str, Tensor], *, openvino: bool = F
         except ValueError:
             how = f"signal {-ended}"
         raise InputError(
-            f"{path.name}: {name} itself ends on this graph ({how}), tried in a process of its own; "
+            f"{path.name}: {name} crashed on this graph ({how}) when it was tried in a separate process; "
             "leave the operands of attention in full precision (attention: false), or export for another runtime"
         )

@@ -31,7 +31,7 @@ NAME = "compressed-tensors"
 
 
 def check(model: nn.Module, embeddings: int) -> int:
-    """Refuse up front what the format cannot say.
+    """Refuse up front what the format cannot hold.
 
     Returns:
         0: tables of embeddings stay as they are.
@@ -125,7 +125,7 @@ def _layers(model: nn.Module) -> Iterator[PlainLayer | FloatLayer]:
 def _refuse_symmetric(layer: PlainLayer) -> None:
     if layer.activation is not None and layer.activation.format.signed:
         raise InputError(
-            f"{layer.name}: symmetric activations have one code more in {NAME}; the nearest spec that it can say has "
+            f"{layer.name}: symmetric activations have one code more in {NAME}; the nearest spec that it can hold has "
             f"unsigned ones: activation: {{bits: {layer.activation.format.bits}}}"
         )
 

@@ -27,7 +27,7 @@ class Format(Protocol):
     NAME: str
 
     def check(self, model: nn.Module, embeddings: int) -> int:
-        """Refuse up front what the format cannot say; the bits that tables of embeddings will have, 0 for all."""
+        """Refuse up front what the format cannot hold; the bits that tables of embeddings will have, 0 for all."""
         ...
 
     def write(self, model: nn.Module, path: Path, /, *, embeddings: int, tokenizer: Any) -> None:
@@ -65,7 +65,7 @@ def export_checkpoint(
         check: What is compared, and what follows.
 
     Raises:
-        InputError: The format cannot say what the model is; the comparison failed.
+        InputError: The format cannot hold the model; the comparison failed.
     """
     format: Format = FORMATS[target.suffix]
     name, inner = transformers_part(model, format.NAME)

@@ -201,7 +201,7 @@ class Runtime(_Section):
             raise InputError(f"s2d writes no file for {self.name}; {' '.join(self.notes) or self.about}")
         if path.suffix not in self.files:
             names = " or ".join(f"{path.stem}{each}" if each else "a folder (no suffix)" for each in self.files)
-            raise InputError(f"{path}: {self.name} reads {names}; name it so")
+            raise InputError(f"{path}: {self.name} reads {names}; give the file such a name")
 
     def stored_bits(self, bits: int) -> int:
         """What a code of a weight takes on disk."""

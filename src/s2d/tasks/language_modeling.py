@@ -154,7 +154,7 @@ class LanguageModeling(Task):
         return total / max(count, 1)
 
     def _check_original(self, loaded: Loaded) -> None:
-        """Find the teacher, unless it is known, and see that it says as much as the model."""
+        """Find the teacher, unless it is known, and see that its vocabulary is the model's."""
         if self._teacher is None:
             found = find_original(
                 loaded, self.original, lambda each: require_tokenizer(each, self.name).get_vocab(), "tokenizers"
@@ -163,8 +163,8 @@ class LanguageModeling(Task):
         theirs, own = _vocabulary(self._teacher), _vocabulary(loaded.model)
         if theirs != own:
             raise InputError(
-                f"{self.original or 'the original'} cannot teach {loaded.source}: it says {theirs} scores a token, not "
-                f"{own}; name the model that it was made from: -o task.original=MODEL"
+                f"{self.original or 'the original'} cannot teach {loaded.source}: it gives {theirs} scores per token, "
+                f"not {own}; name the model that it was made from: -o task.original=MODEL"
             )
 
     @torch.no_grad()
