@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from tests.blocks import HEADS, WIDTH, Encoder, fresh, removed, sgd, still_step, tokens
 from torch import Tensor, nn
 
-from s2d.decay.sites import Sites, sites_of
 from s2d.decay.spectral_decay import SelectiveSpectralDecay
+from s2d.decay.written_sites import Sites, sites_of
 from s2d.models.tracing import trace
 from s2d.targets.weights import find_targets
 

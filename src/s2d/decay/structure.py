@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.decay.refresh_hooks import is_recomputed, is_transformed
-from s2d.decay.sites import Sites, Uses, sites_of
+from s2d.decay.written_sites import Sites, Uses, sites_of
 from s2d.errors import InputError
 from s2d.models.tracing import inputs_by_key, trace_call, unwrapped
 from s2d.targets.padding import MASKS, given_mask, real_of

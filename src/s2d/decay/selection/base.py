@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2d.decay.sites import Uses
+from s2d.decay.written_sites import Uses
 from s2d.distributed.sharding import Groups, Part, Parts, ranks_in, whole_vector
 from s2d.spectral.statistics import Peaks, Sums, kept_rows, outlier_entries, reduced, token_rows
 from s2d.targets.weights import Target

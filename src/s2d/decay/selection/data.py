@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from s2d.decay.selection.base import RELEASE, SAME_COMPONENT, SPARE, Components, Finding, Metric, largest_here
-from s2d.decay.sites import Uses
+from s2d.decay.written_sites import Uses
 from s2d.distributed.sharding import Part, Parts, all_reduce, kth_largest, local_part
 from s2d.spectral.pcdr import outlier_shares, principal_components, projections
 from s2d.spectral.statistics import Sums, add, outlier_count, peaks, token_rows

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2d.decay.selection.base import Components, Finding, Metric, coordinate_finding
 from s2d.decay.selection.limits import site_ratio
-from s2d.decay.sites import Site, Uses
+from s2d.decay.written_sites import Site, Uses
 from s2d.distributed.sharding import Part, Parts, in_common
 from s2d.spectral.statistics import Sums, add, reduced
 from s2d.targets.weights import Target
@@ -22,7 +22,7 @@ from s2d.targets.weights import Target
 class SiteMetric(Metric):
     """Coordinate components where quantizers sit, shrunk in the weights that write them.
 
-    Which weight writes a site is known from the model's graph, see `s2d.decay.sites`.
+    Which weight writes a site is known from the model's graph, see `s2d.decay.written_sites`.
     """
 
     def __init__(self, targets: list[Target], **settings: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2d.decay.selection.base import RELEASE, SAME_COMPONENT, SPARE, Components, Finding, Metric, largest_here
-from s2d.decay.sites import Uses
+from s2d.decay.written_sites import Uses
 from s2d.distributed.sharding import (
     Block,
     Groups,
