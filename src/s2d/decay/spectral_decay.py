@@ -47,7 +47,7 @@ from s2d.decay.refresh_hooks import Eager, Watch, is_recomputed, is_transformed
 from s2d.decay.selection import METRICS, Components, Finding
 from s2d.decay.settings import PRESETS, MetricName, Mode
 from s2d.decay.steps import OutermostSteps
-from s2d.decay.structure import Structure
+from s2d.decay.traced_model import Structure
 from s2d.distributed.sharding import (
     Block,
     agreed,
