@@ -67,7 +67,7 @@ def test_plain_tensors_are_logits_only_for_classifiers_and_padding_does_not_coun
     model = nn.Linear(4, 6)
     output = torch.randn(2, 3, 6, requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    loss, kind = probe_loss(model, output, mask, generator())
+    loss, kind = probe_loss(model, output, lambda x: mask, generator())
     (gradient,) = torch.autograd.grad(loss, output)
     assert kind == "gaussian" and not gradient[~mask].any() and gradient[mask].abs().min() > 0
     model.num_classes = 6
@@ -183,3 +183,13 @@ def test_other_formats_keep_plain_quantizers(spec: str) -> None:
     case = plain("sdpa")
     quantized = quantize(case.model, spec, calibration=case.batches, method="ptq4vit")
     assert not any(isinstance(q, TwinQuantizer) for q in quantizers_of(quantized))
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (4, 5, 32)])
+def test_a_model_without_blocks_is_searched_with_all_outputs_alike(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    x = torch.randn(shape)
+    with torch.no_grad():
+        found, wanted = quantize(model, "w8a8", calibration=[x], method="ptq4vit")(x), model(x)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
