@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from s2d.commands.promise import METHOD, check_options, keep_promise
 from s2d.commands.shared import (
     Data,
     Device,
@@ -62,7 +63,17 @@ def quantize(
             help='Bits a weight may have on average, as "4.5 bits": layers get 3, 4, 6 or 8, by measurement.',
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="How, for example rotation+gptq: see [bold]s2d doctor[/bold].")] = "rtn",
+    method: Annotated[
+        str,
+        typer.Option(help="How, for example rotation+gptq: see [bold]s2d doctor[/bold]; or auto, for a promise."),
+    ] = "rtn",
+    within: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="With --method auto: what the file may lose of the metric.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="With --method auto: end after about so many.")] = None,
+    fastest: Annotated[
+        bool, typer.Option("--fastest/--smallest", help="With --method auto: what is wanted of the file.")
+    ] = False,
     protocol: Annotated[str, typer.Option(help="Ranges: each method's own, or one rule for all (unified).")] = "own",
     prefix: Annotated[
         int, typer.Option(min=0, help="First tokens of a text that stay at full precision, and out of the ranges.")
@@ -94,7 +105,18 @@ def quantize(
     --steps continues from where --method ends, with the loss of --task: for unlabelled-text and unlabelled-images that
     is to stay the model that went in, so no labels are needed. Settings: -o qat.lr=2e-4, -o train.batch_size=32; how
     far it got is kept beside --out, and the same command continues.
+
+    --method auto --for RUNTIME --within POINTS looks for the smallest (--fastest) file that loses at most so many
+    points: candidates are exported, run in their runtime and compared with full precision on the validation split.
+    Exit codes: 0 met, 3 not sure, 4 not met. Every file that was judged is kept, and the same command goes on.
     """
+    chosen = {"--spec": spec, "--observer": observer, "--budget": budget, "--steps": steps, "--resume": resume}
+    chosen |= {"--prefix": prefix or None, "--protocol": None if protocol == "own" else protocol}
+    check_options(method, chosen, {"--within": within, "--minutes": minutes, "--fastest": fastest})
+    if method == METHOD:
+        search = {"runtime": for_, "within": within, "minutes": minutes, "fastest": fastest, "seed": seed}
+        keep_promise(model, task, data, o, out=out, dry_run=dry_run, json_file=json_file, quiet=quiet, **search)
+        return
     if out is None and not dry_run:
         raise InputError("where should the quantized model go? add --out FOLDER, or --dry-run to see the plan only")
     check_folder(out)
@@ -186,7 +208,7 @@ def quantize(
         plan = quant.plan(plain, parsed) if inputs is None else quant.planned(plain, parsed, inputs)
         say(quiet, f"{quant.describe(plan)}\n\n{quant.estimate(plain, plan, method, inputs)}")
     else:
-        assert out is not None  # else it is a plan
+        assert out is not None and inputs is not None  # else it is a plan
         said = f"{out}: {model} at {parsed}"
         if recipe is not None and made is not None and recipe.qat is not None:
             quantized, done = _train(plain, made, parsed, recipe, inputs, seed, held_beside(out), quiet)
