@@ -121,6 +121,7 @@ def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFix
     assert main(other) == 2 and "holds something else" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(400)
 def test_an_interruption_leaves_the_file_and_the_next_call_goes_on(met: Any, folder: Path) -> None:
     out = folder / "interrupted"
     shutil.copytree(folder / "out", out)
@@ -131,7 +132,7 @@ def test_an_interruption_leaves_the_file_and_the_next_call_goes_on(met: Any, fol
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 250
     while time.monotonic() < deadline and process.poll() is None:
         if len(json.loads((out / "auto.json").read_text())["scored"]) >= 2:
             break
