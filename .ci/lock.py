@@ -1,6 +1,6 @@
 """The versions that CI installs, from an environment that works.
 
-    .venv/bin/python .ci/lock.py > .ci/constraints.txt     # after `make setup EXTRAS=...` with no constraints
+    .venv/bin/python .ci/lock.py > .ci/constraints.txt     # after `make setup-dev EXTRAS=...` with no constraints
 
 Packages of this repository, paths and local version labels (``+cpu``) are left out: the file says versions alone.
 """

@@ -1,18 +1,21 @@
 """Every exporter by every spec and precision, on tiny models: exported and equal, or refused with a reason.
 
-    python benchmarks/exports.py                             the whole table
-    python benchmarks/exports.py --models bert --exporters .onnx,.xml --markdown docs/results/exports.md
+    python benchmarks/exports.py --json docs/results/exports.json --markdown docs/results/exports.md
+    python benchmarks/exports.py --json FILE --models bert --exporters .onnx,.xml      a part of it
 
-A cell is ``ok`` when the file was written, ran at another batch and length (where the runtime takes them), and agrees
-with the simulated model: relative difference of the outputs at most 2 %. Anything but ``ok`` or a refusal is a fault,
-and the command then ends with 1.
+Finished cells are kept in FILE, and the same command goes on with those that are missing (``--most SECONDS`` stops
+early). A cell is ``ok`` when the file was written, ran at another batch and length (where the runtime takes them), and
+agrees with the simulated model: relative difference of the outputs at most 2 %. Anything but ``ok`` or a refusal is a
+fault, and the command then ends with 1; ``not here`` is a runtime that is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,8 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import s2d
-from s2d.errors import InputError
+from s2d.errors import InputError, MissingExtra
 from s2d.export import open_exported
+from s2d.io.files import write_json
+from s2d.io.provenance import run_metadata
 from s2d.optional import require
 
 HEADS = {"granularity": "head"}
@@ -52,6 +57,7 @@ SPECS: dict[str, Any] = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HALVES = ("w8a8", "w4a16")  # precisions are tried with these
+EXPORTERS = ("folder", ".gguf", ".pte", ".onnx", ".xml")
 AGREES = 0.02
 
 
@@ -132,43 +138,69 @@ def cell(name: str, spec: Any, dtype: torch.dtype, suffix: str) -> str:
             integer = sum(count for kernel, count in report.kernels.items() if "Integer" in kernel or kernel[0] == "Q")
             kinds = f"{integer} integer, {sum(report.kernels.values()) - integer} float products"
             return f"{'ok' if worst <= AGREES else 'DIFFERS'}, {worst:.0e}; {kinds}"
+        except MissingExtra as error:
+            return f"not here: {error}"
         except InputError as error:
-            return f"refused: {error}"
+            return f"refused: {str(error).replace(folder, '.')}"
         except Exception:  # what the table is there to find
             return f"CRASH: {traceback.format_exc().strip().splitlines()[-1]}"
 
 
-def cells(models: list[str], exporters: list[str]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Model, spec, precision, exporter and what happens, one after the other."""
-    for name in models:
-        for label, spec in SPECS.items():
-            for precision, dtype in DTYPES.items():
-                if precision != "float32" and label not in HALVES:
-                    continue
-                for suffix in exporters:
-                    yield name, label, precision, suffix or "folder", cell(name, spec, dtype, suffix)
+def cells(models: list[str], exporters: list[str]) -> Iterator[tuple[str, str, str, str]]:
+    """Model, spec, precision and exporter, one after the other."""
+    for suffix in exporters:
+        for name in models:
+            for label in SPECS:
+                for precision in DTYPES:
+                    if precision == "float32" or label in HALVES:
+                        yield name, label, precision, suffix
+
+
+def table(found: dict[str, str]) -> list[str]:
+    """The finished cells as rows of Markdown."""
+    lines = ["| model | spec | precision | exporter | what happens |", "|---|---|---|---|---|"]
+    for key, text in sorted(found.items()):
+        lines.append("| " + " | ".join((*key.split(" | "), text.replace("|", "/").replace("\n", " "))) + " |")
+    return lines
 
 
 def main() -> int:
-    """Print the table as it grows; 1 where a cell is a fault."""
+    """Fill the table as it grows; 1 where a cell is a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--exporters", default=",".join((".onnx", ".xml", ".pte", ".gguf", "folder")))
+    parser.add_argument("--exporters", default=",".join(EXPORTERS))
+    parser.add_argument("--most", type=float, default=float("inf"), help="begin no cell after so many seconds")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    chosen = parser.parse_args()
+    chosen, start = parser.parse_args(), time.monotonic()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    exporters = ["" if each == "folder" else each for each in chosen.exporters.split(",")]
-    lines = ["| model | spec | precision | exporter | what happens |", "|---|---|---|---|---|"]
-    print("\n".join(lines), flush=True)
-    for row in cells(chosen.models.split(","), exporters):
-        lines.append("| " + " | ".join(each.replace("|", "/").replace("\n", " ") for each in row) + " |")
-        print(lines[-1], flush=True)
-    faults = sum(" | DIFFERS" in line or " | CRASH" in line for line in lines)
-    print(f"{len(lines) - 2} cells, {faults} faults")
+    found: dict[str, str] = {}
+    if chosen.json is not None and chosen.json.is_file():
+        found = json.loads(chosen.json.read_text(encoding="utf-8"))["cells"]
+    for name, label, precision, suffix in cells(chosen.models.split(","), chosen.exporters.split(",")):
+        key = " | ".join((name, label, precision, suffix))
+        if key in found or time.monotonic() - start > chosen.most:
+            continue
+        found[key] = cell(name, SPECS[label], DTYPES[precision], "" if suffix == "folder" else suffix)
+        print(f"{key}: {found[key]}", flush=True)
+        if chosen.json is not None:
+            write_json(chosen.json, {"run": run_metadata(), "cells": dict(sorted(found.items()))})
+    every = cells(list(MODELS), list(EXPORTERS))
+    missing = sum(" | ".join(each) not in found for each in every)
+    faults = sum(text.startswith(("DIFFERS", "CRASH")) for text in found.values())
+    print(f"{len(found)} cells, {missing} missing, {faults} faults")
     if chosen.markdown is not None:
-        words = " ".join(["python benchmarks/exports.py", *sys.argv[1:]])
-        text = ["# Exports: what is written, what is refused", "", f"Made by `{words}`.", "", *lines, ""]
+        words = "python benchmarks/exports.py --json docs/results/exports.json --markdown docs/results/exports.md"
+        counts = f"{len(found)} cells, {missing} not yet run, {faults} faults."
+        text = [
+            "# Exports: what is written, what is refused",
+            "",
+            f"Made by `{words}`: {counts}",
+            "",
+            *table(found),
+            "",
+        ]
         chosen.markdown.write_text("\n".join(text), encoding="utf-8")
     return int(faults > 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,10 @@ def work(rank: int, ranks: int, meeting_point: str, job: Callable[..., None], *g
 
 
 def spawn(ranks: int, folder: Path, job: Callable[..., None], *given: Any) -> None:
-    """Run a job of a module on so many ranks."""
-    meet = str(folder / "meet")
-    torch.multiprocessing.spawn(work, args=(ranks, meet, job, *given), nprocs=ranks, join=True)
+    """Run a job of a module on so many ranks.
+
+    They are forked off a process that has imported what they all need, and nothing else, once for all tests.
+    """
+    multiprocessing.set_forkserver_preload(["tests.ranks_imports"])
+    given = (ranks, str(folder / "meet"), job, *given)
+    torch.multiprocessing.start_processes(work, args=given, nprocs=ranks, join=True, start_method="forkserver")

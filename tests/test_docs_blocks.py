@@ -75,7 +75,7 @@ def commands_of_s2d(code: str) -> list[list[str]] | None:
     """The words behind each `s2d`, if a block is nothing but its commands, without the shell's own signs."""
     lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
     words = [line for line in lines if line]
-    shell = re.search(r"[|<>$;&`~]|(?<!\[)\*", re.sub(r"'[^']*'|#.*", "", code))
+    shell = re.search(r"[|<>$;&`~]|(?<!\[)\*", re.sub(r"'[^']*'|\"[^\"$`]*\"|#.*", "", code))
     return None if shell or any(line[0] != "s2d" for line in words) else [line[1:] for line in words]
 
 
@@ -156,6 +156,8 @@ def test_ci_runs_the_pages_that_say_so() -> None:
         ("s2d a --b c  # why\ns2d d 'e f'\n", [["a", "--b", "c"], ["d", "e f"]]),
         ("s2d a \\\n  --b\n", [["a", "--b"]]),
         ("s2d run -o 'x=[a,b]' -o 'y={c: null}'\n", [["run", "-o", "x=[a,b]", "-o", "y={c: null}"]]),
+        ('s2d a --b "*c*"\n', [["a", "--b", "*c*"]]),
+        ('s2d a "$HOME"\n', None),
         ("s2d a > b\n", None),
         ("s2d a b/*\n", None),
         ("make\n", None),

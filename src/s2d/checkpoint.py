@@ -7,8 +7,6 @@ the description of its architecture, and its tokenizer; it loads again, bit-iden
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,13 @@ from torch import nn
 
 from s2d import models, quant
 from s2d.errors import InputError
-from s2d.io.files import read_json, sync_folder, write_json
+from s2d.io.files import in_place_of, json_text, read_json
 from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_model
 from s2d.models.differences import match_types, tie, ties
 from s2d.models.huggingface import load_parts
+from s2d.models.running import outside_inference_mode
 from s2d.models.saved import load_buffers, save_buffers, save_parts
-from s2d.quant.modules.storage import CONFIG, saved_types
+from s2d.quant.modules.storage import CONFIG, saved_types, write_into
 
 ARCHITECTURE = "s2d_architecture.json"
 _TYPE, _VERSION = "s2d_quantized_model", 1
@@ -69,31 +68,16 @@ def save(
     refuse_in_the_way(folder)
     content = {"_type": _TYPE, "_version": _VERSION, "model": describe(model), "ties": ties(model)}
     content["notes"] = dict(notes or {})
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            new, old = scratch / "new", scratch / "old"
-            quant.save(model, new)
-            write_json(new / ARCHITECTURE, content)
-            save_buffers(model, new)
-            save_parts(new, tokenizer, processor)
-            sync_folder(new)
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        finally:
-            if (scratch / "old").exists() and not folder.exists():
-                (scratch / "old").rename(folder)
-            shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"could not write {folder}: {error.strerror or error}; nothing was changed there; "
-            "free some space or choose another folder"
-        ) from error
+    with in_place_of(folder) as new:
+        new.mkdir()
+        write_into(model, new)
+        (new / ARCHITECTURE).write_text(json_text(content), encoding="utf-8")
+        save_buffers(model, new)
+        save_parts(new, tokenizer, processor)
     return folder
 
 
+@outside_inference_mode()
 def load(source: str | os.PathLike[str], *, device: str = "cpu", **options: Any) -> Loaded:
     """Load a model: pretrained, conditioned or quantized.
 

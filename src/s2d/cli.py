@@ -6,7 +6,6 @@ Heavy libraries are imported inside the commands, so that help is there at once.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
 import tempfile
@@ -28,10 +27,6 @@ from s2d.errors import InputError, first_line, visible
 COMMANDS = (runs, audit, condition, quantize, evaluate, export, bench, report, recipes, doctor)
 
 _INTERRUPTED = 130  # the shell's code for Ctrl-C
-
-# Loggers that speak to developers on every start: torch about the classes of an installed torchao, torchao about its
-# kernels for other machines.
-_CHATTER = ("torch.utils._pytree", "torchao")
 
 # Failures of the disk and of permissions: the user settles them; they are no defect of s2d.
 _THEIRS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -68,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _show_warning
-    for name in _CHATTER:
-        logging.getLogger(name).setLevel(logging.ERROR)
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # click's, wherever this typer keeps it
     try:
         code = app(list(arguments) if arguments is not None else None, prog_name="s2d", standalone_mode=False)

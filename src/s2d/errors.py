@@ -30,9 +30,11 @@ def visible(text: object, most: int = 300) -> str:
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """What an error of another library says, in one line; its kind where it says nothing."""
-    text = str(error).strip()
-    return visible(text.splitlines()[0] if text else type(error).__name__, most)
+    """What an error of another library says, in one line (with the next, where the first only announces it); its kind
+    where it says nothing.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return visible(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), most)
 
 
 def choices(name: str, known: Iterable[str], else_: str = "") -> str:

@@ -13,6 +13,7 @@ from types import ModuleType
 # old path -> where it went in 0.2; the whole table goes in 0.3
 MOVED = {
     "s2d.dominance": "s2d.spectral.pcdr",
+    "s2d.data.image_pile": "s2d.data.images",
     "s2d.evaluation": "s2d.tasks.evaluation",
     "s2d.models.checkpoints": "s2d.models.saved",
     "s2d.quant.attention": "s2d.quant.modules.attention",

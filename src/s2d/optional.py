@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import sys
 from functools import cache
@@ -12,6 +13,9 @@ from typing import Any
 from s2d.errors import MissingExtra
 
 _ON_TORCHVISION = ("transformers", "timm", "open_clip")  # they import it where it is installed
+# Loggers that speak to developers on every start: torch about the classes of an installed torchao, torchao about its
+# kernels for other machines.
+_CHATTER = ("torch.utils._pytree", "torchao")
 
 
 def require(module: str, extra: str, at_least: str | None = None) -> ModuleType:
@@ -27,6 +31,9 @@ def require(module: str, extra: str, at_least: str | None = None) -> ModuleType:
     """
     if module.split(".")[0] in _ON_TORCHVISION:
         declare_missing_operators()
+        for name in _CHATTER:
+            if logging.getLogger(name).level == logging.NOTSET:  # nobody has asked for them
+                logging.getLogger(name).setLevel(logging.ERROR)
     try:
         found = importlib.import_module(module)
         version = str(getattr(found, "__version__", ""))

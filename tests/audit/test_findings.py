@@ -189,3 +189,10 @@ def test_a_trend_comes_back_from_json_and_the_report_reads_it(tmp_path: Path) ->
     for content in ([], {}, {"audits": {}}, {"audits": [1]}):
         with pytest.raises(InputError, match="not audits of s2d"):
             Trend.from_json(content)
+
+
+def test_the_picture_has_a_bar_a_weight_the_worst_first() -> None:
+    lines = sample().picture(2).splitlines()
+    assert len(lines) == 3 and "its 2 worst weights" in lines[0]
+    assert lines[1].split()[0] == "layers.0.fc2.weight" and lines[1].endswith("  200") and lines[1].count("█") == 30
+    assert lines[2].split()[0] == "layers.1.fc1.weight" and lines[2].endswith("  30") and 4 <= lines[2].count("█") <= 5

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from s2d.audit import Audit, AuditRow, audit
-from s2d.audit.massive_tokens import Carriers, summary
+from s2d.audit.massive_tokens import MassiveTokens, summary
 
 IDS = torch.tensor([[7, 5, 6, 9], [8, 5, 9, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
 
 
-def watched(x: torch.Tensor, **batch: torch.Tensor) -> Carriers:
-    carriers = Carriers()
+def watched(x: torch.Tensor, **batch: torch.Tensor) -> MassiveTokens:
+    carriers = MassiveTokens()
     for _ in carriers.noting([batch]):
         carriers.add("w", x)
     return carriers

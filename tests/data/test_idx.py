@@ -10,7 +10,7 @@ import pytest
 from tests.tiny_images import make_idx
 
 from s2d.audit import audit_batches
-from s2d.data import image_pile
+from s2d.data import images
 from s2d.data.idx import idx_in, read_images, read_labels
 from s2d.data.image_folders import read_labelled_images
 from s2d.errors import InputError
@@ -63,7 +63,7 @@ def test_a_task_an_audit_and_a_pile_read_them(digits: Path) -> None:
     batch = next(task.batches("test", batch_size=100))
     assert batch["pixels"].shape == (12, 3, 32, 32) and task.labels == ("a", "b", "c")  # pyright: ignore
     assert sum(len(batch["pixel_values"]) for batch in audit_batches(loaded, digits)) == 60  # pyright: ignore
-    assert image_pile.holds_images(digits) and len(image_pile.read_images(digits)) == 72
+    assert images.holds_images(digits) and len(images.read_images(digits)) == 72
 
 
 def test_damaged_files_are_named(digits: Path) -> None:

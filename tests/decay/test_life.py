@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch.func import functional_call, grad, vmap
@@ -134,6 +136,22 @@ def test_half_precision_shrinks_as_much_as_single(dtype: torch.dtype, strength: 
     decay.remove()
 
 
+def noam(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Vaswani et al., section 5.3, with 6 steps of warm-up; the optimizer's own rate is 1."""
+    optimizer.param_groups[0]["lr"] = 1.0
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 512**-0.5 * min((t + 1) ** -0.5, (t + 1) * 6**-1.5))
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Keeps the rate of its own warm-up beside the one set, as schedulefree's optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        group = self.param_groups[0]
+        group["k"] = group.get("k", 0) + 1
+        group["scheduled_lr"] = group["lr"] * min(1.0, group["k"] / 5)
+        return super().step(closure)
+
+
 def by_hand(optimizer: torch.optim.Optimizer, step: int) -> None:
     optimizer.param_groups[0]["lr"] = 0.1 * (step + 1) / 10
 
@@ -144,6 +162,8 @@ def by_hand(optimizer: torch.optim.Optimizer, step: int) -> None:
         (lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-4, 0.5, step_size_up=15, cycle_momentum=False), 0.5),
         (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: min(5.0, (t + 1) / 2)), 0.5),
         (lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 4), 0.1),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=10, cycle_momentum=False), 0.5),
+        (noam, 512**-0.5 * 6**-0.5),
         (None, 0.1),
     ],
 )
@@ -160,6 +180,46 @@ def test_the_strength_is_the_share_of_the_schedules_own_peak(schedule: Any, peak
         still(made, optimizer)
         if scheduler is not None:
             scheduler.step()
+    assert made[0].weight[5].item() == pytest.approx(40 * math.exp(-0.05 * total), rel=1e-5)  # type: ignore[operator]
+    decay.remove()
+
+
+class Failing(torch.optim.SGD):
+    """Calls its base class's step, which torch hooks as well once there is a plain SGD; its second step fails."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        found = super().step(closure)
+        if self.calls == 2:
+            raise RuntimeError("stop")
+        return found
+
+
+def test_a_step_within_a_step_counts_once_and_one_that_fails_ends() -> None:
+    sgd(model())
+    made = model()
+    optimizer = Failing(made.parameters(), lr=0.1)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=0.05, outlier_ratio=2.0)
+    for step in range(5):
+        if step == 1:
+            with pytest.raises(RuntimeError, match="stop") as kept:  # as a notebook keeps the last one
+                still(made, optimizer)
+        else:
+            still(made, optimizer)
+    assert decay.step_count == 4 and kept.tb is not None
+    assert made[0].weight[5].item() == pytest.approx(40 * math.exp(-0.05 * 4), rel=1e-5)  # type: ignore[operator]
+    decay.remove()
+
+
+def test_a_schedule_free_optimizer_has_the_schedule_of_its_own_warm_up() -> None:
+    made = model()
+    optimizer = ScheduleFree(made.parameters(), lr=0.1)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=0.05, outlier_ratio=2.0)
+    for _ in range(8):
+        still(made, optimizer)
+    total = sum(min(1.0, step / 5) for step in range(1, 9))
     assert made[0].weight[5].item() == pytest.approx(40 * math.exp(-0.05 * total), rel=1e-5)  # type: ignore[operator]
     decay.remove()
 
@@ -250,3 +310,50 @@ def test_what_runs_later_is_conditioned_then_and_listed_until(first: int) -> Non
     assert not decay.skipped
     assert all(made.parts[index][0].weight[5] < 35 for index in range(3))  # type: ignore[operator, index]
     decay.remove()
+
+
+def freeze(made: nn.Module, on: bool) -> None:
+    made[0].requires_grad_(not on)  # type: ignore[operator]
+
+
+def retied(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    made[3].weight = made[1].weight  # type: ignore[operator, union-attr]
+
+
+def untied(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    made[3].weight = nn.Parameter(made[1].weight.detach().clone())  # type: ignore[operator, union-attr]
+    optimizer.add_param_group({"params": [made[3].weight]})  # type: ignore[operator]
+
+
+EVENTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
+    "step": still,
+    "freeze": lambda made, _: freeze(made, True),
+    "unfreeze": lambda made, _: freeze(made, False),
+    "retie": retied,
+    "untie": untied,
+    "evaluate": lambda made, _: made.eval()(X),
+    **{name: lambda made, _, how=how: how(made.train()) for name, how in copies().items()},
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(list(EVENTS)), max_size=8), st.sampled_from(["site", "data", "weight"]))
+def test_whatever_happens_to_a_model_it_and_its_copies_stay_plain(events: list[str], metric: Any) -> None:
+    made = model()
+    made[3] = nn.Linear(64, 64)
+    optimizer, kept, names = sgd(made), [], list(made.state_dict())
+    decay = SelectiveSpectralDecay(made, optimizer, metric=metric, strength=0.05, outlier_ratio=2.0, refresh_every=2)
+    for event in events:
+        found = EVENTS[event](made, optimizer)
+        if event in copies():
+            kept.append((found, {name: value.clone() for name, value in found.state_dict().items()}))
+    decay.remove()
+    steps = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    assert not steps and decay.step_count == events.count("step")
+    for each in (made, *(other for other, _ in kept)):
+        assert type(each) is nn.Sequential and list(each.state_dict()) == names
+        assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in each.modules())
+        assert bool(each(X).isfinite().all())
+    assert all(torch.equal(value, before[name]) for other, before in kept for name, value in other.state_dict().items())
+    if "freeze" in events and "step" not in events[: events.index("freeze")] and "unfreeze" not in events:
+        assert made[0].weight[5] == 40  # type: ignore[operator]

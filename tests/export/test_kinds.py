@@ -77,7 +77,22 @@ def test_a_runtime_that_ends_its_process_leaves_this_one(tmp_path: Path, monkeyp
     monkeypatch.setattr(child_process, "_LOADED", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     torch.manual_seed(0)
     quantized = s2d.quantize(Repeated(1).eval(), everywhere("w8a8"), calibration=[rows(4)])
-    with pytest.raises(InputError, match=f"onnxruntime itself ends on this graph \\({signal.SIGSEGV.name}\\)"):
+    with pytest.raises(InputError, match=f"onnxruntime crashed on this graph \\({signal.SIGSEGV.name}\\)"):
+        s2d.export(quantized, tmp_path / "m.onnx", example=rows(2), time_it=False)
+    monkeypatch.setattr(child_process, "_LOADED", "import time; time.sleep(60)")
+    monkeypatch.setattr(child_process, "SECONDS", 1.0)
+    with pytest.raises(InputError, match="onnxruntime did not run this graph once in 1 s"):
         s2d.export(quantized, tmp_path / "m.onnx", example=rows(2), time_it=False)
     assert list(tmp_path.iterdir()) == []
     assert graphs.try_runtime is child_process.try_runtime
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spec"), [(torch.bfloat16, "w8a8"), (torch.float16, "w4a16"), (torch.float64, "w4a8")]
+)
+def test_other_precisions_are_written_as_float32(dtype: torch.dtype, spec: str, tmp_path: Path) -> None:
+    def in_type(count: int) -> dict[str, Tensor]:
+        return {"x": torch.randn(count, 5, 24).to(dtype)}
+
+    torch.manual_seed(0)
+    written(Repeated(1).to(dtype).eval(), everywhere(spec), [in_type(4), in_type(4)], tmp_path / "m.onnx", in_type)

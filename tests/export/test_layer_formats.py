@@ -161,11 +161,10 @@ def test_a_wrong_weight_is_found_and_nothing_is_left(
     [
         ("served", "w4a8", r"operands of attention.*nearest spec.*attention: false"),
         ("served", {**without_attention(8), "activation": {"format": "int8"}}, r"symmetric activations.*nearest spec"),
-        ("served", {"base": "fp8", "attention": False}, r"nearest spec that it runs is w8a8"),
         ("model.gguf", without_attention(4), r"rounds its input.*nearest spec is w4a16"),
         ("model.gguf", {"weight": {"bits": 4, "granularity": "group-16"}}, r"blocks of 32.*nearest spec.*group-32"),
     ],
-    ids=["attention", "symmetric", "fp8", "activations", "group-16"],
+    ids=["attention", "symmetric", "activations", "group-16"],
 )
 def test_what_the_format_cannot_say_is_refused_with_the_nearest_spec(
     name: str, spec: Any, message: str, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from s2d.errors import InputError
 onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
 runtime = pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "s2d[export]"')
 
+from s2d.cli import main  # noqa: E402  (after the libraries that it needs)
 from s2d.export import onnx_doctor  # noqa: E402  (after the libraries that it needs)
 
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
@@ -113,8 +115,53 @@ def test_one_large_channel_and_an_old_opset_are_named(tmp_path: Path) -> None:
     assert opset.kind == "opset" and "need 21" in opset.text
 
 
-def test_other_files_are_refused_in_a_line(tmp_path: Path) -> None:
-    (tmp_path / "a.onnx").write_bytes(b"no graph")
-    for name in ("a.onnx", "missing.onnx"):
-        with pytest.raises(InputError, match="onnx"):
-            onnx_doctor.open_file(tmp_path / name)
+def bad_file(kind: str, folder: Path) -> Path:
+    """One file that is no ONNX model, or no longer."""
+    file = folder / "a.onnx"
+    model = attention(lowest=LOWEST, weight=np.ones((8, 8), np.float32))
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "text":
+        file.write_bytes(b"no graph")
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind.startswith("truncated"):
+        content = model.SerializeToString()
+        file.write_bytes(content[: len(content) * int(kind.split()[1]) // 100])
+    elif kind == "weights":
+        next(each for each in model.graph.initializer if each.name == "weight").dims[0] = 9
+        file.write_bytes(model.SerializeToString())
+    elif kind.startswith("outside"):
+        onnx.save(model, file, save_as_external_data=True, location="a.data", size_threshold=0)
+        if "missing" in kind:
+            (folder / "a.data").unlink()
+        else:
+            (folder / "a.data").write_bytes((folder / "a.data").read_bytes()[:40])
+    return file
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["missing", "folder", "text", "empty", "truncated 20", "truncated 50", "truncated 99", "weights",
+     "outside missing", "outside truncated"],
+)  # fmt: skip
+def test_bad_files_are_one_line_of_the_command(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = bad_file(kind, tmp_path)
+    for more in ([], ["--fix", str(tmp_path / "b.onnx")]):
+        assert main(["doctor", str(file), *more]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert str(file) in line and "Traceback" not in line
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_the_command_names_what_it_finds_and_mends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, fixed, told = (tmp_path / name for name in ("a.onnx", "b.onnx", "c.json"))
+    onnx.save(attention(lowest=LOWEST), file)
+    assert main(["doctor", str(file), "--fix", str(fixed), "--json", str(told)]) == 0
+    assert "mask: lowest" in capsys.readouterr().out
+    content = json.loads(told.read_text())
+    assert content["fixed"]["mask"] == -100.0 and [each["kind"] for each in content["findings"]] == ["mask"]
+    assert main(["doctor", str(fixed)]) == 0
+    assert "nothing found" in capsys.readouterr().out
+    assert main(["doctor", "--fix", str(fixed)]) == 2
+    assert "name it: s2d doctor MODEL.onnx" in capsys.readouterr().err

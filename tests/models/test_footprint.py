@@ -37,6 +37,16 @@ def test_shapes_are_those_of_the_model(folder: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_model_is_introduced_before_it_is_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = sum(p.numel() for p in load(folder).model.parameters())
+    told = footprint.introduction(str(folder))
+    assert told == f"{folder}: {footprint.size_text(count)}"
+    assert footprint.introduction("timm:vit_tiny_patch16_224") is None
+    assert footprint.size_text(22_565_376) == "22.6 million numbers" and footprint.size_text(180) == "180 numbers"
+    assert main(["audit", str(folder), "--graph"]) == 0
+    assert capsys.readouterr().out.startswith(told)
+
+
 def test_matrices_of_a_gguf_are_out_by_in(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", "llama")
     shapes = footprint.shapes_of(tmp_path / "m.gguf")

@@ -196,3 +196,16 @@ def test_what_cannot_be_is_refused_in_one_line(settings: dict[str, Any], message
     with pytest.raises(InputError, match=message) as caught:
         allocate(model, **{"calibration": batches, **settings})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llama-sdpa", "vit-sdpa"])
+def test_layers_side_by_side_that_read_one_activation_get_one_width(name: str, make: Callable[[str], Case]) -> None:
+    case = make(name)
+    found = sensitivity(case.model, calibration=case.batches[:1], choices=(3, 8))
+    families = [{part.rpartition(".")[2].split("_")[0] for part in names} for names in found.together]
+    one_block = [{"q", "k", "v"}, {"gate", "up"}] if "llama" in name else [{"q", "k", "v"}]
+    assert families == one_block * 2
+    spec = found.allocate(5.0)
+    bits = {layer.name: module._weight_bits(spec, layer.name) for layer in found.layers}
+    assert all(len({bits[each] for each in names}) == 1 for names in found.together)
+    assert found.average_bits(spec) <= 5.0 and len(set(bits.values())) == 2

@@ -73,6 +73,25 @@ def test_every_pass_sees_the_batches_of_the_first(source: Any) -> None:
     assert torch.equal(first, second) and torch.equal(first, third) and torch.equal(begun, first[: len(begun)])
 
 
+SOURCES = {
+    "shuffle": lambda: DataLoader(TensorDataset(torch.arange(20.0)), 4, shuffle=True),
+    "augment": lambda: DataLoader(Growing(), batch_size=2),
+    "turn": Alternating,
+    "list": lambda: list(torch.arange(12.0).split(3)),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 6), max_size=5), st.sampled_from(list(SOURCES)))
+def test_passes_that_end_anywhere_see_the_same_batches(stops: list[int], source: str) -> None:
+    batches = Batches(SOURCES[source]())
+    passes = [list(itertools.islice(batches, stop)) for stop in stops]
+    whole = list(batches)
+    for seen, stop in zip(passes, stops, strict=True):
+        assert len(seen) == min(stop, len(whole))
+        assert all(torch.equal(torch.stack([*a]), torch.stack([*b])) for a, b in zip(seen, whole, strict=False))
+
+
 def test_what_would_have_to_be_held_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe, "HELD_BYTES", 64)
     with pytest.raises(InputError, match="a loader's have to be held"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.export.integers import integer_activation
-from s2d.quant import QuantSpec, load, quantize, save
+from s2d.quant import QuantSpec, load, quantize, remove, save
 from s2d.quant.modules.sites import quantizers_of
 from s2d.quant.numerics.quantizer import Quantizer
 
@@ -72,3 +74,19 @@ def test_bad_prefixes_are_one_line() -> None:
         integer_activation(quantizer)
     spec = QuantSpec.parse({"base": "w4a4", "prefix": 1})
     assert QuantSpec.parse(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize("spec", ["w16a4", "w8a8", "w4a4-token"])
+@torch.no_grad()
+def test_token_by_token_with_a_cache_is_the_whole_text_at_once(spec: str, make: Callable[[str], Case]) -> None:
+    case = make("llama-sdpa")
+    kept = quantize(case.model, {"base": spec, "prefix": 2}, calibration=case.batches)
+    ids = case.batches[0]["input_ids"][:2, :6].clamp(min=2)
+    for model in (kept, copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        whole, steps, cache = model(input_ids=ids, use_cache=False), [], None
+        for start, end in ((0, 1), (1, 4), (4, 5), (5, 6)):
+            found = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+            steps.append(found[0])
+            cache = found.past_key_values
+        assert torch.allclose(torch.cat(steps, 1), whole[0], atol=1e-5)
+    assert not remove(kept)._forward_pre_hooks and not any(m._forward_pre_hooks for m in kept.modules())

@@ -212,3 +212,14 @@ def test_a_real_sentence_encoder(bits: int) -> None:
         assert static > 0.97 and token > 0.97
     else:
         assert static < 0.7 and static < token
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "adaround"])
+def test_inference_mode_around_it_changes_nothing(method: str, make: Callable[[str], Case]) -> None:
+    case = make("plain-sdpa")
+    wanted = quantize(case.model, "w4a4", calibration=case.batches, method=method)
+    with torch.inference_mode():
+        data = [{name: value.clone() for name, value in batch.items()} for batch in case.batches]
+        found = quantize(case.model, "w4a4", calibration=data, method=method)
+    assert torch.equal(case.output(found), case.output(wanted))
+    assert not any(tensor.is_inference() for tensor in found.state_dict().values())

@@ -159,7 +159,7 @@ def test_an_original_that_does_not_match_is_one_line(
     other = tmp_path / "other"
     save_model(encoder.model, other, tokenizer=decoder.tokenizer)
     task = create("language-modeling", data=text, window=8, loss="original", original=str(other))
-    with pytest.raises(InputError, match="cannot teach tiny-llama: it says 0 scores a token, not 6"):
+    with pytest.raises(InputError, match="cannot teach tiny-llama: it gives 0 scores per token, not 6"):
         task.build(decoder)
     with pytest.raises(InputError, match="unknown loss 'orginal'; did you mean original?"):
         create("language-modeling", data=text, loss="orginal")

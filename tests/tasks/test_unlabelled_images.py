@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from s2d.cli import main
 from s2d.data import image_table
-from s2d.data.image_pile import holds_images, read_images
+from s2d.data.images import holds_images, read_images
 from s2d.errors import InputError
 from s2d.models import Loaded, load, save_model
 from s2d.models.dual_encoder import DualEncoder

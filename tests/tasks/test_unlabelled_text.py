@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from s2d.data.splits import split_pile
+from s2d.data.splits import split_by_content
 from s2d.data.texts import read_texts
 from s2d.errors import InputError
 from s2d.models import Loaded, save_model
@@ -53,7 +53,7 @@ def test_texts_of_a_folder(tmp_path: Path) -> None:
 
 def test_a_text_has_one_split_whatever_stands_beside_it() -> None:
     def split(texts: list[str]) -> dict[Split, list[str]]:
-        return split_pile(((text, text.encode()) for text in texts), 10_000, 10_000, what="text", shown="here")
+        return split_by_content(((text, text.encode()) for text in texts), 10_000, 10_000, what="text", shown="here")
 
     texts = [f"text {i}" for i in range(4000)]
     whole = split([*texts, *texts])

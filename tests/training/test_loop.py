@@ -17,7 +17,7 @@ from s2d.errors import InputError
 from s2d.models import Loaded, load
 from s2d.tasks import Task
 from s2d.training.batching import training_batches
-from s2d.training.early_stopping import Patience
+from s2d.training.early_stopping import EarlyStopping
 from s2d.training.loop import parameter_groups, schedule, train, without_dropout
 from s2d.training.state import read_state
 from s2d.training.train_settings import TrainSettings
@@ -420,7 +420,7 @@ class Scripted:
     ],
 )
 def test_patience_ends_with_the_second_check_that_is_no_better(values: list[float], ends: int | None) -> None:
-    held_out = Patience(Scripted(values), every=4, patience=2, batch_size=1)  # pyright: ignore[reportArgumentType]
+    held_out = EarlyStopping(Scripted(values), every=4, patience=2, batch_size=1)  # pyright: ignore[reportArgumentType]
     model = nn.Linear(1, 1)
     for step in range(1, 4 * len(values) + 1):
         held_out.look(model, step)

@@ -10,13 +10,14 @@ import torch
 from tests.tiny_text import equal, make_data, make_model, make_task, make_texts
 from torch import nn
 
-from s2d import quant
+from s2d import checkpoint, quant
 from s2d.errors import InputError
 from s2d.experiments import runner
 from s2d.experiments.recipe import Recipe, make_recipe
 from s2d.experiments.runner import Runner
 from s2d.models import Loaded, load
-from s2d.tasks import Task
+from s2d.tasks import Task, create
+from s2d.tasks.evaluation import evaluate
 from s2d.training.loop import train
 from s2d.training.qat_loop import QATSettings, train_quantized
 from s2d.training.state import read_state
@@ -151,6 +152,13 @@ def test_every_arm_and_width_is_a_record_and_computed_once(
     ]
     assert all(0 <= r["value"] <= 100 and r["seconds"] > 0 for r in records)
     assert not list(tmp_path.rglob("*.pt"))
+    task = create(recipe.task.name, **recipe.task.options)
+    for record in records:  # the trained models are kept: what s2d evaluate and s2d export read
+        (folder,) = (tmp_path / "qat").glob(f"{record['conditioning']}-0-{record['spec']}-qat-*")
+        kept = checkpoint.load(folder)
+        task.prepare(kept)
+        found = evaluate(kept.model, task, split=recipe.split, batch_size=recipe.batch_size)
+        assert found["accuracy"] == record["value"]
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("computed again")

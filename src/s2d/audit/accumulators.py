@@ -144,18 +144,22 @@ class Judgement:
         ends = torch.tensor([self._offset, self._offset + len(x_NI)])
         first, last = torch.searchsorted(self._positions, ends).tolist()
         if first < last:
-            self._add_error(x_NI[(self._positions[first:last] - self._offset).to(x_NI.device)])
+            sampled = (self._positions[first:last] - self._offset).to(x_NI.device)
+            whole = len(sampled) == len(x_NI)  # nothing is copied then
+            self._add_error(x_NI if whole else x_NI[sampled], A_NO if whole else A_NO[sampled])
         self._offset += len(x_NI)
 
-    def _add_error(self, x_SI: Tensor) -> None:
-        W = self.target.matrix().float()
-        exact_SO = x_SI @ W.mT
+    def _add_error(self, x_SI: Tensor, A_SO: Tensor) -> None:
+        W = self.target.matrix()
+        # What a module of half precision gave is rounded itself.
+        exact_SO = A_SO if W.dtype == torch.float32 else x_SI @ W.float().mT
+        W = W.float()
         if self._weight_quantizer is not None:
             W = self._weight_quantizer(W)
         if self._quantizer is not None:
             x_SI = self._quantizer(x_SI)
         self._signal_O = self._signal_O + exact_SO.square().sum(0).double().cpu()
-        self._noise_O = self._noise_O + (x_SI @ W.mT - exact_SO).square().sum(0).double().cpu()
+        self._noise_O = self._noise_O + (x_SI @ W.mT).sub_(exact_SO).square_().sum(0).double().cpu()
 
     @property
     def pcdr(self) -> list[float]:

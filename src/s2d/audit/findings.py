@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from s2d.audit.terminal_tables import _NONE, _Column, _fitting, percent, share, short
+from s2d.audit.terminal_tables import _NONE, _Column, _fitting, bars, percent, share, short
 from s2d.errors import InputError, MissingExtra
 from s2d.io.files import JSON, read_json, write_json
 from s2d.optional import require
@@ -145,6 +145,12 @@ class Audit(_Saved):
         return sorted(self.rows, key=lambda row: -1.0 if row.output_ratio is None else row.output_ratio)[::-1][
             : max(n, 0)
         ]
+
+    def picture(self, n: int = 6) -> str:
+        """A bar chart in lines of text: the largest output over RMS of the n worst weights."""
+        rows = [(row.weight, row.output_ratio) for row in self.worst(n) if row.output_ratio is not None]
+        title = f"{self.model}: largest output over RMS of its {len(rows)} worst weights (a bell curve has about 5)"
+        return "\n".join([title, *bars(rows)])
 
     def row(self, weight: str) -> AuditRow:
         """The row of a weight, by its name.

@@ -75,10 +75,21 @@ def watching(
                 x, mask = real_tokens(x, mask.bool(), "input"), None
             return token_rows(x, mask).float()
 
+        # What several weights read one after the other (queries, keys, values) is brought to rows once.
+        latest: list[tuple[Tensor, int, Tensor] | None] = [None]
+
+        def input_rows(x: Tensor) -> Tensor:
+            if x.is_inference():  # has no version that tells of changes in place
+                return rows(x)
+            known = latest[0]
+            if known is None or known[0] is not x or known[1] != x._version:
+                latest[0] = known = (x, x._version, rows(x.detach()))
+            return known[2]
+
         def show(target: Target, x: Tensor, y: Tensor | None) -> None:
             if x.shape[-1] != target.matrix().shape[1]:
                 return
-            x_NI = rows(x.detach())
+            x_NI = input_rows(x)
             if len(x_NI) == 0:
                 return
             if y is None:
@@ -108,6 +119,8 @@ def watching(
                     run(model, batch, count)
                 except InputError as error:
                     raise InputError(str(error).removeprefix("calibration ")) from error
+                finally:
+                    latest[0] = None
                 count += 1
             return count
 

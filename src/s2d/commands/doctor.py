@@ -31,24 +31,27 @@ from s2d.errors import InputError
 @command(app, example="s2d doctor model.onnx --fix mended.onnx")
 def doctor(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL.onnx]", help="Say instead what will ruin a range in this file.")
+        Path | None,
+        typer.Argument(
+            metavar="[MODEL.onnx]", help="Examine this file instead: what in it spoils static quantization."
+        ),
     ] = None,
     fix: Annotated[
-        Path | None, typer.Option(metavar="OUT.onnx", help="Write a mended file that computes the same.")
+        Path | None, typer.Option(metavar="OUT.onnx", help="Also write a repaired file that computes the same.")
     ] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Say what is installed here, what is missing and how to get it; of an ONNX file, what static quantizers trip over.
+    """List what is installed here and how to get the rest; of an ONNX file, what spoils static quantization.
 
-    With a file from any exporter: mask constants that leave all scores one code, weights with one large channel,
-    constants that serve two purposes, an opset without the scales that are needed.
+    The file may come from any exporter. What is found: mask constants that leave a single code for all scores, weights
+    with one large channel, constants that serve two purposes, an opset without the scales that are needed.
     """
     if file is not None:
         _file(file, fix, json_file, quiet)
         return
     if fix is not None:
-        raise InputError("--fix mends a file; name it: s2d doctor MODEL.onnx --fix OUT.onnx")
+        raise InputError("--fix repairs a file; name it: s2d doctor MODEL.onnx --fix OUT.onnx")
     found = examine()
     if json_file is not None:
         save_json(json_file, found)
@@ -76,7 +79,7 @@ def _file(file: Path, fix: Path | None, json_file: Path | None, quiet: bool) -> 
     for each in findings:
         say(quiet, f"{each.kind}: {each.where}: {each.text} ({each.fixed_by})")
     if not findings:
-        say(quiet, f"{file}: nothing found that ruins a range")
+        say(quiet, f"{file}: nothing found that spoils a range")
     if mended is not None:
         say(quiet, f"{fix}: masks of {-mended[0]:.0f}; outputs moved by {mended[1]:.1e} of their largest value")
 

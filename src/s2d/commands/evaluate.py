@@ -18,7 +18,6 @@ from s2d.commands.shared import (
     app,
     check_file,
     command,
-    refuse_too_little,
     save_json,
     say,
     settings,
@@ -31,7 +30,7 @@ def evaluate(
     model: Model,
     task: TaskName = None,
     data: Data = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Data split: train, validation or test.")] = "test",
     o: Overrides = None,
     device: Device = "auto",
     json_file: JsonFile = None,
@@ -39,19 +38,20 @@ def evaluate(
 ) -> None:
     """Score a model on a task: as published, conditioned, or quantized.
 
-    Further settings go by the keys of a recipe: -o task.max_length=128, -o batch_size=32.
+    Further settings have the keys of a recipe: -o task.max_length=128, -o batch_size=32.
     """
     check_file(json_file)
     from s2d import quant
     from s2d.checkpoint import load
     from s2d.distributed.processes import device_of
     from s2d.io.provenance import measured, run_metadata
+    from s2d.models.footprint import refuse_too_little
     from s2d.tasks import create
     from s2d.tasks.evaluation import evaluate as judge
 
     recipe = settings(model, task, data, o, split=split)
     made = create(recipe.task.name, **recipe.task.options)
-    refuse_too_little(f"evaluating {model}", model, device_of(device))
+    refuse_too_little("evaluating", model, device_of(device))
     loaded = load(model, device=device_of(device))
     with measured() as cost:
         metrics = judge(loaded, made, split=recipe.split, batch_size=recipe.batch_size)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from s2d.commands.calibration_set import write_calibration_set
 from s2d.commands.shared import (
     Data,
     ForRuntime,
@@ -39,11 +40,22 @@ def export(
     task: TaskName = None,
     data: Data = None,
     for_: ForRuntime = None,
-    embeddings: Annotated[int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to leave them.")] = 8,
-    form: Annotated[str, typer.Option(help="Of ONNX: qdq, integer (MatMulInteger) or types (INT4, UINT4).")] = "qdq",
-    split: Annotated[str, typer.Option(help="On which the metric is compared.")] = "validation",
+    calibration_set: Annotated[
+        bool, typer.Option("--calibration-set", help="A plain model and its calibration inputs, for --for: see below.")
+    ] = False,
+    shape: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="Of that set: batch=1,tokens=128 fixes sizes.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Examples in that set.")] = 128,
+    embeddings: Annotated[
+        int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to keep them in full precision.")
+    ] = 8,
+    form: Annotated[
+        str, typer.Option(help="ONNX operators: qdq, integer (MatMulInteger) or types (INT4, UINT4).")
+    ] = "qdq",
+    split: Annotated[str, typer.Option(help="Data split on which the metric is compared.")] = "validation",
     time_it: Annotated[bool, typer.Option("--time/--no-time", help="Measure latency against fp32.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Keep a file that does not compute the same.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Keep the file even if it does not compute the same.")] = False,
     o: Overrides = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
@@ -57,7 +69,27 @@ def export(
 
     A name without a suffix is a folder in the format of compressed-tensors, for transformers and servers like vLLM;
     NAME.gguf is for llama.cpp. Both are read back by those libraries and compared before they are handed over.
+
+    With --calibration-set the model is a plain one (best: from s2d condition) for a compiler that quantizes by itself:
+    --for any, hailo, qnn or vitis. The folder holds float32 ONNX with bounded masks, calibration inputs, expected
+    outputs, and a page with the commands that follow.
     """
+    if calibration_set:
+        write_calibration_set(
+            model,
+            out,
+            runtime=for_,
+            shape=shape,
+            task=task,
+            data=data,
+            overrides=o,
+            samples=samples,
+            json_file=json_file,
+            quiet=quiet,
+        )
+        return
+    if shape is not None:
+        raise InputError("--shape goes with --calibration-set")
     if out is None:
         raise InputError("where should the exported model go? add --out NAME.onnx")
     (check_file if out.suffix else check_folder)(out)
@@ -66,7 +98,6 @@ def export(
     from s2d.audit import audit_batches
     from s2d.checkpoint import load
     from s2d.commands.terminal import Watch
-    from s2d.data.base import check_split
     from s2d.export import RUNNABLE, example_of
     from s2d.export import export as write
     from s2d.export.runtime import find_runtime
@@ -74,7 +105,7 @@ def export(
     from s2d.models.dual_encoder import DualEncoder
     from s2d.models.saved import save_parts
     from s2d.quant.modules.sites import is_quantized
-    from s2d.tasks import create
+    from s2d.tasks import check_split, create
     from s2d.tasks.evaluation import model_for
 
     runtime = None if for_ is None else find_runtime(for_)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from s2d.commands.shared import check_file, check_folder, refuse_too_little, save_json, say, settings
+from s2d.commands.shared import check_file, check_folder, save_json, say, settings
 from s2d.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,13 +71,14 @@ def keep_promise(
     from s2d.experiments.auto.search import Search
     from s2d.io.provenance import run_metadata
     from s2d.models import load
+    from s2d.models.footprint import refuse_too_little
     from s2d.tasks import create
     from s2d.tasks.evaluation import model_for
 
     promise = Promise.parse(runtime, within, minutes, "fastest" if fastest else "smallest")
     recipe = settings(model, task, data, o)
     made = create(recipe.task.name, **recipe.task.options)
-    refuse_too_little(f"quantizing {model}", model, "cpu")
+    refuse_too_little("quantizing", model, "cpu")
     with Watch(Console(stderr=True), quiet=quiet) as watch:
         watch.stage(f"loading {model}", 1)
         loaded = load(model)

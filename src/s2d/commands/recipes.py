@@ -55,12 +55,12 @@ def recipes_show(
 
 @command(recipes_app, "new", example="s2d recipes new mine.yaml --like minilm-banking77 -o task.data=intents/")
 def recipes_new(
-    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="Where it goes; must not exist yet.")],
-    like: Annotated[str, typer.Option(metavar="RECIPE", help="What it starts from.")] = "minilm-banking77",
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The new file; it must not exist yet.")],
+    like: Annotated[str, typer.Option(metavar="RECIPE", help="The recipe to start from.")] = "minilm-banking77",
     o: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
-    """Start a recipe of one's own from another: a copy, with changes if some are given. Run it with s2d run FILE."""
+    """Start your own recipe from another one: a copy, with the given changes. Run it with s2d run FILE."""
     from s2d.experiments.recipe import new_text
     from s2d.io.files import write_atomic
 

@@ -19,7 +19,7 @@ from s2d.io.files import read_any_json
 @command(app, example="s2d report runs/demo/results.json --out report.html")
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON files of runs and audits.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("report.html"),
     quiet: Quiet = False,
 ) -> None:
     """Make one self-contained HTML page of the results of runs and audits."""

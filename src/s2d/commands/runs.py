@@ -28,19 +28,20 @@ _FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's and Ubunt
 
 @command(app, example="s2d demo", together=True)
 def demo(
-    vision: Annotated[bool, typer.Option("--vision", help="On a vision transformer and Fashion-MNIST.")] = False,
+    vision: Annotated[bool, typer.Option("--vision", help="Use a vision transformer and Fashion-MNIST.")] = False,
     o: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run's folder; runs/demo or runs/demo-vision by default.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the run; runs/demo or runs/demo-vision by default.")
     ] = None,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open the report.")] = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show on a real, published sentence encoder what S2D does, in about half an hour on two cores.
+    """Show on a real, published sentence encoder what S2D does, in about five minutes on two cores.
 
     MiniLM is fine-tuned twice from the same start, with AdamW and with AdamW and S2D, on docstrings of installed
-    packages; both are quantized to 8, 6 and 4 bits and compared. Interrupt it at any time: the same command continues.
+    packages; both are quantized to 4 bits and compared. Interrupt it at any time: the same command continues.
+    Longer texts, more steps, 8 and 6 bits too, in half an hour: s2d run minilm-docstrings.
 
     --vision: the same on a small vision transformer that comes with s2d, trained until four bits cost it ten points.
     It needs Fashion-MNIST: apt install dataset-fashion-mnist, or its four files elsewhere and -o task.data=FOLDER.
@@ -51,7 +52,7 @@ def demo(
             "and name it: -o task.data=FOLDER; or download it: -o task.data=datasets:zalando-datasets/fashion_mnist"
         )
     out = out or Path("runs/demo-vision" if vision else "runs/demo")
-    _run("vit-fashion-condition" if vision else "minilm-docstrings", o, out, json_file, quiet)
+    _run("vit-fashion-condition" if vision else "minilm-demo", o, out, json_file, quiet)
     if not no_open and _has_display():
         import webbrowser
 
@@ -64,7 +65,7 @@ def run(
         str, typer.Argument(metavar="RECIPE", help="A name from [bold]s2d recipes list[/bold], or a file.")
     ],
     o: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; runs/RECIPE by default.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the run; runs/RECIPE by default.")] = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Try the whole recipe offline in a minute: a tiny model, made-up data.")
     ] = False,

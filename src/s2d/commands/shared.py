@@ -5,7 +5,6 @@ Heavy libraries are imported inside the commands, so that help is there at once.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from s2d.experiments.recipe import Recipe
-    from s2d.models.footprint import Footprint, Shapes
 
 
 app = typer.Typer(
@@ -70,19 +68,24 @@ Overrides = Annotated[
         "--override",
         "-o",
         metavar="KEY=VALUE",
-        help="Change a setting by its key in a recipe (s2d recipes show minilm-banking77). Repeatable.",
+        help="Change a setting, by its key in a recipe: s2d recipes show minilm-banking77. Repeatable.",
     ),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor tables.")]
-TaskName = Annotated[str | None, typer.Option("--task", help="What the model is for: see [bold]s2d doctor[/bold].")]
+TaskName = Annotated[
+    str | None,
+    typer.Option("--task", help="Task of the model: data, loss and metric. [bold]s2d doctor[/bold] lists them."),
+]
 Data = Annotated[str | None, typer.Option("--data", metavar="PATH", help="File or folder with the data.")]
 ForRuntime = Annotated[
     str | None,
-    typer.Option("--for", metavar="RUNTIME", help="Refuse what this runtime cannot hold: see [bold]s2d doctor[/bold]."),
+    typer.Option(
+        "--for", metavar="RUNTIME", help="Refuse what this runtime cannot run. [bold]s2d doctor[/bold] lists them."
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ... or auto.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
+Device = Annotated[str, typer.Option("--device", help="Device: cpu, cuda, ... or auto.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random choices.")]
 
 
 def settings(model: str, task: str | None, data: str | None, overrides: list[str] | None, **more: Any) -> Recipe:
@@ -125,35 +128,6 @@ def _check_writable(path: Path) -> None:
         )
 
 
-def refuse_too_little(doing: str, model: str, device: str, needed: Callable[[Shapes], Footprint] | None = None) -> None:
-    """Refuse a model of which what is needed does not fit, before it is loaded: by default two copies, the loaded one
-    and the one that is worked on.
-    """
-    from s2d.models import footprint
-
-    shapes = footprint.shapes_of(model)
-    if shapes is not None:
-        wanted = footprint.to_load(shapes, copies=2) if needed is None else needed(shapes)
-        footprint.refuse_too_little(wanted, doing, device)
-
-
-def held_beside(out: Path) -> Path:
-    """The folder in which a training keeps how far it got, until the model is saved."""
-    return out.with_name(f"{out.name}.training")
-
-
-def clear(held: Path) -> None:
-    """Remove what a training kept to be continued, and nothing that somebody else put there."""
-    from s2d.io.files import sweep
-    from s2d.quant.calibration.resume import Store
-
-    sweep(held, age=0.0)  # by a run that was killed while it saved
-    (held / "state.pt").unlink(missing_ok=True)
-    Store.discard(held / "blocks")
-    with contextlib.suppress(OSError):
-        held.rmdir()
-
-
 def save_json(path: Path, content: Any) -> None:
     """Write results, atomically."""
     from s2d.io.files import write_json
@@ -162,9 +136,9 @@ def save_json(path: Path, content: Any) -> None:
 
 
 def say(quiet: bool, text: str) -> None:
-    """Print the closing lines of a command."""
+    """Print lines of a command's own, at once."""
     if not quiet:
-        print("\n".join(visible(line, 1500) for line in text.split("\n")))
+        print("\n".join(visible(line, 1500) for line in text.split("\n")), flush=True)
 
 
 def show(table: Table) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from s2d.errors import visible
 from s2d.report.summary import Group, groups, label, rivals
 
 LINE_EVERY = 30.0  # seconds between two lines where the output is not a terminal
+RECENT = 20  # so many of the latest parts say how long those to come will take
 
 
 class Watch:
@@ -43,7 +45,8 @@ class Watch:
             disable=quiet or not console.is_terminal,
         )
         self.task: TaskID | None = None
-        self.text, self.total, self.began, self.spoke = "", 0, 0.0, 0.0
+        self.text, self.total, self.spoke = "", 0, 0.0
+        self.times: deque[tuple[int, float]] = deque([(0, 0.0)], maxlen=RECENT)
 
     def __enter__(self) -> Watch:
         self.bar.start()
@@ -58,17 +61,22 @@ class Watch:
             self.bar.remove_task(self.task)
         self.task = self.bar.add_task(text, total=total, note="")
         self.text, self.total = text, total
-        self.began = self.spoke = time.monotonic()
+        self.spoke = time.monotonic()
+        # The first part of a stage takes longer: it is left out as soon as there is another.
+        self.times = deque([(0, self.spoke)], maxlen=RECENT)
 
     def advance(self, done: int, note: str = "") -> None:
         """So many parts of the stage are done."""
         if self.task is not None:
             self.bar.update(self.task, completed=done, note=note)
         now = time.monotonic()
+        if done > self.times[-1][0]:
+            self.times.append((done, now))
         if self.quiet or self.console.is_terminal or now - self.spoke < LINE_EVERY or not 0 < done < self.total:
             return
         self.spoke = now
-        left = (now - self.began) / done * (self.total - done)
+        since, began = self.times[1 if len(self.times) > 2 and self.times[0][0] == 0 else 0]
+        left = (now - began) / (done - since) * (self.total - done)
         self.say(f"{self.text} {done}/{self.total}, {note + ', ' if note else ''}about {left:.0f} s left")
 
     def say(self, text: str) -> None:

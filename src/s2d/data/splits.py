@@ -32,7 +32,7 @@ def carve(labels: Sequence[str], contents: Sequence[bytes], share: float) -> tup
     return [i for i in range(len(labels)) if i not in taken], [i for i in range(len(labels)) if i in taken]
 
 
-def split_pile(
+def split_by_content(
     examples: Iterable[tuple[Example, bytes]], train: int, heldout: int, *, what: str, shown: str
 ) -> dict[Split, list[Example]]:
     """Each different content once, in the split that its own SHA-256 says: 5 % validation, 5 % test, 90 % train.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 # Steps of a schedule that are looked through for its peak, and as many as it may take while it still rises.
 _AHEAD = 10_000
@@ -30,6 +30,7 @@ class PeakRates:
         self._followers: list[nn.Parameter] = []
         self._peak: dict[tuple[int, int], float] = {}
         self._scheduled: dict[int, tuple[float, ...]] = {}
+        self._whole: set[int] = set()  # whose schedules were seen from their first step
         # What an optimizer was built with counts as well: a warm-up by hand begins below it.
         self._built = {key: _rate(group) for key, group in self._groups()}
         self.look()
@@ -68,13 +69,16 @@ class PeakRates:
         begun = len(starts) == len(optimizer.param_groups) and self._scheduled.get(number) != starts
         if begun:  # since the last step
             self._scheduled[number] = starts
-            for index, peak in enumerate(_peaks_ahead(optimizer)):
+            peaks, whole = _peaks_ahead(optimizer)
+            self._whole = self._whole - {number} | ({number} if whole else set())
+            for index, peak in enumerate(peaks):
                 known = float(optimizer.param_groups[index]["initial_lr"])
-                self._peak[number, index] = peak if peak > known * (1 + 1e-6) else known
+                self._peak[number, index] = peak if whole or peak > known * (1 + 1e-6) else known
         for index, group in enumerate(optimizer.param_groups):
             key = number, index
-            announced = float(group.get("max_lr", group.get("initial_lr", 0.0)))
-            self._peak[key] = max(self._peak.get(key, 0.0), self._built.get(key, 0.0), announced, _rate(group))
+            announced = max(float(group.get("max_lr", group.get("initial_lr", 0.0))), self._built.get(key, 0.0))
+            named = 0.0 if number in self._whole else announced
+            self._peak[key] = max(self._peak.get(key, 0.0), named, _rate(group))
 
     def share(self, parameter: nn.Parameter) -> float:
         """The parameter's learning rate as a share of its peak, between 0 and 1; `note` comes before."""
@@ -96,20 +100,28 @@ def _rate(group: dict[str, Any]) -> float:
     return min(float(group["lr"]), float(group.get("scheduled_lr", group["lr"])))
 
 
-def _peaks_ahead(optimizer: Optimizer) -> list[float]:
+def _peaks_ahead(optimizer: Optimizer) -> tuple[list[float], bool]:
     """The largest rate that an optimizer's schedule will reach in each group; nothing where that cannot be told.
 
     The schedule is copied and run on an optimizer without weights. One that rises for as long as it is watched has no
     peak of its own.
+
+    Returns:
+        The rates, and whether they are those of the whole schedule: one of factors of the step is run from its first,
+        so that a rate that it never reaches (Noam is given 1) plays no part.
     """
     found = [each for each in _schedulers(optimizer) if type(each).__name__ != "ReduceLROnPlateau"]
     if len(found) != 1:  # several that are stepped one by one: in which order is not known
-        return []
+        return [], False
     empty = torch.optim.SGD([_without_weights(group) for group in optimizer.param_groups], lr=0.0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ahead = _on(empty, found[0])
+            if whole := isinstance(ahead, LambdaLR):
+                ahead.last_epoch = 0
+                for group, rate in zip(empty.param_groups, ahead.get_lr(), strict=True):
+                    group["lr"] = float(rate)
             peaks, at, step = [_rate(group) for group in empty.param_groups], 0, 0
             while step < _AHEAD or (at > 0.9 * step and step < _RISING):
                 step += 1
@@ -119,8 +131,9 @@ def _peaks_ahead(optimizer: Optimizer) -> list[float]:
                     at = step
                 peaks = [max(pair) for pair in zip(rates, peaks, strict=True)]
     except Exception:  # a schedule of somebody else's may end, or need more than a step
-        return []
-    return [] if at > 0.9 * step else peaks
+        return [], False
+    # One whose first rate is its largest may hang on a clock, or have been cut: what the optimizer was given counts.
+    return ([], False) if at > 0.9 * step else (peaks, whole and at > 0)
 
 
 def _without_weights(group: dict[str, Any]) -> dict[str, Any]:

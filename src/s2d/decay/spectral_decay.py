@@ -48,6 +48,7 @@ from s2d.decay.learning_rates import PeakRates
 from s2d.decay.refresh_hooks import Eager, Watch, is_recomputed, is_transformed
 from s2d.decay.selection import METRICS, Components, Finding
 from s2d.decay.settings import PRESETS, MetricName, Mode
+from s2d.decay.steps import OutermostSteps
 from s2d.distributed.sharding import (
     Block,
     agreed,
@@ -183,6 +184,7 @@ class SelectiveSpectralDecay:
         self._seen_now: dict[str, None] = {}
         self._mask_sources = modules_with_mask(model)
         self._step_hooks: list[Any] = []
+        self._steps = OutermostSteps()
         for index, each in enumerate(self.optimizers):
             last = index == len(self.optimizers) - 1
             self._step_hooks.append(each.register_step_pre_hook(self._before_step(first=index == 0)))
@@ -200,25 +202,26 @@ class SelectiveSpectralDecay:
                     self._add_gradients(optimizer)
 
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if _skips_step(optimizer):
+            if _skips_step(optimizer) or not self._steps.enter(optimizer):
                 return None
             closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
             if closure is None:
                 prepare(optimizer)
-                return None
+                return self._steps.hold(optimizer, args), kwargs
 
             def run() -> Any:  # forward and backward happen inside the step (L-BFGS, Lightning)
                 loss = closure()
                 prepare(optimizer)
                 return loss
 
-            return (optimizer, run, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
+            others = {name: value for name, value in kwargs.items() if name != "closure"}
+            return self._steps.hold(optimizer, (optimizer, run, *args[2:])), others
 
         return hook
 
     def _after_step(self, last: bool) -> Callable[..., None]:
         def hook(optimizer: Optimizer, *_: Any) -> None:
-            if _skips_step(optimizer):
+            if _skips_step(optimizer) or not self._steps.leave(optimizer):
                 return
             self._rates.note(optimizer)
             if self.settings.mode == "decoupled":

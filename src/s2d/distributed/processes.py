@@ -1,4 +1,4 @@
-"""Which of the processes that torchrun started this one is; a process that was started alone is the first of one.
+"""The processes that torchrun started, and which of them this one is. A process that was started alone is the first.
 
 All of them run the same command. They train together; the first one alone writes, prints and measures.
 """

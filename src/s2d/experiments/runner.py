@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from s2d import quant
-from s2d.audit import audit
+from s2d.audit import Audit, audit
 from s2d.baselines import attach
+from s2d.checkpoint import Loaded, load, save
 from s2d.distributed import processes
 from s2d.distributed.processes import device_of
 from s2d.errors import InputError, MissingExtra
@@ -30,7 +31,6 @@ from s2d.experiments.records import cell_name, records_of, shown_path, spec_name
 from s2d.experiments.watcher import Silent, Watcher
 from s2d.io.files import JSON, read_json, sweep, write_json
 from s2d.io.provenance import code_digest, digest, measured, run_metadata
-from s2d.models import Loaded, load, save_model
 from s2d.quant import QuantSpec
 from s2d.report import write_card, write_report
 from s2d.tasks import Task, create
@@ -89,7 +89,7 @@ class Runner:
         self._told: list[str] = []
         self._tell_notes()
         if processes.leads():
-            for part in ("arms", "cells", "audits"):
+            for part in ("arms", "cells", "audits", "qat"):
                 sweep(folder / part)
             write_json(folder / "recipe.json", {"name": name, **recipe.model_dump()})
         self.watcher.advance(3)
@@ -134,6 +134,8 @@ class Runner:
         first = recipe.seeds[0]
         if recipe.audit:
             audits[UNTRAINED] = self._audit(UNTRAINED, first)
+            for line in Audit.from_json(audits[UNTRAINED]).picture().splitlines():
+                self.watcher.say(line)
         for seed in recipe.seeds:
             for arm in recipe.arms:
                 if arm == UNTRAINED and seed != first:
@@ -231,7 +233,7 @@ class Runner:
     def _save(self, model: nn.Module, folder: Path, arm: str) -> None:
         loaded = self.loaded
         notes = {"recipe": self.name, "arm": arm}
-        save_model(model, folder, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
+        save(model, folder, tokenizer=loaded.tokenizer, processor=loaded.processor, notes=notes)
 
     def _arm_folder(self, arm: str, seed: int) -> Path:
         return self.folder / "arms" / f"{arm}-{seed}-{self._arm_key(arm, seed)}"
@@ -352,9 +354,9 @@ class Runner:
         }
         for spec in qat.specs:
             stem = f"{arm}-{seed}-{spec_name(spec)}-qat-{digest({**key, 'spec': QuantSpec.parse(spec).to_dict()})}"
-            path = self.folder / "cells" / f"{stem}.json"
+            path, kept = self.folder / "cells" / f"{stem}.json", self.folder / "qat" / stem
             if self._missing(path):
-                trained = self._train_quantized(arm, seed, spec, decay, path.with_suffix(".pt"))
+                trained = self._train_quantized(arm, seed, spec, decay, path.with_suffix(".pt"), kept)
                 if processes.leads():
                     write_json(path, trained)
             if not processes.leads():
@@ -362,12 +364,14 @@ class Runner:
             path.with_suffix(".pt").unlink(missing_ok=True)  # also that of a run killed right here
             found = records_of(self.recipe, self.task, arm, seed, spec, "qat", "", read_json(path))
             records += found
-            self.watcher.say(f"{arm}, seed {seed}: {spec_name(spec)} trained: {found[0]['value']:.2f}")
+            score = f"{spec_name(spec)} trained: {found[0]['value']:.2f} ({shown_path(kept)})"
+            self.watcher.say(f"{arm}, seed {seed}: {score}")
         return records
 
     def _train_quantized(
-        self, arm: str, seed: int, spec: str | dict[str, Any], decay: dict[str, Any] | None, state: Path
+        self, arm: str, seed: int, spec: str | dict[str, Any], decay: dict[str, Any] | None, state: Path, kept: Path
     ) -> JSON:
+        """Train, judge, and keep the model, which `s2d evaluate` and `s2d export` read."""
         recipe, qat = self.recipe, self.recipe.qat
         assert qat is not None
         self.watcher.stage(f"{arm}, seed {seed}: training at {spec_name(spec)}", qat.steps)
@@ -389,6 +393,7 @@ class Runner:
             if not processes.leads():
                 return {}
             metrics = evaluate(trained, self.task, split=recipe.split, batch_size=recipe.batch_size)
+            self._save(trained, kept, arm)
         return {
             "metrics": metrics,
             "seconds": cost.seconds,

@@ -18,14 +18,5 @@ class Watcher(Protocol):
         """A line to keep."""
 
 
-class Silent:
+class Silent(Watcher):
     """A watcher that does nothing."""
-
-    def stage(self, text: str, total: int) -> None:
-        """Ignore it."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """Ignore it."""
-
-    def say(self, text: str) -> None:
-        """Ignore it."""

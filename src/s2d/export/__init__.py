@@ -94,12 +94,6 @@ def export(
     if not is_quantized(model):
         raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
     check_unchanged(model)
-    half = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    if half is not None and target.suffix in (*RUNNABLE, executorch.SUFFIX):
-        raise InputError(
-            f"{target}: the model computes in {str(half).removeprefix('torch.')}, and these runtimes in float32; load "
-            "the plain model with dtype=torch.float32, quantize that, and export it"
-        )
     kept = record(holder(model))
     model, example = in_float32(model, example, notes)
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)

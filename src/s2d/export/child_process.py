@@ -20,6 +20,8 @@ from torch import Tensor
 from s2d.errors import InputError
 from s2d.export.onnx import EXACT, overflows
 
+SECONDS = 600.0  # for one run, loading and optimizing included
+
 _ORT = """
 import sys, numpy, onnxruntime as runtime
 options = runtime.SessionOptions()
@@ -54,7 +56,8 @@ def try_runtime(path: Path, example: Mapping[str, Tensor], *, openvino: bool = F
         openvino: Under OpenVINO instead of onnxruntime.
 
     Raises:
-        InputError: The runtime ended that process. Errors that it raises are left to who runs it here.
+        InputError: The runtime ended that process, or does not come to an end. Errors that it raises are left to who
+            runs it here.
     """
     name, code = ("OpenVINO", _OPENVINO) if openvino else ("onnxruntime", _ORT + _LOADED)
     with tempfile.TemporaryDirectory() as folder:
@@ -62,13 +65,20 @@ def try_runtime(path: Path, example: Mapping[str, Tensor], *, openvino: bool = F
         np.savez(inputs, **{key: value.numpy() for key, value in example.items()})  # pyright: ignore[reportArgumentType]
         words = [sys.executable, "-c", code, os.path.abspath(path), str(inputs)]
         words += EXACT if not openvino and overflows() else ()
-        ended = subprocess.run(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+        quiet = subprocess.DEVNULL
+        try:
+            ended = subprocess.run(words, cwd=folder, stdout=quiet, stderr=quiet, timeout=SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            raise InputError(
+                f"{path.name}: {name} did not run this graph once in {SECONDS:g} s, tried in a process of its own; "
+                "export a smaller model, or for another runtime"
+            ) from None
     if ended < 0:
         try:
             how = signal.Signals(-ended).name
         except ValueError:
             how = f"signal {-ended}"
         raise InputError(
-            f"{path.name}: {name} itself ends on this graph ({how}), tried in a process of its own; "
+            f"{path.name}: {name} crashed on this graph ({how}) when it was tried in a separate process; "
             "leave the operands of attention in full precision (attention: false), or export for another runtime"
         )

@@ -3,11 +3,13 @@
 ``config.json`` says how the layers are quantized; ``model.safetensors`` holds packed codes and scales under the model's
 own names. Weights alone and weights of up to 4 bits are ``pack-quantized`` (int32 words), 8-bit weights with rounded
 inputs ``int-quantized`` (int8). Unsigned activations are written as signed codes with a zero point: the same grid.
+Layers of FP8, MXFP4, MXFP8 and NVFP4 are in `float_layers`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.export.float_layers import FloatLayer, float_layer
 from s2d.export.integers import IntegerActivation
-from s2d.export.plain_layers import PlainLayer, plain_layers
+from s2d.export.plain_layers import PlainLayer, plain_layers, refuse_more_than_linears
 from s2d.models.quiet import quiet
 from s2d.models.saved import describe, save_parts
 from s2d.optional import require
+from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.numerics.quantizer import Quantizer
 
 NAME = "compressed-tensors"
 
 
 def check(model: nn.Module, embeddings: int) -> int:
-    """Refuse up front what the format cannot say.
+    """Refuse up front what the format cannot hold.
 
     Returns:
         0: tables of embeddings stay as they are.
@@ -36,8 +40,9 @@ def check(model: nn.Module, embeddings: int) -> int:
         InputError: Which layer, why, and the nearest spec.
     """
     require("compressed_tensors", "compressed-tensors")
-    for layer in plain_layers(model, NAME):
-        _refuse_symmetric(layer)
+    for layer in _layers(model):
+        if isinstance(layer, PlainLayer):
+            _refuse_symmetric(layer)
     return 0
 
 
@@ -56,11 +61,14 @@ def write(model: nn.Module, folder: Path, *, embeddings: int, tokenizer: Any) ->
     config: Any = model.config
     tensors = _plain_state(model)
     schemes: dict[str, list[str]] = {}
-    for layer in plain_layers(model, NAME):
-        args = _scheme(layer)
+    for layer in _layers(model):
+        args = layer.scheme() if isinstance(layer, FloatLayer) else _scheme(layer)
         schemes.setdefault(json.dumps(args, sort_keys=True), []).append(layer.name)
-        codes, scale = layer.weight.codes, layer.weight.scale
         tensors.pop(f"{layer.name}.weight")
+        if isinstance(layer, FloatLayer):
+            tensors |= layer.tensors()
+            continue
+        codes, scale = layer.weight.codes, layer.weight.scale
         if args["format"] == "int-quantized":
             tensors[f"{layer.name}.weight"] = codes.contiguous()
         else:
@@ -88,16 +96,36 @@ def read(folder: Path, like: nn.Module) -> nn.Module:
         like: The model that was written.
     """
     transformers = require("transformers", "hf")
+    from compressed_tensors.offload import disable_onloading
+
     about = describe(like)
     kind = getattr(transformers, about["class"])
     with quiet(transformers):
-        return kind.from_pretrained(folder, dtype=torch.float32, **about["arguments"]).eval()
+        found = kind.from_pretrained(folder, dtype=torch.float32, **about["arguments"]).eval()
+    found.hf_quantizer.compressor.decompress_model(found)  # else it does so in the model's first call
+    with disable_onloading():
+        for module in found.modules():
+            if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32:  # blocks come in bfloat16
+                module.weight = nn.Parameter(module.weight.float(), requires_grad=False)
+    return found
+
+
+def _layers(model: nn.Module) -> Iterator[PlainLayer | FloatLayer]:
+    """The quantized Linears, one at a time: of floating-point codes, then of integers."""
+    refuse_more_than_linears(model, NAME)
+    floats = set()
+    for name, module in model.named_modules():
+        layer = float_layer(name, module) if isinstance(module, QuantizedLinear) else None
+        if layer is not None:
+            floats.add(name)
+            yield layer
+    yield from plain_layers(model, NAME, floats)
 
 
 def _refuse_symmetric(layer: PlainLayer) -> None:
     if layer.activation is not None and layer.activation.format.signed:
         raise InputError(
-            f"{layer.name}: symmetric activations have one code more in {NAME}; the nearest spec that it can say has "
+            f"{layer.name}: symmetric activations have one code more in {NAME}; the nearest spec that it can hold has "
             f"unsigned ones: activation: {{bits: {layer.activation.format.bits}}}"
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from s2d.export.lowering import round_embeddings
 from s2d.export.onnx import Face, named, tensors_of
 from s2d.export.parity import compare_modules
 from s2d.export.plain_layers import PlainLayer, plain_layers
+from s2d.io.files import in_place_of
 from s2d.optional import require
 from s2d.quant.modules.record import remove
 
@@ -86,8 +86,7 @@ def export_program(
     prepared = with_codes(reference)
     check.notes("comparing every layer")
     gate.judge_layers(report, *compare_modules(reference, prepared, reference, "", example))
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
+    with in_place_of(target) as made:
         check.notes("lowering")
         delegated, left = _write(prepared, example, made)
         del prepared
@@ -105,7 +104,6 @@ def export_program(
             report.latency_ms["executorch"] = gate.latencies({"torch": plain, "file": runner}, one)
         del runner
         report.refuse(target, check.force)
-        os.replace(made, target)
 
 
 def with_codes(model: nn.Module) -> nn.Module:

@@ -242,7 +242,7 @@ def cosine(a: Any, b: Any) -> float:
 
 
 def perturbed(model: nn.Module, size: float = PERTURBATIONS[0]) -> nn.Module:
-    """A copy whose norm gains are larger by ``size``, relatively: what a model's own chaos makes of nothing."""
+    """A copy whose norm gains are larger by ``size``, relatively: how far next to nothing moves a model's outputs."""
     made = shared_copy(model)
     for module in made.modules():
         gain = getattr(module, "weight", None)

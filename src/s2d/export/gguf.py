@@ -34,7 +34,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def check(model: nn.Module, embeddings: int) -> int:
-    """Refuse up front what the format cannot say.
+    """Refuse up front what the format cannot hold.
 
     Returns:
         The bits that tables of embeddings will have, 0 where they stay.
@@ -50,7 +50,7 @@ def check(model: nn.Module, embeddings: int) -> int:
     for layer in plain_layers(model, NAME):
         if layer.activation is not None:
             bits = 4 if layer.bits <= 4 else 8
-            raise InputError(f"{layer.name} rounds its input, which {NAME} cannot say; the nearest spec is w{bits}a16")
+            raise InputError(f"{layer.name} rounds its input, which {NAME} cannot hold; the nearest spec is w{bits}a16")
         if layer.run % BLOCK:
             raise InputError(
                 f"{layer.name}: {NAME} has blocks of {BLOCK} inputs, and {layer.run} share a scale here; "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from s2d.export.lowering import lower, round_embeddings
 from s2d.export.onnx import OnnxModel, write_onnx
 from s2d.export.operators import Form
 from s2d.export.parity import compare_layers
+from s2d.io.files import in_place_of
 
 
 def export_graph(
@@ -47,8 +46,8 @@ def export_graph(
     if report.embeddings and not round_embeddings(reference, report.embeddings):
         report.embeddings = 0
     lowered = lower(reference, written_out=form == "integer")
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        made = Path(scratch) / f"{target.stem}.onnx"
+    with in_place_of(target) as own:
+        made = own.with_suffix(".onnx")
         check.notes("tracing")
         metadata = {
             "s2d.spec": report.spec,
@@ -68,9 +67,8 @@ def export_graph(
         if target.suffix == ".xml":
             openvino.convert(made, made.with_suffix(".xml"))
             try_runtime(made.with_suffix(".xml"), example, openvino=True)
-        own = made.with_suffix(target.suffix)
         runner: nn.Module = openvino.OpenVinoModel(own) if target.suffix == ".xml" else OnnxModel(own)
-        files = [each for each in Path(scratch).iterdir() if target.suffix == ".onnx" or each.suffix != ".onnx"]
+        files = [each for each in own.parent.iterdir() if target.suffix == ".onnx" or each.suffix != ".onnx"]
         report.file_mb = sum(each.stat().st_size for each in files) / 1e6
         gate.judge(report, reference, runner, example, check)
         del reference, runner
@@ -79,5 +77,5 @@ def export_graph(
             check.notes("measuring")
             gate.describe_cost(report, made, model, example, time_it=check.time_it)
         report.refuse(target, check.force)
-        for each in files:
-            os.replace(each, target.parent / each.name)
+        if made != own:
+            made.unlink()

@@ -245,7 +245,7 @@ class _ConvCodes(nn.Module):
 def _lower_attention(module: QuantizedAttention) -> None:
     holder: Any = module.attention_quantizer
     # Codes are for products of two rounded factors. Where one stays in floating point so does the product, and
-    # runtimes move the codes about: onnxruntime ends the whole process on keys rounded before heads are repeated.
+    # runtimes move the codes about: OpenVINO ends the whole process on keys rounded before heads are repeated.
     both = {"q": "k", "k": "q", "probs": "v", "v": "probs"}
     alone = {each for each, other in both.items() if getattr(holder, other) is None}
     for operand in holder.OPERANDS:

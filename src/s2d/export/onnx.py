@@ -73,6 +73,8 @@ def write_onnx(
     *,
     form: Form = "qdq",
     beside: bool = False,
+    opset: int = OPSET,
+    fixed: bool = False,
 ) -> None:
     """Trace a model and write it.
 
@@ -83,6 +85,8 @@ def write_onnx(
         metadata: Kept in the file.
         form: What the operators become.
         beside: Put the weights there whatever their size, which takes less memory.
+        opset: 18 or later.
+        fixed: Keep the sizes of the example instead of leaving batch and length free.
 
     Raises:
         InputError: The model cannot be traced; an extra is missing.
@@ -101,10 +105,10 @@ def write_onnx(
                 input_names=list(example),
                 output_names=outputs,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 verbose=False,
                 custom_translation_table=translations(form),
-                dynamic_shapes={"values": tuple(_free(value) for value in example.values())},
+                dynamic_shapes=None if fixed else {"values": tuple(_free(value) for value in example.values())},
             )
         except Exception as error:
             if isinstance(error, (InputError, MemoryError)):

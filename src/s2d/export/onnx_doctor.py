@@ -1,4 +1,4 @@
-"""What ruins a range in an ONNX file, whoever wrote it, before a static quantizer measures it; and a mended file.
+"""What spoils static quantization of an ONNX file, whoever exported it; and a repaired file.
 
 Static quantizers give every tensor one range, from its smallest to its largest value. Exporters write a mask as a
 constant of -3.4e38 (or minus infinity) that is added to the scores of attention: the range of the masked scores is then
@@ -32,7 +32,7 @@ _CARRIES = frozenset((*_ARITHMETIC, *_SHAPES, "Gather", "GatherND", "ScatterND",
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that ruins a range.
+    """One thing that spoils a range.
 
     Attributes:
         kind: ``"mask"``, ``"channels"``, ``"shared"`` or ``"opset"``.
@@ -67,7 +67,7 @@ def open_file(path: str | os.PathLike[str]) -> Any:
     """An ONNX file as protobuf, weights included.
 
     Raises:
-        InputError: No such file, or not ONNX.
+        InputError: No such file, not ONNX, or damaged.
     """
     onnx = require("onnx", "export")
     source = Path(path)
@@ -77,6 +77,8 @@ def open_file(path: str | os.PathLike[str]) -> Any:
         model = onnx.load(os.fspath(source))
         if not model.graph.node:
             raise InputError(f"{source} is no ONNX file, or holds no graph; name a file ending in .onnx")
+        for weight in model.graph.initializer:
+            onnx.checker.check_tensor(weight)
         return model
     except InputError:
         raise
@@ -85,7 +87,7 @@ def open_file(path: str | os.PathLike[str]) -> Any:
 
 
 def examine(model: Any) -> list[Finding]:
-    """What will ruin a range in a model.
+    """What spoils the static ranges of a model.
 
     Args:
         model: An ONNX ``ModelProto`` with its weights.

@@ -7,7 +7,7 @@ before anything is written, with the nearest spec that can be said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,24 +45,25 @@ class PlainLayer:
         return inputs // scale.shape[1] if scale.ndim == 2 else inputs
 
 
-def plain_layers(model: nn.Module, format: str) -> Iterator[PlainLayer]:
+def plain_layers(model: nn.Module, format: str, without: Collection[str] = ()) -> Iterator[PlainLayer]:
     """The quantized Linears of a model, one at a time.
 
     Args:
         model: Quantized.
         format: The format's name, for messages.
+        without: Modules that the format holds in another way.
 
     Raises:
         InputError: It is not quantized; something in it is more than a Linear of integers.
     """
     refuse_more_than_linears(model, format)
     for name, module in model.named_modules():
-        if not isinstance(module, QuantizedLinear):
+        if not isinstance(module, QuantizedLinear) or name in without:
             continue
         quantizer, weight = module.input_quantizer, module.weight_quantizer
         if weight is None:
             raise InputError(
-                f"{name} rounds its input but not its weight, which {format} cannot say; use w8a8 or w4a16"
+                f"{name} rounds its input but not its weight, which {format} cannot hold; use w8a8 or w4a16"
             )
         activation = None if quantizer is None else integer_activation(quantizer)
         yield PlainLayer(name, integer_weight(module.weight, weight), activation, weight.format.bits)
@@ -79,12 +80,12 @@ def refuse_more_than_linears(model: nn.Module, format: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (OnlineLinear, RotatedBlock)):
             raise InputError(
-                f"{name}: the method computes beside the weight, which {format} cannot say; "
+                f"{name}: the method computes beside the weight, which {format} cannot hold; "
                 "quantize with rtn, gptq, awq or smoothquant"
             )
         if isinstance(module, QuantizedAttention) and (site := _operand(module)):
             raise InputError(
-                f"{site}: operands of attention are rounded, which {format} cannot say; the nearest spec that it can "
+                f"{site}: operands of attention are rounded, which {format} cannot hold; the nearest spec that it can "
                 "adds attention: false (in Python {'base': 'w4a8', 'attention': False}), or w4a16"
             )
         if isinstance(module, QuantizedConv):

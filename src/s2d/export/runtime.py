@@ -103,6 +103,28 @@ class Attention(_Section):
     source: str
 
 
+class Compiler(_Section):
+    """What a compiler that quantizes by itself reads: the folder of ``s2d export --calibration-set``.
+
+    Attributes:
+        opset: Of the float32 ONNX file.
+        images: ``"nhwc"`` when its calibration images are channels last, in ``calibration.npy``.
+        raw: Whether it reads a list of raw files beside the .npz.
+        scripts: Small programs that go into the folder, by name; ``{batch}`` stands for the size of a batch.
+        commands: What the user runs there, in order.
+        source: Where this is from.
+        notes: What its users should know, a line each.
+    """
+
+    opset: int = Field(default=21, ge=13)
+    images: Literal["nchw", "nhwc"] = "nchw"
+    raw: bool = False
+    scripts: dict[str, str] = {}
+    commands: list[str] = Field(min_length=1)
+    source: str
+    notes: list[str] = []
+
+
 class Runtime(_Section):
     """What one runtime can hold and run.
 
@@ -122,6 +144,7 @@ class Runtime(_Section):
         prefix: First tokens may stay at full precision.
         shapes: Whether batch and length may vary in the file.
         notes: What else its users should know, a line each.
+        compiler: Where it takes a model in full precision: what it reads.
     """
 
     name: str
@@ -139,6 +162,7 @@ class Runtime(_Section):
     prefix: bool = False
     shapes: Literal["free", "fixed"] = "free"
     notes: list[str] = []
+    compiler: Compiler | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Runtime:
@@ -177,7 +201,7 @@ class Runtime(_Section):
             raise InputError(f"s2d writes no file for {self.name}; {' '.join(self.notes) or self.about}")
         if path.suffix not in self.files:
             names = " or ".join(f"{path.stem}{each}" if each else "a folder (no suffix)" for each in self.files)
-            raise InputError(f"{path}: {self.name} reads {names}; name it so")
+            raise InputError(f"{path}: {self.name} reads {names}; give the file such a name")
 
     def stored_bits(self, bits: int) -> int:
         """What a code of a weight takes on disk."""
@@ -334,7 +358,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         *parents, key = map(str, first["loc"])
-        sections: dict[str, type[BaseModel]] = {"layers": Layer, "attention": Attention}
+        sections: dict[str, type[BaseModel]] = {"layers": Layer, "attention": Attention, "compiler": Compiler}
         inner = sections.get(parents[0], Runtime) if parents else Runtime
         if parents and parents[-1] in ("weights", "inputs", "operands"):
             inner = Tensors

@@ -13,9 +13,11 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
 
 from s2d.errors import InputError, first_line
 
@@ -50,12 +52,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         while isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, RuntimeError)):
             error = error.__context__
-        reason = getattr(error, "strerror", None) or first_line(error)
-        if "inline_container" in reason:  # torch's archive, which does not say what the disk said
-            reason = "the file did not become whole, perhaps the disk is full"
-        raise InputError(
-            f"could not write {target}: {reason}; nothing was changed there; free some space or choose another place"
-        ) from error
+        raise _not_written(target, error) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -63,17 +60,61 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     return target
 
 
-def sync_folder(folder: Path) -> None:
-    """Put every file of a folder on the disk, so that a name given to it later never stands for less than it says."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file() and not path.is_symlink():
-            path.chmod(0o644)  # some libraries make their files private
-        _sync(path)
+@contextlib.contextmanager
+def in_place_of(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path for a file or a folder that takes the place of `path` once it is complete and on the disk.
+
+    It lies in a folder of its own. What is written beside it there takes its own place beside `path`, and before it,
+    because `path` may name it.
+
+    Raises:
+        InputError: The disk is full or does not let us write; what stood at `path` is untouched.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            made = Path(scratch) / target.name
+            yield made
+            for each in Path(scratch).rglob("*"):
+                if each.is_file() and not each.is_symlink():
+                    each.chmod(0o644)  # some libraries make their files private
+                    with open(each, "rb") as file:
+                        os.fsync(file.fileno())
+                elif each.is_dir():
+                    _sync(each)
+            for each in sorted(Path(scratch).iterdir(), key=lambda each: each == made):
+                _put(each, target.parent / each.name)
+            _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(target, error) from error
 
 
-def _sync(path: Path) -> None:
+def _put(new: Path, target: Path) -> None:
+    if not target.is_dir():
+        os.replace(new, target)
+        return
+    old = new.with_name(f"{new.name}.old")
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    finally:
+        if not target.exists():
+            os.replace(old, target)
+
+
+def _not_written(target: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    if "inline_container" in reason:  # torch's archive, which does not say what the disk said
+        reason = "the file did not become whole, perhaps the disk is full"
+    return InputError(
+        f"could not write {target}: {reason}; nothing was changed there; free some space or choose another place"
+    )
+
+
+def _sync(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some systems cannot do it with folders
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -95,12 +136,13 @@ def write_json(path: str | os.PathLike[str], content: object) -> Path:
     Raises:
         InputError: It cannot be written.
     """
-    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(content).encode("utf-8")
+    return write_atomic(path, lambda file: file.write(text))
 
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode("utf-8"))
 
-    return write_atomic(path, write)
+def json_text(content: object) -> str:
+    """Any data as JSON; see `write_json`."""
+    return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -122,7 +164,7 @@ def read_any_json(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {os.fspath(path)}: {error.strerror}; check the name") from error
     except ValueError as error:
-        raise InputError(f"{os.fspath(path)} is not a JSON file: {error}; make it again") from error
+        raise InputError(f"cannot read {os.fspath(path)}: it is not a JSON file: {error}; make it again") from error
 
 
 def read_json(path: str | os.PathLike[str]) -> JSON:

@@ -1,4 +1,4 @@
-"""Dimensions followed by what they index, not by their size: a batch of 4 with 4 heads and 4 tokens confuses nobody.
+"""Dimensions followed by what they index, not by their size: 4 rows, 4 heads and 4 tokens are not mixed up.
 
 A dimension is a tuple of digits, the outermost first; its size is the product of theirs. A digit says which positions
 of an *axis* (a dimension of an input of the model, or the output channels of one product) it counts through:

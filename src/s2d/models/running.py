@@ -51,6 +51,16 @@ def run(model: nn.Module, batch: Any, index: int = 0) -> None:
 
 
 @contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Tensors made here are ordinary ones, which may be trained later, though the caller is in inference mode."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The whole model in evaluation mode; afterwards every module is back in its own."""
     training = [module for module in model.modules() if module.training]

@@ -13,8 +13,6 @@ import math
 import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,8 +25,8 @@ from safetensors.torch import load_file, load_model, save_file
 from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
 
-from s2d.errors import InputError
-from s2d.io.files import parse_json, sync_folder
+from s2d.errors import InputError, first_line
+from s2d.io.files import JSON, in_place_of, read_json
 from s2d.models.differences import match_types, put_buffers, tie, ties, unsaved_buffers
 from s2d.models.preprocessing import preprocessing_of
 from s2d.registry import Registry
@@ -40,8 +38,6 @@ BUFFERS_NAME = "buffers.safetensors"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TYPE, _VERSION = "s2d_model", 1
-
-JSON = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -143,25 +139,14 @@ def save_model(
     _refuse_foreign_state(model, description)
     shared = ties(model)
     config = {"_type": _TYPE, "_version": _VERSION, "model": description, "ties": shared, "notes": dict(notes or {})}
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-        try:
-            save_safetensors(model, str(temporary / WEIGHTS_NAME), metadata={"format": "pt"})
-            save_buffers(model, temporary)
-            if description["architecture"] == "transformers":
-                model.config.save_pretrained(temporary)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
-            save_parts(temporary, tokenizer, processor)
-            (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            sync_folder(temporary)
-            _move_into_place(temporary, destination)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"could not write {destination}: {_first_line(error)}; nothing was changed there; "
-            "free some space or choose another folder"
-        ) from error
+    with in_place_of(destination) as folder:
+        folder.mkdir()
+        save_safetensors(model, str(folder / WEIGHTS_NAME), metadata={"format": "pt"})
+        save_buffers(model, folder)
+        if description["architecture"] == "transformers":
+            model.config.save_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+        save_parts(folder, tokenizer, processor)
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return destination
 
 
@@ -175,22 +160,6 @@ def save_parts(folder: Path, *parts: Any) -> None:
             part = preprocessing_of(part, "the model")
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)
-
-
-def _move_into_place(temporary: Path, destination: Path) -> None:
-    temporary.chmod(0o755)  # mkdtemp makes folders private
-    if not destination.exists():
-        temporary.rename(destination)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}-old-", dir=destination.parent))
-    destination.rename(old / "checkpoint")
-    try:
-        temporary.rename(destination)
-    except OSError:
-        (old / "checkpoint").rename(destination)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _refuse_foreign_state(model: nn.Module, description: JSON) -> None:
@@ -235,7 +204,7 @@ def load_saved(folder: Path) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # a library's constructor, given anything, raises anything
-        raise InputError(f"{folder / CONFIG_NAME} does not describe a model: {_first_line(error)}") from error
+        raise InputError(f"{folder / CONFIG_NAME} does not describe a model: {first_line(error)}") from error
     try:
         if "ties" in config:
             tie(model, config["ties"])
@@ -243,7 +212,7 @@ def load_saved(folder: Path) -> nn.Module:
         load_model(model, weights)
         load_buffers(model, folder)
     except RuntimeError as error:
-        raise InputError(f"{weights} does not fit {folder / CONFIG_NAME}: {_first_line(error)}") from error
+        raise InputError(f"{weights} does not fit {folder / CONFIG_NAME}: {first_line(error)}") from error
     return model.eval()
 
 
@@ -286,17 +255,6 @@ def _read_config(folder: Path) -> JSON:
     return config
 
 
-def read_json(path: Path) -> JSON:
-    """A JSON object from a file, or one line about why not."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
 def check_safetensors(path: Path) -> None:
     """Refuse a safetensors file that is damaged or quantized, by its header and length; the tensors are not read."""
     try:
@@ -319,7 +277,7 @@ def check_safetensors(path: Path) -> None:
             raise InputError(f"{path} is a git-lfs pointer, not the weights; run: git lfs pull") from error
         size = path.stat().st_size
         raise InputError(
-            f"{path} ({size} bytes) is truncated or damaged: {_first_line(error)}; download or copy it again"
+            f"{path} ({size} bytes) is truncated or damaged: {first_line(error)}; download or copy it again"
         ) from error
 
 
@@ -340,7 +298,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise InputError(explain_unpickling(path, error)) from error
     except Exception as error:  # an unpickler of bytes from anywhere raises anything
-        raise InputError(f"{path} is damaged or not a PyTorch file: {_first_line(error)}") from error
+        raise InputError(f"{path} is damaged or not a PyTorch file: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -410,8 +368,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__

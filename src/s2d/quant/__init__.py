@@ -12,6 +12,7 @@ from torch import nn
 
 from s2d.distributed.sharding import Groups, all_ranks, in_common, is_dtensor
 from s2d.errors import InputError
+from s2d.models.running import outside_inference_mode
 from s2d.models.saved import fingerprint
 from s2d.quant.calibration.observe import Batches, Job, Protocol
 from s2d.quant.calibration.resume import Snapshot, Store, fingerprint_batches
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 
+@outside_inference_mode()
 def quantize(
     model: nn.Module,
     spec: str | Mapping[str, Any] | QuantSpec,

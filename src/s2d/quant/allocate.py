@@ -7,7 +7,8 @@ or what a loss rises by. Errors of layers are taken to add up, which is what mak
     minimise  sum_l error_l(b_l)    subject to  sum_l n_l b_l <= budget * sum_l n_l         n_l weights in layer l
 
 solved exactly by dynamic programming over the layers (after division by the greatest common divisor of the sizes; where
-that leaves too many units, sizes are rounded up to coarser ones, so that the budget holds all the same).
+that leaves too many units, sizes are rounded up to coarser ones, so that the budget holds all the same). Layers side by
+side that read one activation (q, k and v; gate and up) get one width: runtimes run them as one product.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,11 +29,12 @@ from torch import Tensor, nn
 from s2d import quant
 from s2d.errors import InputError
 from s2d.models.running import evaluating, main_output, real_tokens, run, token_mask
-from s2d.quant.calibration.observe import Batches
-from s2d.quant.modules.record import record
-from s2d.quant.modules.sites import quantizers_of
+from s2d.models.walks import source_of
+from s2d.quant.calibration.observe import Batches, Job
+from s2d.quant.modules.sites import Site, insert
 from s2d.quant.numerics.formats import IntFormat, integer_format
 from s2d.quant.numerics.quantizer import Quantizer, switched_on
+from s2d.quant.ptq.rtn import rtn
 from s2d.quant.spec import QuantSpec, TensorSpec
 
 CHOICES = (3, 4, 6, 8)
@@ -77,12 +80,14 @@ class Sensitivity:
         choices: The widths that were measured, ascending.
         base: The spec whose layers these are.
         activations: See `allocate`.
+        together: Names of layers that get one width.
     """
 
     layers: tuple[LayerCost, ...]
     choices: tuple[int, ...]
     base: QuantSpec
     activations: Literal["follow", "base"]
+    together: tuple[tuple[str, ...], ...] = ()
 
     def allocate(self, budget: str | float) -> QuantSpec:
         """The spec of least error within a budget; see `allocate`.
@@ -91,9 +96,14 @@ class Sensitivity:
             InputError: The budget is no number of bits, or below the smallest width.
         """
         bits = affordable(budget, self.choices)
-        errors = [[layer.errors[b] for b in self.choices] for layer in self.layers]
-        chosen = knapsack(errors, [layer.weights for layer in self.layers], self.choices, bits)
-        return self._spec({layer.name: b for layer, b in zip(self.layers, chosen, strict=True)})
+        first = {name: names[0] for names in self.together for name in names}
+        groups: dict[str, list[LayerCost]] = {}
+        for layer in self.layers:
+            groups.setdefault(first.get(layer.name, layer.name), []).append(layer)
+        errors = [[sum(layer.errors[b] for layer in group) for b in self.choices] for group in groups.values()]
+        weights = [sum(layer.weights for layer in group) for group in groups.values()]
+        chosen = dict(zip(groups, knapsack(errors, weights, self.choices, bits), strict=True))
+        return self._spec({layer.name: chosen[first.get(layer.name, layer.name)] for layer in self.layers})
 
     def _spec(self, bits: Mapping[str, int]) -> QuantSpec:
         """The base with these bits: the commonest for all, the others as overrides."""
@@ -310,15 +320,19 @@ def sensitivity(
     errors: dict[str, dict[int, float]] = {}
     sizes: dict[str, int] = {}
     parts: dict[str, tuple[float, float]] = {}
+    spec = all_with_bits(parsed, widths[0], follow)
+    kept = tuple((name, replace(override, attention=None)) for name, override in spec.overrides)
+    spec, together = replace(spec, attention=None, overrides=kept), ()
+    sites = quant.planned(model, spec, batches)
     with Progress(disable=not progress, transient=True) as bar:
         for width in widths:
-            spec = all_with_bits(parsed, width, follow)
-            without = tuple((name, replace(override, attention=None)) for name, override in spec.overrides)
-            spec = replace(spec, attention=None, overrides=without)
-            trial = quant.quantize(copy.deepcopy(model), spec, calibration=batches, inplace=True)
-            layers = _layers(trial)
-            for quantizer in quantizers_of(trial):
-                quantizer.enabled = False
+            trial = copy.deepcopy(model)
+            at_width = _widened(sites, width, follow)
+            job = Job(trial, spec, at_width, insert(trial, at_width), batches, 0, False)
+            rtn(job)
+            layers = _layers(job)
+            if width == widths[0]:
+                together = _together(job, layers)
             for name, (members, count) in bar.track(layers.items(), description=f"measuring {width} bits"):
                 sizes[name] = count
                 errors.setdefault(name, {})[width] = measure.error(trial, members.values())
@@ -331,20 +345,39 @@ def sensitivity(
                     ]
                     parts[name] = (alone[0], alone[1])
     costs = tuple(LayerCost(name, sizes[name], _never_rising(found), parts.get(name)) for name, found in errors.items())
-    return Sensitivity(costs, widths, parsed, activations)
+    return Sensitivity(costs, widths, parsed, activations, together)
 
 
-def _layers(model: nn.Module) -> dict[str, tuple[dict[str, Quantizer], int]]:
+def _widened(sites: Sequence[Site], bits: int, follow: bool) -> list[Site]:
+    """A plan's sites with another width: of every rounded weight, and of the input of such a layer if that follows."""
+    rounded = {site.module for site in sites if site.what == "weight" and site.format is not None}
+
+    def widened(site: Site) -> Site:
+        moves = site.what == "weight" or (follow and isinstance(site.format, IntFormat))
+        if site.format is None or site.module not in rounded or not moves:
+            return site
+        return replace(site, format=integer_format(bits, signed=site.what == "weight"))
+
+    return [widened(site) for site in sites]
+
+
+def _together(job: Job, layers: Container[str]) -> tuple[tuple[str, ...], ...]:
+    """The layers of one parent that read one activation."""
+    found: dict[tuple[int | None, str], dict[str, None]] = {}
+    with suppress(InputError):  # the plan has said that no graph can be traced
+        for call in (each for each in job.graph.products if each.module in layers):
+            read = None if call.input is None else source_of(job.graph, call.input)
+            found.setdefault((read, call.module.rpartition(".")[0]), {})[call.module] = None
+    return tuple(dict.fromkeys(tuple(names) for names in found.values() if len(names) > 1))
+
+
+def _layers(job: Job) -> dict[str, tuple[dict[str, Quantizer], int]]:
     """Of every layer with a quantized weight: its quantizers by what they quantize, and the number of its weights."""
-    quantizers = {quantizer.name: quantizer for quantizer in quantizers_of(model)}
-    found: dict[str, tuple[dict[str, Quantizer], int]] = {}
-    sites = record(model).sites
-    for site in sites:
-        if site.what == "weight" and site.format is not None:
-            found[site.module] = ({}, math.prod(site.shape))
-    for site in sites:
-        if site.module in found and site.name in quantizers:
-            found[site.module][0][site.what] = quantizers[site.name]
+    weights = [site for site in job.quantizers if site.what == "weight"]
+    found: dict[str, tuple[dict[str, Quantizer], int]] = {each.module: ({}, math.prod(each.shape)) for each in weights}
+    for site, quantizer in job.quantizers.items():
+        if site.module in found:
+            found[site.module][0][site.what] = quantizer
     return found
 
 
@@ -385,8 +418,7 @@ class _Measure:
         assert self.loss is not None
         with torch.no_grad(), evaluating(model):
             values = [float(self.loss(model, batch)) for batch in self.batches]
-        mean = sum(values) / len(values)
-        return _finite(mean)
+        return _finite(sum(values) / len(values))
 
     def _outputs(self, model: nn.Module) -> Iterator[Tensor]:
         """The real tokens of what the model returns, batch by batch."""

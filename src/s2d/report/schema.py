@@ -70,9 +70,7 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 First = Annotated[float, BeforeValidator(_first)]  # of a list, or a number
 Words = Annotated[str, BeforeValidator(lambda value: visible("" if value is None else value))]
 Depth = Annotated[int | None, BeforeValidator(lambda value: value if type(value) is int else None)]
-Shape = Annotated[
-    str, BeforeValidator(lambda value: " × ".join(map(visible, value if isinstance(value, list) else ())))
-]
+Shape = Annotated[str, BeforeValidator(_sides)]
 Flag = Annotated[bool, BeforeValidator(bool)]
 _BY_NAME = ConfigDict(populate_by_name=True)  # as well as by the name in the file
 

@@ -10,7 +10,6 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -216,17 +215,6 @@ def create(name: str, **options: Any) -> Task:
     if missing:
         raise InputError(f"task {name} needs the option {missing[0]!r}")
     return known[name](**options)
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode; afterwards it is in the mode that it was in, as a whole."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -20,8 +20,9 @@ from s2d.models import Loaded
 from s2d.models.classes import both_lists, match, only_numbered
 from s2d.models.image_heads import class_names
 from s2d.models.preprocessing import preprocessing_of
+from s2d.models.running import evaluating
 from s2d.optional import require
-from s2d.tasks.base import device_of, in_evaluation, register, to_device
+from s2d.tasks.base import device_of, register, to_device
 from s2d.tasks.image_base import ImageRows
 
 _OBJECTS = ("objects", "annotations", "object")
@@ -157,7 +158,7 @@ class Detection(ImageRows):
         device = device_of(model)
         found: list[dict[str, Any]] = []
         seen: list[int] = []
-        with in_evaluation(model):
+        with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 output = model(**self.inputs({"pixels": batch["pixels"].to(device)})[0])
                 scores, kinds = output.logits.float().softmax(-1)[..., :-1].nan_to_num(0.0).max(-1)

@@ -30,7 +30,8 @@ from s2d.data.tokens import (
 from s2d.errors import InputError
 from s2d.models import Loaded, SentenceEncoder
 from s2d.models.heads import encoder_of
-from s2d.tasks.base import Task, device_of, from_all_ranks, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import Task, device_of, from_all_ranks, register, to_device
 
 
 @register("docstrings")
@@ -141,7 +142,7 @@ class Docstrings(Task):
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
         """``mrr@10`` and ``recall@1`` of every query of the split against every document of it."""
         tables = self._table(split)
-        with in_evaluation(model):
+        with evaluating(model):
             query, document = (_embed(model, table, check_batch_size(batch_size)) for table in tables)
         rank = ranks(query @ document.T).double()
         return {

@@ -68,7 +68,15 @@ def is_bare(loaded: Loaded, task: Task) -> bool:
 
 
 def encoder_inputs(encoder: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    """What a task's model is called with, for its encoder alone: timm's do not name their images as transformers do."""
+    """What a task's model is called with, for its encoder alone: timm's do not name their images as transformers do.
+
+    Raises:
+        InputError: Several inputs, not all of which the encoder knows by name.
+    """
     accepted = inspect.signature(encoder.forward).parameters
-    named = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()) or inputs.keys() <= accepted.keys()
-    return inputs if named else tuple(inputs.values())
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()) or inputs.keys() <= accepted.keys():
+        return inputs
+    if len(inputs) > 1:
+        unknown = ", ".join(inputs.keys() - accepted.keys())
+        raise InputError(f"{type(encoder).__name__} does not take {unknown}; quantize it without --task")
+    return tuple(inputs.values())

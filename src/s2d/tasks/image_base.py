@@ -19,7 +19,8 @@ from s2d.data.tokens import digest, row_batches
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.preprocessing import Preprocessing, preprocessing_of
-from s2d.tasks.base import Task, device_of, in_evaluation
+from s2d.models.running import evaluating
+from s2d.tasks.base import Task, device_of
 
 
 class ImageRows(Task):
@@ -161,7 +162,7 @@ class LabelledImages(ImageRows):
         """``accuracy`` and, with more than ten classes, ``top5``; `scores_of` makes `[batch, classes]` of pixels."""
         device = device_of(model)
         first = fifth = seen = 0
-        with in_evaluation(model):
+        with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 scores = scores_of(self.normalize(batch["pixels"].to(device))).float().cpu()
                 # NaN scores are no answer; ranking would take them for the largest.

@@ -15,7 +15,8 @@ from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.classes import both_lists, places_of
 from s2d.models.image_heads import ImageClassifier, class_names, image_encoder, number_of_classes
-from s2d.tasks.base import Outcomes, device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import Outcomes, device_of, register, to_device
 from s2d.tasks.image_base import LabelledImages
 
 
@@ -98,7 +99,7 @@ class ImageClassification(LabelledImages):
     @torch.no_grad()
     def outcomes(self, model: nn.Module, batch: Batch) -> Outcomes:
         """Right or wrong, of each image."""
-        with in_evaluation(model):
+        with evaluating(model):
             scores = model(pixel_values=self.normalize(batch["pixels"].to(device_of(model)))).float().cpu()
         return Outcomes.of_hits((scores.argmax(1) == batch["labels"]) & scores.isfinite().all(1))
 

@@ -19,7 +19,8 @@ from s2d.data.tokens import check_max_length, digest, require_tokenizer, row_bat
 from s2d.data.windows import IGNORED, cut_windows, with_first
 from s2d.errors import InputError, choices
 from s2d.models import Loaded
-from s2d.tasks.base import Outcomes, Task, device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import Outcomes, Task, device_of, register, to_device
 from s2d.tasks.teacher import find_original, head_of, mean_divergence
 
 _SUFFIXES = (".txt",)
@@ -153,7 +154,7 @@ class LanguageModeling(Task):
         return total / max(count, 1)
 
     def _check_original(self, loaded: Loaded) -> None:
-        """Find the teacher, unless it is known, and see that it says as much as the model."""
+        """Find the teacher, unless it is known, and see that its vocabulary is the model's."""
         if self._teacher is None:
             found = find_original(
                 loaded, self.original, lambda each: require_tokenizer(each, self.name).get_vocab(), "tokenizers"
@@ -162,15 +163,15 @@ class LanguageModeling(Task):
         theirs, own = _vocabulary(self._teacher), _vocabulary(loaded.model)
         if theirs != own:
             raise InputError(
-                f"{self.original or 'the original'} cannot teach {loaded.source}: it says {theirs} scores a token, not "
-                f"{own}; name the model that it was made from: -o task.original=MODEL"
+                f"{self.original or 'the original'} cannot teach {loaded.source}: it gives {theirs} scores per token, "
+                f"not {own}; name the model that it was made from: -o task.original=MODEL"
             )
 
     @torch.no_grad()
     def outcomes(self, model: nn.Module, batch: Batch) -> Outcomes:
         """The summed negative log-likelihood of each window, and its number of scored tokens."""
         labels = batch["labels"][:, 1:]
-        with in_evaluation(model):
+        with evaluating(model):
             logits = model(**self.inputs(to_device(batch, device_of(model)))[0]).logits[:, :-1].float().cpu()
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         return Outcomes(losses.double().sum(1), (labels != IGNORED).double().sum(1), exponential=True)
@@ -179,7 +180,7 @@ class LanguageModeling(Task):
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 4) -> dict[str, float]:
         """``perplexity`` and ``nll`` over every scored token of the split."""
         total, count = 0.0, 0
-        with in_evaluation(model):
+        with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 part, tokens = self._negative_log_likelihood(model, batch)
                 total, count = total + part.item(), count + tokens

@@ -16,7 +16,8 @@ from s2d.data.tokens import require_tokenizer, tokenizer_key
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.dual_encoder import DualEncoder, as_dual, own_loss
-from s2d.tasks.base import device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import device_of, register, to_device
 from s2d.tasks.image_base import ImageRows
 
 _CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "description")
@@ -102,7 +103,7 @@ class Retrieval(ImageRows):
         """Recall at 1, 5 and 10 both ways on all readable images of the split, in points."""
         assert isinstance(model, DualEncoder)
         device = device_of(model)
-        with in_evaluation(model):
+        with evaluating(model):
             images: dict[int, Tensor] = {}
             number_of: dict[int, int] = {}
             own: list[list[int]] = []

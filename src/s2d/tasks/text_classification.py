@@ -24,7 +24,8 @@ from s2d.models import Loaded, TextClassifier
 from s2d.models.classes import both_lists, match
 from s2d.models.heads import encoder_of
 from s2d.models.image_heads import class_names
-from s2d.tasks.base import Outcomes, device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import Outcomes, device_of, register, to_device
 from s2d.tasks.text_base import TokenizedTexts
 
 
@@ -118,7 +119,7 @@ class TextClassification(TokenizedTexts):
         """Right or wrong, of each text."""
         device = device_of(model)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        with in_evaluation(model):
+        with evaluating(model):
             scores = model(input_ids=ids, attention_mask=mask).float().cpu()
         # NaN scores are no answer; argmax would take them for the largest.
         return Outcomes.of_hits((scores.argmax(1) == batch["labels"]) & scores.isfinite().all(1))

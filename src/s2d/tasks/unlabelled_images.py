@@ -15,15 +15,16 @@ from torch.nn import functional as F
 
 from s2d.data.base import Batch, Split
 from s2d.data.docstring_corpus import STDLIB, collect
-from s2d.data.image_pile import content_of, read_images
-from s2d.data.splits import split_pile
+from s2d.data.images import content_of, read_images
+from s2d.data.splits import split_by_content
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.image_heads import feature_width, image_tower, number_of_classes
 from s2d.models.image_views import ImageView, view_images
 from s2d.models.preprocessing import preprocessing_of
-from s2d.tasks.base import device_of, in_evaluation, register
+from s2d.models.running import evaluating
+from s2d.tasks.base import device_of, register
 from s2d.tasks.image_base import ImageRows
 from s2d.tasks.teacher import FeatureLoss, Teacher
 
@@ -80,8 +81,8 @@ class UnlabelledImages(ImageRows):
             raise InputError(f"scores is a weight, 0 or above, not {scores}")
         self.original = original or ""
         self.embedding, self.features, self.scores = embedding, features, scores
-        pile = ((row, content_of(row)) for row in read_images(data, image))
-        super().__init__(split_pile(pile, train, heldout, what="image", shown=os.fspath(data)))
+        contents = ((row, content_of(row)) for row in read_images(data, image))
+        super().__init__(split_by_content(contents, train, heldout, what="image", shown=os.fspath(data)))
         self._teacher = Teacher(
             self.original,
             lambda loaded: _whole(loaded.model),
@@ -160,7 +161,7 @@ class UnlabelledImages(ImageRows):
         teacher = self._teacher.model
         sums: dict[str, float] = {}
         count = 0
-        with in_evaluation(model):
+        with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 found, wanted = self._view(model, batch), self._view(teacher, batch)
                 parts: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2d.data.base import SPLITS, Batch, Split, check_batch_size
-from s2d.data.splits import split_pile
+from s2d.data.splits import split_by_content
 from s2d.data.texts import read_texts
 from s2d.data.tokens import digest, require_tokenizer, row_batches
 from s2d.distributed.processes import inside
@@ -24,7 +24,8 @@ from s2d.errors import InputError
 from s2d.models import Loaded, SentenceEncoder
 from s2d.models.dual_encoder import DualEncoder, has_two_towers
 from s2d.models.heads import encoder_of
-from s2d.tasks.base import device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import device_of, register, to_device
 from s2d.tasks.teacher import FeatureLoss, Teacher, divergence, head_of, hidden_states, known_head, mean_divergence
 from s2d.tasks.text_base import TokenizedTexts
 
@@ -77,7 +78,7 @@ class UnlabelledText(TokenizedTexts):
         self.original = original or ""
         self.embedding, self.features = embedding, features
         texts = ((text, text.encode("utf-8", "surrogatepass")) for text in read_texts(Path(data), column))
-        self._texts = split_pile(texts, train, heldout, what="text", shown=os.fspath(data))
+        self._texts = split_by_content(texts, train, heldout, what="text", shown=os.fspath(data))
         self._teacher = Teacher(
             self.original,
             _model_of,
@@ -145,7 +146,7 @@ class UnlabelledText(TokenizedTexts):
         teacher = self._teacher.model
         head = head_of(model)
         first, second, count = 0.0, 0.0, 0
-        with in_evaluation(model):
+        with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 batch = to_device(batch, device_of(model))
                 mask = batch["attention_mask"].bool()

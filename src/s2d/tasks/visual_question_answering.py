@@ -17,7 +17,8 @@ from s2d.data.base import SPLITS, Batch, Split
 from s2d.data.tokens import require_tokenizer, tokenizer_key
 from s2d.errors import InputError
 from s2d.models import Loaded
-from s2d.tasks.base import device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import device_of, register, to_device
 from s2d.tasks.image_base import ImageRows
 from s2d.tasks.vqa_metrics import Answer, answers_in, score_answers
 
@@ -130,7 +131,7 @@ class VisualQuestionAnswering(ImageRows):
         device = device_of(model)
         said: list[str] = []
         right: list[Answer] = []
-        with in_evaluation(model):
+        with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 rows = batch["row"].tolist()
                 said += self.answer(model, batch["pixels"].to(device), [self.rows[split][r].cells[0] for r in rows])

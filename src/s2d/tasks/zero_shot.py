@@ -14,7 +14,8 @@ from s2d.data.tokens import digest, require_tokenizer
 from s2d.errors import InputError
 from s2d.models import Loaded
 from s2d.models.dual_encoder import DualEncoder, as_dual, own_loss
-from s2d.tasks.base import device_of, in_evaluation, register, to_device
+from s2d.models.running import evaluating
+from s2d.tasks.base import device_of, register, to_device
 from s2d.tasks.image_base import LabelledImages
 
 # Seven of CLIP's eighty, the ones its authors recommend (openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet).
@@ -111,7 +112,7 @@ class ZeroShot(LabelledImages):
         """Unit vectors `[classes, width]`."""
         device = device_of(model)
         rows = len(self.labels) * len(self.templates)
-        with in_evaluation(model):
+        with evaluating(model):
             parts = [
                 model.text(**{name: part[start : start + batch_size].to(device) for name, part in self._texts.items()})
                 for start in range(0, rows, batch_size)

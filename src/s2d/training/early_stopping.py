@@ -12,7 +12,7 @@ from s2d.tasks import Task
 
 
 @dataclass
-class Patience:
+class EarlyStopping:
     """Looks at the task's primary measure on the validation split, and says when it has not improved for long enough.
 
     The model stays as it is then. It is not set back to its best check: under a decay the earliest checks are the best,

@@ -21,7 +21,7 @@ from s2d.tasks.base import Task
 _SAMPLES, _BATCH = 128, 32
 
 
-class Anchor:
+class FrozenTeacher:
     """The companion of a training that adds ``weight * distance(model, original)`` to the task's loss.
 
     Heads that the task has put on the model are new, so that only features are compared there.

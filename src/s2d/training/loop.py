@@ -30,8 +30,8 @@ from s2d.io.provenance import measured
 from s2d.optional import require
 from s2d.tasks import Task
 from s2d.training.batching import _share, training_batches
-from s2d.training.early_stopping import Patience
-from s2d.training.frozen_teacher import Anchor
+from s2d.training.early_stopping import EarlyStopping
+from s2d.training.frozen_teacher import FrozenTeacher
 from s2d.training.optimizers import make_optimizer
 from s2d.training.state import _deferred_interrupt, _Run, key_of
 from s2d.training.step_guard import StepGuard, train_step
@@ -88,7 +88,7 @@ def train(
     with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
         torch.manual_seed(seed)
         if settings.distill and companion is None:
-            companion = Anchor(model, task, settings.distill)
+            companion = FrozenTeacher(model, task, settings.distill)
         if companion is not None:
             stack.callback(companion.remove)
         spectral = None
@@ -101,7 +101,7 @@ def train(
             stack.enter_context(without_dropout(model))
         stack.callback(model.eval)
         guard = StepGuard(settings.spike, settings.lr)
-        held_out = Patience(task, settings.check_every, settings.patience, settings.batch_size)
+        held_out = EarlyStopping(task, settings.check_every, settings.patience, settings.batch_size)
         place_of_state = Path(state) if state is not None else None
         run = _Run(model, raw, scheduler, spectral, companion, guard, held_out, place_of_state, key)
         run.restore()

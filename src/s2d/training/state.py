@@ -23,7 +23,7 @@ from s2d.io.files import write_atomic
 from s2d.models import fingerprint
 from s2d.models.saved import refuse_compressed
 from s2d.tasks import Task
-from s2d.training.early_stopping import Patience
+from s2d.training.early_stopping import EarlyStopping
 from s2d.training.step_guard import StepGuard
 from s2d.training.train_settings import Companion, TrainSettings
 
@@ -40,7 +40,7 @@ class _Run:
     decay: SelectiveSpectralDecay | Baseline | None
     companion: Companion | None
     guard: StepGuard
-    held_out: Patience
+    held_out: EarlyStopping
     path: Path | None
     key: str
     step: int = 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s2d.errors import InputError
-from s2d.quant.numerics.formats import FORMATS, FP8_E4M3, Format
+from s2d.quant.numerics.formats import FORMATS, FP8_E4M3, Format, IntFormat
 from s2d.quant.numerics.observers import (
     ACTIVATION_SHRINK,
     CANDIDATES,
@@ -17,6 +17,8 @@ from s2d.quant.numerics.observers import (
     MeanSquaredError,
     MinMax,
     Percentile,
+    affine_errors,
+    affine_rounding,
     make_observer,
     weight_range,
 )
@@ -88,6 +90,19 @@ def test_mse_equals_a_brute_force_loop(format: Format) -> None:
     # The search sees values to 2**-9, so it may take a neighbour that is as good.
     assert error(x, lo, hi, format) <= 1.01 * min(errors)
     assert error(x, lo, hi, format) <= error(x, x.min(), x.max(), format)
+
+
+@pytest.mark.parametrize("format", [UINT4, UINT8, INT4], ids=lambda f: f.name)
+def test_errors_from_sums_are_those_of_rounding_every_value(format: IntFormat) -> None:
+    values = heavy_tailed().bfloat16().float().unique()
+    counts = torch.arange(1, len(values) + 1)
+    los, his = values[0] * ACTIVATION_SHRINK, values[-1] * ACTIVATION_SHRINK.flip(0)
+    rounding = affine_rounding(format)
+    expected = [
+        ((rounding(values, lo, hi).double() - values) ** 2 @ counts.double()) for lo, hi in zip(los, his, strict=True)
+    ]
+    found = affine_errors(values, counts, los, his, format)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=0.0)
 
 
 def test_mse_leaves_a_short_side_whole() -> None:

@@ -115,3 +115,22 @@ def test_a_failed_call_in_place_leaves_the_model_as_it_was() -> None:
     after = case.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before if "layers.1.attention.o_proj.bias" not in key)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ends", ["w8a8", "w4a8"])
+def test_a_head_that_shares_the_embeddings_weight_is_rounded_alone(ends: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    batch = {"input_ids": torch.randint(64, (2, 9)), "use_cache": False}
+    made = quantize(model, {"base": "w8a8", "ends": ends}, calibration=[batch], method="svdquant")
+    assert made.lm_head.weight is made.model.embed_tokens.weight and not isinstance(made.lm_head, OnlineLinear)
+    assert torch.equal(made.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert isinstance(made.model.layers[0].mlp.down_proj, OnlineLinear)
+    found, wanted = made(**batch).logits, model(**batch).logits
+    assert float((found - wanted).norm() / wanted.norm()) < (0.02 if ends == "w8a8" else 0.2)

@@ -8,7 +8,7 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.models.saved import fingerprint
-from s2d.quant.modules import sites
+from s2d.quant.modules import cached_steps, sites
 from s2d.quant.modules.sites import Site
 from s2d.quant.spec import QuantSpec
 
@@ -34,6 +34,7 @@ def switch_on(model: nn.Module, record: Record) -> None:
     """Turn on every quantizer in the model and note how it was quantized."""
     for quantizer in sites.quantizers_of(model):
         quantizer.enabled = True
+    cached_steps.install(model)
     note(model, record)
 
 
@@ -82,6 +83,7 @@ def record(model: nn.Module) -> Record:
 
 def remove(model: nn.Module) -> nn.Module:
     """Take every quantizer out of the model, in place; its weights are bit-identical to those before."""
+    cached_steps.take_out(model)
     sites.remove(model)
     model.__dict__.pop(_ATTRIBUTE, None)
     return model

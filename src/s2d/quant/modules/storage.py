@@ -16,7 +16,6 @@ import copy
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.io.files import in_place_of
 from s2d.models.saved import types_of
 from s2d.quant.modules import online
 from s2d.quant.modules.record import Record, record, remove, switch_on
@@ -128,9 +128,23 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: The model is not quantized, or the folder cannot be written.
     """
-    kept = record(model)
+    record(model)  # refuses what is not quantized before the folder is made
     folder = Path(path)
+    with in_place_of(folder / CONFIG) as made:
+        write_into(model, made.parent)
+    used = _config(folder)["tensors"]
+    for stale in folder.glob("weights-*.safetensors"):
+        if stale.name != used:
+            stale.unlink()
+
+
+def write_into(model: nn.Module, folder: Path) -> None:
+    """Write a quantized model's two files into an empty folder."""
+    kept = record(model)
     tensors, codes, aliases = _tensors(model, kept)
+    save_file(tensors, folder / "weights")
+    name = _file_name(folder / "weights")
+    (folder / "weights").rename(folder / name)
     config = {
         "format": "s2d.quantized",
         "version": VERSION,
@@ -143,24 +157,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "online": online.describe(model),
         "codes": codes,
         "aliases": aliases,
+        "tensors": name,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-            temporary = Path(scratch) / "weights.safetensors"
-            save_file(tensors, temporary)
-            name = _file_name(temporary)
-            _replace(temporary, folder / name)
-            temporary = Path(scratch) / CONFIG
-            temporary.write_text(json.dumps({**config, "tensors": name}, indent=1))
-            _replace(temporary, folder / CONFIG)
-        for stale in folder.glob("weights-*.safetensors"):
-            if stale.name != name:
-                stale.unlink()
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"cannot save the quantized model to {folder}: {error}; free some space or choose another folder"
-        ) from error
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -358,10 +357,3 @@ def _file_name(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return f"weights-{digest.hexdigest()[:16]}.safetensors"
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    """Make a finished file visible under its name, safely on disk first."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)

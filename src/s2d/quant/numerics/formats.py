@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -94,11 +95,15 @@ class BlockFormat(Format):
         block: Elements a block.
         scale: Format of a block's scale, relative to one float32 scale a tensor; None for powers of two with nothing
             above them (e8m0).
+        rule: How a block's scale comes from its largest value: ``"floor"`` is OCP's power of two, and e4m3 scales that
+            are normal numbers; ``"even"`` is AMD Quark's and compressed-tensors': the next power of two from 1.75 times
+            a power on, and e4m3 scales that may be subnormal.
     """
 
     element: FloatFormat
     block: int
     scale: FloatFormat | None
+    rule: Literal["floor", "even"] = "floor"
 
 
 def _integer(bits: int, signed: bool) -> IntFormat:

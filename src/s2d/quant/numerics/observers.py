@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from s2d.distributed.sharding import Groups, all_reduce
 from s2d.errors import InputError
-from s2d.quant.numerics.formats import Format
+from s2d.quant.numerics.formats import Format, IntFormat
 from s2d.quant.numerics.quantizer import affine_parameters, fake_quantize
 
 # Rounds values to what a range can hold: (values, lo, hi) -> values, the ends broadcast against the values.
@@ -129,13 +130,14 @@ class Observer(ABC):
             raise InputError(
                 f"the calibration data never reached {self.name}; feed data that does, or override it with keep"
             )
-        return self._range(self.lo.float(), self.hi.float(), rounding or affine_rounding(format))
+        return self._range(self.lo.float(), self.hi.float(), format if rounding is None else rounding)
 
     @abstractmethod
     def _count(self, x: Tensor) -> None: ...
 
     @abstractmethod
-    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]: ...
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Format | Rounding) -> tuple[Tensor, Tensor]:
+        """The range, for the plain rounding of a format, or for another."""
 
 
 class MinMax(Observer):
@@ -144,7 +146,7 @@ class MinMax(Observer):
     def _count(self, x: Tensor) -> None:
         pass
 
-    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Format | Rounding) -> tuple[Tensor, Tensor]:
         return lo, hi
 
 
@@ -187,17 +189,49 @@ class _Counting(Observer):
         # Counted values are rounded to bfloat16, which may step over the true ends.
         return at(lower).clamp(lo, hi), at(upper).clamp(lo, hi)
 
-    def best(self, los: Tensor, his: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    def best(self, los: Tensor, his: Tensor, rounding: Format | Rounding) -> tuple[Tensor, Tensor]:
         """The candidate range (``[candidates]`` each) of least squared error over all that was counted."""
         values, counts = self.distribution()
-        error = rounding(values.expand(len(los), -1), los[:, None], his[:, None]) - values
+        if isinstance(rounding, IntFormat) and rounding.qmax - rounding.qmin < len(values):
+            index = affine_errors(values, counts, los, his, rounding).argmin()
+            return los[index], his[index]
+        rounds = rounding if callable(rounding) else affine_rounding(rounding)
+        error = rounds(values.expand(len(los), -1), los[:, None], his[:, None]) - values
         index = (error.double().square() @ counts.double()).argmin()
         return los[index], his[index]
 
 
+def affine_errors(values: Tensor, counts: Tensor, los: Tensor, his: Tensor, format: IntFormat) -> Tensor:
+    """What rounding to the integers of each range costs, from sums over the values that share a code.
+
+    No value is rounded: those between the middles of two neighbouring levels go to the level between, and the squared
+    error of so many values is known from how many they are, their sum and the sum of their squares.
+
+    Args:
+        values: ``[V]``, ascending.
+        counts: How often each occurs, ``[V]``.
+        los: Smallest value of each range, ``[R]``.
+        his: Largest value of each range, ``[R]``.
+        format: The integers.
+
+    Returns:
+        Sums of squared errors, ``[R]`` float64.
+    """
+    scale_R, zero_R = affine_parameters(los, his, format, format.symmetric)
+    codes_L = torch.arange(format.qmin, format.qmax + 1, device=values.device)
+    levels_RL = (codes_L - zero_R[:, None]).double() * scale_R[:, None].double()
+    values, counts = values.double(), counts.double()
+    first = torch.searchsorted(values, (levels_RL[:, 1:] + levels_RL[:, :-1]) / 2)
+    ends = F.pad(F.pad(first, (1, 0)), (0, 1), value=len(values))
+    count, total, squares = (
+        F.pad(sums.cumsum(0), (1, 0))[ends].diff(dim=1) for sums in (counts, counts * values, counts * values.square())
+    )
+    return (squares - 2 * levels_RL * total + levels_RL.square() * count).sum(1)
+
+
 def value_codes(x: Tensor) -> Tensor:
     """Values rounded to bfloat16, as indices 0..65535 (int32, flat): the bins in which observers count."""
-    return x.to(torch.bfloat16).view(torch.int16).flatten().to(torch.int32) + 2**15
+    return x.to(torch.bfloat16).view(torch.int16).flatten().to(torch.int32).add_(2**15)
 
 
 def coded_distribution(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +250,7 @@ class Percentile(_Counting):
         super().__init__(name)
         self.percent = percent
 
-    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Format | Rounding) -> tuple[Tensor, Tensor]:
         los, his = self.quantiles((self.percent,), lo, hi)
         return los[0], his[0]
 
@@ -229,7 +263,7 @@ class BestPercentile(_Counting):
         super().__init__(name)
         self.percents = percents
 
-    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Format | Rounding) -> tuple[Tensor, Tensor]:
         return self.best(*self.quantiles(self.percents, lo, hi), rounding)
 
 
@@ -240,7 +274,7 @@ class MeanSquaredError(_Counting):
     short side of the range (the negative tail of GELU) is so left whole until t reaches it.
     """
 
-    def _range(self, lo: Tensor, hi: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    def _range(self, lo: Tensor, hi: Tensor, rounding: Format | Rounding) -> tuple[Tensor, Tensor]:
         threshold = torch.maximum(-lo, hi) * ACTIVATION_SHRINK.to(lo.device)
         return self.best(torch.maximum(lo, -threshold), torch.minimum(hi, threshold), rounding)
 

@@ -126,8 +126,13 @@ def block_scales(blocks: Tensor, scale: Tensor, format: BlockFormat) -> Tensor:
     largest = blocks.abs().amax(-1, keepdim=True)
     if format.scale is None:
         # OCP Microscaling v1.0, section 6.3: the power of two below the largest value, over the element's own.
+        if format.rule == "even":  # half of the step that one more bit would make, then the same power of two below
+            largest = (largest.contiguous().view(torch.int32) + (1 << 21)).view(torch.float32)
         exponent = torch.frexp(largest).exponent - 1 - format.element.largest_exponent
         return torch.ldexp(torch.ones_like(largest), exponent.clamp(-127, 127))
+    if format.rule == "even":
+        found = round_float((largest / format.element.qmax * (1.0 / scale)).clamp(max=format.scale.qmax), format.scale)
+        return torch.where(found == 0, 0.125, found)
     wanted = largest / format.element.qmax / scale
     return round_float(wanted.clamp(2.0**format.scale.smallest_exponent, format.scale.qmax), format.scale)
 
@@ -261,6 +266,8 @@ class Quantizer(nn.Module):
         self.transposed = False
         # So many first tokens of every sequence pass as they are.
         self.prefix = 0
+        # Tokens that the model's cache held before this call, and tokens of the call.
+        self.cached = (0, 0)
         self.watch: Callable[[Tensor], None] | None = None
         if granularity not in ("token", "span"):
             # How many heads there are is known when the range is set, or loaded.
@@ -317,8 +324,16 @@ class Quantizer(nn.Module):
                     f"{self.name} sees its tokens without their sequences, {list(x.shape)}, so the first {self.prefix} "
                     "cannot be kept; leave out the prefix, or override the site with keep"
                 )
-            return torch.cat([x[..., : self.prefix, :], self._rounded(x[..., self.prefix :, :])], dim=-2)
+            kept = max(self.prefix - self._position(x.shape[-2]), 0)
+            return torch.cat([x[..., :kept, :], self._rounded(x[..., kept:, :])], dim=-2)
         return self._rounded(x)
+
+    def _position(self, tokens: int) -> int:
+        """Where in its sequence a tensor of so many tokens begins; keys and values of a cache begin with it, and where
+        it keeps a window, later.
+        """
+        before, now = self.cached
+        return before if tokens == now else max(before + now - tokens, 0)
 
     def _rounded(self, x: Tensor) -> Tensor:
         if self.transposed:

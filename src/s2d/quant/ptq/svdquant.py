@@ -105,7 +105,8 @@ def low_rank_quickly(weight: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 def svdquant(job: Job) -> None:
     """Smooth and split every quantized Linear whose weight is larger than its branch; reads the data once or twice.
 
-    The fused projection of an `nn.MultiheadAttention` is no Linear and is left to the rounding alone.
+    The fused projection of an `nn.MultiheadAttention` is no Linear and is left to the rounding alone, and so is a head
+    that shares its weight with the embedding.
 
     Own protocol: ranges of least squared error (the paper's are those of groups of 64, found anew in every forward).
 
@@ -117,7 +118,7 @@ def svdquant(job: Job) -> None:
     done = 0
     with function_kept(job, "svdquant"):
         for block in walk(job):
-            modules = {name: module for name, module in block.linears().items() if _worth_it(module)}
+            modules = {name: module for name, module in block.linears().items() if _worth_it(job, module)}
             samples = {name: TokenSample(job.generator(name)) for name in modules}
             hooks = block.watch_inputs(modules, lambda name, x, samples=samples: samples[name].add(x))  # pyright: ignore[reportArgumentType]
             try:
@@ -176,15 +177,17 @@ def _error(job: Job, name: str, x: Tensor, wanted: Tensor, smoothed: Tensor, dow
     return float((F.linear(x, rest) + output - wanted).double().square().sum())
 
 
-def _worth_it(module: QuantizedLinear) -> bool:
-    return module.weight_quantizer is not None and min(module.weight.shape) > 2 * RANK
+def _worth_it(job: Job, module: QuantizedLinear) -> bool:
+    """Whether the weight is rounded, larger than its branch, and no other module's too, as a tied head's is."""
+    users = sum(weight is module.weight for each in job.model.modules() for weight in each._parameters.values())
+    return module.weight_quantizer is not None and min(module.weight.shape) > 2 * RANK and users == 1
 
 
 def _outside(job: Job) -> Iterator[tuple[str, QuantizedLinear, TokenSample]]:
     """The quantized Linears outside the blocks with samples of their inputs, from a pass over the data."""
     names = list(dict.fromkeys(site.module for site in outside(job)))
     modules = {name: module for name in names if isinstance(module := job.model.get_submodule(name), QuantizedLinear)}
-    modules = {name: module for name, module in modules.items() if _worth_it(module)}
+    modules = {name: module for name, module in modules.items() if _worth_it(job, module)}
     if not modules:
         return
     samples = {name: TokenSample(job.generator(name)) for name in modules}

@@ -1,0 +1,360 @@
+"""The conditioned model for compilers that quantize by themselves: full precision, and all that they calibrate with.
+
+A folder holds ``model.onnx`` (float32, at the opset and the shapes that the compiler reads), ``calibration.npz`` (the
+inputs of real examples, prepared as in training), ``expected.npz`` (the outputs of its first rows) and a page with the
+commands that the user runs there. Three things in a file ruin a static range, and are mended here: constants of masks
+are bounded (see `onnx_doctor`), GELU and LayerNorm stay single nodes where the opset has them, and shapes that an
+exporter noted for its own graph are left out, because quantizers infer their own and stop where the two disagree.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from s2d.errors import InputError, first_line
+from s2d.export import onnx_doctor
+from s2d.export.copies import in_float32
+from s2d.export.onnx import OnnxModel, tensors_of, write_onnx
+from s2d.export.runtime import Compiler, Runtime, find_runtime, runtimes
+from s2d.io.files import write_json
+from s2d.io.provenance import run_metadata
+from s2d.models.saved import save_parts
+from s2d.optional import require
+from s2d.quant.modules.sites import is_quantized
+
+SAME = 1e-5  # of the largest output: float32 in another order of sums; masks alone may move it by 1e-6
+PARITY_ROWS = 16
+_AXES = ("batch", "tokens")
+
+
+@dataclass
+class ConditionedReport:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        compiler: For which.
+        opset: Of the file.
+        shape: Sizes that are fixed, by name; empty where they are free.
+        rows: Calibration examples.
+        mask: The bound that masks got; None where none had to be bounded.
+        outputs_moved: How far the file's outputs are from torch's, relative to their largest value.
+        findings: What still ruins a range, in words.
+    """
+
+    path: str
+    compiler: str
+    opset: int
+    shape: dict[str, int]
+    rows: int
+    mask: float | None
+    outputs_moved: float
+    findings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return asdict(self)
+
+
+def find_compiler(name: str) -> Runtime:
+    """A runtime that takes a model in full precision and quantizes by itself.
+
+    Raises:
+        InputError: There is none of that name, or it takes none; those that do are listed.
+    """
+    runtime = find_runtime(name)
+    if runtime.compiler is None:
+        able = sorted(each.name for each in runtimes().values() if each.compiler is not None)
+        raise InputError(f"{name} takes quantized files, no calibration set; that is for {', '.join(able)}")
+    return runtime
+
+
+def parse_shape(text: str | None) -> dict[str, int]:
+    """``"batch=1,tokens=128"`` as sizes by name.
+
+    Raises:
+        InputError: Another name, or no size.
+    """
+    sizes: dict[str, int] = {}
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        name, _, size = (each.strip() for each in part.partition("="))
+        if name not in _AXES or not size.isdecimal() or not 1 <= int(size) <= 2**20:
+            raise InputError(f"--shape {text}: sizes are {' and '.join(_AXES)}, as in --shape batch=1,tokens=128")
+        sizes[name] = int(size)
+    return sizes
+
+
+def export_conditioned(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    compiler: Runtime,
+    inputs: Sequence[Mapping[str, Tensor]],
+    shape: Mapping[str, int] | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    notes: Callable[[str], None] = lambda text: None,
+) -> ConditionedReport:
+    """Write a model in full precision, and what a compiler calibrates with, into a folder.
+
+    Args:
+        model: Plain: pretrained, or better conditioned.
+        path: A folder that does not exist or is empty.
+        compiler: From `find_compiler`.
+        inputs: Batches of keyword inputs, prepared as in training.
+        shape: Sizes to fix: ``batch``, ``tokens``.
+        tokenizer: Kept in ``inputs``.
+        processor: Kept in ``inputs``.
+        notes: Told what is being done.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: The model is quantized already; the compiler needs sizes that are not given; an example is longer;
+            the model has no form at that opset; the file does not compute what the model does.
+    """
+    target = Path(path)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise InputError(f"{target} exists and is not an empty folder; choose another name or remove it")
+    reads = _reads(compiler)
+    if is_quantized(model):
+        raise InputError(
+            f"{type(model).__name__} is quantized, and {compiler.name} quantizes by itself; give the plain model "
+            "(from s2d condition)"
+        )
+    sizes = _sizes(dict(shape or {}), inputs, compiler)
+    held = stack(inputs, sizes.get("tokens"), _padding(model, tokenizer))
+    model, held = in_float32(model, held, notes)
+    model = model.eval()
+    rows = len(next(iter(held.values())))
+    example = {name: value[: sizes.get("batch", 2)] for name, value in held.items()}
+    if rows < len(next(iter(example.values()))) or rows < sizes.get("batch", 2):
+        raise InputError(f"{rows} examples are less than a batch of {sizes.get('batch', 2)}; give more data")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        made.mkdir()
+        notes("tracing")
+        write_onnx(model, example, made / "model.onnx", opset=max(reads.opset, 18), fixed=bool(sizes))
+        notes("comparing")
+        expected = _outputs(model, held, sizes)
+        mask, moved = _mend(made / "model.onnx", held, expected, sizes, compiler)
+        findings = onnx_doctor.examine(onnx_doctor.open_file(made / "model.onnx"))
+        report = ConditionedReport(
+            str(target),
+            compiler.name,
+            reads.opset,
+            sizes,
+            rows,
+            mask,
+            moved,
+            [f"{each.where}: {each.text}" for each in findings if each.kind in ("mask", "channels", "shared")],
+        )
+        _save_rows(made, held, expected, compiler)
+        save_parts(made / "inputs", tokenizer, processor)
+        for name, text in reads.scripts.items():
+            (made / name).write_text(text.replace("{batch}", str(sizes.get("batch", 1))), encoding="utf-8")
+        (made / "README.md").write_text(page(report, compiler), encoding="utf-8")
+        write_json(made / "export.json", {"run": run_metadata(), "export": report.to_dict()})
+        if target.is_dir():
+            target.rmdir()  # it is empty
+        os.replace(made, target)
+    return report
+
+
+def stack(inputs: Sequence[Mapping[str, Tensor]], tokens: int | None, padding: Mapping[str, int]) -> dict[str, Tensor]:
+    """Batches of keyword inputs as one tensor a name, padded to one length.
+
+    Args:
+        inputs: Batches; integers of two dimensions ``[B, T]`` are sequences, everything else has its size.
+        tokens: The length; None for that of the longest.
+        padding: What fills up, by name; 0 for all others.
+
+    Raises:
+        InputError: There are none; one is longer; sequences without a mask differ in length.
+    """
+    if not inputs:
+        raise InputError("no examples to calibrate with; add --data")
+    lengths = {each.shape[1] for batch in inputs for each in batch.values() if _sequence(each)}
+    longest = max(lengths, default=0)
+    if tokens is not None and longest > tokens:
+        raise InputError(
+            f"an example has {longest} tokens, more than --shape tokens={tokens}; say tokens={longest}, or shorten "
+            f"them with -o task.max_length={tokens}"
+        )
+    length = tokens or longest
+    masked = any("mask" in name for name in inputs[0])
+    if lengths and (len(lengths) > 1 or length != longest) and not masked:
+        raise InputError(f"sequences of {min(lengths)} to {longest} tokens have no mask, so none can be padded")
+    made = {}
+    for name in inputs[0]:
+        parts = [batch[name] for batch in inputs]
+        if _sequence(parts[0]):
+            value = padding.get(name, 0)
+            parts = [nn.functional.pad(each, (0, length - each.shape[1]), value=value) for each in parts]
+        made[name] = torch.cat(parts)
+    return made
+
+
+def page(report: ConditionedReport, compiler: Runtime) -> str:
+    """The page for the user: what is in the folder, and the commands."""
+    fixed = ", ".join(f"{name} {size}" for name, size in report.shape.items()) or "free batch and length"
+    mask = "no mask had to be bounded" if report.mask is None else f"masks are {-report.mask:.0f}"
+    reads = _reads(compiler)
+    names = "".join(f"- `{name}`\n" for name in reads.scripts)
+    commands = "\n".join(reads.commands)
+    told = "".join(f"- {text}\n" for text in (*reads.notes, *report.findings))
+    return (
+        f"# For {compiler.name}: {compiler.about}\n\n"
+        "The model is in full precision; the compiler quantizes it with the examples that lie beside it.\n\n"
+        f"- `model.onnx`: float32, opset {report.opset}, {fixed}; {mask}; outputs within {report.outputs_moved:.0e} of "
+        "torch's\n"
+        f"- `calibration.npz`: {report.rows} examples, prepared as in training; `expected.npz`: the outputs of the "
+        f"first {min(report.rows, PARITY_ROWS)}\n- `inputs`: the tokenizer or image processor\n{names}\n"
+        f"```bash\n{commands}\n```\n\n"
+        f"{reads.source}\n{told}"
+    )
+
+
+def _reads(runtime: Runtime) -> Compiler:
+    assert runtime.compiler is not None, runtime.name
+    return runtime.compiler
+
+
+def _sizes(shape: dict[str, int], inputs: Sequence[Mapping[str, Tensor]], compiler: Runtime) -> dict[str, int]:
+    """The sizes that the file fixes; checked before any work."""
+    texts = any(_sequence(each) for each in (inputs[0].values() if inputs else ()))
+    if "tokens" in shape and not texts:
+        raise InputError("--shape tokens=... is for texts, and these inputs are none; give batch alone")
+    if compiler.shapes == "free" and not shape:
+        return {}
+    if texts and "tokens" not in shape:
+        fixed = compiler.shapes == "fixed"
+        why = f"{compiler.name} compiles fixed shapes" if fixed else "a batch alone fixes no length"
+        raise InputError(f"{why}; add --shape batch={shape.get('batch', 1)},tokens=128")
+    return {"batch": shape.get("batch", 1), **({"tokens": shape["tokens"]} if texts else {})}
+
+
+def _padding(model: nn.Module, tokenizer: Any) -> dict[str, int]:
+    found = getattr(tokenizer, "pad_token_id", None)
+    if found is None:
+        told = (getattr(getattr(each, "config", None), "pad_token_id", None) for each in model.modules())
+        found = next((each for each in told if isinstance(each, int)), 0)
+    return {"input_ids": int(found)}
+
+
+def _sequence(value: Tensor) -> bool:
+    return value.ndim == 2 and not value.is_floating_point()
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, held: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The model's outputs for the first rows, in batches of the fixed size."""
+    found = [tensors_of(model(**feed)) for feed in _feeds(held, sizes)]
+    return {name: torch.cat([each[name] for each in found]).numpy() for name in found[0]}
+
+
+def _feeds(held: Mapping[str, Tensor], sizes: Mapping[str, int]) -> list[dict[str, Tensor]]:
+    batch = sizes.get("batch", PARITY_ROWS)
+    rows = min(len(next(iter(held.values()))), PARITY_ROWS)
+    starts = range(0, max(rows - batch, 0) + 1, batch)
+    return [{name: value[start : start + batch] for name, value in held.items()} for start in starts]
+
+
+def _mend(
+    path: Path,
+    held: Mapping[str, Tensor],
+    expected: Mapping[str, np.ndarray],
+    sizes: Mapping[str, int],
+    compiler: Runtime,
+) -> tuple[float | None, float]:
+    """Bound the masks, take the exporter's notes out, convert the opset; and compare with torch's outputs."""
+    onnx = require("onnx", "export")
+    written = onnx_doctor.open_file(path)
+    masked = any(each.kind == "mask" for each in onnx_doctor.examine(written))
+    moved = float("inf")
+    for bound in onnx_doctor.BOUNDS if masked else (onnx_doctor.BOUNDS[0],):
+        made = onnx_doctor.mend(written, bound) if masked else written
+        strip(made)
+        if _reads(compiler).opset < 18:
+            made = _older(made, compiler)
+            strip(made)
+        onnx.save(made, os.fspath(path))
+        runner = OnnxModel(path)
+        found = [runner(**feed) for feed in _feeds(held, sizes)]
+        moved = 0.0
+        for name, value in expected.items():
+            parts = [each if isinstance(each, Tensor) else each[name] for each in found]
+            apart = np.abs(torch.cat(parts).numpy() - value).max() / max(float(np.abs(value).max()), 1e-12)
+            moved = max(moved, float(apart) if np.isfinite(apart) else float("inf"))
+        if moved <= SAME:
+            return (bound if masked else None), moved
+    raise InputError(f"{path.name} was not written: its outputs are {moved:.1e} of their largest value from torch's")
+
+
+def strip(model: Any) -> None:
+    """Take out what an exporter noted for itself: shapes of inner values, stack traces, its own names of functions.
+
+    Args:
+        model: An ONNX ``ModelProto``; changed.
+    """
+    del model.graph.value_info[:]
+    del model.graph.metadata_props[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+
+
+def _older(model: Any, compiler: Runtime) -> Any:
+    """A model at an opset that torch's exporter does not write any more.
+
+    Raises:
+        InputError: It has an operator with no form there.
+    """
+    onnx = require("onnx", "export")
+    try:
+        made = onnx.version_converter.convert_version(model, _reads(compiler).opset)
+        made.ir_version = onnx.helper.find_min_ir_version_for(list(made.opset_import))
+        onnx.checker.check_model(made)
+    except Exception as error:  # the converter's own
+        raise InputError(
+            f"{compiler.name} reads opset {_reads(compiler).opset}, where the model has no form: {first_line(error)}; "
+            "the nearest is --for any"
+        ) from error
+    return made
+
+
+def _save_rows(folder: Path, held: Mapping[str, Tensor], expected: Mapping[str, np.ndarray], compiler: Runtime) -> None:
+    arrays = {name: value.numpy() for name, value in held.items()}
+    np.savez_compressed(folder / "calibration.npz", allow_pickle=False, **arrays)
+    np.savez_compressed(folder / "expected.npz", allow_pickle=False, **expected)
+    if _reads(compiler).images == "nhwc":
+        images = [value for value in arrays.values() if value.ndim == 4]
+        if len(images) == 1 and len(arrays) == 1:
+            np.save(folder / "calibration.npy", np.ascontiguousarray(images[0].transpose(0, 2, 3, 1)))
+    if _reads(compiler).raw:
+        raw = folder / "calibration"
+        raw.mkdir()
+        lines = []
+        for row in range(len(next(iter(arrays.values())))):
+            parts = []
+            for name, value in arrays.items():
+                kind = np.float32 if np.issubdtype(value.dtype, np.floating) else np.int32
+                value[row].astype(kind).tofile(raw / f"{row:04}.{name}.raw")
+                parts.append(f"{name}:=calibration/{row:04}.{name}.raw")
+            lines.append(" ".join(parts))
+        (folder / "input_list.txt").write_text("\n".join(lines) + "\n")
