@@ -134,13 +134,13 @@ def test_an_interruption_leaves_the_file_and_the_next_call_goes_on(met: Any, fol
     )
     deadline = time.monotonic() + 250
     while time.monotonic() < deadline and process.poll() is None:
-        if len(json.loads((out / "auto.json").read_text())["scored"]) >= 2:
+        if json.loads((out / "auto.json").read_text())["scored"]:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, "a run that is interrupted says so"
     left = json.loads((out / "auto.json").read_text())
-    assert len(left["scored"]) >= 2 and left["files"]
+    assert left["files"]
     assert open_exported(out / "model.onnx") is not None
     records = Records.open(out, left["key"])
     assert set(records.scored) == set(left["scored"]) and set(records.files) == set(left["files"])

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from s2d.errors import InputError, visible
+from s2d.models.running import evaluating
 from s2d.tasks import Split, Task
-from s2d.tasks.base import Outcomes, in_evaluation
+from s2d.tasks.base import Outcomes
 
 BATCH = 16
 _ROUNDS = 15
@@ -46,7 +47,7 @@ class Judged:
 
 def outcomes_on(model: nn.Module, task: Task, split: Split) -> Outcomes:
     """What a model makes of every example of a split, in order."""
-    with in_evaluation(model):
+    with evaluating(model):
         return Outcomes.joined([task.outcomes(model, batch) for batch in task.batches(split, batch_size=BATCH)])
 
 

@@ -40,9 +40,10 @@ from s2d.export.onnx import write_onnx
 from s2d.io.files import sweep
 from s2d.io.folder_lock import locked
 from s2d.models import Loaded, fingerprint
+from s2d.models.running import evaluating
 from s2d.models.saved import save_parts
 from s2d.tasks import Split, Task
-from s2d.tasks.base import Outcomes, in_evaluation
+from s2d.tasks.base import Outcomes
 from s2d.training.qat_loop import train_quantized
 from s2d.training.train_settings import TrainSettings
 
@@ -138,7 +139,7 @@ class Search:
     def expected_seconds(self) -> float:
         """About how long the whole ladder takes, from the time of one forward."""
         batch = self.simulation.calibration()[0]
-        with torch.no_grad(), in_evaluation(self.model):
+        with torch.no_grad(), evaluating(self.model):
             self.model(**batch)
             start = time.perf_counter()
             self.model(**batch)
