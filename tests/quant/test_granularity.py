@@ -126,3 +126,12 @@ def test_a_quantized_convolution_equals_its_definition(kind: type[nn.Conv2d]) ->
     wanted = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims](inputs, weight, model[0].bias, padding=1, groups=2)
     assert torch.equal(quantized(x), wanted)
     assert torch.equal(remove(quantized)(x), model(x))
+
+
+@torch.no_grad()
+def test_heads_that_are_repeated_for_their_groups_keep_their_ranges(make: Callable[[str], Case]) -> None:
+    case = make("llama-sdpa")  # 4 heads of queries, 2 of keys and values
+    found: Any = quantize(case.model, HEADS, calibration=case.batches)
+    k = found.model.layers[0].self_attn.attention_quantizer.k
+    x = torch.randn(2, 2, 5, 8)
+    assert len(k.scale) == 2 and torch.equal(k(x.repeat_interleave(2, 1)), k(x).repeat_interleave(2, 1))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import export, gate, open_exported
-from s2d.export.copies import shared_copy
+from s2d.export.copies import in_float32, shared_copy
 from s2d.export.gate import Check, ExportReport
 from s2d.export.lowering import round_embeddings
 from s2d.export.operators import Form
@@ -134,6 +134,9 @@ def export_towers(
     if "pixel_values" not in example or not texts:
         raise InputError("two towers need an example of images and texts: pixel_values and input_ids")
     check_unchanged(model)
+    made, example = in_float32(model, example, notes)
+    assert isinstance(made, DualEncoder)
+    model, texts = made, {name: value for name, value in example.items() if name != "pixel_values"}
     targets, inputs = paths_of(path), {"image": {"pixel_values": example["pixel_values"]}, "text": texts}
     reports: dict[str, ExportReport] = {}
     check = Check(task, split, batch_size, time_it, force, notes)

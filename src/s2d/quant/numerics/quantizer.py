@@ -299,8 +299,13 @@ class Quantizer(nn.Module):
             return affine_parameters(lo, hi, self.format, self.format.symmetric)
         if self.granularity == "span":
             return affine_parameters(*span_range(x, self.span), self.format, self.format.symmetric)
-        shape = x.shape[1:] if self.granularity == "head" else x.shape
-        return spread(self.scale, shape), spread(self.zero_point, shape)
+        if self.granularity != "head":
+            return spread(self.scale, x.shape), spread(self.zero_point, x.shape)
+        # Keys and values of fewer heads may come repeated for their groups of queries; exporters take that path.
+        group = max(x.shape[1] // len(self.scale), 1)
+        pair = (each.repeat_interleave(group) if group > 1 else each for each in (self.scale, self.zero_point))
+        scale, zero_point = (spread(each, x.shape[1:]) for each in pair)
+        return scale, zero_point
 
     def resize(self, shape: Sequence[int]) -> None:
         """Make room for as many pairs; what was set is forgotten."""
