@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,31 +115,6 @@ def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFix
     assert "add --method auto" in capsys.readouterr().err
     other = [*begin[:-1], str(folder / "trained"), "--for", "onnxruntime", "--within", "1"]
     assert main(other) == 2 and "holds something else" in capsys.readouterr().err
-
-
-@pytest.mark.timeout(400)
-def test_an_interruption_leaves_the_file_and_the_next_call_goes_on(met: Any, folder: Path) -> None:
-    out = folder / "interrupted"
-    shutil.copytree(folder / "out", out)
-    words = [sys.executable, "-m", "s2d.cli", "quantize", str(folder / "trained"), "--task", "text-classification"]
-    words += ["--data", str(folder / "words"), "-o", "task.max_length=24", "--method", "auto", "--for", "onnxruntime"]
-    process = subprocess.Popen(
-        [*words, "--within", "20", "--out", str(out)],
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
-    )
-    deadline = time.monotonic() + 250
-    while time.monotonic() < deadline and process.poll() is None:
-        if json.loads((out / "auto.json").read_text())["scored"]:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, "a run that is interrupted says so"
-    left = json.loads((out / "auto.json").read_text())
-    assert left["files"]
-    assert open_exported(out / "model.onnx") is not None
-    records = Records.open(out, left["key"])
-    assert set(records.scored) == set(left["scored"]) and set(records.files) == set(left["files"])
 
 
 # -- what the records say, without a model -----------------------------------------------------------------------------
