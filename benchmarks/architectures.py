@@ -1,14 +1,20 @@
-# ruff: noqa: E501
-"""Trace tiny random models of many architectures and compare the graph with torch's own flop counter.
+"""Sweep tiny random models of many architectures: is the graph true, the plan complete, every method sound?
 
-One command, offline, CPU:
+One command, offline, CPU; interrupted, the same command goes on where it was (rows of other code are made anew):
 
-    python benchmarks/architectures.py [NAME ...] [--json FILE]
+    python benchmarks/architectures.py [NAME ...] [--json FILE] [--methods rtn,gptq|all|none]
 
-A row an architecture: weights' products seen; FLOPs of the graph over torch's (attention as plain products on both
-sides); parameters with two or three dimensions that the graph says nothing read, whose change must leave the output
-bit-equal; unknown operations; attentions, norms and blocks found; CPU time of the trace over one plain forward of the
-same rows (of models this small mostly the cost of Python). Exit code 1 if a count differs or a change shows.
+For each architecture, against truths that know nothing of the graph:
+
+    flops      products of the plan's weights and of two activations, over torch's flop counter (attention as plain
+               products on both sides; formulas for the grouped products of experts, which torch's counter lacks)
+    unlisted   matrices (parameters of 2 or 3 dimensions) that are no row of the plan, are no table, and whose change
+               shows in the output
+    folds      scales that may move: how many, and how far the output is off after all were moved by random factors
+    method     quantize, save, load: 1 if the outputs are finite and the loaded model's those in memory, bit for bit;
+               a method that refuses a model says why in one line, which is kept
+
+Exit code 1 if a row is not as it should be.
 """
 
 from __future__ import annotations
@@ -17,145 +23,30 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_architectures import rows
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from s2d import quant
+from s2d.checkpoint import load, save
+from s2d.errors import InputError
+from s2d.io.provenance import code_digest, run_metadata
+from s2d.models.graph import Graph
 from s2d.models.tracing import trace
-from s2d.optional import require
+from s2d.quant.modules.folding import apply_norm_fold, apply_value_fold, gate_folds, norm_folds, value_folds
 
-_COMMON = {
-    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-_GQA = {**_COMMON, "num_key_value_heads": 2}
-_MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_SEEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-         "image_size": 32, "patch_size": 8}  # fmt: skip
-_T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-_BART = {
-    "vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
-}  # fmt: skip
-_SPEECH = {
-    **_COMMON, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "conv_dim": (32, 32),
-    "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
-}  # fmt: skip
-
-# kind of input, class of the model, class of the configuration, configuration
-TRANSFORMERS: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("text", "BertModel", "BertConfig", _COMMON),
-    ("text", "RobertaModel", "RobertaConfig", {**_COMMON, "max_position_embeddings": 66}),
-    ("text", "DistilBertModel", "DistilBertConfig",
-     {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}),
-    ("text", "AlbertModel", "AlbertConfig", {**_COMMON, "embedding_size": 16}),
-    ("text", "ElectraModel", "ElectraConfig", {**_COMMON, "embedding_size": 16}),
-    ("text", "DebertaV2Model", "DebertaV2Config", {**_COMMON, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
-    ("text", "MPNetModel", "MPNetConfig", _COMMON),
-    ("text", "ModernBertModel", "ModernBertConfig", {**_COMMON, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}),
-    ("text", "FNetModel", "FNetConfig", _COMMON),
-    ("text", "EsmModel", "EsmConfig", {**_COMMON, "mask_token_id": 4, "position_embedding_type": "rotary"}),
-    ("text", "GPT2LMHeadModel", "GPT2Config", {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}),
-    ("text", "OPTForCausalLM", "OPTConfig", {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    ("text", "GPTNeoXForCausalLM", "GPTNeoXConfig", _COMMON),
-    ("text", "BloomForCausalLM", "BloomConfig", {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    ("text", "FalconForCausalLM", "FalconConfig", _COMMON),
-    ("text", "LlamaForCausalLM", "LlamaConfig", _GQA),
-    ("text", "MistralForCausalLM", "MistralConfig", _GQA),
-    ("text", "GemmaForCausalLM", "GemmaConfig", {**_GQA, "head_dim": 8}),
-    ("text", "Gemma2ForCausalLM", "Gemma2Config", {**_GQA, "head_dim": 8}),
-    ("text", "Gemma3ForCausalLM", "Gemma3TextConfig", {**_GQA, "head_dim": 8}),
-    ("text", "Qwen2ForCausalLM", "Qwen2Config", _GQA),
-    ("text", "Qwen3ForCausalLM", "Qwen3Config", {**_GQA, "head_dim": 8}),
-    ("text", "Olmo2ForCausalLM", "Olmo2Config", _GQA),
-    ("text", "Phi3ForCausalLM", "Phi3Config", _GQA),
-    ("text", "PhiForCausalLM", "PhiConfig", _COMMON),
-    ("text", "CohereForCausalLM", "CohereConfig", _GQA),
-    ("text", "StableLmForCausalLM", "StableLmConfig", _GQA),
-    ("text", "MixtralForCausalLM", "MixtralConfig", {**_GQA, **_MOE}),
-    ("text", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_GQA, **_MOE, "head_dim": 8}),
-    ("text", "OlmoeForCausalLM", "OlmoeConfig", {**_GQA, **_MOE}),
-    ("text", "GptOssForCausalLM", "GptOssConfig", {**_GQA, **_MOE, "head_dim": 8}),
-    ("text", "MambaForCausalLM", "MambaConfig", {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
-    ("text", "XLMModel", "XLMConfig", {"vocab_size": 99, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 99}),
-    ("seq2seq", "T5Model", "T5Config", _T5),
-    ("seq2seq", "MT5Model", "MT5Config", _T5),
-    ("seq2seq", "BartModel", "BartConfig", _BART),
-    ("speech", "Wav2Vec2Model", "Wav2Vec2Config", _SPEECH),
-    ("speech", "HubertModel", "HubertConfig", _SPEECH),
-    ("mel", "WhisperModel", "WhisperConfig", {**_BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}),
-    ("image", "ViTModel", "ViTConfig", _SEEN),
-    ("image", "DeiTModel", "DeiTConfig", _SEEN),
-    ("image", "BeitModel", "BeitConfig", {**_SEEN, "use_relative_position_bias": True}),
-    ("image", "Dinov2Model", "Dinov2Config", {**_SEEN, "use_swiglu_ffn": True}),
-    ("image", "SwinModel", "SwinConfig", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}),
-    ("image", "Swinv2Model", "Swinv2Config", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}),
-    ("image", "HieraModel", "HieraConfig", {"image_size": [32, 32], "embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 4], "patch_stride": [2, 2], "patch_size": [3, 3], "patch_padding": [1, 1], "masked_unit_size": [4, 4], "num_query_pool": 2}),
-    ("image", "ConvNextModel", "ConvNextConfig", {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2}),
-    ("dual", "CLIPModel", "CLIPConfig", {"text_config": {**_COMMON, "projection_dim": 16}, "vision_config": {**_SEEN, "projection_dim": 16}, "projection_dim": 16}),
-    ("dual", "SiglipModel", "SiglipConfig", {"text_config": _COMMON, "vision_config": _SEEN}),
-]  # fmt: skip
-TIMM: list[tuple[str, dict[str, Any]]] = [
-    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}),
-    ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}),
-    ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}),
-    ("beitv2_base_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}),
-    ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}),
-    ("swinv2_tiny_window8_256", {"img_size": 64, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}),
-    ("cait_xxs24_224", {"img_size": 32, "depth": 2, "depth_token_only": 1}),
-    ("xcit_nano_12_p16_224", {"img_size": 32, "depth": 2}),
-    ("mixer_s32_224", {"img_size": 64}),
-    ("resmlp_12_224", {"img_size": 32}),
-    ("poolformer_s12", {}),
-    ("convnext_atto", {"depths": (1, 1, 2, 1)}),
-    ("levit_128s", {}),
-    ("mobilevit_xxs", {}),
-    ("efficientformer_l1", {}),
-    ("resnet18", {}),
-]
-
-
-def rows() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
-    """Name, how to make the model, a batch of two rows."""
-    require("transformers", "hf")
-    require("timm", "timm")
-    import timm
-    import transformers
-
-    ids = torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    batches: dict[str, Any] = {
-        "text": {"input_ids": ids, "attention_mask": mask},
-        "seq2seq": {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :7]},
-        "speech": {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(2))},
-        "mel": {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": ids[:, :7]},
-        "image": {"pixel_values": pixels},
-        "dual": {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels},
-    }
-    for kind, model_class, config_class, options in TRANSFORMERS:
-        if hasattr(transformers, model_class):
-            yield (
-                model_class,
-                lambda m=model_class, c=config_class, o=options: getattr(transformers, m)(
-                    getattr(transformers, c)(**copy.deepcopy(o))
-                ),
-                batches[kind],
-            )
-    for name, options in TIMM:
-        size = options.get("img_size", 64 if "levit" not in name and "efficientformer" not in name else 224)
-        yield (
-            f"timm {name}",
-            lambda n=name, o=options: timm.create_model(n, pretrained=False, num_classes=7, **o),
-            torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3)),
-        )
+SPEC = {"base": "w4a8"}
+TABLES = frozenset(("embedding", "lookup", "inserted", "bias", "gain", "elementwise", "operand"))
+GOAL = 1e-5
 
 
 def run(model: nn.Module, batch: Any) -> Any:
@@ -167,11 +58,21 @@ def run(model: nn.Module, batch: Any) -> Any:
         return model(**batch) if isinstance(batch, dict) else model(batch)
 
 
-def _leaves(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else ()
+def output(model: nn.Module, batch: Any) -> Tensor:
+    """Everything that a model returns, as one vector."""
+    return torch.cat([leaf.flatten().double() for leaf in _leaves(run(model, batch)) if leaf.is_floating_point()])
+
+
+def _leaves(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    values = found.values() if hasattr(found, "values") else found if isinstance(found, (tuple, list)) else ()
     return [leaf for value in values for leaf in _leaves(value)]
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """Distance relative to the length."""
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
 def _grouped_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
@@ -187,85 +88,207 @@ def _counted(model: nn.Module, batch: Any) -> int:
     return counter.get_total_flops()
 
 
-def look(make: Callable[[], nn.Module], batch: Any) -> dict[str, Any]:
-    """One row of the table."""
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    """The same model every time, with gains and biases that are not those of a fresh one."""
     torch.manual_seed(0)
-    model = make().eval().requires_grad_(False)  # the counter wants no leaves that learn
+    model = make().eval()
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
+    return model
+
+
+def graph_and_plan(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """The graph, and the plan, against torch's counter and against changes of parameters."""
+    model = copy.deepcopy(model).requires_grad_(False)  # the counter wants no leaves that learn
     with sdpa_kernel(SDPBackend.MATH):
         graph = trace(model, batch)
-        flops = _counted(model, batch)
-        before = [leaf.clone() for leaf in _leaves(run(model, batch))]
-        changed = []
-        for names in graph.names:
-            parameter = model.get_parameter(names[0])
-            if parameter.ndim not in (2, 3) or graph.calls_of(names[0]):
-                continue
-            kept = parameter.detach().clone()
-            parameter.data.add_(1.0)
-            after = _leaves(run(model, batch))
-            if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-                changed.append(names[0])
-            parameter.data.copy_(kept)
-        seconds = [_timed(lambda: run(model, batch)), _timed(lambda: trace(model, batch))]
+        plan = quant.planned(model, quant.QuantSpec.parse(SPEC), [batch])
+        counted = _counted(model, batch)
+        listed = {f"{site.module}{end}".lstrip(".") for site in plan for end in ("", ".weight", ".in_proj_weight")}
+        weights = [call for call in graph.calls if call.kind in ("product", "convolution")]
+        flops = graph.flops - sum(call.flops for call in weights)
+        flops += sum(call.flops for call in weights if listed & set(call.parameters))
+        unlisted, tables = _unlisted(model, batch, graph, listed)
     return {
+        "flops": 1.0 if flops == counted else flops / max(counted, 1),
+        "unlisted": len(unlisted),
+        "unlisted_names": unlisted,
         "products": len(graph.products),
-        "flops": graph.flops,
-        "torch_flops": flops,
-        "changed": changed,
+        "quantized": sum(site.format is not None for site in plan),
+        "sites": len(plan),
+        "tables": tables,
         "attentions": len(graph.attentions),
         "norms": len(graph.norms),
-        "foldable": sum(norm.foldable for norm in graph.norms),
-        "blocks": [len(blocks.members) for blocks in graph.blocks],
-        "masks": [mask.key for mask in graph.masks],
-        "unused": len(graph.unused),
-        "unseen": len(graph.unseen),
+        "blocks": sum(len(blocks.members) for blocks in graph.blocks if not blocks.inside),
+        "masks": len(graph.masks),
         "unknown": sorted({op for op, _ in graph.unknown}),
-        "time_ratio": round(seconds[1] / seconds[0], 1),
     }
 
 
-def _timed(work: Callable[[], Any]) -> float:
-    best = float("inf")
-    for _ in range(2):
-        start = time.process_time()
-        work()
-        best = min(best, time.process_time() - start)
-    return best
+def _unlisted(model: nn.Module, batch: Any, graph: Graph, listed: set[str]) -> tuple[list[str], int]:
+    """Matrices outside the plan whose change shows, and the number of tables, whose change may."""
+    before, wrong, tables = output(model, batch), [], 0
+    for names in graph.names:
+        parameter = model.get_parameter(names[0])
+        if parameter.ndim not in (2, 3) or listed & set(names):
+            continue
+        uses = {call.kind for call in graph.calls_of(names[0])}
+        if uses and uses <= TABLES:
+            tables += 1
+            continue
+        kept = parameter.detach().clone()
+        parameter.data.add_(1.0)
+        if not torch.equal(output(model, batch), before):
+            wrong.append(names[0])
+        parameter.data.copy_(kept)
+    return wrong, tables
+
+
+def folds(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """All scales that may move, moved by random factors at once."""
+    model = copy.deepcopy(model)
+    before, graph = output(model, batch), trace(model, batch)
+    draw = torch.Generator().manual_seed(2)
+
+    def scale(size: int) -> Tensor:
+        return (2.0 * torch.rand(size, generator=draw, dtype=torch.float64) - 1.0).exp()
+
+    norms = [fold for fold in norm_folds(model, graph) if not fold.residual]
+    pairs = [*value_folds(model, graph), *gate_folds(model, graph)]
+    for fold in norms:
+        apply_norm_fold(model, fold, scale(len(model.get_submodule(fold.norm).get_parameter("weight"))))
+    for pair in pairs:
+        apply_value_fold(model, pair, scale(pair.rows[1] - pair.rows[0]))
+    return {"folds": len(norms) + len(pairs), "fold error": apart(output(model, batch), before)}
+
+
+def method_row(model: nn.Module, batch: Any, method: str) -> tuple[float | None, str]:
+    """1 if a method's model is finite and the same when loaded; None and the reason if the method refuses it."""
+    try:
+        quantized = quant.quantize(model, SPEC, calibration=[batch], method=method)
+    except InputError as error:
+        return None, str(error)
+    in_memory = output(quantized, batch)
+    if not bool(in_memory.isfinite().all()):
+        return 0.0, "outputs are not finite"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            save(quantized, Path(folder) / "model")
+            loaded = load(Path(folder) / "model").model
+        except InputError as error:
+            return 0.0, f"does not come back: {error}"
+        found = output(loaded, batch)
+    if found.shape != in_memory.shape or not torch.equal(found, in_memory):
+        return 0.0, f"loaded is off by {apart(found, in_memory) if found.shape == in_memory.shape else 'another shape'}"
+    return 1.0, ""
+
+
+def look(make: Callable[[], nn.Module], batch: Any, methods: Sequence[str]) -> dict[str, Any]:
+    """All about one architecture; what breaks is a row of its own."""
+    found: dict[str, Any] = {"failures": {}, "refused": {}}
+    started = time.process_time()
+    model = made(make)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for check in (graph_and_plan, folds):
+            try:
+                found |= check(model, batch)
+            except Exception as error:  # one check must not hide the others
+                found["failures"][check.__name__] = _told(error)
+        for method in methods:
+            try:
+                value, why = method_row(model, batch, method)
+            except Exception as error:
+                value, why = 0.0, _told(error)
+            found[method] = value
+            if why:
+                found["refused" if value is None else "failures"][method] = why
+    found["seconds"] = round(time.process_time() - started, 1)
+    if found.get("flops", 1.0) != 1.0:
+        found["failures"]["flops"] = f"{found['flops']:.4f} of torch's"
+    if found.get("unlisted"):
+        found["failures"]["unlisted"] = ", ".join(found["unlisted_names"][:4])
+    if found.get("fold error", 0.0) > GOAL:
+        found["failures"]["folds"] = f"the output is off by {found['fold error']:.1e}"
+    return found
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+_PLAIN = ("failures", "refused", "unlisted_names", "unknown", "code")
+
+
+def records(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows in the schema of the report: one number each."""
+    made: list[dict[str, Any]] = []
+    for name, row in found.items():
+        shared = {"task": "architectures", "conditioning": "none", "spec": "w4a8", "model": name}
+        counts = {metric: value for metric, value in row.items() if metric not in _PLAIN and value is not None}
+        counts |= {kind: len(row[kind]) for kind in ("refused", "failures")}
+        for metric, value in counts.items():
+            made.append(
+                {
+                    **shared,
+                    "metric": metric,
+                    "value": int(value) if value == int(value) else value,
+                    "higher_is_better": metric in quant.methods(),
+                }
+            )
+    return made
+
+
+def _write(file: Path, found: dict[str, dict[str, Any]], digest: str) -> None:
+    lines = ",\n".join(json.dumps(row) for row in records(found))
+    about = run_metadata(code=digest, seconds=round(sum(row["seconds"] for row in found.values()), 1))
+    kept = json.dumps(found)
+    file.write_text(
+        f'{{"run": {json.dumps(about, indent=1)},\n"rows": {kept},\n"records": [\n{lines}\n]}}\n', encoding="utf-8"
+    )
+
+
+def _earlier(file: Path | None, digest: str, keep: bool) -> dict[str, dict[str, Any]]:
+    """The rows of an interrupted run of the same code, or of any."""
+    if file is None or not file.is_file():
+        return {}
+    known = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return {name: row for name, row in known.items() if keep or row["code"] == digest}
 
 
 def main() -> int:
-    """Print the table; 1 if something is not as it should be."""
+    """Print a line an architecture; 1 if something is not as it should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="only these (a part of a name)")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE, and continue from it")
+    parser.add_argument("--methods", default="all", help="all, none, or names with commas between")
+    parser.add_argument("--keep", action="store_true", help="keep rows that other code made; each has its digest")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"{'architecture':34} {'products':>8} {'flops':>6} {'att':>3} {'norm':>4} {'fold':>4} {'time':>5}  blocks, rest"
-    )
-    found, wrong = {}, 0
+    methods = {"all": list(quant.methods()), "none": []}.get(options.methods, options.methods.split(","))
+    digest = code_digest("models", "quant", "checkpoint.py")
+    found = _earlier(options.json, digest, options.keep)
     for name, make, batch in rows():
-        if options.names and not any(part in name for part in options.names):
+        if name in found or (options.names and not any(part in name for part in options.names)):
             continue
-        try:
-            row = found[name] = look(make, batch)
-        except Exception as error:  # one architecture must not hide the others
-            wrong += 1
-            print(f"{name:34} {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
-            continue
-        same = row["flops"] == row["torch_flops"]
-        wrong += not same or bool(row["changed"])
-        rest = [f"{k} {row[k]}" for k in ("masks", "unused", "unseen", "unknown", "changed") if row[k]]
+        row = found[name] = look(make, batch, methods) | {"code": digest}
+        same = sum(row[method] == 1.0 for method in methods)
         print(
-            f"{name:34} {row['products']:8} {'same' if same else format(row['flops'] / max(row['torch_flops'], 1), '.3f'):>6} "
-            f"{row['attentions']:3} {row['norms']:4} {row['foldable']:4} {row['time_ratio']:5}  {row['blocks']} "
-            + "; ".join(rest),
+            f"{name:34} flops {row.get('flops', float('nan')):.3f}  unlisted {row.get('unlisted', '?')}  folds "
+            f"{row.get('folds', '?')} off {row.get('fold error', float('nan')):.0e}  methods {same} of {len(methods)}, "
+            f"{len(row['refused'])} refused  {row['seconds']} s",
+            *(f"\n    {what}: {why}" for what, why in row["failures"].items()),
             flush=True,
         )
-    print(f"{len(found)} architectures, {wrong} with a difference")
+        if options.json:
+            _write(options.json, found, digest)
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
+        _write(options.json, found, digest)
+    wrong = sum(bool(row["failures"]) for row in found.values())
+    print(f"{len(found)} architectures, {wrong} with a failure")
     return 1 if wrong else 0
 
 

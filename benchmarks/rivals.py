@@ -44,7 +44,8 @@ from s2d.io.files import JSON, read_json, write_json
 from s2d.io.provenance import code_digest, digest, run_metadata
 from s2d.models import Loaded, save_model
 from s2d.models.blocks import blocks_of
-from s2d.models.running import token_mask
+from s2d.models.masks import token_mask
+from s2d.models.tracing import trace
 from s2d.quant.calibration.observe import watch_inputs
 from s2d.tasks import Split, Task, create
 from s2d.tasks.base import calibration_inputs
@@ -257,8 +258,8 @@ def worst_ratio(model: nn.Module, inputs: Sequence[dict[str, Tensor]]) -> float:
         squares[name] += float(x.double().square().sum())
         entries[name] += x.numel()
 
-    with token_mask(model) as mask, torch.no_grad():
-        hooks = watch_inputs(linears, see, mask)
+    with token_mask(model, trace(model, inputs[0])) as mask, torch.no_grad():
+        hooks = watch_inputs(linears, see, lambda: mask)
         for batch in inputs:
             model(**batch)
         for hook in hooks:

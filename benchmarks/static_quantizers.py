@@ -83,11 +83,22 @@ def main() -> None:
     quantizers = {"onnxruntime": by_onnxruntime}
     if importlib.util.find_spec("nncf"):
         quantizers["nncf"] = by_nncf
-    found: dict[str, dict[str, Any]] = {}
+    records: list[dict[str, Any]] = []
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = thinned(options.data, options.thin, folder / "data")
         task = create("text-classification", data=str(data), max_length=options.max_length)
+
+        def score(conditioning: str, file: str, method: str, path: Path) -> None:
+            value = task.evaluate(OnnxModel(path))["accuracy"]
+            where = {"task": options.data.name, "model": "MiniLM", "conditioning": conditioning, "split": "test"}
+            spec = "w8a8" if file else "fp32"
+            records.append(
+                {**where, "spec": spec, "file": file, "method": method, "metric": "accuracy", "value": value}
+            )
+            print(conditioning, file, method, f"{value:.2f}", flush=True)
+
         for name, _, source in (each.partition("=") for each in options.models):
             loaded = load(source)
             model = model_for(loaded, task)
@@ -96,21 +107,19 @@ def main() -> None:
             export_conditioned(model, written, compiler=find_compiler("any"), inputs=inputs)
             write_onnx(model, inputs[0], written / "torch.onnx")
             rows = np.load(written / "calibration.npz")
-            scores = found[name] = {"full": task.evaluate(OnnxModel(written / "model.onnx"))["accuracy"]}
-            print(name, scores, flush=True)
-            for kind in ("model", "torch"):
+            score(name, "", "full precision", written / "model.onnx")
+            for file, kind in (("torch's file", "torch"), ("s2d's file", "model")):
                 for quantizer, run in quantizers.items():
                     target = written / f"{kind}.{quantizer}.onnx"
                     try:
                         run(written / f"{kind}.onnx", target, rows)
-                        scores[f"{'s2d' if kind == 'model' else 'torch'} {quantizer}"] = task.evaluate(
-                            OnnxModel(target)
-                        )["accuracy"]
+                        score(name, file, quantizer, target)
                     except Exception as error:  # a quantizer's own
-                        scores[f"{kind} {quantizer}"] = f"{type(error).__name__}: {str(error)[:150]}"
-                    print(name, scores, flush=True)
+                        failed.append(f"{name}, {file}, {quantizer}: {type(error).__name__}: {str(error)[:150]}")
+                        print(failed[-1], flush=True)
             if options.json:
-                write_json(options.json, {"run": run_metadata(thin=options.thin), "scores": found})
+                run_of = run_metadata(thin=options.thin, texts=TEXTS, failed=failed)
+                write_json(options.json, {"run": run_of, "records": records})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from s2d.models.dual_encoder import DualEncoder
 from s2d.models.fresh import byte_tokenizer
 from s2d.models.pairs import ImageTextPair
 from s2d.tasks import create
+from s2d.tasks.base import calibration_inputs
 
 pytest.importorskip("PIL")
 transformers = pytest.importorskip("transformers")
@@ -66,7 +67,8 @@ def test_only_the_image_tower_learns_and_both_are_saved(name: str, tmp_path: Pat
     save_model(model, tmp_path / "m", tokenizer=loaded.tokenizer, processor=loaded.processor)
     again = load(tmp_path / "m")
     assert task.evaluate(task.build(again), "test") == score  # type: ignore[arg-type]
-    sites = quant.plan(again.model, quant.QuantSpec.parse({"base": "w4a4", "overrides": {"*text.encoder*": "keep"}}))
+    spec = quant.QuantSpec.parse({"base": "w4a4", "overrides": {"*text.encoder*": "keep"}})
+    sites = quant.planned(again.model, spec, calibration_inputs(task, 4, 4, 0))
     quantized = [site for site in sites if site.format]
     assert quantized and all(site.module.startswith("encoder.image.") for site in quantized)
     assert sum(site.what == "probs" for site in quantized) == 3

@@ -150,7 +150,7 @@ def test_the_base_keeps_its_say(make: Callable[[str], Case]) -> None:
     found = sensitivity(case.model, calibration=case.batches, base=base, choices=(4, 8), activations="base")
     assert kept not in {layer.name for layer in found.layers}
     spec = found.allocate("6 bits")
-    sites = quant.plan(case.model, spec)
+    sites = quant.planned(case.model, spec, case.batches)
     weights = [site for site in sites if site.what == "weight" and site.format]
     assert {site.observer for site in weights} == {"mse"} and {site.bits for site in weights} == {4, 8}
     inputs = [site for site in sites if site.what == "input" and site.format]

@@ -10,6 +10,7 @@ import torch
 from tests.quant.tiny_models import Case
 
 from s2d.errors import InputError
+from s2d.models.tracing import trace
 from s2d.quant import QuantSpec, describe, load, plan, quantize, save
 from s2d.quant.numerics.formats import FORMATS
 from s2d.quant.numerics.quantizer import Quantizer
@@ -48,7 +49,8 @@ def test_a_channel_of_outliers_costs_the_others_nothing() -> None:
 def test_the_bits_of_a_cache_are_its_own(make: Callable[[str], Case], text: str, bits: tuple[int, ...]) -> None:
     spec = QuantSpec.parse(text)
     assert str(spec) == text and QuantSpec.parse(spec.to_dict()) == spec
-    sites = {site.name: site for site in plan(make("llama-sdpa").model, spec)}
+    case = make("llama-sdpa")
+    sites = {site.name: site for site in plan(case.model, spec, trace(case.model, case.batches[0]))}
     block = "model.layers.1."
     names = ("mlp.down_proj.weight", "mlp.down_proj.input", "self_attn.q", "self_attn.k", "self_attn.v")
     assert tuple(sites[block + name].bits for name in names) == bits

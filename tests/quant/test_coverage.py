@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.quant.ptq.test_folds_confirmed import decoder
+from tests.quant.tiny_models import PlainTransformer
 from torch import Tensor, nn
 
 import s2d
@@ -90,6 +91,53 @@ def test_a_weight_used_without_its_module_is_kept_with_the_reason() -> None:
     assert not sites["layers.1.weight"].format and not sites["layers.1.input"].format
     assert "without calling its module" in sites["layers.1.weight"].reason
     assert "mixing.weight" in sites or "mixing" in {site.module for site in sites.values()}
+
+
+def test_attention_that_cannot_be_quantized_is_kept_with_the_reason_and_the_rest_quantized() -> None:
+    model, x = PlainTransformer(style="relative").eval(), torch.randn(2, 7, 16)
+    sites = {site.name: site for site in plan_of(model, (x,), "w4a8")}
+    for what in ("q", "k", "probs", "v"):
+        site = sites[f"blocks.0.attn.{what}"]
+        assert site.format is None and "more than two products of activations" in site.reason
+    assert sites["blocks.0.attn.qkv.input"].format
+    assert output(s2d.quantize(model, "w4a8", calibration=[x]), (x,)).isfinite().all()
+
+
+class ByHand(nn.Module):
+    """Attention whose projections are products with their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(8, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        return F.scaled_dot_product_attention(x @ self.q.T, x @ self.k, x @ self.v.T)
+
+
+def test_attention_with_projections_by_hand_is_quantized() -> None:
+    model, x = ByHand().eval(), torch.randn(2, 5, 8)
+    quantized = s2d.quantize(model, "w8a8", calibration=[x])
+    assert {site.what for site in record(quantized).sites if site.format} >= {"q", "k", "probs", "v"}
+    assert 0 < float((output(quantized, (x,)) - output(model, (x,))).norm() / output(model, (x,)).norm()) < 0.1
+
+
+def test_a_computed_weight_is_kept_with_the_reason() -> None:
+    norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), norm(nn.Linear(8, 8)), nn.Linear(8, 8)) for _ in range(2)))
+    sites = {site.name: site for site in plan_of(model, (torch.randn(4, 8),))}
+    assert "computed from others" in sites["0.1.weight"].reason and sites["0.2.weight"].format
+    assert "0.1.parametrizations.weight.original1.weight" in sites
+    s2d.quantize(model, "w4a8", calibration=[torch.randn(4, 8)])
+
+
+@pytest.mark.parametrize("method", ["ptq4vit", "gptq", "repq", "adaround"])
+def test_a_model_without_blocks_is_quantized(method: str) -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
+    x = torch.randn(16, 8)
+    quantized = s2d.quantize(model, "w4a8", calibration=[x], method=method)
+    assert 0 < float((output(quantized, (x,)) - output(model, (x,))).norm() / output(model, (x,)).norm()) < 0.3
 
 
 def test_most_products_left_out_are_told_first() -> None:

@@ -11,7 +11,8 @@ from tests import builders
 from tests.quant.tiny_models import Case, PlainTransformer
 from torch import Tensor, nn
 
-from s2d.quant.calibration.observe import Batches, Job, find_attention
+from s2d.models.tracing import trace
+from s2d.quant.calibration.observe import Batches, Job
 from s2d.quant.modules.sites import insert, plan
 from s2d.quant.spec import QuantSpec
 
@@ -166,7 +167,7 @@ def build(name: str) -> Family:
 def job(case: Case, spec: str | dict[str, Any] = "w4a4", seed: int = 0) -> Job:
     """What a method gets: a copy of the case's model with its quantizers in place and off."""
     model, batches, parsed = copy.deepcopy(case.model), Batches(case.batches), QuantSpec.parse(spec)
-    sites = plan(model, parsed, find_attention(model, batches))
+    sites = plan(model, parsed, trace(model, batches.first))
     return Job(model, parsed, sites, insert(model, sites), batches, seed, False, stage="transform")
 
 

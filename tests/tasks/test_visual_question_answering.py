@@ -122,12 +122,12 @@ def test_it_learns_is_quantized_and_saved(folder: Path, tmp_path: Path) -> None:
     again = load(tmp_path / "m")
     other = task(folder)
     assert again.family.name == "llava" and other.evaluate(other.build(again).eval(), "train") == score
-    sites = quant.plan(model, quant.QuantSpec.parse("w8a8"))
+    inputs = made.inputs(next(made.batches("train", batch_size=12)))
+    sites = quant.planned(model, quant.QuantSpec.parse("w8a8"), inputs)
     kept = {site.module for site in sites if site.format is None}
     assert {"model.multi_modal_projector.linear_1", "lm_head"} <= kept
     assert any("vision_tower" in s.module and s.format for s in sites)
     assert any("language_model" in s.module and s.what == "probs" and s.format for s in sites)
-    inputs = made.inputs(next(made.batches("train", batch_size=12)))
     quantized = quant.quantize(model, "w8a8", calibration=inputs)
     assert abs(made.evaluate(quantized, "train")["vqa_accuracy"] - score["vqa_accuracy"]) < 20
 

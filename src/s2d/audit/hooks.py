@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -13,7 +13,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.models.running import evaluating, real_tokens, run, token_mask
+from s2d.models.masks import Padding, token_mask
+from s2d.models.running import evaluating, real_tokens, run
+from s2d.models.tracing import trace
 from s2d.quant.modules.attention import AttentionQuantizer, QuantizedAttention
 from s2d.quant.modules.linear import swap_in, swap_out
 from s2d.spectral.statistics import token_rows
@@ -64,13 +66,13 @@ def watching(
         A function that feeds batches to the model and says how many there were.
     """
     given: list[Tensor | None] = [None]
+    masks: list[Padding] = []  # none while the first batch is traced
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        noted = stack.enter_context(token_mask(model))
         _no_shortcuts(model, stack)
 
-        def rows(x: Tensor) -> Tensor:
-            mask = noted() if mask_of is None else given[0]
+        def rows(target: Target, x: Tensor) -> Tensor:
+            mask = masks[0](target.module_name) if mask_of is None else given[0]
             if mask is not None and x.ndim > 2:
                 x, mask = real_tokens(x, mask.bool(), "input"), None
             return token_rows(x, mask).float()
@@ -78,24 +80,24 @@ def watching(
         # What several weights read one after the other (queries, keys, values) is brought to rows once.
         latest: list[tuple[Tensor, int, Tensor] | None] = [None]
 
-        def input_rows(x: Tensor) -> Tensor:
+        def input_rows(target: Target, x: Tensor) -> Tensor:
             if x.is_inference():  # has no version that tells of changes in place
-                return rows(x)
+                return rows(target, x)
             known = latest[0]
             if known is None or known[0] is not x or known[1] != x._version:
-                latest[0] = known = (x, x._version, rows(x.detach()))
+                latest[0] = known = (x, x._version, rows(target, x.detach()))
             return known[2]
 
         def show(target: Target, x: Tensor, y: Tensor | None) -> None:
-            if x.shape[-1] != target.matrix().shape[1]:
+            if not masks or x.shape[-1] != target.matrix().shape[1]:
                 return
-            x_NI = input_rows(x)
+            x_NI = input_rows(target, x)
             if len(x_NI) == 0:
                 return
             if y is None:
                 see(target, x_NI, x_NI @ target.matrix().float().mT)
                 return
-            A_NO, bias = rows(y.detach()), bias_of(target)
+            A_NO, bias = rows(target, y.detach()), bias_of(target)
             see(target, x_NI, A_NO if bias is None else A_NO - bias.float())
 
         by_module: dict[nn.Module, list[Target]] = {}
@@ -114,6 +116,11 @@ def watching(
         def feed(source: Iterable[Any]) -> int:
             count = 0
             for batch in source:
+                if not masks:
+                    graph = None
+                    with suppress(InputError):  # what is wrong with the batch is told by its own run
+                        graph = trace(model, batch)
+                    masks.append(stack.enter_context(token_mask(model, graph)))
                 given[0] = None if mask_of is None else mask_of(batch)
                 try:
                     run(model, batch, count)

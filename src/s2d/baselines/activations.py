@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.models.blocks import blocks_of
-from s2d.models.running import real_tokens, token_mask
+from s2d.models.masks import token_mask
+from s2d.models.running import real_tokens
 from s2d.targets.weights import find_targets
 
 Place: TypeAlias = Literal["blocks", "inputs"]

@@ -116,6 +116,8 @@ def quantize_model(
         if order.check is not None:
             order.check(plan)
     if out is None:
+        if inputs is None:
+            say("no data to trace the model with: the plan is that of its modules, without most attention")
         say(f"{quant.describe(plan)}\n\n{quant.estimate(model, plan, order.method, inputs)}")
     else:
         quantized, said = _quantized(order, model, task, spec, inputs, held_beside(out), watcher or Silent())

@@ -31,6 +31,7 @@ from s2d.experiments.records import cell_name, records_of, shown_path, spec_name
 from s2d.experiments.watcher import Silent, Watcher
 from s2d.io.files import JSON, read_json, sweep, write_json
 from s2d.io.provenance import code_digest, digest, measured, run_metadata
+from s2d.models.tracing import trace
 from s2d.quant import QuantSpec
 from s2d.report import write_card, write_report
 from s2d.tasks import Task, create
@@ -42,7 +43,7 @@ from s2d.training.qat_loop import train_quantized
 # Which folders decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
 # are left out of training and judging; the weights' fingerprint stands for them.
 # Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
-_DISTILLING = ("quant/distillation.py", "models/blocks.py", "models/running.py", "targets")
+_DISTILLING = ("quant/distillation.py", "models/blocks.py", "models/running.py", "models/masks.py", "targets")
 _TOWERS = ("models/image_heads.py", "models/image_views.py", "models/dual_encoder.py")
 _HEADS = ("models/heads.py", "models/classes.py", "models/preprocessing.py", *_TOWERS)
 _SCORING = ("tasks", "data", *_HEADS)
@@ -114,9 +115,14 @@ class Runner:
         for decay in recipe.arms.values():
             if decay is not None:
                 attach(model, optimizer, decay).remove()
-        for spec in [*recipe.quantize.specs, *(recipe.qat.specs if recipe.qat else [])]:
-            if spec != FULL:
-                quant.plan(model, QuantSpec.parse(spec))
+        specs = [*recipe.quantize.specs, *(recipe.qat.specs if recipe.qat else [])]
+        if any(spec != FULL for spec in specs):
+            size = recipe.quantize.calibration.batch_size
+            inputs = calibration_inputs(self.task, size, size, recipe.seeds[0])
+            graph = trace(model, inputs[0])
+            for spec in specs:
+                if spec != FULL:
+                    quant.planned(model, QuantSpec.parse(spec), inputs, graph)
 
     def run(self) -> JSON:
         """Everything that is missing, then results.json and report.html; the results are also returned."""

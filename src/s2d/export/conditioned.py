@@ -10,7 +10,6 @@ exporter noted for its own graph are left out, because quantizers infer their ow
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError, first_line
 from s2d.export import onnx_doctor
-from s2d.export.copies import in_float32
-from s2d.export.onnx import OnnxModel, tensors_of, write_onnx
+from s2d.export.copies import in_float32, shared_copy
+from s2d.export.onnx import TWO_GB, OnnxModel, tensors_of, write_onnx
 from s2d.export.runtime import Compiler, Runtime, find_runtime, runtimes
-from s2d.io.files import write_json
+from s2d.io.files import in_place_of, write_json
 from s2d.io.provenance import run_metadata
 from s2d.models.saved import save_parts
 from s2d.optional import require
@@ -134,17 +133,17 @@ def export_conditioned(
             f"{type(model).__name__} is quantized, and {compiler.name} quantizes by itself; give the plain model "
             "(from s2d condition)"
         )
+    if (size := sum(each.numel() for each in model.parameters()) * 4) > TWO_GB:
+        raise InputError(f"{type(model).__name__} has {size / 1e9:.1f} GB in float32, and one ONNX file holds 2 GB")
     sizes = _sizes(dict(shape or {}), inputs, compiler)
     held = stack(inputs, sizes.get("tokens"), _padding(model, tokenizer))
     model, held = in_float32(model, held, notes)
-    model = model.eval()
+    model = shared_copy(model)
     rows = len(next(iter(held.values())))
     example = {name: value[: sizes.get("batch", 2)] for name, value in held.items()}
     if rows < len(next(iter(example.values()))) or rows < sizes.get("batch", 2):
         raise InputError(f"{rows} examples are less than a batch of {sizes.get('batch', 2)}; give more data")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
+    with in_place_of(target) as made:
         made.mkdir()
         notes("tracing")
         write_onnx(model, example, made / "model.onnx", opset=max(reads.opset, 18), fixed=bool(sizes))
@@ -168,9 +167,6 @@ def export_conditioned(
             (made / name).write_text(text.replace("{batch}", str(sizes.get("batch", 1))), encoding="utf-8")
         (made / "README.md").write_text(page(report, compiler), encoding="utf-8")
         write_json(made / "export.json", {"run": run_metadata(), "export": report.to_dict()})
-        if target.is_dir():
-            target.rmdir()  # it is empty
-        os.replace(made, target)
     return report
 
 
@@ -217,7 +213,7 @@ def page(report: ConditionedReport, compiler: Runtime) -> str:
     commands = "\n".join(reads.commands)
     told = "".join(f"- {text}\n" for text in (*reads.notes, *report.findings))
     return (
-        f"# For {compiler.name}: {compiler.about}\n\n"
+        f"# For {compiler.name}\n\n"
         "The model is in full precision; the compiler quantizes it with the examples that lie beside it.\n\n"
         f"- `model.onnx`: float32, opset {report.opset}, {fixed}; {mask}; outputs within {report.outputs_moved:.0e} of "
         "torch's\n"

@@ -25,6 +25,7 @@ from s2d.export.operators import Form, translations
 from s2d.optional import require
 
 OPSET = 21
+CPU = "CPUExecutionProvider"
 # Asks for exact products where they would overflow (see `overflows`); they take twice as long. It fails where a
 # DequantizeLinear of int8 codes per channel is left over, so convolutions, which run in floating point, have a Mul.
 EXACT = ("session.x64quantprecision", "1")
@@ -198,14 +199,22 @@ def _store_narrow(graph: Any, ir: Any, form: Form) -> None:
             node.replace_input_with(index, wide)
 
 
-def session(path: Path, threads: int = 1, *, optimized: Path | None = None, content: bytes | None = None) -> Any:
-    """An onnxruntime session on the CPU.
+def session(
+    path: Path,
+    threads: int = 1,
+    *,
+    optimized: Path | None = None,
+    content: bytes | None = None,
+    provider: str = CPU,
+) -> Any:
+    """An onnxruntime session.
 
     Args:
         path: The file.
         threads: For one product.
         optimized: Where the graph as it will run is written, if anywhere.
         content: Run these bytes instead of the file.
+        provider: The execution provider; what it has no kernel for runs on the CPU.
     """
     runtime = require("onnxruntime", "export", at_least="1.22")
     options = runtime.SessionOptions()
@@ -216,9 +225,8 @@ def session(path: Path, threads: int = 1, *, optimized: Path | None = None, cont
     if optimized is not None:
         options.optimized_model_filepath = os.fspath(optimized)
     try:
-        return runtime.InferenceSession(
-            content if content is not None else os.fspath(path), options, providers=["CPUExecutionProvider"]
-        )
+        providers = list(dict.fromkeys((provider, CPU)))
+        return runtime.InferenceSession(content if content is not None else os.fspath(path), options, providers)
     except Exception as error:  # onnxruntime's own classes, which differ by version
         raise InputError(f"onnxruntime cannot run {path}: {_reason(error)}") from error
 
@@ -243,7 +251,7 @@ def overflows() -> bool:
     model = onnx.helper.make_model(
         graph, opset_imports=versions, ir_version=onnx.helper.find_min_ir_version_for(versions)
     )
-    run = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    run = runtime.InferenceSession(model.SerializeToString(), providers=[CPU])
     (found,) = run.run(None, {"x": torch.full((rows, inner), 255, dtype=torch.uint8).numpy()})
     return bool((found != 255 * 127 * inner).any())
 
@@ -265,14 +273,14 @@ def kernels(path: Path) -> tuple[dict[str, int], int]:
 class OnnxModel(nn.Module):
     """An exported model that is called as the original was: keyword tensors in, an output with named tensors out."""
 
-    def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
+    def __init__(self, path: str | os.PathLike[str], threads: int = 1, provider: str = CPU) -> None:
         """Open the file.
 
         Raises:
             InputError: onnxruntime is missing, or cannot run it.
         """
         super().__init__()
-        self._session = session(Path(path), threads)
+        self._session = session(Path(path), threads, provider=provider)
         self.names = [each.name for each in self._session.get_inputs()]
         self.outputs = [each.name for each in self._session.get_outputs()]
         # Whether integers, and the sizes; None where any will do.

@@ -22,6 +22,7 @@ from s2d.checkpoint import load
 from s2d.errors import InputError, MissingExtra, first_line
 from s2d.export import RUNNABLE, OnnxModel, OpenVinoModel, open_exported
 from s2d.export.gate import take_turns
+from s2d.export.onnx import CPU
 from s2d.models.heads import encoder_of
 from s2d.optional import require
 
@@ -66,6 +67,7 @@ def bench(
     threads: Sequence[int] = (1,),
     length: int = 128,
     rounds: int = 20,
+    provider: str = CPU,
     notes: Callable[[str], None] = lambda text: None,
 ) -> list[Timing]:
     """Time models side by side.
@@ -77,6 +79,7 @@ def bench(
         threads: For one product.
         length: Tokens a row, for models that read text.
         rounds: Calls of each, after one that does not count.
+        provider: Of onnxruntime, for files that it runs; see `s2d.export.placement`.
         notes: Told what is being done.
 
     Returns:
@@ -100,7 +103,7 @@ def bench(
             for model in models:
                 for runtime in _runtimes(str(model)):
                     notes(f"opening {model} in {runtime}")
-                    runners.append(_open(str(model), runtime, count, length))
+                    runners.append(_open(str(model), runtime, count, length, provider))
             for batch in batches:
                 notes(f"{len(runners)} models, {count} threads, batch {batch}")
                 found += _race(runners, count, batch, length, rounds)
@@ -134,14 +137,15 @@ def _has_openvino() -> bool:
     return True
 
 
-def _open(model: str, runtime: str, threads: int, length: int) -> _Runner:
+def _open(model: str, runtime: str, threads: int, length: int, provider: str) -> _Runner:
     gc.collect()
     held, start = _resident_mb(), time.perf_counter()
     if runtime == "torch":
         loaded = load(model)
         module, inputs = loaded.model, _inputs_of_torch(loaded.model, model)
     else:
-        module = open_exported(model, runtime=runtime, threads=threads)
+        own = runtime == "onnxruntime" and provider != CPU
+        module = OnnxModel(model, threads, provider) if own else open_exported(model, runtime=runtime, threads=threads)
         assert isinstance(module, OnnxModel | OpenVinoModel)
         inputs = _inputs_of_file(module.shapes)
     _call(module, inputs(1, length), model)

@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from torch import nn
 
 from s2d.models.family import FALLBACK, family_of
+from s2d.models.graph import Graph
 
 
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The transformer blocks by name: those of the model's family.
+def blocks_of(model: nn.Module, graph: Graph | None = None) -> dict[str, nn.Module]:
+    """The transformer blocks by name, in the order in which they run.
 
-    For models that no family knows: the members of the longest ``nn.ModuleList`` or ``nn.Sequential`` that holds three
-    or more modules (two, in a ModuleList) of one class with Linears in them; of all those lists when several tie.
+    With a graph (`s2d.trace`): the outermost blocks that repeat in what the model did. Where there is no batch to trace
+    (a penalty that is attached before training, the length of a progress bar): those of the model's family, and for
+    models that no family knows the members of the longest ``nn.ModuleList`` or ``nn.Sequential`` that holds three or
+    more modules (two, in a ModuleList) of one class with Linears in them; of all those lists when several tie.
     """
+    if graph is not None:
+        members = [path for blocks in graph.blocks if not blocks.inside for path, _ in blocks.members]
+        return {path: model.get_submodule(path) for path in dict.fromkeys(members)}
     family = family_of(model)
     found = family.blocks(model)
     if found and not (family.name == FALLBACK and _nested(found)):

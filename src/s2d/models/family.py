@@ -63,7 +63,6 @@ class Family:
             class.
         roles: ``(regular expression, role)`` pairs searched in module names, first match wins; roles are the keys of
             `ROLES`.
-        attention: Class names of the modules whose forward holds the two attention matrix products.
         block: Regular expression, searched in module names, that is true of every transformer block and nothing else.
     """
 
@@ -72,7 +71,6 @@ class Family:
     norm_position: NormPosition
     models: tuple[str, ...]
     roles: tuple[tuple[str, str], ...]
-    attention: tuple[str, ...]
     block: str
 
     def knows(self, module: nn.Module) -> bool:
@@ -94,9 +92,17 @@ class Family:
         return {name: module for name, module in model.named_modules() if re.search(self.block, clean_name(name))}
 
     def attentions(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The attention modules by name; where one wraps another, the inner one, which does the arithmetic."""
-        found = {name: module for name, module in model.named_modules() if type(module).__name__ in self.attention}
-        return {name: module for name, module in found.items() if not any(n.startswith(name + ".") for n in found)}
+        """The attention modules by name: those that hold a projection of queries, or torch's own."""
+        found: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            if "_quantizer" in name or self.role(name) not in ("q", "qkv"):
+                continue
+            if isinstance(module, nn.MultiheadAttention):
+                found[name] = module
+            elif "weight" in module._parameters:
+                owner = name.rpartition(".")[0]
+                found[owner] = model.get_submodule(owner)
+        return found
 
 
 _FAMILIES: Registry[Family] = Registry("family", "s2d.models")

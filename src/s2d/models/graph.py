@@ -20,7 +20,7 @@ import dataclasses
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -171,20 +171,21 @@ class Graph:
             call: One of this graph.
             batch: If given, only masks that it holds count.
         """
-        if call.input is None:
-            return None
-        digits = [digit for dim in self.nodes[call.input].dims for digit in dim]
-        have = [(self.axes[digit.axis].same_as, *digit[1:]) for digit in digits]
+        return None if call.input is None else self.mask_at(call.input, batch)
+
+    def mask_at(self, node: int, batch: Mapping[str, Any] | None = None) -> Mask | None:
+        """The mask of the tokens of a value; see `mask_of`."""
         for mask in self.masks:
-            if batch is not None and mask.key not in batch:
-                continue
-            wanted = [
-                (self.axes[axis].same_as, size, 1, 0)
-                for axis, size in zip(mask.axes, self.inputs[mask.key], strict=True)
-            ]
-            if wanted and all(digit in have for digit in wanted):
+            if (batch is None or mask.key in batch) and self.has_whole(node, mask.axes, self.inputs[mask.key]):
                 return mask
         return None
+
+    def has_whole(self, node: int, axes: Sequence[int], sizes: Sequence[int]) -> bool:
+        """Whether a value has all positions of some axes, in their order."""
+        digits = [digit for dim in self.nodes[node].dims for digit in dim]
+        have = [(self.axes[digit.axis].same_as, *digit[1:]) for digit in digits]
+        wanted = [(self.axes[axis].same_as, size, 1, 0) for axis, size in zip(axes, sizes, strict=True)]
+        return bool(wanted) and all(digit in have for digit in wanted)
 
     # -- data ----------------------------------------------------------------------------------------------------------
 

@@ -286,7 +286,11 @@ class Mask:
         """Where a mask of this kind keeps a token: bool, the shape of ``mask``."""
         padding = self.padding if self.padding is not None else 0.0
         if mask.dtype == torch.bool:
-            return mask if padding == 0 else ~mask
+            real = mask if padding == 0 else ~mask
+            # Of unknown sense: a mask does not hide everything.
+            return real if self.padding is not None or bool(real.any()) else ~real
+        if self.padding is None and mask.is_floating_point() and not bool((mask == 1).any()):
+            return mask > -1e3  # one that is added to the scores, of a batch that showed no padding
         return mask > padding if padding < -1e3 else mask != padding
 
 

@@ -83,7 +83,6 @@ register_family(
         norm_position="pre",
         models=(r"s2d\.models\.pairs\.ImageTextPair",),
         roles=((r"(^|\.)image_projection$", "head"), *VIT.roles, *BERT.roles),
-        attention=(*VIT.attention, *BERT.attention),
         block=rf"(^|\.)image\..*{VIT.block}|(^|\.)text\..*{BERT.block}",
     )
 )

@@ -1,9 +1,8 @@
-"""One forward of any model: the call, the mask of padding, the real tokens of an activation, the main output."""
+"""One forward of any model: the call, the real tokens of an activation, the main output."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError, first_line
-from s2d.targets.padding import MASKS, real_of, without_first
 
 What = Literal["weight", "input", "q", "k", "probs", "v"]
 OPERANDS: tuple[What, ...] = ("q", "k", "probs", "v")
@@ -70,42 +68,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def token_mask(model: nn.Module, prefix: int | None = None) -> Iterator[Callable[[], Tensor | None]]:
-    """While active, a function gives the padding mask of the running forward.
-
-    The mask is the ``attention_mask`` ``[batch, tokens]`` (non-zero: a real token), or what torch's own encoders and
-    self-attention call ``src_key_padding_mask`` and ``key_padding_mask`` (True or -inf: padding), of the outermost call
-    that has one; inner modules that receive a two-dimensional one of their own (a model that trims its batch first)
-    replace it. The first ``prefix`` tokens are none either; None takes that of the model's quantizers.
-    """
-    if prefix is None:  # of quantizers, which this room does not know by class
-        told = [getattr(module, "prefix", 0) for module in model.modules()]
-        prefix = max((number for number in told if isinstance(number, int)), default=0)
-    mask: list[Tensor | None] = [None]
-    signatures = {
-        module: inspect.signature(module.forward)
-        for module in model.modules()
-        if module is model or not MASKS.isdisjoint(inspect.signature(module.forward).parameters)
-    }
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = real_of(signatures[module], args, kwargs)
-        if prefix and (found is not None or module is model):
-            found = without_first(found, signatures[module], args, kwargs, prefix)
-        if found is not None:
-            mask[0] = None if bool(found.all()) else found
-        elif module is model:
-            mask[0] = None
-
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in signatures]
-    try:
-        yield lambda: mask[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def real_tokens(x: Tensor, mask: Tensor | None, what: What) -> Tensor:

@@ -45,7 +45,7 @@ def finish(tracer: Tracer, given: dict[str, Tensor]) -> Graph:
     graph.attentions = _attentions(graph)
     graph.masks = _masks(graph, tracer.padding)
     graph.norms = _norms(graph)
-    graph.blocks = _blocks(tracer)
+    graph.blocks = _blocks(tracer, {one.context for one in graph.attentions})
     return graph
 
 
@@ -310,7 +310,7 @@ def _before_mean(graph: Graph, node: Node) -> int:
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(tracer: Tracer) -> list[Blocks]:
+def _blocks(tracer: Tracer, attended: set[int]) -> list[Blocks]:
     by_container: dict[str, list[int]] = {}
     for index, run in enumerate(tracer.runs):
         container = run.path.rpartition(".")[0]
@@ -319,13 +319,25 @@ def _blocks(tracer: Tracer) -> list[Blocks]:
         if isinstance(owner, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and any(True for _ in module.children()):
             by_container.setdefault(container, []).append(index)
     work = {op for op in (call.operation for call in tracer.calls if call.kind in ("product", "convolution"))}
-    sequences: list[tuple[tuple[str, ...], list[int]]] = []
-    for container, runs in by_container.items():
-        kept = [i for i in runs if any(op in work for op in range(tracer.runs[i].first, tracer.runs[i].last))]
-        kinds = [_signature(tracer, tracer.runs[i]) for i in kept]
+    spans = [range(run.first, run.last) for run in tracer.runs]
+    working = {c: [i for i in runs if any(op in work for op in spans[i])] for c, runs in by_container.items()}
+    found: dict[str, list[int]] = {}
+    for container, runs in working.items():
+        kinds = [_signature(tracer, tracer.runs[i]) for i in runs]
         if any(_alike(a, b) for i, a in enumerate(kinds) for b in kinds[:i]):
-            sequences.append(((container,), kept))
-    sequences = _interleaved(tracer, sequences)
+            found[container] = runs
+    # A stage of one block is a sequence too, where other stages hold more of its kind.
+    known = {_kind(tracer, i) for runs in found.values() for i in runs}
+    found |= {c: runs for c, runs in working.items() if runs and all(_kind(tracer, i) in known for i in runs)}
+    # So is a list of one block with attention in it, in a model of one layer.
+    for container, runs in working.items():
+        lone = len(runs) == 1 and isinstance(tracer.by_path[container], nn.ModuleList)
+        if lone and any(op in attended for op in spans[runs[0]]):
+            others = [spans[i] for members in found.values() for i in members]
+            if not any(span.start < spans[runs[0]].stop and spans[runs[0]].start < span.stop for span in others):
+                found[container] = runs
+    ordered = sorted((((container,), runs) for container, runs in found.items()), key=lambda pair: pair[1][0])
+    sequences: list[tuple[tuple[str, ...], list[int]]] = _interleaved(tracer, ordered)
     members = {i for _, runs in sequences for i in runs}
     out: list[Blocks] = []
     for containers, runs in sequences:
@@ -347,6 +359,12 @@ def _blocks(tracer: Tracer) -> list[Blocks]:
 def _signature(tracer: Tracer, run: Run) -> tuple[str, dict[str, tuple[int, ...]]]:
     module = tracer.by_path[run.path]
     return type(module).__name__, {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
+def _kind(tracer: Tracer, run: int) -> tuple[str, frozenset[str]]:
+    """Class and parameters by name, whatever their sizes."""
+    name, shapes = _signature(tracer, tracer.runs[run])
+    return name, frozenset(shapes)
 
 
 def _alike(a: tuple[str, dict[str, tuple[int, ...]]], b: tuple[str, dict[str, tuple[int, ...]]]) -> bool:

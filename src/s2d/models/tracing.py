@@ -85,7 +85,12 @@ def _two_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     """
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
     rows = len(tensors[0]) if tensors else 0
-    masks = {k: v for k, v in kwargs.items() if k.endswith("mask") and isinstance(v, Tensor) and v.ndim == 2}
+    given = {**kwargs, **{str(place): value for place, value in enumerate(args)}}
+    masks = {
+        key: value
+        for key, value in given.items()
+        if isinstance(value, Tensor) and value.ndim == 2 and (key.endswith("mask") or value.dtype == torch.bool)
+    }
     chosen = list(range(ROWS)) if rows >= ROWS else [0] * ROWS
     for mask in masks.values():
         marked = mask.ne(0).sum(1)
@@ -100,16 +105,16 @@ def _two_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
             return value
         return value[picked.to(value.device)] if rows and value.ndim > 0 and len(value) == rows else value.clone()
 
-    short = {k: take(v) for k, v in kwargs.items()}
+    short, shorter = {k: take(v) for k, v in kwargs.items()}, [take(v) for v in args]
     for key in masks:
-        mask = short[key]
+        mask = short[key] if key in short else shorter[int(key)]
         first = mask[0, 0] if mask.numel() else None
         if first is None or min(mask.shape) < 2 or bool((mask != first).any()):
             continue
         if mask.dtype == torch.bool or first == 1:
             mask[-1, -1] = ~first if mask.dtype == torch.bool else 0
             cut = True
-    return tuple(take(v) for v in args), short, cut
+    return tuple(shorter), short, cut
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -14,12 +14,13 @@ from s2d.distributed.sharding import Groups, all_ranks, in_common, is_dtensor
 from s2d.errors import InputError
 from s2d.models.running import outside_inference_mode
 from s2d.models.saved import fingerprint
-from s2d.quant.calibration.observe import Batches, Job, Protocol
+from s2d.models.tracing import unwrapped
+from s2d.quant.calibration.observe import Batches, Job, Protocol, traced
 from s2d.quant.calibration.resume import Snapshot, Store, fingerprint_batches
 from s2d.quant.coverage import planned
 from s2d.quant.estimate import Estimate, estimate
 from s2d.quant.modules.record import Record, record, remove, switch_on
-from s2d.quant.modules.sites import Site, describe, insert, is_quantized, plan, refuse_quantized
+from s2d.quant.modules.sites import Site, decide, describe, insert, is_quantized, plan, refuse_quantized
 from s2d.quant.modules.storage import load, save
 from s2d.quant.ptq import Entry, get_methods, methods, refuse_undivided
 from s2d.quant.spec import QuantSpec
@@ -63,7 +64,8 @@ def quantize(
     """Quantize a model after training: values are rounded to what their codes can hold, computing stays as it was.
 
     Args:
-        model: Any module. State-dict keys stay the same; the quantizers' scales and zero points are added.
+        model: Any module. State-dict keys stay the same; the quantizers' scales and zero points are added. Of data
+            parallelism and compilation the module inside is quantized and returned.
         spec: ``"w4a4"``, a mapping (see `s2d.quant.spec`), or a `QuantSpec`.
         calibration: Batches: dicts of keyword arguments, tensors, or tuples of positional arguments. Tokens that a
             batch's ``attention_mask`` hides do not count. A generator will do for methods that read the data once.
@@ -97,18 +99,22 @@ def quantize(
         parsed = parsed.with_observer(observer)
     entries = get_methods(method)
     name = "+".join(entry.name for entry in entries)
+    model = unwrapped(model)
     refuse_quantized(model)
     ranks = _ranks(model, entries, resume) if shared else ()
     batches = Batches(calibration)
-    decided = planned(model, parsed, batches)
+    decide(model, parsed)  # what does not fit the modules is told before any work
+    graph = traced(model, batches)
+    decided = planned(model, parsed, batches, graph)
     store = None if resume is None else Store(resume, _belongs(model, parsed, batches, name, protocol, seed))
     snapshot = Snapshot(model) if inplace and name != "rtn" else None
     if not inplace:
         model = copy.deepcopy(model)
     quantizers = insert(model, decided)
     job = Job(
-        model, parsed, decided, quantizers, batches, seed, progress, name, cast(Protocol, protocol), store, ranks=ranks
-    )
+        model, parsed, decided, quantizers, batches, seed, progress, name, cast(Protocol, protocol), store, ranks=ranks,
+        traced=graph,
+    )  # fmt: skip
     try:
         for entry in entries:
             job.stage = entry.stage

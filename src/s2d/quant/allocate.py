@@ -18,7 +18,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,9 +27,11 @@ from torch import Tensor, nn
 
 from s2d import quant
 from s2d.errors import InputError
-from s2d.models.running import evaluating, main_output, real_tokens, run, token_mask
+from s2d.models.graph import Graph
+from s2d.models.masks import token_mask
+from s2d.models.running import evaluating, main_output, real_tokens, run
 from s2d.models.walks import source_of
-from s2d.quant.calibration.observe import Batches, Job
+from s2d.quant.calibration.observe import Batches, Job, traced
 from s2d.quant.modules.sites import Site, insert
 from s2d.quant.numerics.formats import IntFormat, integer_format
 from s2d.quant.numerics.quantizer import Quantizer, switched_on
@@ -315,20 +316,20 @@ def sensitivity(
     if parsed.weight is None or not isinstance(parsed.weight.format, IntFormat):
         raise InputError(f"{parsed} has no integer weights to give bits to; use a base such as w4a4")
     batches = Batches(list(calibration) if isinstance(calibration, Iterator) else calibration)
-    measure = _Measure(model, batches, loss, parsed.prefix)
+    graph = traced(model, batches)
+    measure = _Measure(model, batches, loss, parsed.prefix, graph)
     follow = activations == "follow"
     errors: dict[str, dict[int, float]] = {}
-    sizes: dict[str, int] = {}
-    parts: dict[str, tuple[float, float]] = {}
+    sizes, parts = dict[str, int](), dict[str, tuple[float, float]]()
     spec = all_with_bits(parsed, widths[0], follow)
     kept = tuple((name, replace(override, attention=None)) for name, override in spec.overrides)
     spec, together = replace(spec, attention=None, overrides=kept), ()
-    sites = quant.planned(model, spec, batches)
+    sites = quant.planned(model, spec, batches, graph)
     with Progress(disable=not progress, transient=True) as bar:
         for width in widths:
             trial = copy.deepcopy(model)
             at_width = _widened(sites, width, follow)
-            job = Job(trial, spec, at_width, insert(trial, at_width), batches, 0, False)
+            job = Job(trial, spec, at_width, insert(trial, at_width), batches, 0, False, traced=graph)
             rtn(job)
             layers = _layers(job)
             if width == widths[0]:
@@ -364,10 +365,9 @@ def _widened(sites: Sequence[Site], bits: int, follow: bool) -> list[Site]:
 def _together(job: Job, layers: Container[str]) -> tuple[tuple[str, ...], ...]:
     """The layers of one parent that read one activation."""
     found: dict[tuple[int | None, str], dict[str, None]] = {}
-    with suppress(InputError):  # the plan has said that no graph can be traced
-        for call in (each for each in job.graph.products if each.module in layers):
-            read = None if call.input is None else source_of(job.graph, call.input)
-            found.setdefault((read, call.module.rpartition(".")[0]), {})[call.module] = None
+    for call in (each for each in job.graph.products if each.module in layers):
+        read = None if call.input is None else source_of(job.graph, call.input)
+        found.setdefault((read, call.module.rpartition(".")[0]), {})[call.module] = None
     return tuple(dict.fromkeys(tuple(names) for names in found.values() if len(names) > 1))
 
 
@@ -393,11 +393,10 @@ def _never_rising(errors: Mapping[int, float]) -> dict[int, float]:
 class _Measure:
     """The error of a model with some quantizers on, against the full-precision model."""
 
-    def __init__(self, model: nn.Module, batches: Batches, loss: Loss | None, prefix: int) -> None:
-        self.batches, self.loss, self.prefix = batches, loss, prefix
-        self.before = 0.0
+    def __init__(self, model: nn.Module, batches: Batches, loss: Loss | None, prefix: int, graph: Graph) -> None:
+        self.batches, self.loss, self.prefix, self.graph = batches, loss, prefix, graph
+        self.before = self.spread = 0.0
         self.expected: list[Tensor] = []
-        self.spread = 0.0
         if loss is not None:
             self.before = self._loss(model)
             return
@@ -423,12 +422,13 @@ class _Measure:
     def _outputs(self, model: nn.Module) -> Iterator[Tensor]:
         """The real tokens of what the model returns, batch by batch."""
         held: list[Any] = []
-        with token_mask(model, self.prefix) as mask, evaluating(model):
+        with token_mask(model, self.graph, self.prefix) as mask, evaluating(model):
             hook = model.register_forward_hook(lambda _, __, output: held.append(output))
             try:
                 for index, batch in enumerate(self.batches):
                     run(model, batch, index)
-                    yield real_tokens(main_output(held.pop()), mask(), "input")
+                    output = main_output(held.pop())
+                    yield real_tokens(output, mask.of_output(output), "input")
             finally:
                 hook.remove()
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from s2d.errors import InputError
 from s2d.models.graph import Graph
 from s2d.models.graph_parts import Call
-from s2d.models.tracing import trace, unwrapped
-from s2d.quant.calibration.observe import Batches, find_attention
-from s2d.quant.modules.sites import Site, plan, weight_name
+from s2d.models.tracing import unwrapped
+from s2d.quant.calibration.observe import Batches, traced
+from s2d.quant.modules.products import KEPT, attention_flops, other_products
+from s2d.quant.modules.sites import Site, plan, refuse_quantized, weight_name
 from s2d.quant.spec import QuantSpec
 
 # Products that nobody planned, as a share of all, above which a warning says so.
@@ -27,28 +27,26 @@ TELLING = 0.1
 PRODUCTS = ("product", "convolution")
 
 
-def planned(model: nn.Module, spec: QuantSpec, calibration: Iterable[Any] | Batches) -> list[Site]:
+def planned(
+    model: nn.Module, spec: QuantSpec, calibration: Iterable[Any] | Batches, graph: Graph | None = None
+) -> list[Site]:
     """The plan that `quantize` executes: what the modules say, and what one traced forward adds to it.
 
     Args:
-        model: A model without quantizers; changes nothing.
+        model: A model without quantizers; changes nothing. Data parallelism and compilation are looked through.
         spec: What to quantize.
         calibration: Batches; the first one is traced.
+        graph: That of the first batch, if it has been traced.
 
     Raises:
         InputError: As `plan` does, or the model cannot run the first batch.
     """
-    batches = calibration if isinstance(calibration, Batches) else Batches(calibration)
-    attention = spec.attention is not None or any(override.attention is not None for _, override in spec.overrides)
-    sites = plan(model, spec, find_attention(model, batches) if attention else [])
-    if unwrapped(model) is not model:  # its names are not those of the module inside
-        return sites
-    try:
-        graph = trace(model, batches.first)
-    except InputError as error:
-        warnings.warn(f"products outside the plan are not listed, as no graph can be traced: {error}", stacklevel=2)
-        return sites
-    return covered(model, sites, graph)
+    model = unwrapped(model)
+    refuse_quantized(model)
+    if graph is None:
+        batches = calibration if isinstance(calibration, Batches) else Batches(calibration)
+        graph = traced(model, batches)
+    return covered(model, plan(model, spec, graph), graph)
 
 
 def covered(model: nn.Module, sites: Sequence[Site], graph: Graph) -> list[Site]:
@@ -70,7 +68,16 @@ def covered(model: nn.Module, sites: Sequence[Site], graph: Graph) -> list[Site]
     for name, call in unknown.items():
         shape = tuple(model.get_parameter(name).shape)
         found.append(Site(name.removesuffix(".weight"), "weight", None, "", "", _reason(call), shape))
-    _tell(calls, {name for call in (*bypassed.values(), *unknown.values()) for name in call.parameters})
+    others = other_products(model, graph)
+    for name in others:
+        what = f"{type(model.get_submodule(name)).__name__} multiplies two activations in what is no attention"
+        found.append(Site(name, "input", None, "", "", f"{what}; no quantizer can sit there yet"))
+    left = {call.parameter: 0 for call in (*bypassed.values(), *unknown.values())}
+    for call in calls:
+        if call.parameter in left:
+            left[call.parameter] += call.flops
+    kept = {site.module for site in sites if KEPT in site.reason}
+    _tell(graph.flops, left | {name: attention_flops(graph, name) for name in kept} | others)
     return found
 
 
@@ -95,15 +102,14 @@ def _reason(call: Call) -> str:
     return f"{call.module_class} uses this weight without calling its module, so a quantizer there would never run"
 
 
-def _tell(calls: Sequence[Call], left: set[str]) -> None:
-    total = sum(call.flops for call in calls)
-    mine = [call for call in calls if left & set(call.parameters)]
-    share = sum(call.flops for call in mine) / total if total else 0.0
+def _tell(total: int, left: dict[str, int]) -> None:
+    """Warn of products that nobody can quantize yet, by name, if they are many."""
+    share = sum(left.values()) / total if total else 0.0
     if share > TELLING:
-        names = list(dict.fromkeys(call.parameter for call in mine))
+        names = sorted(left, key=lambda name: -left[name])
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         warnings.warn(
-            f"{share:.0%} of the products stay at full precision, in weights that cannot be quantized yet: "
+            f"{share:.0%} of the products stay at full precision, in places that cannot be quantized yet: "
             f"{', '.join(names[:2])}{more}; the plan (--dry-run) lists them with the reason",
             stacklevel=2,
         )

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.models.blocks import blocks_of
-from s2d.models.running import evaluating, main_output, real_tokens, run, token_mask
-from s2d.quant.calibration.observe import Batches
+from s2d.models.graph import Graph
+from s2d.models.masks import Padding, token_mask
+from s2d.models.running import evaluating, main_output, real_tokens, run
+from s2d.quant.calibration.observe import Batches, traced
 from s2d.quant.modules.sites import is_quantized
 
 VARIANCE = 0.6
@@ -79,15 +80,21 @@ class Distiller:
             raise InputError(f"variance={variance!r} is a share, above 0 and at most 1")
         self._teacher = teacher.eval()
         self._outputs = outputs
-        names = _last_of_each_tower(blocks_of(student))
-        if not set(names) <= {name for name, _ in teacher.named_modules()}:
-            raise InputError(f"the teacher has no {names[0]}; it must be the student's model at full precision")
+        known = {name for name, _ in student.named_parameters()}
+        strange = [name for name, _ in teacher.named_parameters() if name not in known]
+        if strange:
+            raise InputError(
+                f"the student has no {strange[0]}; the teacher must be the student's model at full precision"
+            )
+        batches = Batches(calibration)
+        self._graph = traced(self._teacher, batches)
+        names = _last_of_each_tower(self._graph)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any, dict[str, Tensor]]] = []
         self._seen: dict[str, Tensor] = {}
         self._own = {name: teacher.get_submodule(name) for name in names}
         self._directions: dict[str, Tensor] = {}
         self._spread: dict[str, float] = {}
-        self._measure(Batches(calibration), variance)
+        self._measure(batches, variance)
         self._hooks = [student.get_submodule(name).register_forward_hook(self._note(name)) for name in names]
         self._hooks.append(student.register_forward_hook(self._note_call, with_kwargs=True))
 
@@ -98,7 +105,7 @@ class Distiller:
 
         def feature(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                tokens = real_tokens(main_output(output), mask(), "input").flatten(0, -2).double()
+                tokens = real_tokens(main_output(output), mask(name, "output"), "input").flatten(0, -2).double()
                 found = [torch.tensor(float(len(tokens))), tokens.sum(0), tokens.mT @ tokens]
                 known = moments.get(name)
                 moments[name] = found if known is None else [a.to(b) + b for a, b in zip(known, found, strict=True)]
@@ -106,14 +113,15 @@ class Distiller:
             return hook
 
         def span(module: nn.Module, args: Any, output: Any) -> None:
-            rows = real_tokens(main_output(output).detach(), mask(), "input").flatten(0, -2)
+            y = main_output(output).detach()
+            rows = real_tokens(y, mask.of_output(y), "input").flatten(0, -2)
             length = sum(float(part.double().square().sum()) for part in rows.split(_ROWS))
             spans.append((rows.mean(0, dtype=torch.float64), length / len(rows)))
 
         hooks = [module.register_forward_hook(feature(name)) for name, module in self._own.items()]
         hooks.append(self._teacher.register_forward_hook(span))
         try:
-            with token_mask(self._teacher) as mask, evaluating(self._teacher):
+            with token_mask(self._teacher, self._graph) as mask, evaluating(self._teacher):
                 for index, batch in enumerate(batches):
                     run(self._teacher, batch, index)
         finally:
@@ -150,19 +158,21 @@ class Distiller:
         calls, self._calls = self._calls, []
         total = torch.zeros((), device=main_output(calls[0][2]).device)
         for args, kwargs, output, features in calls:
-            expected, wanted, mask = self._ask(args, kwargs)
+            expected, wanted, masks = self._ask(args, kwargs)
+            mask = masks.of_output(expected)
             y_s, y_t = (real_tokens(y, mask, "input") for y in (main_output(output), expected))
             if self._outputs:
                 total = total + _share(y_s, y_t, self._spread[""])
             for name, feature in features.items():
+                mask = masks(name, "output")
                 h_s, h_t = (real_tokens(h, mask, "input").flatten(0, -2).float() for h in (feature, wanted[name]))
                 P = self._directions[name].to(h_s.device)
                 total = total + _share(h_s @ P, h_t @ P, self._spread[name]) / len(features)
         return total / len(calls)
 
     @torch.no_grad()
-    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """The teacher's output and features for a call, and the call's padding mask."""
+    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], Padding]:
+        """The teacher's output and features for a call, and the call's padding masks."""
         wanted: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -170,9 +180,9 @@ class Distiller:
 
         hooks = [module.register_forward_hook(keep(name)) for name, module in self._own.items()]
         try:
-            with token_mask(self._teacher) as mask:
+            with token_mask(self._teacher, self._graph) as mask:
                 output = self._teacher(*args, **kwargs)
-                return main_output(output), wanted, mask()
+                return main_output(output), wanted, mask
         finally:
             for hook in hooks:
                 hook.remove()
@@ -189,6 +199,6 @@ def _share(found: Tensor, expected: Tensor, spread: float) -> Tensor:
     return (found.float() - expected.float()).square().sum(-1).mean() / max(spread, 1e-12)
 
 
-def _last_of_each_tower(blocks: dict[str, nn.Module]) -> list[str]:
-    last = {name.rpartition(".")[0]: name for name in blocks}
-    return list(last.values())
+def _last_of_each_tower(graph: Graph) -> list[str]:
+    """The block that runs last of each sequence."""
+    return [blocks.members[-1][0] for blocks in graph.blocks if not blocks.inside]

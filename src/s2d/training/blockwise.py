@@ -154,7 +154,7 @@ def _condition(
             stack.enter_context(without_dropout(alone))
         for step in range(1, settings.steps + 1):
             index = next(order)
-            mask = block.masks[index]
+            mask = block.mask_of(index)
             with torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 output = alone(block.inputs[index], attention_mask=None if mask is None else mask.to(place))
             wanted = block.outputs[index].to(place)

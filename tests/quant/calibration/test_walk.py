@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.models.blocks import blocks_of
+from s2d.models.tracing import trace
 from s2d.quant import QuantSpec
 from s2d.quant.calibration import walk as walking
-from s2d.quant.calibration.observe import Batches, Job, find_attention, observe, set_weight_ranges
+from s2d.quant.calibration.observe import Batches, Job, observe, set_weight_ranges
 from s2d.quant.calibration.walk import Block, observe_block, observe_outside, outside, walk
 from s2d.quant.modules.sites import insert, plan
 
 
 def job_of(case: Case, spec: Any = "w4a4", stage: str = "rounding") -> Job:
     parsed, batches = QuantSpec.parse(spec), Batches(case.batches)
-    sites = plan(case.model, parsed, find_attention(case.model, batches))
+    sites = plan(case.model, parsed, trace(case.model, batches.first))
     quantizers = insert(case.model, sites)
     return Job(case.model, parsed, sites, quantizers, batches, 0, False, stage=stage)  # type: ignore[arg-type]
 
@@ -121,7 +122,7 @@ def test_the_padding_mask_comes_with_each_call(make: Callable[[str], Case]) -> N
     mask = case.batches[0]["attention_mask"].bool()
     rows: list[int] = []
     for block in walk(with_ranges(job_of(case))):
-        assert all(found is not None and torch.equal(found, mask) for found in block.masks)
+        assert all(torch.equal(block.mask_of(index), mask) for index in range(len(block.masks)))
         hooks = block.watch_inputs(block.linears(), lambda name, x: rows.append(len(x)))
         block.run(block.inputs)
         for handle in hooks:

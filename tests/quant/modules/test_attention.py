@@ -16,13 +16,15 @@ from tests.quant.tiny_models import Case
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.models.graph import Graph
+from s2d.models.tracing import trace
 from s2d.quant import quantize
 from s2d.quant.modules.attention import AttentionQuantizer, QuantizedAttention, attention
 from s2d.quant.modules.linear import swap_in, swap_out
+from s2d.quant.modules.products import attentions_of
 from s2d.quant.modules.sites import insert, plan, quantizers_of
 from s2d.quant.numerics.formats import FORMATS
 from s2d.quant.numerics.quantizer import Quantizer
-from s2d.quant.probe import watch_attention
 from s2d.quant.spec import QuantSpec
 
 OPERANDS = ("q", "k", "probs", "v")
@@ -41,11 +43,13 @@ def by_torch(x: Tensor, quantizer: Quantizer) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(x, quantizer.scale, quantizer.zero_point, *limits)
 
 
+def graph_of(case: Case) -> Graph:
+    return trace(case.model, case.batches[0])
+
+
 def put_in(case: Case, spec: Any = "w8a8") -> list[Quantizer]:
     """Quantizers that are all off."""
-    with torch.no_grad(), watch_attention(case.model) as watch:
-        case.output()
-    return list(insert(case.model, plan(case.model, QuantSpec.parse(spec), watch.found)).values())
+    return list(insert(case.model, plan(case.model, QuantSpec.parse(spec), graph_of(case))).values())
 
 
 @torch.no_grad()
@@ -317,12 +321,10 @@ def test_nested_attention_modules_keep_to_themselves() -> None:
     assert sorted(seen) == ["inner", "inner", "outer"]
 
 
-@torch.no_grad()
-def test_watching_finds_the_attention_modules(case: Case) -> None:
-    with watch_attention(case.model) as watch:
-        case.output()
-    names = {type(module).__name__ for module in watch.found}
-    assert len(watch.found) == 2 and len(names) == 1
+def test_the_graph_finds_the_attention_modules(case: Case) -> None:
+    found = attentions_of(case.model, graph_of(case))
+    names = {type(case.model.get_submodule(name)).__name__ for name in found}
+    assert len(found) == 2 and len(names) == 1 and not any(found.values())
     assert names <= {"BertSelfAttention", "LlamaAttention", "ViTAttention", "FunctionalAttention", "MultiheadAttention"}
 
 

@@ -10,6 +10,7 @@ from tests.quant.tiny_models import Case
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.models.tracing import trace
 from s2d.quant import quantize, remove
 from s2d.quant.modules.sites import Site, describe, insert, is_quantized, plan, quantizers_of, weight_name
 from s2d.quant.numerics.quantizer import Quantizer
@@ -17,8 +18,8 @@ from s2d.quant.spec import QuantSpec
 
 
 def decide(case: Case, spec: Any) -> dict[str, Site]:
-    attention = [module for name, module in case.model.named_modules() if name.endswith(".attn")]
-    return {site.name: site for site in plan(case.model, QuantSpec.parse(spec), attention)}
+    graph = trace(case.model, case.batches[0])
+    return {site.name: site for site in plan(case.model, QuantSpec.parse(spec), graph)}
 
 
 def test_plan_of_a_bert(make: Callable[[str], Case]) -> None:

@@ -67,7 +67,7 @@ def test_plain_tensors_are_logits_only_for_classifiers_and_padding_does_not_coun
     model = nn.Linear(4, 6)
     output = torch.randn(2, 3, 6, requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    loss, kind = probe_loss(model, output, mask, generator())
+    loss, kind = probe_loss(model, output, lambda x: mask, generator())
     (gradient,) = torch.autograd.grad(loss, output)
     assert kind == "gaussian" and not gradient[~mask].any() and gradient[mask].abs().min() > 0
     model.num_classes = 6

@@ -33,15 +33,6 @@ BERT = register_family(
             ),
             (r"(pre_classifier|qa_outputs)$", "head"),
         ),
-        attention=(
-            "BertSelfAttention",
-            "RobertaSelfAttention",
-            "XLMRobertaSelfAttention",
-            "CamembertSelfAttention",
-            "ElectraSelfAttention",
-            "MPNetSelfAttention",
-            "DistilBertSelfAttention",
-        ),
         block=r"(encoder|transformer)\.layer\.\d+$",
     )
 )

@@ -29,7 +29,6 @@ CLIP = register_family(
             (r"pre_layrnorm$", "norm_embed"),  # spelt so in the checkpoints
             (r"(visual|text)_projection$", "head"),
         ),
-        attention=("CLIPAttention",),
         block=r"(^|\.)encoder\.layers\.\d+$",
     )
 )

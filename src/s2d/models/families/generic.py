@@ -29,7 +29,6 @@ GENERIC = register_family(
             (r"(^|\.)(norm|ln_f|final_norm|final_layer_norm)$", "norm_final"),
             (r"pooler(\.dense)?$", "pooler"),
         ),
-        attention=("MultiheadAttention",),
         block=r"(^|\.)(layers?|blocks|h|resblocks)\.\d+$",
     )
 )

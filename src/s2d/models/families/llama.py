@@ -25,17 +25,6 @@ LLAMA = register_family(
             (r"^(model\.|.*language_model\.)?norm$", "norm_final"),
             (r"lm_head$", "head"),
         ),
-        attention=(
-            "LlamaAttention",
-            "SmolLM3Attention",
-            "MistralAttention",
-            "MinistralAttention",
-            "Qwen2Attention",
-            "Qwen3Attention",
-            "GemmaAttention",
-            "Phi3Attention",
-            "OlmoAttention",
-        ),
         block=r"(^|\.)layers\.\d+$",
     )
 )

@@ -15,7 +15,6 @@ LLAVA = register_family(
         norm_position="pre",
         models=(r".*\.(Llava|VipLlava)(Model|ForConditionalGeneration)",),
         roles=TOWER_ROLES + LLAMA.roles + VIT.roles + ((r"pre_layrnorm$", "norm_embed"),),
-        attention=("CLIPAttention", "SiglipAttention", *VIT.attention, *LLAMA.attention),
         block=r"(^|\.)layers?\.\d+$",
     )
 )

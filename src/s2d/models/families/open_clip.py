@@ -43,7 +43,6 @@ OPEN_CLIP = register_family(
             (r"visual\.head\.(proj|mlp\.fc[12])$", "head"),
         )
         + TIMM_ROLES,
-        attention=("MultiheadAttention", "Attention", "AttentionPoolLatent"),
         block=r"(^|\.)(resblocks|blocks)\.\d+$",
     )
 )

@@ -20,7 +20,6 @@ SIGLIP = register_family(
         )
         + TOWER_ROLES
         + ((r"text_model\.head$", "head"),),
-        attention=("SiglipAttention", "Siglip2Attention", "MultiheadAttention"),
         block=r"(^|\.)encoder\.layers\.\d+$",
     )
 )

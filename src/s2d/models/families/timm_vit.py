@@ -49,7 +49,6 @@ TIMM_VIT = register_family(
         norm_position="pre",
         models=(r"timm\..*\.(VisionTransformer\w*|Eva|SwinTransformer)",),
         roles=TIMM_ROLES,
-        attention=("Attention", "AttentionRope", "AttentionPoolLatent", "EvaAttention", "WindowAttention"),
         block=r"(^|\.)blocks\.\d+$",
     )
 )

@@ -28,19 +28,6 @@ VIT = register_family(
             (r"pooler\.dense$", "pooler"),
             (r"(class_labels_classifier|bbox_predictor)\.layers\.\d+$", "head"),
         ),
-        attention=(
-            "ViTAttention",
-            "ViTSelfAttention",
-            "DeiTAttention",
-            "DeiTSelfAttention",
-            "Dinov2Attention",
-            "Dinov2SelfAttention",
-            "Dinov2WithRegistersAttention",
-            "Dinov2WithRegistersSelfAttention",
-            "DINOv3ViTAttention",
-            "YolosAttention",
-            "YolosSelfAttention",
-        ),
         block=r"(?<!classifier\.)(?<!predictor\.)\blayers?\.\d+$",
     )
 )

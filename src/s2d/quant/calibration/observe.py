@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,15 +16,16 @@ from torch import Tensor, nn
 from s2d.distributed.sharding import Groups
 from s2d.errors import InputError
 from s2d.models.graph import Graph
-from s2d.models.running import evaluating, real_tokens, run, token_mask
+from s2d.models.masks import Padding, token_mask
+from s2d.models.running import evaluating, real_tokens, run
 from s2d.models.tracing import trace
 from s2d.quant.calibration.resume import Store
 from s2d.quant.modules.linear import QuantizedLinear
+from s2d.quant.modules.products import attentions_of
 from s2d.quant.modules.sites import OPERANDS, Site, replace_quantizer, weight_name
 from s2d.quant.numerics.formats import Format
 from s2d.quant.numerics.observers import Observer, Rounding, make_observer, weight_range
 from s2d.quant.numerics.quantizer import Quantizer
-from s2d.quant.probe import watch_attention
 from s2d.quant.spec import QuantSpec
 
 Stage = Literal["transform", "rounding"]
@@ -133,6 +133,7 @@ class Job:
         published: The observer of the running method's own protocol, for sites whose spec names none (min-max); None
             for methods that have none, and under the unified protocol.
         ranks: The processes that each have their own share of the data, all with this same model; empty for one.
+        traced: The graph of the first batch, if the model has been traced already.
     """
 
     model: nn.Module
@@ -148,11 +149,12 @@ class Job:
     stage: Stage = "rounding"
     published: str | None = None
     ranks: Groups = ()
+    traced: Graph | None = None
 
     @cached_property
     def graph(self) -> Graph:
         """What the model does with its weights, seen in one forward of the first calibration batch."""
-        return trace(self.model, self.batches.first)
+        return traced(self.model, self.batches) if self.traced is None else self.traced
 
     def observer_of(self, site: Site) -> str:
         """The observer that finds the range of a site."""
@@ -182,8 +184,22 @@ class Job:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def traced(model: nn.Module, batches: Batches) -> Graph:
+    """What a model does with the first batch.
+
+    Raises:
+        InputError: It cannot run it.
+    """
+    try:
+        return trace(model, batches.first)
+    except InputError:
+        with evaluating(model):
+            run(model, batches.first)  # says what is wrong in the words of calibration
+        raise
+
+
 def watch_inputs(
-    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None], mask: Callable[[], Tensor | None]
+    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None], mask: Callable[[], Padding]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Show ``see`` the name and the real tokens ``[N, in]`` of the input of each module, as often as it runs.
 
@@ -193,7 +209,7 @@ def watch_inputs(
     Args:
         modules: By the names that ``see`` gets.
         see: Called in every forward.
-        mask: Gives the padding mask of the running forward.
+        mask: Gives the padding masks of the running forward.
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -201,7 +217,7 @@ def watch_inputs(
             x = args[0] if args else kwargs["query" if isinstance(module, nn.MultiheadAttention) else "input"]
             if isinstance(module, QuantizedLinear):
                 x = module.transform_input(x)
-            see(name, real_tokens(x.detach(), mask(), "input").flatten(0, -2))
+            see(name, real_tokens(x.detach(), mask()(name), "input").flatten(0, -2))
 
         return before
 
@@ -221,10 +237,10 @@ def observe(job: Job, only: Container[Site] | None = None) -> None:
     """
     chosen = {site: q for site, q in job.quantizers.items() if only is None or site in only}
     with (
-        token_mask(job.model) as mask,
-        watch_attention(job.model) as watch,
+        token_mask(job.model, job.graph) as mask,
+        refusing_unplanned(job) as check,
         evaluating(job.model),
-        observing(job, chosen, mask) as observers,
+        observing(job, chosen, lambda: mask) as observers,
     ):
         if not observers:
             run(job.model, job.batches.first)
@@ -234,19 +250,19 @@ def observe(job: Job, only: Container[Site] | None = None) -> None:
         )
         for index, batch in enumerate(batches):
             run(job.model, batch, index)
-            refuse_unplanned(job, watch.found)
+            check(batch)
 
 
 @contextmanager
 def observing(
-    job: Job, quantizers: Mapping[Site, Quantizer], mask: Callable[[], Tensor | None]
+    job: Job, quantizers: Mapping[Site, Quantizer], mask: Callable[[], Padding]
 ) -> Iterator[Mapping[Site, Observer | PerHead]]:
     """While active, static activation quantizers are watched by the spec's observers; then they get their ranges.
 
     Args:
         job: The call's job.
         quantizers: The sites; weights and dynamic ones are left alone.
-        mask: Gives the padding mask of the running forward.
+        mask: Gives the padding masks of the running forward.
 
     Raises:
         InputError: NaN or infinite activations, or a site that nothing reached; both are named.
@@ -266,25 +282,6 @@ def observing(
             observer.add_up(job.ranks)
     for site, quantizer in static.items():
         quantizer.fit(observers[site])
-
-
-def find_attention(model: nn.Module, batches: Batches) -> list[nn.Module]:
-    """The modules that compute attention, from one forward of the first batch.
-
-    Raises:
-        InputError: A module that calls itself an attention ran without any attention that is known.
-    """
-    with watch_attention(model) as watch, evaluating(model):
-        run(model, batches.first)
-    within = {part for module in watch.found for part in module.modules()}
-    for name, module in model.named_modules():
-        is_attention = re.search(r"(Attention|Attn)\d*$", type(module).__name__) and module in watch.entered
-        if is_attention and module not in within and not any(part in watch.found for part in module.modules()):
-            raise InputError(
-                f"{name or 'the model'} ({type(module).__name__}) computes attention in a way that is not known; use "
-                'its "sdpa" or "eager" implementation, or set attention: false in the spec'
-            )
-    return list(watch.found)
 
 
 class PerHead:
@@ -328,14 +325,14 @@ def _observer(site: Site) -> Observer | PerHead:
     return PerHead(site) if site.granularity == "head" else make_observer(site.observer, site.name)
 
 
-def _watcher(observer: Observer | PerHead, site: Site, mask: Callable[[], Tensor | None]) -> Callable[[Tensor], None]:
+def _watcher(observer: Observer | PerHead, site: Site, mask: Callable[[], Padding]) -> Callable[[Tensor], None]:
     def see(x: Tensor) -> None:
         if site.granularity == "head" and x.ndim != 4:
             raise InputError(
                 f"{site.name} has {x.ndim} dimensions, but a range a head needs [batch, heads, tokens, features]; "
                 "use granularity tensor"
             )
-        real = mask()
+        real = mask()(site.module, site.what)
         if site.prefix:  # those are neither rounded nor in the range
             x = x[..., site.prefix :, :]
             real = None if real is None else real[:, site.prefix :]
@@ -354,19 +351,42 @@ def _refuse_unreached(observers: Mapping[Site, Observer | PerHead]) -> None:
         )
 
 
-def refuse_unplanned(job: Job, unquantized: Iterable[nn.Module]) -> None:
-    """Attention that runs unquantized must be in the plan as kept; otherwise nobody decided about it."""
+@contextmanager
+def refusing_unplanned(job: Job) -> Iterator[Callable[[Any], None]]:
+    """While active, a function that is called after each batch traces what ran in it for the first time.
+
+    Attention that runs unquantized must be in the plan as kept; otherwise nobody decided about it.
+    """
     operands = [site for site in job.sites if site.what in OPERANDS]
     if not any(site.format for site in operands):
+        yield lambda batch: None
         return
     planned = {site.module for site in operands}
-    names = {module: name for name, module in job.model.named_modules()}
-    for module in unquantized:
-        if names[module] not in planned:
-            raise InputError(
-                f"{names[module] or 'the model'} ({type(module).__name__}) computes attention that the plan does not "
-                "cover; put a batch that reaches it first, or set attention: false in the spec"
-            )
+    modules = dict(job.model.named_modules())
+    unseen = [modules[name] for name in job.graph.unseen if name in modules]
+    ran: list[nn.Module] = []
+    # What is called may be any part of what did not run.
+    parts = {part for module in unseen for part in module.modules()}
+    hooks = [part.register_forward_pre_hook(lambda module, _: ran.append(module)) for part in parts]
+
+    def check(batch: Any) -> None:
+        if not ran:
+            return
+        for hook in hooks:
+            hook.remove()
+        for name in attentions_of(job.model, trace(job.model, batch)):
+            if name not in planned:
+                raise InputError(
+                    f"{name or 'the model'} ({type(modules[name]).__name__}) computes attention that the plan does not "
+                    "cover; put a batch that reaches it first, or set attention: false in the spec"
+                )
+        ran.clear()
+
+    try:
+        yield check
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def set_weight_range(site: Site, quantizer: Quantizer, weight: Tensor) -> None:

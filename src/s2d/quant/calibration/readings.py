@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d.models.running import real_tokens, run, token_mask
+from s2d.models.masks import Padding, Where, token_mask
+from s2d.models.running import real_tokens, run
 from s2d.quant.calibration.observe import Job
 from s2d.quant.calibration.walk import Block, Call, invoke
 from s2d.quant.modules.attention import QuantizedAttention
@@ -24,6 +25,8 @@ from s2d.quant.modules.linear import QuantizedConv, QuantizedLayer, QuantizedLin
 from s2d.quant.modules.online import LINEAR_BUFFERS, OnlineLinear
 from s2d.quant.modules.sites import Site, weight_name
 from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer
+
+_OPERANDS: tuple[Where, ...] = ("q", "k", "v")
 
 
 @dataclass(eq=False)
@@ -72,14 +75,21 @@ class Layer:
         """One of the `inputs` as the input quantizer sees it: a rotation or a scaling that runs online is done."""
         return self.module.transform_input(x) if isinstance(self.module, QuantizedLinear) else x
 
-    def rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """One of the `inputs` as vectors ``[N, in]`` (flattened patches for a convolution), padding left out."""
+    def rows(self, x: Tensor, masks: Padding, part: int | None = None) -> Tensor:
+        """One of the `inputs` as vectors ``[N, in]`` (flattened patches for a convolution), padding left out.
+
+        Args:
+            x: The input.
+            masks: Those of the forward.
+            part: Which it is of query, key and value; None for the only one.
+        """
         if isinstance(self.module, nn.Conv2d):
             conv = self.module
             assert not isinstance(conv.padding, str)
             patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
             return patches.transpose(1, 2).flatten(0, 1)
-        return real_tokens(x, mask, "input").flatten(0, -2)
+        where: Where = "input" if part is None else _OPERANDS[part]
+        return real_tokens(x, masks(self.site.module, where), "input").flatten(0, -2)
 
     def reads_as(self, other: Layer) -> bool:
         """Whether the same input reaches both weights as the same numbers, after their input quantizers."""
@@ -135,8 +145,8 @@ class BlockRuns:
         with torch.no_grad():
             invoke(self.model, self.block.inputs[0])
 
-    def all(self) -> Iterator[Tensor | None]:
-        """Every call: the teacher's forward, then the block's; gives the padding mask ``[B, T]`` after each pair."""
+    def all(self) -> Iterator[Padding]:
+        """Every call: the teacher's forward, then the block's; gives the padding masks after each pair."""
         for index, call in enumerate(self.block.inputs):
             if self.teacher is not None:
                 assert self.block.reference is not None
@@ -168,12 +178,12 @@ class ModelRuns:
         """One forward, of the first batch."""
         run(self.model, self.job.batches.first)
 
-    def all(self) -> Iterator[Tensor | None]:
-        """Every batch; gives the padding mask ``[B, T]`` after each."""
-        with token_mask(self.model) as mask:
+    def all(self) -> Iterator[Padding]:
+        """Every batch; gives the padding masks after each."""
+        with token_mask(self.model, self.job.graph) as mask:
             for index, batch in enumerate(self.job.batches):
                 run(self.model, batch, index)
-                yield mask()
+                yield mask
 
 
 class _Seen(Exception):
@@ -247,14 +257,16 @@ def readings(group: Group, runs: BlockRuns | ModelRuns) -> Iterator[tuple[int, T
     lead = group.layers[0]
     quantizer = lead.input_quantizer
     with _watching(group, runs.model, runs) as seen, _watching(group, runs.teacher, runs) as wanted:
-        for mask in runs.all():
+        for masks in runs.all():
             for position, inputs in enumerate(seen):
                 for part, x in enumerate(inputs):
                     with torch.no_grad():
                         x = lead.transformed(x)
                         quantized = x if quantizer is None else quantizer(x)
                         other = lead.transformed(wanted[position][part]) if wanted else None
-                    yield part, lead.rows(quantized, mask), None if other is None else lead.rows(other, mask)
+                    which = part if group.parts > 1 else None
+                    read = lead.rows(quantized, masks, which)
+                    yield part, read, None if other is None else lead.rows(other, masks, which)
             seen.clear()
             wanted.clear()
 

@@ -13,7 +13,8 @@ from rich.progress import track
 from torch import Tensor
 
 from s2d.errors import InputError
-from s2d.models.running import evaluating, run, token_mask
+from s2d.models.masks import token_mask
+from s2d.models.running import evaluating, run
 from s2d.quant.calibration.observe import Job, set_weight_range, watch_inputs
 from s2d.quant.modules.sites import Site
 from s2d.quant.numerics.observers import make_observer
@@ -72,8 +73,8 @@ def channel_statistics(job: Job, names: Sequence[str]) -> dict[str, ChannelStati
             total, tokens = total + before.total, tokens + before.tokens
         found[name] = ChannelStatistics(largest, total, tokens)
 
-    with token_mask(job.model) as mask, evaluating(job.model):
-        hooks = watch_inputs({name: job.model.get_submodule(name) for name in names}, see, mask)
+    with token_mask(job.model, job.graph) as mask, evaluating(job.model):
+        hooks = watch_inputs({name: job.model.get_submodule(name) for name in names}, see, lambda: mask)
         try:
             total = len(job.batches) or None
             batches = track(job.batches, "channels", total=total, disable=not job.progress, transient=True)

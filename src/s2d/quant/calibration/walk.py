@@ -8,7 +8,7 @@ first block of another tower, a stage that follows a merging of tokens), the inp
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.models.blocks import blocks_of
-from s2d.models.running import evaluating, run, token_mask
-from s2d.quant.calibration.observe import Job, observe, observing, refuse_unplanned, watch_inputs
+from s2d.models.masks import Padding, token_mask
+from s2d.models.running import evaluating, run
+from s2d.quant.calibration.observe import Job, observe, observing, refusing_unplanned, watch_inputs
 from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.modules.sites import Site
 from s2d.quant.numerics.quantizer import Quantizer
-from s2d.quant.probe import watch_attention
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
@@ -51,8 +51,8 @@ class Block:
         inputs: One call a batch; the hidden states are those behind quantized blocks.
         reference: The same calls in the full-precision model, or None when the walk has no reference.
         outputs: What the full-precision block returns for ``reference``, ``[B, T, D]`` each; None likewise.
-        masks: The padding mask ``[B, T]`` (True: a real token) of every call, None where nothing is padded.
-        mask: The mask of the call that is running.
+        masks: The padding masks of the forward that every call is a part of.
+        running: Those of the call that is running.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Block:
     inputs: list[Call]
     reference: list[Call] | None
     outputs: list[Tensor] | None
-    masks: list[Tensor | None]
+    masks: list[Padding]
     job: Job = field(repr=False)
-    mask: Tensor | None = None
+    running: Padding | None = None
 
     @property
     def quantizers(self) -> dict[Site, Quantizer]:
@@ -87,12 +87,12 @@ class Block:
         """
         module = module or self.module
         for call, mask in zip(calls, self.masks, strict=True):
-            self.mask = mask
+            self.running = mask
             try:
                 with torch.no_grad():
                     yield _first(invoke(module, call)).cpu()
             finally:
-                self.mask = None
+                self.running = None
 
     def run(self, calls: Sequence[Call]) -> list[Tensor]:
         """The first output of each call: the block as it is now, on CPU, without gradients."""
@@ -101,8 +101,17 @@ class Block:
     def watch_inputs(
         self, modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
     ) -> list[torch.utils.hooks.RemovableHandle]:
-        """`calibration.watch_inputs` with the padding mask of the call that is running."""
-        return watch_inputs(modules, see, lambda: self.mask)
+        """`calibration.watch_inputs` with the padding masks of the call that is running."""
+        return watch_inputs(modules, see, self.padding)
+
+    def padding(self) -> Padding:
+        """The padding masks of the call that is running."""
+        assert self.running is not None
+        return self.running
+
+    def mask_of(self, index: int) -> Tensor | None:
+        """The mask ``[B, T]`` (True: a real token) of what a call returns; None where nothing is padded."""
+        return self.masks[index](self.name, "output")
 
 
 def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
@@ -121,7 +130,7 @@ def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
         InputError: A batch that does not fit, a block with quantizers that no data reached, an attention that the plan
             does not know, or NaN in the hidden states.
     """
-    blocks = blocks_of(job.model)
+    blocks = blocks_of(job.model, job.graph)
     rounding = job.stage == "rounding"
     store, number = (job.store, job.store.walks) if job.store is not None and rounding else (None, 0)
     if store is not None:
@@ -130,7 +139,7 @@ def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
         try:
             steps, caught = _first_pass(job, blocks, reference)
             inputs: list[Call] = []
-            masks: list[Tensor | None] = []
+            masks: list[Padding] = []
             fp: list[Call] | None = None
             for index in track(range(len(steps)), "quantizing blocks", disable=not job.progress, transient=True):
                 step = steps[index]
@@ -173,7 +182,7 @@ def observe_block(job: Job, block: Block) -> None:
     Raises:
         InputError: NaN or infinite activations, or a site that no data reached.
     """
-    with observing(job, block.quantizers, lambda: block.mask) as observers, evaluating(block.module):
+    with observing(job, block.quantizers, block.padding) as observers, evaluating(block.module):
         if observers:
             for _ in block.stream(block.inputs):
                 pass
@@ -191,7 +200,7 @@ def observe_outside(job: Job) -> None:
 
 def outside(job: Job) -> list[Site]:
     """The quantized sites that are in no block."""
-    inside = tuple(f"{name}." for name in blocks_of(job.model))
+    inside = tuple(f"{name}." for name in blocks_of(job.model, job.graph))
     return [site for site in job.quantizers if not f"{site.module}.".startswith(inside)]
 
 
@@ -241,7 +250,7 @@ def _first(output: Any) -> Tensor:
 @dataclass
 class _Caught:
     calls: list[Call] = field(default_factory=list)
-    masks: list[Tensor | None] = field(default_factory=list)
+    masks: list[Padding] = field(default_factory=list)
 
 
 @dataclass
@@ -316,16 +325,16 @@ def _catching(job: Job, blocks: Mapping[str, nn.Module], caught: dict[str, _Caug
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             into = caught.setdefault(name, _Caught())
-            call, found = _each_tensor(_raw(args, kwargs), _detached), mask()
+            call = _each_tensor(_raw(args, kwargs), _detached)
             for value in call.slots().values():
                 if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
                     raise InputError(f"{name} received NaN values; check the weights and the calibration data")
             into.calls.append(call)
-            into.masks.append(None if found is None else found.cpu())
+            into.masks.append(mask.kept())
 
         return before
 
-    with token_mask(job.model) as mask:
+    with token_mask(job.model, job.graph) as mask:
         handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in blocks.items()]
         try:
             yield
@@ -346,10 +355,10 @@ def _catch(job: Job, blocks: Mapping[str, nn.Module]) -> dict[str, _Caught]:
 def _first_pass(job: Job, blocks: Mapping[str, nn.Module], all_heads: bool) -> tuple[list[_Step], dict[str, _Caught]]:
     """The order of the blocks; and the calls of those that follow from no other, or of the first of these only."""
     steps: list[_Step] = []
-    with watch_attention(job.model) as watch:
+    with refusing_unplanned(job) as check:
         with _following(blocks, steps):
             run(job.model, job.batches.first)
-        _refuse_unreached(job, blocks, {step.name for step in steps})
+        _refuse_unreached(job, blocks)
         heads = [step.name for step in steps if step.link is None]
         if not all_heads and job.stage == "rounding":
             heads = heads[:1]
@@ -357,7 +366,7 @@ def _first_pass(job: Job, blocks: Mapping[str, nn.Module], all_heads: bool) -> t
         with _catching(job, {name: blocks[name] for name in heads}, caught):
             for index, batch in enumerate(job.batches):
                 run(job.model, batch, index)
-                refuse_unplanned(job, watch.found)
+                check(batch)
     return steps, caught
 
 
@@ -404,10 +413,12 @@ def _following(blocks: Mapping[str, nn.Module], steps: list[_Step]) -> Iterator[
             step.link = None
 
 
-def _refuse_unreached(job: Job, blocks: Mapping[str, nn.Module], reached: Container[str]) -> None:
-    for name in blocks:
+def _refuse_unreached(job: Job, blocks: Mapping[str, nn.Module]) -> None:
+    # A part of a block that ran (an expert) may run in another batch.
+    unseen = [name for name in job.graph.unseen if not name.startswith(tuple(f"{block}." for block in blocks))]
+    for name in unseen:
         mine = [site.name for site in job.quantizers if f"{site.module}.".startswith(f"{name}.")]
-        if mine and name not in reached:
+        if mine:
             raise InputError(
                 f"the calibration data never reached {mine[0]}; feed data that does, or override its sites with keep"
             )

@@ -100,11 +100,6 @@ class QuantizedAttention(Quantized):
 _running = threading.local()
 
 
-def inside_quantized_attention() -> bool:
-    """Whether a quantized attention module is running in this thread."""
-    return bool(getattr(_running, "modes", None))
-
-
 class AttentionMode(TorchFunctionMode):
     """Quantizes the attention products of one run of one module."""
 
@@ -134,6 +129,9 @@ class AttentionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         # A quantized module inside this one has its own mode on top; what it does is not ours.
         if func not in _HANDLERS or _running.modes[-1] is not self:
+            return func(*args, **kwargs)
+        # A projection that is written as a product with its weight is none of the two.
+        if func in MATMULS and len(args) > 1 and _is_weight(args[1]):
             return func(*args, **kwargs)
         return _HANDLERS[func](self, func, args, kwargs)
 
@@ -211,6 +209,13 @@ class AttentionMode(TorchFunctionMode):
         call.apply_defaults()
         self.calls += 1
         return _multi_head(self, self.module, SimpleNamespace(**call.arguments))
+
+
+def _is_weight(operand: Any) -> bool:
+    """Whether an operand is a matrix that the model learns, or a view of one."""
+    if not isinstance(operand, Tensor) or operand.ndim != 2:
+        return False
+    return isinstance(operand, nn.Parameter) or isinstance(operand._base, nn.Parameter)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {

@@ -177,12 +177,29 @@ def _named_folds(model: nn.Module) -> list[NormFold]:
     return folds
 
 
-def value_folds(model: nn.Module) -> list[PairFold]:
-    """Every attention whose output projection reads the heads' averages untouched, in the model's order."""
-    return [parts.values for parts in attention_parts(model)]
+def _writes_exactly(fold: PairFold, graph: Graph | None) -> bool:
+    """Whether a scale of the writer's rows comes out unchanged wherever the reader reads; true without a graph."""
+    if graph is None:
+        return True
+    reads = [call for call in graph.products if call.parameter.rpartition(".")[0] == fold.reader]
+    for call in reads:
+        mine = [w for w in graph.writers(call) if w.call.parameter.rpartition(".")[0] == fold.writer]
+        mine = [w for w in mine if w.call.kind != "bias"]
+        exact = all(w.exactness == "exact" and (w.rows is None or w.rows.span == fold.rows) for w in mine)
+        if not mine or not exact:
+            return False
+    return bool(reads)
 
 
-def gate_folds(model: nn.Module) -> list[PairFold]:
+def value_folds(model: nn.Module, graph: Graph | None = None) -> list[PairFold]:
+    """Every attention whose output projection reads the heads' averages untouched, in the model's order.
+
+    What the names say is confirmed by what the model did, where its graph is given.
+    """
+    return [parts.values for parts in attention_parts(model, graph)]
+
+
+def gate_folds(model: nn.Module, graph: Graph | None = None) -> list[PairFold]:
     """Every gated MLP whose ungated half is a weight of its own: its rows are the columns of the second Linear."""
     family = family_of(model)
     found = []
@@ -192,8 +209,9 @@ def gate_folds(model: nn.Module) -> list[PairFold]:
             continue
         width = matrix(model, up)[0].shape[0]
         normed = any(name.startswith(f"{up.rpartition('.')[0]}.") for name in parts.get("norm_inner", ()))
-        if not normed and matrix(model, down)[0].shape[1] == width:
-            found.append(PairFold(up, (0, width), down, width, 1))
+        fold = PairFold(up, (0, width), down, width, 1)
+        if not normed and matrix(model, down)[0].shape[1] == width and _writes_exactly(fold, graph):
+            found.append(fold)
     return found
 
 
@@ -203,7 +221,7 @@ def second_linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and role(name) == "fc2"]
 
 
-def attention_parts(model: nn.Module) -> list[AttentionParts]:
+def attention_parts(model: nn.Module, graph: Graph | None = None) -> list[AttentionParts]:
     """Every attention whose q, k, v and proj are known by their rows, with nothing between v and proj."""
     family = family_of(model)
     modules = dict(model.named_modules())
@@ -227,7 +245,8 @@ def attention_parts(model: nn.Module) -> list[AttentionParts]:
         if width % head_dim or (stop - start) % head_dim or (width // head_dim) % ((stop - start) // head_dim):
             continue
         values = PairFold(writer, (start, stop), proj, head_dim, width // head_dim)
-        found.append(AttentionParts(mine[0], values, rows["q"], rows["k"], bool(inner)))
+        if _writes_exactly(values, graph):
+            found.append(AttentionParts(mine[0], values, rows["q"], rows["k"], bool(inner)))
     return found
 
 

@@ -21,10 +21,12 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.models.family import family_of
+from s2d.models.graph import Graph
 from s2d.models.running import OPERANDS, What
 from s2d.quant.modules import online
 from s2d.quant.modules.attention import AttentionQuantizer, QuantizedAttention
 from s2d.quant.modules.linear import QuantizedConv, QuantizedLayer, QuantizedLinear, swap_in, swap_out
+from s2d.quant.modules.products import attentions_of
 from s2d.quant.numerics.formats import Format
 from s2d.quant.numerics.quantizer import Granularity, Quantizer, WeightQuantizer
 from s2d.quant.spec import FULL_BITS, Group, QuantSpec, TensorSpec, matches
@@ -36,6 +38,7 @@ KEPT_ROLES = {
     "patch_embed": "patch embedding: the first layer stays at full precision",
     "embedding": "embedding: the first layer stays at full precision",
 }
+COMPUTED = "its weight is computed from others (a parametrization), and no quantizer can sit in between yet"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FAST_PATHS = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
@@ -80,26 +83,36 @@ class Site:
         return FULL_BITS if self.format is None else self.format.bits
 
 
-def plan(model: nn.Module, spec: QuantSpec, attention: Iterable[nn.Module] = ()) -> list[Site]:
-    """Decide about every site of a plain model; changes nothing.
+def plan(model: nn.Module, spec: QuantSpec, graph: Graph | None = None) -> list[Site]:
+    """Decide about every site of a plain model by its modules; changes nothing. `coverage.planned` adds the products.
 
     Args:
         model: A model without quantizers.
         spec: What to quantize.
-        attention: Modules that were seen to compute attention (`probe.watch_attention`), on top of those that the
-            model's family names.
+        graph: What a traced forward did (`s2d.trace`), which tells where attention is; without it only
+            `nn.MultiheadAttention` is known to be one.
 
     Raises:
         InputError: The model is quantized already, the spec quantizes nothing in it, an override matches nothing, or a
             module cannot be quantized.
     """
+    sites = decide(model, spec, graph)
+    if not any(site.format for site in sites):
+        raise InputError(_nothing(model, spec, sites))
+    return sites
+
+
+def decide(model: nn.Module, spec: QuantSpec, graph: Graph | None = None) -> list[Site]:
+    """As `plan`, which may be one that quantizes nothing."""
     refuse_quantized(model)
-    attentions = _attentions(model, attention)
+    attentions = {name: "" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    if graph is not None:
+        attentions |= attentions_of(model, graph)
     role = family_of(model).role
     sites: list[Site] = []
     for name, module in model.named_modules():
         if name in attentions:
-            sites += _attention_sites(name, module, spec)
+            sites += _attention_sites(name, module, spec, attentions[name])
         elif isinstance(module, nn.Linear):
             sites += _linear_sites(name, module, spec, role(name))
         elif isinstance(module, CONVOLUTIONS):
@@ -107,9 +120,8 @@ def plan(model: nn.Module, spec: QuantSpec, attention: Iterable[nn.Module] = ())
         elif type(module).__name__ == "Conv1D":  # of transformers: a Linear with its weight transposed
             weight = module.get_parameter("weight")
             sites.append(Site(name, "weight", None, "", "", "a Conv1D is not quantized", tuple(weight.shape)))
-    _check_overrides(spec, sites)
-    if not any(site.format for site in sites):
-        raise InputError(_nothing(model, spec, sites))
+    unknown = () if graph is not None else [f"{n}.{what}" for n, _ in model.named_modules() for what in OPERANDS]
+    _check_overrides(spec, sites, unknown)
     return sites
 
 
@@ -218,16 +230,7 @@ def _quantizer(site: Site) -> Quantizer:
     return quantizer
 
 
-def _attentions(model: nn.Module, seen: Iterable[nn.Module]) -> set[str]:
-    family = family_of(model)
-    claimed = {*family.attentions(model).values(), *seen}
-    claimed |= {module for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
-    # Where names nest (an attention block around the attention proper) only the innermost computes it.
-    outer = {module for module in claimed if any(inner in claimed for inner in module.modules() if inner is not module)}
-    return {name for name, module in model.named_modules() if module in claimed - outer}
-
-
-def _attention_sites(name: str, module: nn.Module, spec: QuantSpec) -> list[Site]:
+def _attention_sites(name: str, module: nn.Module, spec: QuantSpec, forced: str) -> list[Site]:
     sites = []
     if isinstance(module, nn.MultiheadAttention):
         separate = module.in_proj_weight is None
@@ -237,7 +240,7 @@ def _attention_sites(name: str, module: nn.Module, spec: QuantSpec) -> list[Site
             if separate and site.format is not None:
                 raise InputError(f"{name}: separate kdim or vdim is not supported; override it with keep")
             sites.append(site)
-    return sites + [_decide(name, what, "attention", spec) for what in OPERANDS]
+    return sites + [_decide(name, what, "attention", spec, forced=forced) for what in OPERANDS]
 
 
 def _linear_sites(name: str, module: nn.Linear, spec: QuantSpec, role: str | None) -> list[Site]:
@@ -247,6 +250,8 @@ def _linear_sites(name: str, module: nn.Linear, spec: QuantSpec, role: str | Non
     forced = ""
     if type(module).forward is not nn.Linear.forward:
         forced = f"{type(module).__name__} computes more than a Linear"
+    elif "weight" not in module._parameters:
+        forced = COMPUTED
     elif not module.weight.is_floating_point():
         forced = f"its weight is {module.weight.dtype} already"
     return _projection_sites(name, tuple(module.weight.shape), spec, kept, forced, end=role in KEPT_ROLES)
@@ -257,9 +262,10 @@ def _conv_sites(name: str, module: nn.Module, spec: QuantSpec, role: str | None)
     kept = KEPT_ROLES.get(role or "", f"a {kind}; an override that names it quantizes it")
     plain = next(cls for cls in CONVOLUTIONS if isinstance(module, cls))
     forced = "" if type(module).forward is plain.forward else f"{kind} computes more than a convolution"
-    return _projection_sites(
-        name, tuple(module.get_parameter("weight").shape), spec, kept, forced, end=role in KEPT_ROLES
-    )
+    if "weight" not in module._parameters:
+        forced = COMPUTED
+    shape = tuple(getattr(module, "weight").shape)  # noqa: B009 (a tensor, computed or not)
+    return _projection_sites(name, shape, spec, kept, forced, end=role in KEPT_ROLES)
 
 
 def _projection_sites(
@@ -304,10 +310,10 @@ def _decide(
     return Site(module, what, tensor.format, tensor.granularity, tensor.observer, "", shape, tensor.group, prefix)
 
 
-def _check_overrides(spec: QuantSpec, sites: Sequence[Site]) -> None:
+def _check_overrides(spec: QuantSpec, sites: Sequence[Site], unknown: Iterable[str]) -> None:
     names = list(dict.fromkeys(name for site in sites for name in (site.module, site.name)))
     for pattern, _ in spec.overrides:
-        if not any(matches(pattern, name) for name in names):
+        if not any(matches(pattern, name) for name in (*names, *unknown)):
             # Patterns mostly say how a name ends, so ends are compared.
             end = re.sub(r"^re:|[*?$^\\]", "", pattern).strip(".")
             close = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, end, name[-len(end) :]).ratio())

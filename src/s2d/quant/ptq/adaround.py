@@ -138,7 +138,7 @@ def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
     """Learn the rounding of a block's weights, and the steps of its activations."""
     if job.protocol == "own":
         by_error = {_by_error(job, site): quantizer for site, quantizer in block.quantizers.items()}
-        with observing(job, by_error, lambda: block.mask) as observers, evaluating(block.module):
+        with observing(job, by_error, block.padding) as observers, evaluating(block.module):
             for _ in block.stream(block.inputs) if observers else ():
                 pass
     for site in block.quantizers:
@@ -165,7 +165,7 @@ def _descend(job: Job, block: Block, soft: list[SoftRounding], learned: list[Lea
     for step in range(steps):
         index = int(torch.randint(len(block.inputs), (), generator=generator))
         output = main_output(invoke(block.module, mixed(block.inputs[index], block.reference[index], generator)))
-        mask = block.masks[index]
+        mask = block.mask_of(index)
         found, wanted = (real_tokens(y, mask, "input") for y in (output, block.outputs[index].to(output.device)))
         loss = (found - wanted).float().square().sum(-1).mean()
         beta = beta_at(step / steps)

@@ -69,7 +69,7 @@ def awq(job: Job) -> None:
     least_error(job)
     refuse_low_rank(job.model, "awq")
     chosen = [pair for pair in pairs(job) if _weights_of(job, pair)]
-    within = tuple(f"{name}." for name in blocks_of(job.model))
+    within = tuple(f"{name}." for name in blocks_of(job.model, job.graph))
     chosen = [pair for pair in chosen if all(reader.startswith(within) for reader in pair.readers)]
     with function_kept(job, "awq"):
         statistics = channel_statistics(job, [pair.readers[0] for pair in chosen])
@@ -90,7 +90,7 @@ def few_calls(block: Block) -> Block:
     tokens = count = 0
     for call in block.inputs:
         hidden = next(value for value in call.slots().values() if isinstance(value, Tensor))
-        mask = block.masks[count]
+        mask = block.mask_of(count)
         tokens, count = tokens + (hidden[..., 0].numel() if mask is None else int(mask.sum())), count + 1
         if tokens >= SEARCH_TOKENS:
             break
@@ -123,11 +123,9 @@ def best_scale(
                     scaled = rounded_weight(job.observed(site), quantizer, scaled)
                 with torch.no_grad():
                     weight.copy_(scaled.double() / scale)
-            outputs = block.stream(block.inputs)
-            pairs_of = zip(outputs, wanted, block.masks, strict=True)
-            errors.append(
-                sum(float(real_tokens(y - z, mask, "input").double().square().sum()) for y, z, mask in pairs_of)
-            )
+            apart = (y - z for y, z in zip(block.stream(block.inputs), wanted, strict=True))
+            real = (real_tokens(x, block.mask_of(index), "input") for index, x in enumerate(apart))
+            errors.append(sum(float(x.double().square().sum()) for x in real))
     finally:
         with torch.no_grad():
             for reader, weight in weights.items():

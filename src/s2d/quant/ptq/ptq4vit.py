@@ -36,15 +36,15 @@ Shapes: n sampled tokens, o outputs, d inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from s2d.models.blocks import blocks_of
-from s2d.models.running import evaluating, real_tokens, token_mask
+from s2d.models.masks import Padding, token_mask
+from s2d.models.running import evaluating, real_tokens
 from s2d.quant.calibration.observe import Job, observe, set_weight_range
 from s2d.quant.calibration.readings import Layer, layers_of
 from s2d.quant.modules.linear import QuantizedLinear
@@ -74,25 +74,27 @@ def weighted_error(output: Tensor, target: Tensor, gradient: Tensor | None) -> T
     return (error if gradient is None else error * gradient).square_().sum(0)
 
 
-def probe_loss(model: nn.Module, output: Any, mask: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Probe]:
+def probe_loss(
+    model: nn.Module, output: Any, mask_of: Callable[[Tensor], Tensor | None] | None, generator: torch.Generator
+) -> tuple[Tensor, Probe]:
     """The loss whose gradient weights the errors, and which one it is.
 
     Args:
         model: Whose output it is; a positive ``num_classes`` says that a plain tensor holds logits.
         output: What the model returned.
-        mask: The padding mask ``[B, T]``, or None.
+        mask_of: Gives the padding mask ``[B, T]`` of a part of the output; None where nothing is padded.
         generator: Draws labels or noise (on CPU).
     """
     logits = getattr(output, "logits", None)
     if isinstance(output, Tensor) and (getattr(model, "num_classes", 0) or 0) > 1:
         logits = output
     if isinstance(logits, Tensor):
-        flat = real_tokens(logits, mask, "input").flatten(0, -2).float()
+        flat = real_tokens(logits, mask_of and mask_of(logits), "input").flatten(0, -2).float()
         labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).to(flat.device)
         return -flat.log_softmax(-1).gather(1, labels).sum(), "categorical"
     parts = []
     for value in _tensors(output):
-        flat = real_tokens(value, mask, "input").float()
+        flat = real_tokens(value, mask_of and mask_of(value), "input").float()
         noise = torch.randn(flat.shape, generator=generator).to(flat.device)
         scale = flat.detach().square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         parts.append((flat * noise).sum() / scale)
@@ -276,24 +278,25 @@ def _look(job: Job, samples: Mapping[Layer, Sample], operands: Mapping[Site, Ten
     model = job.model
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles: list[Any] = []
-    with token_mask(model) as mask, evaluating(model):
+    with token_mask(model, job.graph) as masks, evaluating(model):
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
+            begin = [layer.module for layer in samples] + [model.get_submodule(site.module) for site in operands]
             handles += [
-                block.register_forward_pre_hook(_begin_graph, with_kwargs=True) for block in blocks_of(model).values()
+                module.register_forward_pre_hook(_begin_graph, with_kwargs=True) for module in dict.fromkeys(begin)
             ]
             handles += [
-                layer.module.register_forward_hook(_sampler(layer, sample, mask, generator), with_kwargs=True)
+                layer.module.register_forward_hook(_sampler(layer, sample, masks, generator), with_kwargs=True)
                 for layer, sample in samples.items()
             ]
             for site, counts in operands.items():
-                job.quantizers[site].watch = _weigher(site, counts, mask)
+                job.quantizers[site].watch = _weigher(site, counts, masks)
             for batch in job.batches:
                 for args, kwargs in _pieces(batch, next(model.parameters()).device):
                     with torch.enable_grad():
                         output = model(*args, **kwargs)
-                        loss, _ = probe_loss(model, output, mask(), generator)
+                        loss, _ = probe_loss(model, output, masks.of_output, generator)
                     if loss.requires_grad:
                         loss.backward()
         finally:
@@ -306,25 +309,23 @@ def _look(job: Job, samples: Mapping[Layer, Sample], operands: Mapping[Site, Ten
 
 
 def _begin_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Let gradients be known from the first block on, without any for the parameters."""
+    """Let gradients be known from the first layer on, without any for the parameters."""
+    begun: dict[int, Tensor] = {}  # attention asks whether query, key and value are the same object
 
     def start(value: Any) -> Any:
-        fresh = isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3 and not value.requires_grad
-        return value.detach().requires_grad_(True) if fresh else value
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+            return value
+        return begun.setdefault(id(value), value.detach().requires_grad_(True))
 
-    if args:
-        return (start(args[0]), *args[1:]), kwargs
-    first = next(iter(kwargs))
-    return args, {**kwargs, first: start(kwargs[first])}
+    return tuple(start(value) for value in args), {key: start(value) for key, value in kwargs.items()}
 
 
-def _sampler(layer: Layer, sample: Sample, mask: Any, generator: torch.Generator) -> Any:
+def _sampler(layer: Layer, sample: Sample, masks: Padding, generator: torch.Generator) -> Any:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         inputs = layer.inputs(args, kwargs)
         if len(inputs) != 1:
             return
-        padding = mask()
-        rows = layer.rows(inputs[0].detach(), padding)
+        rows, padding = layer.rows(inputs[0].detach(), masks), masks(layer.site.module)
         if not len(rows):
             return
         lo, hi = torch.aminmax(rows)
@@ -345,11 +346,11 @@ def _sampler(layer: Layer, sample: Sample, mask: Any, generator: torch.Generator
     return after
 
 
-def _weigher(site: Site, counts: Tensor, mask: Any) -> Any:
+def _weigher(site: Site, counts: Tensor, masks: Padding) -> Any:
     def see(x: Tensor) -> None:
         if not x.requires_grad:
             return
-        padding = mask()
+        padding = masks(site.module, site.what)
         codes = value_codes(real_tokens(x.detach(), padding, site.what)).cpu()
 
         def weigh(g: Tensor) -> None:

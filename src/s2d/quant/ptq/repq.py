@@ -231,7 +231,7 @@ def reparametrise_block(job: Job, block: Block, calls: Sequence[Call]) -> Fitted
     seen: dict[Site, list[Tensor]] = {next(iter(targets)): [] for _, targets in folds}
     try:
         for site, parts in seen.items():
-            job.quantizers[site].watch = _collector(block, parts)
+            job.quantizers[site].watch = _collector(block, site, parts)
         if seen:
             for _ in block.stream(calls):
                 pass
@@ -252,8 +252,8 @@ def reparametrise_block(job: Job, block: Block, calls: Sequence[Call]) -> Fitted
     return Fitted(ranges)
 
 
-def _collector(block: Block, into: list[Tensor]):
-    return lambda x: into.append(real_tokens(x.detach(), block.mask, "input").flatten(0, -2))
+def _collector(block: Block, site: Site, into: list[Tensor]):
+    return lambda x: into.append(real_tokens(x.detach(), block.padding()(site.module), "input").flatten(0, -2))
 
 
 def _reparametrisation(job: Job, fold: NormFold, site: Site, channels: Tensor) -> Reparametrisation:

@@ -101,7 +101,7 @@ def rotate_residual(job: Job) -> None:
 def rotate_heads(job: Job) -> None:
     """R2 and, where nothing turns q and k by position, R3: offline, in place."""
     rotary = any(_ROTARY.search(type(module).__name__) for module in job.model.modules())
-    for parts in attention_parts(job.model):
+    for parts in attention_parts(job.model, job.graph):
         rotate_values(job.model, parts, _of_heads(job, parts, "R2"))
         if not rotary and not parts.normed:
             R = _of_heads(job, parts, "R3")

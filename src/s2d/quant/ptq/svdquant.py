@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.errors import InputError
-from s2d.models.running import evaluating, run, token_mask
+from s2d.models.masks import token_mask
+from s2d.models.running import evaluating, run
 from s2d.quant.calibration.observe import Job, least_error, watch_inputs
 from s2d.quant.calibration.transforms import function_kept, rounded_input, rounded_weight
 from s2d.quant.calibration.walk import outside, walk
@@ -191,8 +192,8 @@ def _outside(job: Job) -> Iterator[tuple[str, QuantizedLinear, TokenSample]]:
     if not modules:
         return
     samples = {name: TokenSample(job.generator(name)) for name in modules}
-    with token_mask(job.model) as mask, evaluating(job.model):
-        hooks = watch_inputs(modules, lambda name, x: samples[name].add(x), mask)  # pyright: ignore[reportArgumentType]
+    with token_mask(job.model, job.graph) as mask, evaluating(job.model):
+        hooks = watch_inputs(modules, lambda name, x: samples[name].add(x), lambda: mask)  # pyright: ignore[reportArgumentType]
         try:
             for index, batch in enumerate(job.batches):
                 run(job.model, batch, index)

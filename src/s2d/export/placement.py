@@ -1,0 +1,100 @@
+"""Where onnxruntime puts the nodes of a file: on the device that was asked for, or back on the CPU.
+
+A provider takes the nodes that it has kernels for; all others run on the CPU, and nothing is said. The session is asked
+which went where (``session.record_ep_graph_assignment_info``, onnxruntime 1.24 and later); nothing is run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from s2d.errors import InputError, choices, first_line
+from s2d.export.onnx import CPU
+from s2d.optional import require
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which nodes of a file run where.
+
+    Attributes:
+        path: The file.
+        provider: The execution provider that was asked for.
+        placed: Its nodes, by operator.
+        fallen: Those that went back to the CPU, by operator; none where the CPU was asked for.
+    """
+
+    path: str
+    provider: str
+    placed: dict[str, int]
+    fallen: dict[str, int]
+
+    def __str__(self) -> str:
+        placed, fallen = sum(self.placed.values()), sum(self.fallen.values())
+        text = f"{self.path}: {placed} of {placed + fallen} nodes on {self.provider}"
+        if not self.fallen:
+            return text
+        counted = ", ".join(f"{count} {name}" for name, count in sorted(self.fallen.items(), key=lambda each: -each[1]))
+        return f"{text}; back on the CPU: {counted}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return asdict(self)
+
+
+def provider_name(text: str) -> str:
+    """A provider of this onnxruntime by its name, with or without its ending.
+
+    Raises:
+        InputError: This onnxruntime has none; those that it has are listed.
+    """
+    runtime = require("onnxruntime", "export", at_least="1.24")
+    known = {each.removesuffix("ExecutionProvider").lower(): each for each in runtime.get_available_providers()}
+    wanted = text.removesuffix("ExecutionProvider").lower()
+    if wanted not in known:
+        raise InputError(f"this onnxruntime has no provider {text!r}; {choices(text, sorted(known))}")
+    return known[wanted]
+
+
+def placement(path: str | os.PathLike[str], provider: str = CPU) -> Placement:
+    """Ask onnxruntime where it would run a file.
+
+    Args:
+        path: ``NAME.onnx``.
+        provider: An execution provider, such as ``"qnn"``; see `provider_name`.
+
+    Raises:
+        InputError: No such file or provider; the file cannot be opened.
+    """
+    runtime = require("onnxruntime", "export", at_least="1.24")
+    source, name = Path(path), provider_name(provider)
+    if source.suffix != ".onnx" or not source.is_file():
+        raise InputError(f"{source} is no ONNX file; nodes are listed for NAME.onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        providers = list(dict.fromkeys((name, CPU)))
+        session = runtime.InferenceSession(os.fspath(source), options, providers=providers)
+        parts = session.get_provider_graph_assignment_info()
+    except Exception as error:  # onnxruntime's own classes, which differ by version
+        raise InputError(f"onnxruntime cannot open {source}: {first_line(error)}") from error
+    counts: dict[str, Counter[str]] = {}
+    for part in parts:
+        counts.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+    placed = counts.pop(name, Counter())
+    return Placement(str(source), name, dict(placed), dict(sum(counts.values(), Counter())))
+
+
+def refuse_fallback(found: Placement) -> None:
+    """Refuse a file of which nodes went back to the CPU.
+
+    Raises:
+        InputError: Which operators.
+    """
+    if found.fallen:
+        raise InputError(f"{found}; leave out --no-fallback to run it all the same")
