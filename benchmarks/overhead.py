@@ -227,8 +227,10 @@ class TimedDecay(SelectiveSpectralDecay):
     def _look(self, *args: Any, **kwargs: Any) -> Callable[..., None]:
         return self._timed(super()._look(*args, **kwargs))
 
-    def _remember_mask(self, *args: Any, **kwargs: Any) -> None:
-        self._timed(super()._remember_mask)(*args, **kwargs)
+    def _arm(self) -> None:
+        if "enter" not in vars(self._structure):
+            self._structure.enter = self._timed(self._structure.enter)
+        super()._arm()
 
     @property
     def looks(self) -> bool:

@@ -148,6 +148,20 @@ def test_condition_writes_a_model_and_nothing_else(conditioned: Path) -> None:
     assert [path.name for path in conditioned.parent.iterdir()] == ["model"]
 
 
+def test_audit_graph_shows_who_writes_what(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "graph.json"
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one text\nand another one\n", encoding="utf-8")
+    assert main(["audit", str(model), "--data", str(texts), "--graph", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    query = "encoder.layer.1.attention.self.query.weight"
+    line = next(line for line in shown.splitlines() if f"product {query} " in line)
+    assert "exact encoder.layer.0.output.LayerNorm.weight" in line and "masked by attention_mask" in line
+    assert "blocks encoder.layer: 2" in shown and "4 heads" in shown
+    calls = json.loads(file.read_text(encoding="utf-8"))["calls"]
+    assert [call["kind"] for call in calls if query in call["parameters"]] == ["product"]
+
+
 def test_audit_prints_and_writes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("the old apple\na very good hammer and one wren\n")
@@ -325,6 +339,8 @@ def test_damaged_models(
         (["audit", "{model}", "--data", "{here}/empty.txt"], "no text in it"),
         (["audit", "{model}", "--json", "{here}"], "is a folder; name a file"),
         (["audit"], "Missing argument 'MODEL...'; see s2d audit --help"),
+        (["audit", "{model}", "--graph", "--html", "graph.html"], "--graph shows one model as a table"),
+        (["audit", "{model}", "{model}", "--graph"], "give one MODEL"),
         (["audit", "{model}", "--row", "5"], "No such option: --row"),
         (["audti", "{model}"], "No such command 'audti'"),
         (

@@ -19,9 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.optim.swa_utils import AveragedModel
 
 from s2d import SelectiveSpectralDecay
-from s2d.decay.gains import gain_offset
 from s2d.errors import InputError
-from s2d.targets.weights import find_targets
 
 X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
@@ -239,8 +237,25 @@ class OffsetNorm(nn.Module):
 @pytest.mark.parametrize(("offset", "bias"), [(0.0, False), (1.0, True), (0.5, False), (-1.0, False)])
 def test_what_a_norm_adds_to_its_gain_is_found(offset: float, bias: bool) -> None:
     made = nn.Sequential(OffsetNorm(16, offset, bias), nn.Linear(16, 16))
-    norm = next(t for t in find_targets(made, kinds=("norm",)))
-    assert gain_offset(norm) == pytest.approx(offset, abs=1e-3)
+    optimizer = sgd(made)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=0.0)
+    still(made, optimizer, X[:, :16])
+    assert [target.offset for target in decay.targets if target.kind == "norm"] == [offset]
+    decay.remove()
+
+
+def test_a_norm_that_is_not_linear_in_its_weight_is_left_out_by_name() -> None:
+    class Soft(OffsetNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight.exp()
+
+    made = nn.Sequential(Soft(16, 0.0), nn.Linear(16, 16))
+    made[0].__class__.__name__ = "SoftNorm"
+    optimizer = sgd(made)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=0.1, outlier_ratio=1.0)
+    still(made, optimizer, X[:, :16])
+    assert "no linear function" in decay.skipped["0.weight"] and "0.weight" not in decay.selected
+    decay.remove()
 
 
 @pytest.mark.parametrize("gain", [-20.0, 20.0])

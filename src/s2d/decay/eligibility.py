@@ -10,7 +10,7 @@ from torch import nn
 from s2d.distributed.sharding import is_dtensor
 from s2d.errors import InputError
 from s2d.targets.lora import AdaptedTarget, why_not_a_sum
-from s2d.targets.weights import Target
+from s2d.targets.weights import Target, clean_name
 
 
 def eligible(
@@ -58,6 +58,25 @@ def sort_out(
         else:
             skipped[target.name] = reason
     return kept, skipped
+
+
+def no_matrices(model: nn.Module) -> dict[str, str]:
+    """Products' weights that are no targets as they are no single stored matrix, by name, with the reason."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        name = clean_name(path)
+        name = f"{name}." if name else ""
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and "weight" not in module._parameters:
+            found[f"{name}weight"] = (
+                "computed from other parameters (parametrized, weight norm, pruned); remove that first"
+            )
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            for own, parameter in module._parameters.items():
+                if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1:
+                    found[f"{name}{own}"] = (
+                        "several matrices in one parameter (experts); only what they read is conditioned"
+                    )
+    return found
 
 
 def _reason(

@@ -30,6 +30,7 @@ class Watch:
         before: Iterable[nn.Module],
         enter: Before,
         after: Mapping[nn.Module, After],
+        leave: Callable[[nn.Module], None],
         late: Iterable[nn.Module] = (),
     ) -> None:
         """Begin.
@@ -39,12 +40,13 @@ class Watch:
             enter: Given module, positional and named arguments.
             after: What to do when a module has run; given its output as well. Wrappers that take gathered weights away
                 after a forward (FSDP2) have not done so yet.
+            leave: Given each module of `before` when it has run.
             late: Those of `after` whose own hooks come first, as they finish the output (tensor parallelism). These get
                 a hook of their own.
         """
         # They fire once more for the wrapper of a compiled module, which is none of those watched.
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
-        self._before, self._enter, self._after = set(before), enter, dict(after)
+        self._before, self._enter, self._after, self._leave = set(before), enter, dict(after), leave
         # torch shows named arguments only to hooks that the module itself lists. A number of torch's could be that of
         # another hook once a copy of the module is loaded elsewhere; this one is nobody's.
         self._key: Any = f"s2d-{next(self._numbers)}"
@@ -65,8 +67,12 @@ class Watch:
             self._enter(module, args, kwargs)
 
     def _leaving(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_compiling() and module in self._after:
+        if torch.compiler.is_compiling():
+            return
+        if module in self._after:
             self._after[module](module, args, kwargs, output)
+        if module in self._before:
+            self._leave(module)
 
     def close(self) -> None:
         """See nothing any more."""
@@ -78,15 +84,13 @@ class Watch:
         self._before, self._after = set(), {}
 
 
-def is_transformed(output: Tensor) -> bool:
-    """An output without values of its own: under ``torch.func``, in inference mode, faked or traced."""
+def is_transformed(*tensors: Tensor) -> bool:
+    """Tensors without values of their own: under ``torch.func``, in inference mode, faked or traced."""
     return (
         torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or torch.is_inference_mode_enabled()
-        or output.is_inference()
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or output.is_meta
-        or is_fake(output)
+        or any(tensor.is_inference() or tensor.is_meta or is_fake(tensor) for tensor in tensors)
     )
 
 

@@ -22,7 +22,6 @@ What differs, and why (docs/results/minilm.md has the measurements):
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,17 +41,18 @@ from s2d.decay.closed_forms import (
     shrink_singular,
     summed_over,
 )
-from s2d.decay.eligibility import eligible, sort_out
-from s2d.decay.gains import gain_offset
+from s2d.decay.eligibility import eligible, no_matrices, sort_out
 from s2d.decay.learning_rates import PeakRates
 from s2d.decay.refresh_hooks import Eager, Watch, is_recomputed, is_transformed
 from s2d.decay.selection import METRICS, Components, Finding
 from s2d.decay.settings import PRESETS, MetricName, Mode
 from s2d.decay.steps import OutermostSteps
+from s2d.decay.traced_model import Structure
 from s2d.distributed.sharding import (
     Block,
     agreed,
     all_ranks,
+    all_reduce,
     all_reduce_many,
     data_groups,
     from_first,
@@ -63,17 +63,16 @@ from s2d.distributed.sharding import (
     require_same,
 )
 from s2d.errors import InputError
+from s2d.models.tracing import unwrapped
 from s2d.targets.calls import (
     bias_parameter,
     call_views,
     is_compiled,
-    modules_with_mask,
     parts_of,
     projection_views,
     refuse_unreadable,
 )
 from s2d.targets.lora import with_adapters
-from s2d.targets.padding import given_mask, real_of
 from s2d.targets.weights import Kind, Selector, Target, find_targets
 
 _STATE_VERSION = 1
@@ -160,10 +159,13 @@ class SelectiveSpectralDecay:
             raise InputError("frozen=True shrinks weights that no loss can reach; use it with mode='decoupled'")
         self._rates = PeakRates(self.optimizers)
         self._found = with_adapters(model, find_targets(model, include, exclude, self.settings.kinds))
-        self._found = [replace(target, offset=gain_offset(target)) for target in self._found]
         self._model, self._take_frozen, self._seed = model, frozen, seed
         coupled = self.settings.mode == "coupled"
+        self._unfit = (
+            no_matrices(unwrapped(model)) if include == "all-linear" and "linear" in self.settings.kinds else {}
+        )
         self.targets, self.skipped = eligible(model, self._found, self._rates, coupled=coupled, frozen=frozen)
+        self.skipped |= self._unfit
         self._changed: set[str] = set()
         self._take_note_of_targets()
         ranks = [min(target.block().shape) for target in self.targets if target.kind != "norm"]
@@ -177,12 +179,11 @@ class SelectiveSpectralDecay:
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
         self.step_count = 0
         self._ran: set[str] = set()
-        self._mask: Tensor | None = None
+        self._structure = Structure(model, self._found)
         self._handles: list[Watch | Eager] = []
         self._owed: dict[str, Tensor] = {}
         self._eager = is_compiled(model)
         self._seen_now: dict[str, None] = {}
-        self._mask_sources = modules_with_mask(model)
         self._step_hooks: list[Any] = []
         self._steps = OutermostSteps()
         for index, each in enumerate(self.optimizers):
@@ -373,13 +374,16 @@ class SelectiveSpectralDecay:
     def _look_for_changes(self) -> None:
         """Weights may have been frozen, unfrozen, replaced, tied, or given to an optimizer since the last look."""
         self._rates.look()
+        self._sort_out()
+
+    def _sort_out(self) -> None:
         coupled = self.settings.mode == "coupled"
         kept, left_out = sort_out(self._model, self._found, self._rates, coupled=coupled, frozen=self._take_frozen)
-        if [t.name for t in kept] != [t.name for t in self.targets]:
+        if kept != self.targets:
             self.targets[:] = kept
             for name in left_out:
                 self._metric.selected.pop(name, None)
-        self.skipped = {n: why for n, why in self.skipped.items() if why == _NOT_RUN} | left_out
+        self.skipped = {n: why for n, why in self.skipped.items() if why == _NOT_RUN} | left_out | self._unfit
         self._take_note_of_targets()
 
     def _arm(self) -> None:
@@ -393,47 +397,40 @@ class SelectiveSpectralDecay:
             by_module.setdefault(target.module, []).append(target)
         looks = {module: self._look(targets) for module, targets in by_module.items()}
         late = [m for m, group in by_module.items() if is_dtensor(group[0].parameter) and not is_fsdp_module(m)]
-        self._handles = [Watch(self._mask_sources, self._remember_mask, looks, late)]
+        structure = self._structure
+        self._handles = [Watch(structure.look_again(), structure.enter, looks, structure.leave, late)]
         if self._eager:
             self._handles.append(Eager())
 
     def _disarm(self) -> None:
         for handle in self._handles:
             handle.close()
-        self._handles, self._mask = [], None
-
-    def _remember_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        signature = inspect.signature(module.forward)
-        found = real_of(signature, args, kwargs)
-        if found is not None:
-            self._mask = found.detach()
-        elif not given_mask(signature, args, kwargs):
-            self._mask = None  # of an earlier call
+        self._handles = []
 
     def _look(self, targets: list[Target]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             attention = isinstance(module, nn.MultiheadAttention)
             made = output[0] if attention else output
-            if not isinstance(made, Tensor) or not (attention or (args and isinstance(args[0], Tensor))):
+            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if not isinstance(made, Tensor) or given is None or self._structure.tracing:
                 return
             if not (module.training or made.requires_grad):
                 return  # an evaluation between two steps
             if is_transformed(made) or (is_recomputed() and targets[0].name in self._seen_now):
                 return
-            given = self._mask if not attention or module.batch_first else None  # no mask has its tokens first
             # Looking is not part of the model: a function mode that is on (quantized attention) must not see it.
             with torch._C.DisableTorchFunction(), self._exact_arithmetic():
                 for target in targets:
                     self._ran.add(target.name)
                     self._seen_now[target.name] = None
-                    refuse_unreadable(target, args[0] if args else made, made)
+                    refuse_unreadable(target, given, made)
                     if attention:
                         x, y = projection_views(target, module, args, kwargs)
                     else:
-                        x, y = call_views(target, module, local_part(args[0]), local_part(made))
+                        x, y = call_views(target, module, local_part(given), local_part(made))
                     parts = parts_of(target, self._between_steps[target.name], x, y, self._data_groups)
-                    mask = given if given is not None and given.numel() == y[..., 0].numel() else None
-                    self._metric.observe(target, x, y, mask, parts)
+                    uses = self._structure.call(target)
+                    self._metric.observe(target, x, y, self._structure.mask(uses, y), parts, uses)
 
         return hook
 
@@ -443,7 +440,11 @@ class SelectiveSpectralDecay:
         if not self._eager and (not self._seen_now or is_compiled(self._model)):
             self._eager = True  # perhaps the model was compiled after this decay was made: look again, eagerly
             return self._arm()
+        if self._unknown_anywhere():
+            self._structure.complete()
+            return self._arm()
         self._disarm()
+        self._take_offsets()
         findings = self._metric.finish()
         self._agree()
         for name, finding in findings.items():
@@ -456,9 +457,23 @@ class SelectiveSpectralDecay:
                 stacklevel=4,
             )
 
+    def _unknown_anywhere(self) -> bool:
+        """Whether something ran that was not traced, on any rank: all trace again together."""
+        missing = torch.tensor([float(self._structure.incomplete)], device=self._device)
+        return bool(all_reduce(missing, self._everyone, "max"))
+
+    def _take_offsets(self) -> None:
+        """Norms multiply by their weight, or by a sum with it, as the graph has shown."""
+        self._metric.searched = self._structure.traced
+        if self._structure.traced:
+            offsets = self._structure.offsets()
+            self._found[:] = [replace(t, offset=offsets.get(t.name, t.offset)) for t in self._found]
+            self._sort_out()
+
     def _note_what_ran(self) -> None:
+        written = set(self._structure.writers.values())  # some are used without a call of their module
         for target in self.targets:
-            if target.name not in self._ran:
+            if target.name not in self._ran and target.name not in written:
                 self.skipped[target.name] = _NOT_RUN
             else:
                 self.skipped.pop(target.name, None)

@@ -96,7 +96,7 @@ class Call:
         rows: The part of it that is read: ``(start, stop)`` of its first dimension; None for all.
         experts: For a parameter with three dimensions which matrices took part; empty for any other.
         plain: The operand is the parameter or a view of it; False for a function (1 + w, weight norm, LoRA).
-        applied: For a gain: ``"w"``, or ``"1+w"`` (scaling moves to w + 1), or ``"other"``.
+        applied: For a gain: ``"w"``; with a number added first ``"1+w"`` (scaling moves to w + 1); ``"other"``.
         input: Node that is read beside the weight; None if there is none.
         output: Node that is made.
         side: Whether the weight is the ``"left"`` or the ``"right"`` factor of a product.
@@ -230,7 +230,7 @@ class Norm:
         kind: ``"layer"``, ``"rms"``, ``"batch"`` or ``"group"``.
         gain: Names of its gain; empty if it has none.
         bias: Names of its bias; empty if it has none.
-        applied: ``"w"`` or ``"1+w"``; empty without a gain.
+        applied: ``"w"``, ``"1+w"`` or the like; empty without a gain.
         output: Node after gain and bias.
         readers: Everything that reads it, unknown readers too.
     """

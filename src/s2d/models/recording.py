@@ -35,6 +35,8 @@ class Tracer(Memory):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.stack and self.stack[-1][0]._parameters:
+            self._tell_replaced()
         info = self._infos.get(func)
         if info is None:
             info = self._infos[func] = info_of(func)
@@ -268,14 +270,15 @@ class Tracer(Memory):
         return tuple(range(first, stop))
 
     def _applied(self, node: Node) -> str:
-        """How a gain multiplies: as it is, or as 1 + w."""
+        """How a gain multiplies: as it is, or with a number added to it, such as 1 + w."""
         while not node.plain:
             if node.operation < 0:
                 return "other"
             operation = self.operations[node.operation]
-            if operation.kind == "add" and operation.arguments[:1] == (1.0,) and len(operation.inputs) <= 2:
+            if operation.name.rstrip("_") == "add" and len(operation.arguments) == 1 and len(operation.inputs) <= 2:
                 weights = [self.nodes[i] for i in operation.inputs if self.nodes[i].state == "weight"]
-                return "1+w" if len(weights) == 1 and weights[0].plain else "other"
+                added = operation.arguments[0]
+                return f"{added:g}+w" if len(weights) == 1 and weights[0].plain else "other"
             if operation.kind != "view" or len(operation.inputs) != 1:
                 return "other"
             node = self.nodes[operation.inputs[0]]

@@ -128,6 +128,14 @@ class Memory(TorchDispatchMode):
             if number is not None and isinstance(value, Tensor):
                 self._tell_parameter(number, value)
 
+    def _tell_replaced(self) -> None:
+        """Parameters of the running module that were replaced since it was entered, as its own hooks do (FSDP2)."""
+        module, path, *_ = self.stack[-1]
+        for name, value in module._parameters.items():
+            number = self.numbers.get(f"{path}.{name}" if path else name, -1)
+            if value is not None and self._told.get(number) is not value:
+                return self._tell(module)
+
     def _tell_parameter(self, number: int, value: Tensor) -> None:
         if not has_storage(value):
             self._objects[value] = self._node(value, "parameter", "weight", (number,), plain=True)
@@ -225,7 +233,9 @@ class Memory(TorchDispatchMode):
     def _put(self, value: Tensor, node: Node) -> None:
         if not has_storage(value):
             self._objects[value] = node
-            return
+            value = _block_of(value)  # what a rank holds stands for the whole, when it is taken out
+            if value is None:
+                return
         storage = self._storage(value)
         if storage.base is None:
             storage.base = node
@@ -238,7 +248,8 @@ class Memory(TorchDispatchMode):
 
     def _lookup(self, value: Tensor) -> Node | None:
         if not has_storage(value):
-            return self._objects.get(value)
+            found, block = self._objects.get(value), _block_of(value)
+            return found if found is not None or block is None else self._lookup(block)
         storage = self._storages.get(value.untyped_storage()._cdata)
         if storage is None:
             return None
@@ -350,6 +361,12 @@ def has_storage(value: Tensor) -> bool:
     if type(value) in (Tensor, nn.Parameter):
         return value.layout == torch.strided
     return not is_traceable_wrapper_subclass(value) and value.layout == torch.strided
+
+
+def _block_of(value: Any) -> Any:
+    """This rank's part of a DTensor; None of any other tensor without storage."""
+    block = getattr(value, "_local_tensor", None)
+    return block if isinstance(block, Tensor) and has_storage(block) else None
 
 
 def geometry_of(value: Tensor) -> Geometry:

@@ -34,15 +34,35 @@ def trace(model: nn.Module, batch: Any) -> Graph:
         InputError: The model cannot run this batch; the line names the module and the input.
     """
     model = unwrapped(model)
-    args, kwargs = _arguments(batch, _device_of(model))
-    short_args, short_kwargs, cut = _two_rows(args, kwargs)
-    try:
-        return _traced(model, short_args, short_kwargs)
-    except InputError:
-        # Inputs whose first dimension is not rows (patches of all images in one list) cannot be cut.
-        if not cut:
-            raise
-    return _traced(model, *_copied(args, kwargs))
+    return trace_call(model, *_arguments(batch, _device_of(model)))
+
+
+def trace_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, as_it_trains: bool = False
+) -> Graph:
+    """As `trace`, for a call that somebody is about to make, of a model or of one of its modules.
+
+    Args:
+        module: What is called.
+        args: Its arguments. They are not changed.
+        kwargs: Its named arguments.
+        as_it_trains: The whole batch, with all modules in the modes that they are in: what routing and branches of
+            training leave out of two rows in evaluation is in it.
+
+    Raises:
+        InputError: As `trace`.
+    """
+    with torch.no_grad():  # what is copied here is no part of anybody's graph of gradients
+        if as_it_trains:
+            return _traced(module, *_copied(args, kwargs), training=True)
+        short_args, short_kwargs, cut = _two_rows(args, kwargs)
+        try:
+            return _traced(module, short_args, short_kwargs)
+        except InputError:
+            # Inputs whose first dimension is not rows (patches of all images in one list) cannot be cut.
+            if not cut:
+                raise
+        return _traced(module, *_copied(args, kwargs))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -117,6 +137,17 @@ def _two_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     return tuple(shorter), short, cut
 
 
+def inputs_by_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a call: by name, by position as text, those of a dict as ``name.key``."""
+    found: dict[str, Tensor] = {}
+    for key, value in (*((str(i), v) for i, v in enumerate(args)), *kwargs.items()):
+        if isinstance(value, Tensor):
+            found[key] = value
+        elif isinstance(value, Mapping):
+            found |= {f"{key}.{k}": v for k, v in value.items() if isinstance(v, Tensor)}
+    return found
+
+
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def copy(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) else value
@@ -128,8 +159,11 @@ def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, .
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation without caches, checkpointing, fast paths, compilation and our own quantizers; all restored."""
+def _untouched(model: nn.Module, training: bool) -> Iterator[None]:
+    """Evaluation without caches, checkpointing, fast paths, compilation and our own quantizers; all restored.
+
+    With `training` modules stay in their modes.
+    """
     modules = list(model.modules())
     set_back: list[tuple[Any, str, Any]] = []
 
@@ -144,7 +178,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module in modules:
-            if module.training:
+            if module.training and not training:
                 # Not eval(): some models merge adapters in it.
                 put(module, "training", False)
             for name in ("gradient_checkpointing", "grad_checkpointing"):
@@ -176,13 +210,12 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda_states)
 
 
-def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False) -> Graph:
     from s2d.models.structure import finish
 
     tracer = Tracer(model)
-    given: dict[str, Tensor] = {str(i): v for i, v in enumerate(args) if isinstance(v, Tensor)}
-    given |= {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
-    with _untouched(model), ExitStack() as stack:
+    given = inputs_by_key(args, kwargs)
+    with _untouched(model, training), ExitStack() as stack:
         for key, value in given.items():
             tracer.tell_input(key, value)
         stack.callback(tracer.restore)
@@ -211,4 +244,4 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return finish(tracer, given)
 
 
-__all__ = ["trace", "unwrapped"]
+__all__ = ["inputs_by_key", "trace", "trace_call", "unwrapped"]

@@ -183,3 +183,13 @@ def test_other_formats_keep_plain_quantizers(spec: str) -> None:
     case = plain("sdpa")
     quantized = quantize(case.model, spec, calibration=case.batches, method="ptq4vit")
     assert not any(isinstance(q, TwinQuantizer) for q in quantizers_of(quantized))
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (4, 5, 32)])
+def test_a_model_without_blocks_is_searched_with_all_outputs_alike(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    x = torch.randn(shape)
+    with torch.no_grad():
+        found, wanted = quantize(model, "w8a8", calibration=[x], method="ptq4vit")(x), model(x)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2d.decay.written_sites import Uses
 from s2d.distributed.sharding import Groups, Part, Parts, ranks_in, whole_vector
 from s2d.spectral.statistics import Peaks, Sums, kept_rows, outlier_entries, reduced, token_rows
 from s2d.targets.weights import Target
@@ -107,12 +108,21 @@ class Metric:
         self.gradients = gradients
         self.everyone = everyone
         self.selected: dict[str, Components] = {}
+        self.searched = False
         self._kept: tuple[Tensor, Tensor | None] | None = None
 
     def begin(self) -> None:
         """A refresh starts: forget the last one's sums."""
 
-    def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts | None = None) -> None:
+    def observe(
+        self,
+        target: Target,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor | None,
+        parts: Parts | None = None,
+        uses: Uses | None = None,
+    ) -> None:
         """See one call of a target's module: its input ``[..., I]`` and its output ``[..., O]``.
 
         Args:
@@ -121,6 +131,7 @@ class Metric:
             y: Its output.
             mask: True for real tokens; None for all.
             parts: Which parts of input and output these are; by default the whole.
+            uses: What the model's graph says of this call.
         """
         raise NotImplementedError
 
@@ -163,7 +174,9 @@ class Metric:
         return self.outlier_ratio * (RELEASE if self.track and name in self.selected else 1.0)
 
 
-def coordinate_finding(sums: Sums, target: Target, outlier_ratio: float, selected: Components | None) -> Finding:
+def coordinate_finding(
+    sums: Sums, target: Target, outlier_ratio: float, selected: Components | None, rows: Tensor | None = None
+) -> Finding:
     """Select the channels whose maximum exceeds ``outlier_ratio`` times the RMS of the whole activation.
 
     Args:
@@ -171,18 +184,20 @@ def coordinate_finding(sums: Sums, target: Target, outlier_ratio: float, selecte
         target: Which weight; a gain's singular values are its magnitudes.
         outlier_ratio: See `Metric`.
         selected: The last selection, held until its maximum falls below ``RELEASE_CHANNEL`` of the limit.
+        rows: Which channels of the weight the sums are of, ascending; None: all.
     """
     channel_max = sums.channel_max
     rms = sums.rms()
     limit = torch.full_like(channel_max, max(outlier_ratio, 1e-12)) * rms
     if selected is not None and selected.channels is not None:
-        limit[selected.channels] *= RELEASE_CHANNEL
+        limit[selected.channels if rows is None else torch.isin(rows, selected.channels)] *= RELEASE_CHANNEL
     channels = (channel_max > limit).nonzero().flatten() if rms > 0 else channel_max.new_zeros(0, dtype=torch.long)
     most = max(1, int(MOST_CHANNELS * len(channel_max)))
     if len(channels) > most:
         channels = channels[channel_max[channels].topk(most).indices].sort().values
     if target.kind == "norm":
         sigma = (whole_vector(target.parameter).float() + target.offset).abs()
+        sigma = sigma if rows is None else sigma[rows]
     else:
         sigma = (sums.channel_squares / sums.rows).sqrt()
     top = sums.channel_max.topk(min(3, len(sums.channel_max))).indices
@@ -192,7 +207,9 @@ def coordinate_finding(sums: Sums, target: Target, outlier_ratio: float, selecte
         [],  # no PCDR: a coordinate makes its own outliers alone
         peak,
         peak / rms.item() if rms > 0 else 0.0,
-        Components(sigma[channels].clone(), channels=channels) if len(channels) else None,
+        Components(sigma[channels].clone(), channels=channels if rows is None else rows[channels])
+        if len(channels)
+        else None,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from s2d.decay.selection.base import RELEASE, SAME_COMPONENT, SPARE, Components, Finding, Metric, largest_here
+from s2d.decay.written_sites import Uses
 from s2d.distributed.sharding import Part, Parts, all_reduce, kth_largest, local_part
 from s2d.spectral.pcdr import outlier_shares, principal_components, projections
 from s2d.spectral.statistics import Sums, add, outlier_count, peaks, token_rows
@@ -32,7 +33,15 @@ class DataMetric(Metric):
         """Forget the sums of the last refresh."""
         self._findings, self._norms = {}, {}
 
-    def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts | None = None) -> None:
+    def observe(
+        self,
+        target: Target,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor | None,
+        parts: Parts | None = None,
+        uses: Uses | None = None,
+    ) -> None:
         """Judge one pass: its principal directions and their shares of the outliers."""
         parts = Parts.whole(x, y) if parts is None else parts
         rows, kept = self._rows(y, mask)

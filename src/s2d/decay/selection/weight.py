@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from s2d.decay.selection.base import RELEASE, SAME_COMPONENT, SPARE, Components, Finding, Metric, largest_here
+from s2d.decay.written_sites import Uses
 from s2d.distributed.sharding import (
     Block,
     Groups,
@@ -66,7 +67,15 @@ class WeightMetric(Metric):
         """Forget the sums of the last refresh."""
         self._seen, self._norms = {}, {}
 
-    def observe(self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts | None = None) -> None:
+    def observe(
+        self,
+        target: Target,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor | None,
+        parts: Parts | None = None,
+        uses: Uses | None = None,
+    ) -> None:
         """Keep the inputs and values of the largest outputs."""
         parts = Parts.whole(x, y) if parts is None else parts
         y_NO, kept = self._rows(y, mask)

@@ -296,6 +296,8 @@ def _look(job: Job, samples: Mapping[Layer, Sample], operands: Mapping[Site, Ten
                 for args, kwargs in _pieces(batch, next(model.parameters()).device):
                     with torch.enable_grad():
                         output = model(*args, **kwargs)
+                        if not _tensors(output):  # without blocks no gradient begins: all outputs count alike
+                            continue
                         loss, _ = probe_loss(model, output, masks.of_output, generator)
                     if loss.requires_grad:
                         loss.backward()

@@ -1,0 +1,308 @@
+# ruff: noqa: E501
+"""Plant an outlier in a gain, a value row and an fc1 row of tiny random models, and let the decay find and shrink it.
+
+One command, offline, CPU; it goes on where it was interrupted, and runs a row again if the code of the decay changed:
+
+    python benchmarks/planted_outliers.py [NAME ...] [--json FILE]
+
+Which weight is planted is told by its name, not by the graph that the decay uses. Its channel is scaled to 10 times the
+limit over the RMS of the other channels of its output; the limit is given (`outlier_ratio`), strength 0.1, SGD at 1e-30
+with gradients of zero. Weights that write an outlier of the random model's own are not shrunk. After 30 steps the
+planted weight must have been selected, be below the limit, and every other number of the model must be bit-equal. Where
+one more outlier comes up on the way, a larger limit is taken; the table says which. Exit code 1 if a row fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from architectures import rows  # pyright: ignore[reportMissingImports, reportImplicitRelativeImport]
+
+from s2d import SelectiveSpectralDecay
+from s2d.errors import InputError
+from s2d.io.provenance import code_digest, run_metadata
+
+STEPS, STRENGTH, TIMES, LIMITS = 30, 0.1, 10.0, (4.5, 6.0, 9.0, 14.0)
+# Names of modules, the better ones first. What reads the norm is a linear layer of the same block.
+PLACES: dict[str, list[str]] = {
+    "gain": [
+        "input_layernorm",
+        "layernorm_before",
+        "norm1",
+        "ln_1",
+        "self_attn_layer_norm",
+        "attention.output.LayerNorm",
+        "sa_layer_norm",
+        "attention.LayerNorm",
+        "post_attention_layernorm",
+        "layer_norm1",
+        "attn_norm",
+        "layer.0.layer_norm",
+        "attention_layernorm",
+        "output.LayerNorm",
+        "layernorm_after",
+        "layer_norm",
+        "layernorm",
+        "norm2",
+        "norm",
+    ],
+    "value": [
+        "v_proj",
+        "value_proj",
+        "value",
+        "v",
+        "v_lin",
+        "query_key_value",
+        "qkv",
+        "qkv_proj",
+        "c_attn",
+        "Wqkv",
+        "kv",
+    ],
+    "fc1": [
+        "fc1",
+        "fc1_x",
+        "intermediate.dense",
+        "intermediate_dense",
+        "up_proj",
+        "wi",
+        "wi_1",
+        "lin1",
+        "dense_h_to_4h",
+        "c_fc",
+        "gate_up_proj",
+        "ffn",
+        "linear1",
+        "mlp.Wi",
+        "weights_in",
+        "pwconv1",
+        "up",
+    ],
+}
+
+
+def weight_of(model: nn.Module, what: str) -> str | None:
+    """The first weight of this kind in the second block, or in any."""
+    for place in PLACES[what]:
+        found = [name for name, p in model.named_parameters() if f".{name}".endswith(f".{place}.weight")
+                 and p.ndim == (1 if what == "gain" else 2)]  # fmt: skip
+        owners = [model.get_submodule(name.rpartition(".")[0]) for name in found]
+        linear = [isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" or what == "gain" for m in owners]
+        inside = [n for n, fits in zip(found, linear, strict=True) if fits and any(p.isdigit() for p in n.split("."))]
+        if inside:
+            return inside[len(inside) // 2]
+    return None
+
+
+def run(model: nn.Module, batch: Any) -> None:
+    with torch.no_grad():
+        model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+    """One step of a training in which nothing but the decay moves a number."""
+    torch.manual_seed(0)
+    run(model, batch)
+    optimizer.step()
+
+
+def output_of(model: nn.Module, module: str, batch: Any) -> Tensor | None:
+    """What a module makes ``[N, D]``; None if it is never called."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(module).register_forward_hook(lambda *a: seen.append(a[2].detach()))
+    run(model, batch)
+    handle.remove()
+    return seen[0].flatten(0, -2).float() if seen and isinstance(seen[0], Tensor) else None
+
+
+@torch.no_grad()
+def plant(model: nn.Module, name: str, what: str, batch: Any, limit: float) -> int:
+    """Scale one channel of a weight; which."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    weight = model.get_parameter(name)
+    rows = weight.mT if type(module).__name__ == "Conv1D" else weight
+    y = output_of(model, name.rpartition(".")[0], batch)
+    width = len(rows)
+    size = torch.ones(width) if y is None else (y.mean(0).abs() if what == "value" else y.amax(0))
+    first = width - width // 3 if re.search(r"qkv|query_key_value|c_attn|Wqkv", name) else 0
+    if re.search(r"query_key_value", name):
+        first = width - 4  # heads take turns
+    if re.search(r"gate_up|mlp\.Wi|\.kv\.", name):
+        first = width // 2
+    channel = first + int(size[first:].argmax())
+    others = torch.arange(width) != channel
+    if y is None:
+        norms = torch.linalg.vector_norm(rows.reshape(width, -1), dim=1)
+        factor = TIMES * limit * (norms[others].mean() / norms[channel]).item()
+    else:
+        factor = TIMES * limit * (y[:, others].square().mean().sqrt() / y[:, channel].abs().max()).item()
+    offset = 1.0 if what == "gain" and bool((weight == 0).all()) else 0.0  # Gemma stores gain - 1
+    rows[channel] = (rows[channel] + offset) * factor - offset
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor):
+        bias[channel] *= factor
+    return channel
+
+
+class LeavingOut(SelectiveSpectralDecay):
+    """A decay that does not shrink what writes a random model's own outliers."""
+
+    own: set[str]
+
+    def shrink(self, target: Any, *rest: Any) -> None:
+        """As always, or nothing."""
+        if target.name not in self.own:
+            super().shrink(target, *rest)
+
+
+def condition(make: Any, batch: Any, what: str, limit: float) -> dict[str, Any]:
+    """One planted outlier."""
+    torch.manual_seed(0)
+    model = make().train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "layerdrop"):
+            module.layerdrop = 0.0  # type: ignore[assignment]
+    name = weight_of(model, what)
+    if name is None:
+        return {"weight": None, "ok": None, "why": "no weight of such a name"}
+    channel = plant(model, name, what, batch, limit)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    settings: dict[str, Any] = {"outlier_ratio": limit, "refresh_every": 5}
+    try:
+        natural = SelectiveSpectralDecay(model, optimizer, strength=0.0, **settings)
+        step(model, optimizer, batch)
+        natural.remove()
+        own = {n for n in natural.selected if n.partition("[")[0] != name}
+        decay = LeavingOut(model, optimizer, strength=STRENGTH, **settings)
+        decay.own = own
+    except InputError as error:
+        return {"weight": name, "ok": None, "why": str(error)[:100]}
+    for _ in range(STEPS + 1):
+        step(model, optimizer, batch)
+    decay.remove()
+    history = [row for row in decay.history if re.sub(r"\[.*", "", row["weight"]) == name]
+    ratios = [row["outlier_ratio"] for row in history]
+    bias = re.sub(r"weight$", "bias", name)
+    changed = []
+    for n, p in model.named_parameters():
+        here = before[n]
+        if n == name:
+            conv1d = type(model.get_submodule(n.rpartition(".")[0])).__name__ == "Conv1D"
+            p, here = (p.mT, here.mT) if conv1d else (p, here)
+        same = (
+            torch.tensor([torch.equal(a, b) for a, b in zip(p, here, strict=True)]) if p.ndim else torch.equal(p, here)
+        )
+        if n in (name, bias) and isinstance(same, Tensor):
+            same[channel] = True
+        if not bool(torch.as_tensor(same).all()):
+            changed.append(n)
+    row: dict[str, Any] = {
+        "weight": name,
+        "channel": channel,
+        "limit": limit,
+        "natural": len(own),
+        "others_changed": changed[:3],
+    }
+    if not history:
+        skipped = next(
+            (why for n, why in decay.skipped.items() if n.startswith(name)), "no site is written by it alone"
+        )
+        return {**row, "ok": False, "why": skipped}
+    chosen = max(row["selected"] for row in history) > 0
+    # A fused weight has a site for each of its parts: the last one seen of each counts.
+    last = {row["weight"]: row for row in history}
+    done = all(row["selected"] == 0 for row in last.values())
+    ok = chosen and done and not changed
+    why = "" if ok else "not selected" if not chosen else "still selected" if not done else "others changed"
+    return {
+        **row,
+        "first_ratio": round(max(ratios[:3]), 2),
+        "last_ratio": round(max(r["outlier_ratio"] for r in last.values()), 2),
+        "ok": ok,
+        "why": why,
+    }  # noqa: E501
+
+
+def look(make: Any, batch: Any) -> dict[str, Any]:
+    """A row of the table: each kind, at the smallest limit at which no natural outlier is in the way."""
+    found = {}
+    for what in PLACES:
+        tries = []
+        for limit in LIMITS:
+            tries.append(condition(make, batch, what, limit))
+            if tries[-1]["ok"] is not False:
+                break
+        row = next((one for one in tries if one["ok"] is not False), tries[0])
+        found[what] = row
+    return found
+
+
+def records(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """One of each planted outlier; its value is the site's last ratio over the limit, so below 1 where all is well."""
+    return [
+        {"model": name, "metric": what, "value": one["last_ratio"] / one["limit"] if one["ok"] else None, **one}
+        for name, row in found.items()
+        for what, one in row.items()
+    ]
+
+
+def rows_of(content: dict[str, Any]) -> dict[str, Any]:
+    """What `records` was made from."""
+    found: dict[str, Any] = {}
+    for one in content["records"]:
+        kept = {key: value for key, value in one.items() if key not in ("model", "metric", "value")}
+        found.setdefault(one["model"], {})[one["metric"]] = kept
+    return found
+
+
+def main() -> int:
+    """Print the table; 1 if a row fails."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only these (a part of a name)")
+    parser.add_argument("--json", type=Path, help="the rows; those that are in it and of the same code are kept")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    code = code_digest("decay", "models", "targets", "spectral", "distributed")
+    found: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        saved = json.loads(options.json.read_text())
+        found = rows_of(saved) if saved["run"].get("code") == code else {}
+    for name, make, batch in rows():
+        if name in found or (options.names and not any(part in name for part in options.names)):
+            continue
+        started = time.process_time()
+        try:
+            found[name] = look(make, batch)
+        except Exception as error:  # one architecture must not hide the others
+            line = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            found[name] = {what: {"weight": "?", "ok": False, "why": line} for what in PLACES}
+        said = "; ".join(f"{what} {'ok' if row['ok'] else row['why']}" for what, row in found[name].items())
+        print(f"{name:34} {time.process_time() - started:5.1f} s  {said}", flush=True)
+        if options.json:
+            content = {"run": run_metadata(code=code), "records": records(found)}
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
+    failed = sum(one["ok"] is False for row in found.values() for one in row.values())
+    passed = sum(one["ok"] is True for row in found.values() for one in row.values())
+    print(f"{len(found)} architectures: {passed} outliers below the limit, {failed} not")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
