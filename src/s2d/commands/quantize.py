@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from s2d.commands.promise import METHOD, check_options, keep_promise
+from s2d.commands.promises import METHOD, check_options, keep_promise
 from s2d.commands.shared import (
     Data,
     Device,

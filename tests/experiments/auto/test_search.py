@@ -17,9 +17,9 @@ from s2d.checkpoint import save
 from s2d.cli import main
 from s2d.experiments.auto.ladder import first
 from s2d.experiments.auto.promise import Promise
-from s2d.experiments.auto.records import File, Records
 from s2d.experiments.auto.rounds import Rounds
 from s2d.experiments.auto.search import auto
+from s2d.experiments.auto.search_records import File, Records
 from s2d.experiments.auto.verdict import status_of, what_would_help
 from s2d.export import open_exported
 from s2d.export.runtime import find_runtime

@@ -10,7 +10,7 @@ import math
 
 from s2d.experiments.auto.acceptance import Drop, level_of, paired_drop
 from s2d.experiments.auto.candidates import Candidate, Objective
-from s2d.experiments.auto.records import Records
+from s2d.experiments.auto.search_records import Records
 from s2d.experiments.auto.verdict import Row
 from s2d.tasks.base import Outcomes
 

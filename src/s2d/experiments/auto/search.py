@@ -30,8 +30,8 @@ from s2d.experiments.auto.candidates import Candidate, Objective, Scored, file_b
 from s2d.experiments.auto.judging import Judge, Judged, outcomes_on
 from s2d.experiments.auto.ladder import RUNGS, View, first
 from s2d.experiments.auto.promise import Promise
-from s2d.experiments.auto.records import CANDIDATES, File, Records, with_companions
 from s2d.experiments.auto.rounds import Rounds
+from s2d.experiments.auto.search_records import CANDIDATES, File, Records, with_companions
 from s2d.experiments.auto.simulation import SEARCHED, Simulation, as_in_file
 from s2d.experiments.auto.verdict import Verdict, status_of, what_would_help
 from s2d.experiments.watcher import Silent, Watcher
