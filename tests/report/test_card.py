@@ -44,7 +44,11 @@ def test_the_text_compares_the_arms_and_says_what_the_decay_saw() -> None:
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert "MRR@10, docstrings" in rows and "AdamW" in rows and "AdamW \\+ S2D" in rows
     assert "214× at step 0, 9.00× at step 25" in text
-    assert "3 seeds." in text and "simulated" in text
+    assert "3 seeds." in text and "simulated" in text and "of its strength" not in text
+    moments = [
+        {"step": n, "outlier_ratio": 9.0, "weight": "w", "selected": 1, "pace": pace} for n, pace in ((0, 1), (5, 0.2))
+    ]
+    assert "used 60 % of its strength" in made(training={"decay": {}, "history": moments})
 
 
 def test_a_rival_is_not_called_spectral_decay() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from s2d.tasks import Task
 from s2d.training.batching import training_batches
 from s2d.training.early_stopping import EarlyStopping
 from s2d.training.loop import parameter_groups, schedule, train, without_dropout
+from s2d.training.precision import faster
 from s2d.training.state import read_state
 from s2d.training.train_settings import TrainSettings
 
@@ -210,11 +212,44 @@ def test_half_precision_leaves_the_weights_in_fp32(loaded: Loaded, task: Task) -
 def test_emulated_bfloat16_is_told(
     loaded: Loaded, task: Task, supported: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    monkeypatch.setattr("s2d.training.loop._multiplies_bfloat16", lambda: supported)
+    monkeypatch.setattr("s2d.training.precision._multiplies_bfloat16", lambda: supported)
     for precision in ("fp32", "bf16"):
         train(task.build(loaded), task, SETTINGS.model_copy(update={"precision": precision, "steps": 1}))
         told = [str(each.message) for each in recwarn.list if "bfloat16" in str(each.message)]
         assert len(told) == (precision == "bf16" and not supported)
+
+
+def test_auto_takes_one_precision_and_keeps_it_on_another_machine(
+    loaded: Loaded, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = SETTINGS.model_copy(update={"precision": "auto", "save_every": 0.0})
+    chosen = faster(torch.device("cpu"))
+    straight, state = task.build(loaded), tmp_path / "state.pt"
+    whole = train(straight, task, SETTINGS.model_copy(update={"precision": chosen}))
+
+    def crash(step: int, loss: float) -> None:
+        if step == 4:
+            raise Crash
+
+    with pytest.raises(Crash):
+        train(task.build(loaded), task, auto, state=state, on_step=crash)
+    monkeypatch.setattr("s2d.training.precision.speedup", lambda *_: 0.1 if chosen == "bf16" else 10.0)
+    continued = task.build(loaded)
+    rest = train(continued, task, auto, state=state)
+    assert (rest.precision, rest.losses) == (chosen, whole.losses) and equal(straight, continued)
+    assert train(task.build(loaded), task, auto).precision != chosen
+
+
+def test_the_faster_precision_is_the_one_that_multiplies_faster() -> None:
+    """Against products without a gradient, of another size; where the two are close nothing is claimed."""
+    x, found = torch.ones(1024, 1024), []
+    for half in (x, x.bfloat16()):
+        half @ half
+        started = time.perf_counter()
+        half @ half
+        found.append(time.perf_counter() - started)
+    if not 0.5 < found[0] / found[1] < 2:
+        assert faster(torch.device("cpu")) == ("bf16" if found[1] < found[0] else "fp32")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

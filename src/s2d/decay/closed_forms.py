@@ -173,6 +173,28 @@ def shrink_rows(
     components.S = components.S * kept
 
 
+def slope_rows(
+    W: Tensor | Block,
+    gradient: Tensor | Block,
+    components: Components,
+    power: float,
+    offset: float = 0.0,
+) -> Tensor:
+    """How fast the loss rises with the amount of `shrink_rows`, to first order; of this rank's part, a scalar.
+
+    Args:
+        W: ``[O, I]``, a gain or a bias ``[O]``.
+        gradient: Of W.
+        components: With channels.
+        power: See `decayed`.
+        offset: See `shrink_rows`.
+    """
+    block = Block.of(W)
+    here, rows = channels_here(block, components)
+    values, gradients = block.local[rows].float() + offset, Block.of(gradient).local[rows].float()
+    return -((values * gradients).sum(1) * components.S[here].pow(power - 1)).sum()
+
+
 def subtract(local: Tensor, change: Tensor, draw: torch.Generator | None = None) -> None:
     """``local -= change``, in place.
 

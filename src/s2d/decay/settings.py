@@ -22,6 +22,8 @@ class DecaySettings:
         mode: ``"decoupled"`` or ``"coupled"``.
         power: n of the penalty; 1 is exponential decay, the same for every size of component.
         strength: lambda. Decoupled: per step, times the schedule. Coupled: of the loss.
+        budget: The decay may change the loss by this share of what the optimizer's steps change it by; more, and its
+            strength falls (site metric; see `s2d.decay.budget`). 0: no limit.
         threshold: tau, the share of the outliers that selects a component (weight and data metric).
         max_rank: K_max, components per weight at most (weight and data metric).
         refresh_every: m, optimizer steps between two refreshes, which measure the activations.
@@ -35,6 +37,7 @@ class DecaySettings:
     mode: Mode = "decoupled"
     power: float = 1.0
     strength: float = 0.03
+    budget: float = 0.0
     threshold: float = 0.3
     max_rank: int = 3
     refresh_every: int = 5
@@ -60,6 +63,7 @@ class DecaySettings:
             raise InputError(f"track={self.track!r} must be True or False")
         ranges = (
             ("strength", self.strength, 0.0, math.inf, "at least 0"),
+            ("budget", self.budget, 0.0, math.inf, "at least 0, where 0 sets no limit"),
             ("power", self.power, 1.0, 16.0, "between 1 (plain decay) and 16"),
             ("threshold", self.threshold, 0.0, 1.0, "between 0 and 1 (a share of the outliers)"),
             ("outlier_ratio", self.outlier_ratio, 0.0, math.inf, "at least 0"),

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from s2d.decay.budget import Budget, copies
 from s2d.decay.closed_forms import (
     channels_here,
     measured,
@@ -39,6 +40,7 @@ from s2d.decay.closed_forms import (
     shrink_directions,
     shrink_rows,
     shrink_singular,
+    slope_rows,
     summed_over,
 )
 from s2d.decay.eligibility import eligible, no_matrices, sort_out
@@ -48,6 +50,7 @@ from s2d.decay.selection import METRICS, Components, Finding
 from s2d.decay.settings import PRESETS, MetricName, Mode
 from s2d.decay.steps import OutermostSteps
 from s2d.decay.traced_model import Structure
+from s2d.distributed.parameters import gradient_of
 from s2d.distributed.sharding import (
     Block,
     agreed,
@@ -91,7 +94,7 @@ class SelectiveSpectralDecay:
         targets: What is looked at.
         skipped: Weights left out, by name, with the reason.
         history: One record per refresh and weight: ``step, weight, sigma, pcdr, outlier_max, outlier_ratio, selected``
-            (how many components). The newest 100,000 are kept.
+            (how many components), with a budget ``pace`` (see `pace`). The newest 100,000 are kept.
         step_count: Optimizer steps seen.
     """
 
@@ -105,6 +108,7 @@ class SelectiveSpectralDecay:
         mode: Mode | None = None,
         power: float | None = None,
         strength: float | None = None,
+        budget: float | None = None,
         threshold: float | None = None,
         max_rank: int | None = None,
         refresh_every: int | None = None,
@@ -143,9 +147,10 @@ class SelectiveSpectralDecay:
         given = {
             name: value
             for name, value in (
-                ("metric", metric), ("mode", mode), ("power", power), ("strength", strength), ("threshold", threshold),
-                ("max_rank", max_rank), ("refresh_every", refresh_every), ("outlier_ratio", outlier_ratio),
-                ("track", track), ("kinds", (kinds,) if isinstance(kinds, str) else kinds and tuple(kinds)),
+                ("metric", metric), ("mode", mode), ("power", power), ("strength", strength), ("budget", budget),
+                ("threshold", threshold), ("max_rank", max_rank), ("refresh_every", refresh_every),
+                ("outlier_ratio", outlier_ratio), ("track", track),
+                ("kinds", (kinds,) if isinstance(kinds, str) else kinds and tuple(kinds)),
             )
             if value is not None
         }  # fmt: skip
@@ -176,6 +181,10 @@ class SelectiveSpectralDecay:
         self._metric = METRICS[s.metric](
             self.targets, **shared, seed=seed, gradients=s.mode == "coupled", everyone=self._everyone
         )
+        self._budget = None
+        if s.metric == "site" and s.budget > 0 and s.strength > 0:
+            self._budget = Budget(s.budget, self.optimizers, self._everyone)
+        self._slopes: dict[str, Tensor] = {}
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
         self.step_count = 0
         self._ran: set[str] = set()
@@ -197,6 +206,8 @@ class SelectiveSpectralDecay:
     def _before_step(self, first: bool) -> Callable[..., Any]:
         def prepare(optimizer: Optimizer) -> None:
             with self._exact_arithmetic():
+                if first and self._budget is not None:
+                    self._budget.judge(_loss_scale(optimizer))
                 if first and self._handles:
                     self._refresh()
                 if self.settings.mode == "coupled":
@@ -259,8 +270,13 @@ class SelectiveSpectralDecay:
             return
         members = list(self._selected_of(optimizer))
         present = self._present(members)
+        if self._budget is not None and self._budget.looks(optimizer):
+            known = [t for t, _ in members if t.name in self._slopes]
+            costs = [strength * self._rates.share(t.parameter) * self._slopes[t.name] for t in known]
+            self._budget.moved(optimizer, sum(costs, torch.zeros(())))
         for target, components in members:
-            amount, bias = strength * self._rates.share(target.parameter), self._own_bias(target)
+            amount = strength * self.pace * self._rates.share(target.parameter)
+            bias = self._own_bias(target)
             along, along_bias = present.get(target.name, (None, None))
 
             def change(
@@ -344,8 +360,7 @@ class SelectiveSpectralDecay:
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
         """Coupled: the gradient of the penalty joins the gradient of the loss."""
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under GradScaler unscales by itself, later
-        factor = self.settings.strength * (1.0 if scale is None else float(scale))
+        factor = self.settings.strength * _loss_scale(optimizer)
         if factor == 0:
             return
         members = [
@@ -447,6 +462,9 @@ class SelectiveSpectralDecay:
         self._take_offsets()
         findings = self._metric.finish()
         self._agree()
+        if self._budget is not None:
+            self._measure_slopes()
+            self._budget.look()
         for name, finding in findings.items():
             self.history.append(self._record(name, finding))
         self._note_what_ran()
@@ -456,6 +474,25 @@ class SelectiveSpectralDecay:
                 "selected; pass the model whose modules really run",
                 stacklevel=4,
             )
+
+    def _measure_slopes(self) -> None:
+        """How fast the loss rises as each target is shrunk. Of frozen weights (LoRA) that is not known."""
+        self._slopes = {}
+        for optimizer in self.optimizers:
+            for target, components in self._selected_of(optimizer):
+                W, bias, gradient = _oriented(target), bias_parameter(target), gradient_of(target.parameter)
+                if components.channels is None or gradient is None:
+                    continue
+                power, share = self.settings.power, copies(W.groups, self._everyone) / _loss_scale(optimizer)
+                slope = slope_rows(W, _oriented(target, gradient), components, power, target.offset)
+                own = self._own_bias(target)
+                bias_gradient = None if bias is None else gradient_of(bias)
+                if own is not None and bias_gradient is not None:
+                    whole = Block.of(bias_gradient)
+                    part = whole if target.rows is None else whole.take(target.rows)
+                    # Of a weight divided along its columns every rank holds the whole bias.
+                    slope = slope + slope_rows(own, part, components, power) / ranks_in(W.column_groups)
+                self._slopes[target.name] = slope * share
 
     def _unknown_anywhere(self) -> bool:
         """Whether something ran that was not traced, on any rank: all trace again together."""
@@ -488,6 +525,7 @@ class SelectiveSpectralDecay:
             "outlier_max": finding.outlier_max,
             "outlier_ratio": finding.outlier_ratio,
             "selected": 0 if components is None else len(components),
+            **({} if self._budget is None else {"pace": self.pace}),
         }
 
     def _agree(self) -> None:
@@ -519,6 +557,11 @@ class SelectiveSpectralDecay:
         return {name: len(components) for name, components in self._metric.selected.items() if len(components)}
 
     @property
+    def pace(self) -> float:
+        """The share of the strength that the budget allows now."""
+        return 1.0 if self._budget is None else self._budget.pace
+
+    @property
     def fallbacks(self) -> int:
         """Warm iterations that did not converge and were answered by a full SVD, since the start."""
         return getattr(self._metric, "fallbacks", 0)
@@ -537,6 +580,7 @@ class SelectiveSpectralDecay:
             "ran": sorted(self._ran),
             "frozen": {name: _stored(self._frozen[name]) for name in sorted(self._changed) if name in self._frozen},
             "owed": {name: owed.cpu() for name, owed in self._owed.items()},
+            "budget": None if self._budget is None else self._budget.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -554,6 +598,7 @@ class SelectiveSpectralDecay:
             )
         mine = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         other = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
+        other.setdefault("budget", 0.0)  # of before there was one
         changed = [name for name in mine if mine[name] != other.get(name)]
         if changed:
             text = ", ".join(f"{name}: {other.get(name)!r} saved, {mine[name]!r} here" for name in changed)
@@ -579,6 +624,8 @@ class SelectiveSpectralDecay:
         }
         self._metric.load_state(state["metric"])
         self._owed = {name: owed.clone() for name, owed in state.get("owed", {}).items()}
+        if self._budget is not None:
+            self._budget.load_state(state["budget"])
         self.history = deque(state["history"], maxlen=_HISTORY_LENGTH)
         self._ran = set(state["ran"])
         if self.step_count:
@@ -640,6 +687,12 @@ def _innermost(optimizer: Any) -> Any:
     """The optimizer that really steps; accelerate and Lightning put theirs around it."""
     inner = getattr(optimizer, "optimizer", None)
     return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _loss_scale(optimizer: Optimizer) -> float:
+    """What the gradients are still multiplied by: a fused optimizer under GradScaler unscales by itself, later."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
 
 
 def _skips_step(optimizer: Optimizer) -> bool:

@@ -21,7 +21,7 @@ from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
 from s2d.models import footprint, save_model
 from s2d.models.blocks import blocks_of
-from s2d.report import write_card
+from s2d.report import held_back, write_card
 from s2d.tasks import create
 from s2d.tasks.teacher import head_of
 from s2d.training.blockwise import condition_blocks
@@ -125,6 +125,8 @@ def condition_model(
         told = {**asdict(done), "seed": seed, "settings": recipe.train.outcome(), "decay": decay}
         write_card(out, base=recipe.model, task=recipe.task.name, training=told, run=about)
         clear(held)
-        for line in task.notes():
+        for line in filter(None, (*task.notes(), held_back(done.history))):
             say(line)
+        if recipe.train.precision == "auto":
+            say(f"train.precision=auto took {done.precision}")
     return done, about

@@ -22,7 +22,7 @@ What is read (further keys are allowed and ignored):
   of the training; records whose ``conditioning`` is a label are that checkpoint's scores.
 """
 
-from s2d.report.card import write_card
+from s2d.report.card import held_back, write_card
 from s2d.report.page import render_report, write_report
 
-__all__ = ["render_report", "write_card", "write_report"]
+__all__ = ["held_back", "render_report", "write_card", "write_report"]

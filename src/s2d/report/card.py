@@ -206,10 +206,21 @@ def _outliers(history: object) -> str:
     if len(looks) < 2:
         return ""
     (first, before), *_, (last, after) = looks.items()
-    return (
+    text = (
         f"The largest activation over the RMS of its tensor, worst weight: {ratio(before)} at step {first}, "
         f"{ratio(after)} at step {last}."
     )
+    return f"{text} {held}." if (held := held_back(history)) else text
+
+
+def held_back(history: Sequence[Mapping[str, Any]]) -> str:
+    """How much of its strength the decay's budget allowed, in words; empty where it set no limit."""
+    selected = [moment for moment in history if moment.get("selected")]
+    paces = [float(pace) for moment in selected if isinstance(pace := moment.get("pace"), int | float)]
+    mean = statistics.fmean(paces) if paces else 1.0
+    if mean > 0.995:
+        return ""
+    return f"The decay used {100 * mean:.0f} % of its strength: with more it would have exceeded decay.budget"
 
 
 def _loading() -> str:

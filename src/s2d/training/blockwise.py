@@ -41,6 +41,7 @@ from s2d.quant.spec import QuantSpec
 from s2d.tasks import Task
 from s2d.training.loop import parameter_groups, schedule, without_dropout
 from s2d.training.optimizers import make_optimizer
+from s2d.training.precision import resolved
 from s2d.training.state import key_of
 from s2d.training.step_guard import StepGuard, train_step
 from s2d.training.train_settings import OnStep, Training, TrainSettings
@@ -81,6 +82,8 @@ def condition_blocks(
     """
     settings = settings or TrainSettings()
     _refuse(model, settings, batches, decay)
+    precision = resolved(settings.precision, next(model.parameters()).device)
+    settings = settings.model_copy(update={"precision": precision})
     store = None
     if resume is not None:
         store = Store(resume, {"training": f"{key_of(model, task, settings, seed, decay)}-{batches}"})
@@ -88,7 +91,7 @@ def condition_blocks(
     calls = [each for batch in chosen for each in task.inputs(batch)]
     # A job that rounds nothing: the walk brings each block's tokens, with the blocks before as they are by then.
     job = Job(model, QuantSpec(), [], {}, Batches(calls), seed, progress=False, stage="transform")
-    done = Training(0, 0.0, 0.0, [])
+    done = Training(0, 0.0, 0.0, [], precision=precision)
     started = time.monotonic()
     with measured() as cost:
         for block in walk(job, reference=True):

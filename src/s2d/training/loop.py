@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ from s2d.training.batching import _share, training_batches
 from s2d.training.early_stopping import EarlyStopping
 from s2d.training.frozen_teacher import FrozenTeacher
 from s2d.training.optimizers import make_optimizer
+from s2d.training.precision import resolved
 from s2d.training.state import _deferred_interrupt, _Run, key_of
 from s2d.training.step_guard import StepGuard, train_step
 from s2d.training.train_settings import Companion, OnStep, Training, TrainSettings
@@ -72,11 +72,7 @@ def train(
     settings = settings or TrainSettings()
     place = next(model.parameters()).device
     key = key_of(model, task, settings, seed, decay, companion)
-    if settings.precision == "bf16" and place.type == "cpu" and not _multiplies_bfloat16():
-        warnings.warn(
-            "this CPU has no bfloat16 products: precision=bf16 is emulated here and many times slower than fp32",
-            stacklevel=2,
-        )
+    precision = resolved(settings.precision, place)
     accelerator = _accelerator(place, task, settings)
     raw = make_optimizer(settings.optimizer, model, parameter_groups(model, settings, companion), settings.lr)
     prepared, optimizer = accelerator.prepare(model, raw)
@@ -103,7 +99,7 @@ def train(
         guard = StepGuard(settings.spike, settings.lr)
         held_out = EarlyStopping(task, settings.check_every, settings.patience, settings.batch_size)
         place_of_state = Path(state) if state is not None else None
-        run = _Run(model, raw, scheduler, spectral, companion, guard, held_out, place_of_state, key)
+        run = _Run(model, raw, scheduler, spectral, companion, guard, held_out, place_of_state, key, precision)
         run.restore()
         _require_together(run.step, accelerator)
         interrupt = stack.enter_context(_deferred_interrupt()) if run.path is not None else None
@@ -113,7 +109,7 @@ def train(
         started = saved = time.monotonic()
         before = clock.seconds = run.seconds
         while clock.steps(run.step) < settings.steps and not held_out.spent:
-            with torch.autocast(place.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            with torch.autocast(place.type, torch.bfloat16, enabled=run.precision == "bf16"):
                 loss = task.loss(prepared, _share(next(batches), accelerator))
                 for other in (companion, spectral):
                     added = None if other is None or isinstance(other, SelectiveSpectralDecay) else other.loss()
@@ -146,13 +142,16 @@ def train(
         run.save()
     history = list(spectral.history) if spectral is not None else []
     return Training(
-        run.step, run.seconds, cost.peak_mb, run.losses, history, guard.skipped, held_out.checks, held_out.spent
+        run.step,
+        run.seconds,
+        cost.peak_mb,
+        run.losses,
+        history,
+        guard.skipped,
+        held_out.checks,
+        held_out.spent,
+        run.precision,
     )
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN has such products on this CPU; where torch comes without it, nothing is known and nothing said."""
-    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _accelerator(place: torch.device, task: Task, settings: TrainSettings) -> Any:

@@ -24,6 +24,7 @@ from s2d.models import fingerprint
 from s2d.models.saved import refuse_compressed
 from s2d.tasks import Task
 from s2d.training.early_stopping import EarlyStopping
+from s2d.training.precision import Precision
 from s2d.training.step_guard import StepGuard
 from s2d.training.train_settings import Companion, TrainSettings
 
@@ -43,6 +44,7 @@ class _Run:
     held_out: EarlyStopping
     path: Path | None
     key: str
+    precision: Precision = "fp32"
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -54,6 +56,7 @@ class _Run:
         content = {
             "version": _STATE_VERSION,
             "key": self.key,
+            "precision": self.precision,
             "step": self.step,
             "seconds": self.seconds,
             "losses": self.losses,
@@ -77,6 +80,7 @@ class _Run:
             raise InputError(
                 f"{self.path} holds a training with other settings, data or weights; remove it, or choose another place"
             )
+        self.precision = content.get("precision", self.precision)  # with "auto" that of its beginning
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])

@@ -33,7 +33,8 @@ class TrainSettings(BaseModel):
         group_by_length: Put texts of like length into one batch, which halves the time on short texts.
         distill: Weight of the distance from the model as it was before training, in shares of variance (see
             `frozen_teacher.py`); 0 leaves it out. Costs a forward pass a step. Quantized training has its own weight.
-        precision: ``fp32``, or ``bf16`` for the computation; weights stay as they are.
+        precision: ``fp32``, ``bf16`` for the computation (weights stay as they are), or ``auto`` for whichever is
+            faster on the device (see `precision.py`): results then depend on the machine too.
         checkpoints: Steps after which the model is kept as it is then, to see how it changes over the training.
         check_every: Steps between two looks at the task's measure on the validation split; 0 for none. They take time.
         patience: Looks in a row without a new best after which training ends (see `early_stopping.py`); 0 for never.
@@ -55,7 +56,7 @@ class TrainSettings(BaseModel):
     dropout: bool = False
     group_by_length: bool = True
     distill: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     checkpoints: tuple[int, ...] = ()
     check_every: int = Field(default=0, ge=0)
     patience: int = Field(default=0, ge=0)
@@ -118,6 +119,7 @@ class Training:
         skipped: Steps that were counted and not taken, and why: their loss or gradient was no number, or a spike.
         checks: Step and value of each look at the validation split.
         stopped_early: It ended by ``settings.patience``.
+        precision: Of the computation, as ``precision="auto"`` found it.
     """
 
     steps: int
@@ -128,6 +130,7 @@ class Training:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     stopped_early: bool = False
+    precision: str = "fp32"
 
 
 OnStep = Callable[[int, float], None]

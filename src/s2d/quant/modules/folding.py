@@ -183,10 +183,15 @@ def _writes_exactly(fold: PairFold, graph: Graph | None) -> bool:
         return True
     reads = [call for call in graph.products if call.parameter.rpartition(".")[0] == fold.reader]
     for call in reads:
-        mine = [w for w in graph.writers(call) if w.call.parameter.rpartition(".")[0] == fold.writer]
-        mine = [w for w in mine if w.call.kind != "bias"]
+        writers = graph.writers(call)
+        mine = [w for w in writers if w.call.kind != "bias" and w.call.parameter.rpartition(".")[0] == fold.writer]
         exact = all(w.exactness == "exact" and (w.rows is None or w.rows.span == fold.rows) for w in mine)
-        if not mine or not exact:
+        # A bias that is none of the writer's own would keep its scale.
+        biases = [c for w in mine for c in graph.at(w.call.operation)] + [
+            w.call for w in writers if w.exactness == "exact"
+        ]
+        strange = any(c.kind == "bias" and c.parameter.rpartition(".")[0] != fold.writer for c in biases)
+        if not mine or not exact or strange:
             return False
     return bool(reads)
 

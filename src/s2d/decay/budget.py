@@ -1,0 +1,154 @@
+"""A budget: the decay may change the loss by a small share of what the optimizer's own steps change it by.
+
+Both are known to first order from the gradients of training, without a pass of their own: shrinking changes the loss by
+<gradient, dW> of what is shrunk, and a step by <gradient of the next batch, step>. The gradient of its own batch would
+not do, as a step follows the noise of that batch. Where the decay would take more than its share its strength falls,
+down to nothing where training hardly moves: small rates, models that are finished.
+
+It is the size of the step's change that counts, not what it gains. At usual rates training goes down a valley from
+side to side: behind each step the loss rises along it, while from step to step it falls (docs/results/vision.md). A
+share of the gain would stop the decay where it costs nothing.
+
+Weights are sampled, some thousand entries of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from s2d.distributed.parameters import gradient_of, shard_groups, stored_part
+from s2d.distributed.sharding import Groups, all_reduce, ranks_in
+
+# Entries of a parameter that are looked at.
+ENTRIES = 2048
+# What a measurement keeps of the ones before.
+MEMORY = 0.8
+
+
+class Budget:
+    """How much of its strength a decay may use.
+
+    Attributes:
+        pace: That share, between 0 and 1.
+        change: By how much a step changes the loss, and
+        cost: how the shrinking behind it would at full strength; running means.
+    """
+
+    def __init__(self, share: float, optimizers: Sequence[Optimizer], everyone: Groups) -> None:
+        """Begin at full strength.
+
+        Args:
+            share: Of the change that training makes.
+            optimizers: Whose steps are measured.
+            everyone: All ranks that train the model.
+        """
+        self.share, self.pace = share, 1.0
+        self._optimizers, self._everyone = optimizers, everyone
+        self._before: dict[int, Tensor] = {}
+        self._moves: dict[int, Tensor] = {}
+        self.change = self.cost = 0.0
+        self._due: Tensor | float = 0.0
+
+    def look(self) -> None:
+        """Measure the coming step."""
+        self._before = {number: _sampled(_parameters(each)) for number, each in enumerate(self._optimizers)}
+        self._moves, self._due = {}, 0.0
+
+    def looks(self, optimizer: Optimizer) -> bool:
+        """Whether this step of an optimizer is measured."""
+        return self._optimizers.index(optimizer) in self._before
+
+    def moved(self, optimizer: Optimizer, cost: Tensor | float) -> None:
+        """An optimizer has stepped, and what it trains is about to be shrunk.
+
+        Args:
+            optimizer: One of them.
+            cost: How the loss will change by that at full strength, to first order; of this rank's part, see `copies`.
+        """
+        number = self._optimizers.index(optimizer)
+        self._moves[number] = _sampled(_parameters(optimizer)) - self._before.pop(number)
+        self._due = self._due + cost
+
+    def judge(self, scale: float = 1.0) -> None:
+        """The next gradients are there: settle the step that was measured, if one was.
+
+        Args:
+            scale: What the loss was multiplied by, if the gradients still are.
+        """
+        if not self._moves:
+            return
+        change: Tensor | float = 0.0
+        for number, move in self._moves.items():
+            parameters = _parameters(self._optimizers[number])
+            found = [gradient_of(parameter) for parameter in parameters]
+            gradients = _sampled(p if g is None else g for p, g in zip(parameters, found, strict=True))
+            if len(gradients) != len(move):
+                continue  # parameters came or went
+            change = change + (gradients * move * self._weights(parameters)).sum() / scale
+        told = torch.tensor([float(change), float(self._due)], dtype=torch.float64)
+        self._moves = {}
+        if ranks_in(self._everyone) > 1:
+            device = _parameters(self._optimizers[0])[0].device
+            told = all_reduce(told.to(device), self._everyone).cpu()
+        change, cost = told.tolist()
+        if not (math.isfinite(change) and math.isfinite(cost)):
+            return
+        self.change = MEMORY * self.change + (1 - MEMORY) * abs(change)
+        self.cost = MEMORY * self.cost + (1 - MEMORY) * cost
+        self.pace = 1.0 if self.cost <= self.share * self.change else self.share * self.change / self.cost
+
+    def _weights(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """What each sampled entry stands for; copies on other ranks share it. Nothing without a gradient."""
+        counts = [len(_strided(p)) for p in parameters]
+        each = [
+            copies(shard_groups(p), self._everyone) * stored_part(p).numel() / max(count, 1) * (p.grad is not None)
+            for p, count in zip(parameters, counts, strict=True)
+        ]
+        place = parameters[0].device
+        return torch.tensor(each, device=place).repeat_interleave(torch.tensor(counts, device=place))
+
+    def state(self) -> dict[str, Any]:
+        """Plain data to continue from."""
+        moves = {number: move.cpu() for number, move in self._moves.items()}
+        return {"pace": self.pace, "known": [self.change, self.cost, float(self._due)], "moves": moves}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+        self.pace, (self.change, self.cost, self._due) = state["pace"], state["known"]
+        self._before = {}
+        self._moves = {
+            number: move.to(_parameters(self._optimizers[number])[0].device) for number, move in state["moves"].items()
+        }
+
+
+def copies(divided: Groups, everyone: Groups) -> float:
+    """The share of one rank in a sum over all ranks: those of other groups hold copies."""
+    return ranks_in(divided) / ranks_in(everyone)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _sampled(tensors: Iterable[Tensor]) -> Tensor:
+    """Entries of many tensors, one behind the other, in float32."""
+    parts = [_strided(tensor) for tensor in tensors]
+    return torch.cat([part.to(parts[0].device, torch.float32) for part in parts])
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """Some `ENTRIES` entries of what lies here, evenly spread over rows and columns."""
+    local = stored_part(tensor.detach())
+    flat = local.to_dense().reshape(-1) if local.is_sparse else local.reshape(-1)
+    if len(flat) <= ENTRIES:
+        return flat
+    step = len(flat) // ENTRIES | 1
+    while math.gcd(step, local.shape[-1]) > 1:  # a stride that divides the rows would see a few columns only
+        step += 2
+    return flat[::step]
