@@ -256,7 +256,15 @@ def look(make: Any, batch: Any) -> dict[str, Any]:
 def records(found: dict[str, Any]) -> list[dict[str, Any]]:
     """One of each planted outlier; its value is the site's last ratio over the limit, so below 1 where all is well."""
     return [
-        {"model": name, "metric": what, "value": one["last_ratio"] / one["limit"] if one["ok"] else None, **one}
+        {
+            "task": "planted outliers",
+            "conditioning": "s2d",
+            "spec": what,
+            "model": name,
+            "metric": what,
+            "value": one["last_ratio"] / one["limit"] if one["ok"] else None,
+            **one,
+        }
         for name, row in found.items()
         for what, one in row.items()
     ]
@@ -266,7 +274,11 @@ def rows_of(content: dict[str, Any]) -> dict[str, Any]:
     """What `records` was made from."""
     found: dict[str, Any] = {}
     for one in content["records"]:
-        kept = {key: value for key, value in one.items() if key not in ("model", "metric", "value")}
+        kept = {
+            key: value
+            for key, value in one.items()
+            if key not in ("task", "conditioning", "spec", "model", "metric", "value")
+        }
         found.setdefault(one["model"], {})[one["metric"]] = kept
     return found
 

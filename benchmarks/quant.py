@@ -40,7 +40,8 @@ from s2d.distributed.processes import device_of
 from s2d.errors import InputError
 from s2d.experiments.recipe import FULL, Cell, QuantizeSection, Recipe, read_recipe
 from s2d.experiments.records import records_of
-from s2d.experiments.runner import Runner, Silent, Watcher
+from s2d.experiments.runner import Runner
+from s2d.experiments.watcher import Silent, Watcher
 from s2d.io.files import JSON, read_json, write_json
 from s2d.io.provenance import code_digest, digest, measured, run_metadata
 from s2d.models import Loaded, fingerprint

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from s2d.checkpoint import save as save
     from s2d.decay import SelectiveSpectralDecay as SelectiveSpectralDecay
     from s2d.errors import InputError as InputError
+    from s2d.experiments.auto.search import auto as auto
     from s2d.export import export as export
     from s2d.export import exporters as exporters
     from s2d.models.tracing import trace as trace
@@ -50,6 +51,7 @@ _HOMES = {
     "TrainSettings": ("s2d.training", "TrainSettings"),
     "allocate": ("s2d.quant.allocate", "allocate"),
     "audit": ("s2d.audit", "audit"),
+    "auto": ("s2d.experiments.auto.search", "auto"),
     "evaluate": ("s2d.tasks.evaluation", "evaluate"),
     "export": ("s2d.export", "export"),
     "exporters": ("s2d.export", "exporters"),
@@ -75,6 +77,7 @@ __all__ = [  # written out for type checkers; the same names as _HOMES
     "TrainSettings",
     "allocate",
     "audit",
+    "auto",
     "evaluate",
     "export",
     "exporters",

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from s2d.commands.promises import METHOD, check_options, keep_promise
 from s2d.commands.shared import (
     Data,
     Device,
@@ -55,8 +56,18 @@ def quantize(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Quantization method, for example rotation+gptq. [bold]s2d doctor[/bold] lists them.")
+        str,
+        typer.Option(
+            help="Quantization method, for example rotation+gptq. [bold]s2d doctor[/bold] lists them. auto: see below."
+        ),
     ] = "rtn",
+    within: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="With --method auto: what the file may lose of the metric.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="With --method auto: end after about so many.")] = None,
+    fastest: Annotated[
+        bool, typer.Option("--fastest/--smallest", help="With --method auto: what is wanted of the file.")
+    ] = False,
     protocol: Annotated[
         str, typer.Option(help="own: each method chooses its ranges. unified: one rule for all methods.")
     ] = "own",
@@ -93,7 +104,18 @@ def quantize(
     --steps trains from where --method ends, with the loss of --task. The tasks unlabelled-text and unlabelled-images
     need no labels: their loss is the distance from the original model. Settings: -o qat.lr=2e-4, -o
     train.batch_size=32. An interrupted training continues with the same command.
+
+    --method auto --for RUNTIME --within POINTS looks for the smallest (--fastest) file that loses at most so many
+    points: candidates are exported, run in their runtime and compared with full precision on the validation split.
+    Exit codes: 0 met, 3 not sure, 4 not met. Every file that was judged is kept, and the same command goes on.
     """
+    chosen = {"--spec": spec, "--observer": observer, "--budget": budget, "--steps": steps, "--resume": resume}
+    chosen |= {"--prefix": prefix or None, "--protocol": None if protocol == "own" else protocol}
+    check_options(method, chosen, {"--within": within, "--minutes": minutes, "--fastest": fastest})
+    if method == METHOD:
+        search = {"runtime": for_, "within": within, "minutes": minutes, "fastest": fastest, "seed": seed}
+        keep_promise(model, task, data, o, out=out, dry_run=dry_run, json_file=json_file, quiet=quiet, **search)
+        return
     if out is None and not dry_run:
         raise InputError("where should the quantized model go? add --out FOLDER, or --dry-run to see the plan only")
     check_folder(out)

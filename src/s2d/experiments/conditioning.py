@@ -15,8 +15,8 @@ from s2d.distributed import processes
 from s2d.distributed.processes import device_of
 from s2d.errors import InputError
 from s2d.experiments.recipe import Recipe
-from s2d.experiments.runner import Silent, Watcher
 from s2d.experiments.unfinished import clear, held_beside
+from s2d.experiments.watcher import Silent, Watcher
 from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
 from s2d.models import footprint, save_model

@@ -22,6 +22,8 @@ from s2d import baselines
 from s2d.decay.settings import PRESETS, DecaySettings
 from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.errors import InputError, choices
+from s2d.experiments.auto.candidates import Objective
+from s2d.experiments.auto.promise import Promise
 from s2d.experiments.recipe_files import override_in, parse, read_text
 from s2d.quant import QuantSpec
 from s2d.quant.numerics.observers import ObserverSpec
@@ -100,13 +102,38 @@ class QuantizeSection(_Section):
         methods: Ways to quantize, see `s2d.quant.methods`.
         protocol: See `s2d.quantize`.
         calibration: The data.
+        method: ``auto`` also looks for a file of each arm's model that keeps a promise (see `s2d.auto`); the next four
+            are its: the runtime (``for``), the points that may be lost, the time, and what is wanted.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     specs: list[str | dict[str, Any]] = Field(default_factory=lambda: [FULL, "w8a8", "w6a6", "w4a4"], min_length=1)
     observers: list[str] = Field(default_factory=lambda: ["minmax", "percentile", "mse"], min_length=1)
     methods: list[str] = Field(default_factory=lambda: ["rtn"], min_length=1)
     protocol: Literal["own", "unified"] = "own"
     calibration: Calibration = Calibration()
+    method: Literal["auto"] | None = None
+    for_: str | None = Field(default=None, alias="for")
+    within: float | None = None
+    minutes: float | None = None
+    objective: Objective = "smallest"
+
+    @model_validator(mode="after")
+    def _whole_promise(self) -> QuantizeSection:
+        self.promise  # noqa: B018 - whatever is wrong with it is said here
+        return self
+
+    @property
+    def promise(self) -> Promise | None:
+        """What ``method: auto`` has to keep; None without it."""
+        if self.method is None:
+            if (self.for_, self.within, self.minutes) != (None, None, None):
+                raise InputError("for, within and minutes are parts of a promise; add method: auto")
+            return None
+        if self.for_ is None or self.within is None:
+            raise InputError("method: auto needs a runtime and points, such as for: onnxruntime and within: 1")
+        return Promise.parse(self.for_, self.within, self.minutes, self.objective)
 
     _readable_specs = _each("specs", lambda spec: spec == FULL or QuantSpec.parse(spec))
     _known_observers = _each("observers", ObserverSpec.parse)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +25,10 @@ from s2d.checkpoint import Loaded, load, save
 from s2d.distributed import processes
 from s2d.distributed.processes import device_of
 from s2d.errors import InputError, MissingExtra
+from s2d.experiments.auto.search import Search
 from s2d.experiments.recipe import FULL, UNTRAINED, Cell, Recipe, arm_settings
 from s2d.experiments.records import cell_name, records_of, shown_path, spec_name
+from s2d.experiments.watcher import Silent, Watcher
 from s2d.io.files import JSON, read_json, sweep, write_json
 from s2d.io.provenance import code_digest, digest, measured, run_metadata
 from s2d.models.tracing import trace
@@ -51,23 +53,6 @@ _DECAY = ("decay", "baselines", *_SEEING)
 _QUANTIZING = ("quant", "models", "distributed")
 _QAT = (*_QUANTIZING, *_TRAINING)
 _AUDITING = ("audit", *_SEEING, "quant", "tasks", "data", "models")
-
-
-class Watcher(Protocol):
-    """Receives the progress of a run."""
-
-    def stage(self, text: str, total: int) -> None:
-        """A stage of so many parts begins."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """So many parts of the stage are done."""
-
-    def say(self, text: str) -> None:
-        """A line to keep."""
-
-
-class Silent(Watcher):
-    """A watcher that does nothing."""
 
 
 class Runner:
@@ -164,6 +149,7 @@ class Runner:
                 training = self._train(arm, seed)
                 records += self._cells(arm, seed)
                 records += self._trained_cells(arm, seed)
+                self._keep_promise(arm, seed, about)
                 self._describe(arm, seed, about, training, records)
                 if recipe.audit and seed == first and arm not in audits:
                     audits[arm] = self._audit(arm, seed)
@@ -421,6 +407,20 @@ class Runner:
             "losses": done.losses,
             "skipped": done.skipped,
         }
+
+    # -- a file that keeps a promise
+
+    def _keep_promise(self, arm: str, seed: int, about: JSON) -> None:
+        """Look for a file of an arm's model, where the recipe has a promise; its folder is below ``auto/``."""
+        promise = self.recipe.quantize.promise
+        if promise is None:
+            return
+        folder = self.folder / "auto" / f"{arm}-{seed}-{self._arm_key(arm, seed)}"
+        with self._model(arm, seed) as model:
+            verdict = Search(self.loaded, model, self.task, promise, folder, seed, self.watcher).run()
+        about.setdefault("promises", {})[f"{arm}-{seed}"] = verdict.to_dict()
+        for line in verdict.lines:
+            self.watcher.say(f"{arm}, seed {seed}: {line.strip()}")
 
     # -- looking
 

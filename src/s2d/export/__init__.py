@@ -55,6 +55,7 @@ def export(
     split: Split = "validation",
     batch_size: int = 16,
     time_it: bool = True,
+    describe: bool = True,
     force: bool = False,
     notes: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
@@ -76,6 +77,7 @@ def export(
         split: Which data.
         batch_size: Of the comparison.
         time_it: Measure latency against full precision, which is exported too for that.
+        describe: Read back the kernels of ONNX and OpenVINO files, which opens them a few times more.
         force: Keep a file that fails the comparison.
         notes: Told what is being done.
 
@@ -95,7 +97,7 @@ def export(
     kept = record(holder(model))
     model, example = in_float32(model, example, notes)
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
-    check = Check(task, split, batch_size, time_it, force, notes)
+    check = Check(task, split, batch_size, time_it, describe, force, notes)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix in layer_formats.FORMATS:

@@ -51,6 +51,7 @@ class Check:
         split: Which data of the task.
         batch_size: Of the comparison.
         time_it: Measure latency against full precision.
+        describe: Read back the kernels and the memory that they hold; without it nothing is timed either.
         force: Keep a file that does not pass.
         notes: Told what is being done.
     """
@@ -59,6 +60,7 @@ class Check:
     split: Split = "validation"
     batch_size: int = 16
     time_it: bool = True
+    describe: bool = True
     force: bool = False
     notes: Callable[[str], None] = lambda text: None
 

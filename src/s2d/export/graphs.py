@@ -73,8 +73,9 @@ def export_graph(
         gate.judge(report, reference, runner, example, check)
         del reference, runner
         give_back()
-        check.notes("measuring")
-        gate.describe_cost(report, made, model, example, time_it=check.time_it)
+        if check.describe:
+            check.notes("measuring")
+            gate.describe_cost(report, made, model, example, time_it=check.time_it)
         report.refuse(target, check.force)
         if made != own:
             made.unlink()

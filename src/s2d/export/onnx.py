@@ -119,6 +119,7 @@ def write_onnx(
     graph = program.model.graph
     _put_casts(graph, ir)
     _store_narrow(graph, ir, form)
+    _forget_sources(graph, ir)
     program.model.metadata_props.update(metadata or {})
     size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     with _quiet():
@@ -149,6 +150,16 @@ def _put_casts(graph: Any, ir: Any) -> None:
         for use in list(old.uses()):
             use.node.replace_input_with(use.idx, new)
         graph.remove(node, safe=True)
+
+
+def _forget_sources(graph: Any, ir: Any) -> None:
+    """Drop what the exporter notes of each node: its line in the source, with this machine's folders, over and over; of
+    a small model that is half of the file.
+    """
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 def _is_one(value: Any) -> bool:

@@ -357,11 +357,12 @@ def _explain(error: ValidationError) -> str:
     first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
+        *parents, key = map(str, first["loc"])
         sections: dict[str, type[BaseModel]] = {"layers": Layer, "attention": Attention, "compiler": Compiler}
-        inner: type[BaseModel] = sections.get(str(first["loc"][0]), Runtime) if len(first["loc"]) > 1 else Runtime
-        if first["loc"][-2:-1] and first["loc"][-2] in ("weights", "inputs", "operands"):
+        inner = sections.get(parents[0], Runtime) if parents else Runtime
+        if parents and parents[-1] in ("weights", "inputs", "operands"):
             inner = Tensors
-        return f"unknown key {where}; {choices(str(first['loc'][-1]), list(inner.model_fields))}"
+        return f"unknown key {where}; {choices(key, list(inner.model_fields))}"
     if first["type"] == "missing":
         return f"{where} is missing"
     return (

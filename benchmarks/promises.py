@@ -1,0 +1,128 @@
+"""Are promises kept? The command, cell by cell, and the truth on a test split that it never saw, in a fresh process.
+
+    python benchmarks/promises.py trained:vit-fashion --task image-classification --data DIR --runs build/promises \
+        --for onnxruntime openvino --within 1.0 0.5 --json docs/results/auto.json
+
+A cell is one runtime and one promise: ``s2d quantize --method auto`` in a process of its own, in one folder for each
+runtime. Then every file that was judged, the named one among them, is opened in its runtime in another process and
+scored on the test split. A verdict MET is false when the named file loses more than was promised there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from s2d.io.files import JSON, read_json, write_json
+from s2d.io.provenance import run_metadata
+
+
+def truth(arguments: argparse.Namespace, files: dict[str, str]) -> JSON:
+    """The test scores of full precision and of files (name: runtime), measured in a fresh process."""
+    words = [sys.executable, __file__, arguments.model, "--task", arguments.task, "--data", arguments.data]
+    words += [word for each in arguments.o for word in ("-o", each)]
+    done = subprocess.run([*words, "--score", json.dumps(files)], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """In the fresh process: print the scores as JSON."""
+    from s2d.experiments.recipe import make_recipe
+    from s2d.export import open_exported
+    from s2d.models import load
+    from s2d.tasks import create
+    from s2d.tasks.evaluation import evaluate, model_for
+
+    content = {"model": arguments.model, "task": {"name": arguments.task, "data": arguments.data}}
+    recipe = make_recipe(content, arguments.o)
+    task = create(recipe.task.name, **recipe.task.options)
+    plain = model_for(load(arguments.model), task)
+    found: dict[str, Any] = {"full": evaluate(plain, task, split="test")[task.primary], "test": task.sizes()["test"]}
+    for file, runtime in json.loads(arguments.score).items():
+        found[file] = evaluate(open_exported(file, runtime=runtime), task, split="test")[task.primary]
+    print(json.dumps(found))
+
+
+def cell(arguments: argparse.Namespace, runtime: str, within: float) -> JSON:
+    """One promise."""
+    out, answer = arguments.runs / runtime, arguments.runs / f"{runtime}-{within:g}.json"
+    words = [sys.executable, "-m", "s2d.cli", "quantize", arguments.model, "--task", arguments.task]
+    words += ["--data", arguments.data, *(word for each in arguments.o for word in ("-o", each))]
+    words += ["--method", "auto", "--for", runtime, "--within", f"{within:g}", "--out", str(out), "--json", str(answer)]
+    if arguments.minutes:
+        words += ["--minutes", f"{arguments.minutes:g}"]
+    start = time.monotonic()
+    code = subprocess.run(words).returncode
+    found = read_json(answer)["verdict"]
+    assert code == found["exit_code"], f"the command ended with {code}"
+    return {"runtime": runtime, "within": within, "seconds": time.monotonic() - start, "verdict": found}
+
+
+def records_of(arguments: argparse.Namespace, cells: list[JSON]) -> list[JSON]:
+    """A number each, for the tables of the docs: a named file is in bold."""
+    records = []
+    for each in cells:
+        named = [row for row in each["verdict"]["frontier"] if row["accepted"]][-1:]
+        for row in each["verdict"]["frontier"]:
+            values = {
+                "MB": row["bytes"] / 1e6,
+                "times as fast": row["speedup"],
+                "lost on validation": row["drop"]["points"],
+                "at most": row["drop"]["upper"],
+                "lost on test": row["lost_on_test"],
+            }
+            about = {
+                "task": Path(arguments.data).stem,
+                "model": arguments.model.rpartition(":")[2],
+                "conditioning": f"{each['runtime']}, {each['within']:g}: {each['verdict']['status']}",
+                "spec": f"**{row['name']}**" if row in named else row["name"],
+                "split": "test",
+            }
+            records += [{**about, "metric": metric, "value": value} for metric, value in values.items()]
+    return records
+
+
+def main() -> None:
+    """Every cell, then the truth."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("-o", action="append", default=[])
+    parser.add_argument("--for", dest="runtimes", nargs="+", default=["onnxruntime"])
+    parser.add_argument("--within", nargs="+", type=float, default=[1.0, 0.5], help="in this order")
+    parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--runs", type=Path, default=Path("build/promises"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--score", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.score:
+        return score(arguments)
+    cells = [cell(arguments, runtime, within) for runtime in arguments.runtimes for within in arguments.within]
+    files: dict[str, str] = {}
+    for each in cells:
+        for row in each["verdict"]["frontier"]:
+            files[str(arguments.runs / each["runtime"] / row["file"])] = each["runtime"]
+    scores = truth(arguments, files)
+    for each in cells:
+        for row in each["verdict"]["frontier"]:
+            row["test"] = scores[str(arguments.runs / each["runtime"] / row["file"])]
+            row["lost_on_test"] = scores["full"] - row["test"]  # of metrics where more is better
+        named = [row for row in each["verdict"]["frontier"] if row["accepted"]]
+        each["false_met"] = each["verdict"]["status"] == "MET" and named[-1]["lost_on_test"] > each["within"]
+        best = min((row["lost_on_test"] for row in each["verdict"]["frontier"]), default=float("nan"))
+        print(
+            f"{each['runtime']} {each['within']:g}: {each['verdict']['status']}, false: {each['false_met']}, {best:.2f}"
+        )
+    if arguments.json:
+        about = run_metadata(model=arguments.model, full_on_test=scores["full"], test_examples=scores["test"])
+        write_json(arguments.json, {"run": about, "records": records_of(arguments, cells), "cells": cells})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Candidates: one way each to make a file, what it is predicted to cost, and which of them are worth a file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from s2d.export.lowering import SMALLEST_TABLE
+from s2d.export.runtime import Runtime
+from s2d.io.provenance import digest
+from s2d.quant import QuantSpec, Site
+
+Objective = Literal["smallest", "fastest"]
+_SAME = 0.02  # sizes and times this near are the same: the other one decides
+_MOST = 5  # files of one round
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make a file.
+
+    Attributes:
+        spec: Bits of every site.
+        method: Of `s2d.quant.methods`.
+        embeddings: Bits of the tables of embeddings, 0 to leave them.
+        rung: The step of the ladder that it comes from.
+        trained: Minutes of training with the quantizers in place; 0 for none.
+    """
+
+    spec: QuantSpec
+    method: str
+    embeddings: int
+    rung: str
+    trained: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Short and file-safe, different for different candidates."""
+        content = {"spec": self.spec.to_dict(), "method": self.method, "embeddings": self.embeddings}
+        return f"{self.label}-{digest({**content, 'trained': self.trained})[:6]}"
+
+    @property
+    def label(self) -> str:
+        """Short, for people."""
+        activation = self.spec.activation
+        observer = activation.observer if activation is not None and activation.granularity == "tensor" else ""
+        parts = [str(self.spec), "mixed" if self.spec.overrides else ""]
+        parts += [self.method if self.method != "rtn" else "", observer.replace(":", "")]
+        parts += [f"e{self.embeddings}" if self.embeddings else "", "trained" if self.trained else ""]
+        return re.sub(r"[^\w.-]+", "-", "-".join(part for part in parts if part))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; `from_dict` reads it."""
+        return {
+            "spec": self.spec.to_dict(),
+            "method": self.method,
+            "embeddings": self.embeddings,
+            "rung": self.rung,
+            "trained": self.trained,
+        }
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> Candidate:
+        """The candidate that `to_dict` wrote."""
+        return Candidate(**{**content, "spec": QuantSpec.parse(content["spec"])})
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate that was tried in simulation, on training examples that its calibration did not see.
+
+    Attributes:
+        candidate: Which.
+        error: Squared error of the model's output, relative to the output's variance.
+        points: By how much the score of these examples fell; training examples flatter it.
+        bytes: Predicted size of the file.
+        time: Predicted time relative to full precision; None where the runtime's is not known.
+        seconds: What quantizing and trying it took.
+    """
+
+    candidate: Candidate
+    error: float
+    points: float
+    bytes: int
+    time: float | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {**vars(self), "candidate": self.candidate.to_dict()}
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> Scored:
+        """What `to_dict` wrote."""
+        error = math.inf if content["error"] is None else content["error"]
+        points = math.inf if content["points"] is None else content["points"]
+        return Scored(
+            **{**content, "candidate": Candidate.from_dict(content["candidate"]), "error": error, "points": points}
+        )
+
+
+def front(scored: Sequence[Scored], objective: Objective, most: int = _MOST) -> list[Scored]:
+    """The candidates that are worth a file, the safest first and the most wanted last.
+
+    None of them is both less safe and less wanted than another. Sizes (or times) within 2 % count as equal, and the
+    time (or size) then decides.
+
+    Args:
+        scored: What was tried.
+        objective: What is wanted.
+        most: So many at most; the first and the last are among them.
+    """
+    found: list[Scored] = []
+    for each in sorted(scored, key=lambda each: (each.error, _wanted(each, objective))):
+        if math.isfinite(each.error) and all(_wanted(each, objective) < _wanted(safer, objective) for safer in found):
+            found.append(each)
+    while len(found) > most:  # without the one whose neighbours are nearest to each other
+        gaps = [math.log(found[i + 1].error + 1e-12) - math.log(found[i - 1].error + 1e-12) for i in _inner(found)]
+        del found[1 + gaps.index(min(gaps))]
+    return found
+
+
+def _inner(members: Sequence[object]) -> range:
+    return range(1, len(members) - 1)
+
+
+def _wanted(each: Scored, objective: Objective) -> tuple[int, int]:
+    size = round(math.log(max(each.bytes, 1)) / math.log1p(_SAME))
+    time = round(math.log(each.time if each.time is not None else 1.0) / math.log1p(_SAME))
+    return (size, time) if objective == "smallest" else (time, size)
+
+
+def file_bytes(model: nn.Module, sites: Sequence[Site], runtime: Runtime, embeddings: int) -> int:
+    """About how many bytes of tensors a file will hold.
+
+    Args:
+        model: The plain model.
+        sites: Its plan.
+        runtime: How wide it stores codes.
+        embeddings: Bits of the tables, 0 to leave them.
+    """
+    total = sum(4 * parameter.numel() for parameter in model.parameters())
+    for site in sites:
+        if site.what == "weight" and site.format is not None:
+            numbers = math.prod(site.shape)
+            scales = {"channel": site.shape[0], "group": numbers // max(site.group, 1)}.get(site.granularity, 1)
+            total += numbers * runtime.stored_bits(site.format.bits) // 8 + 4 * scales - 4 * numbers
+    for table in tables_of(model) if embeddings else ():
+        numbers = table.weight.numel()
+        scales = table.num_embeddings if embeddings >= 8 else numbers // 32
+        total += numbers * runtime.stored_bits(embeddings) // 8 + 4 * scales - 4 * numbers
+    return total
+
+
+def tables_of(model: nn.Module) -> list[nn.Embedding]:
+    """The tables of embeddings that a file rounds: large ones that no other layer shares."""
+    uses: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    tables = [module for module in model.modules() if type(module) is nn.Embedding]
+    return [each for each in tables if each.num_embeddings >= SMALLEST_TABLE and uses[id(each.weight)] == 1]

@@ -1,0 +1,128 @@
+"""Judging a file: run in its own runtime, in a process of its own, on examples that the search never saw.
+
+The task goes over as the parent prepared it (a pickle in a private folder), so both sides see the same examples. The
+child writes what the file made of each of them, and the time of one row in turns with full precision in that runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from s2d.errors import InputError, visible
+from s2d.models.running import evaluating
+from s2d.tasks import Split, Task
+from s2d.tasks.base import Outcomes
+
+BATCH = 16
+_ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a file did.
+
+    Attributes:
+        outcomes: Of every example, in the split's order.
+        ms: Median milliseconds of one row on one thread; None where it did not run.
+        full_ms: Of full precision in the same runtime, in turns with it.
+    """
+
+    outcomes: Outcomes
+    ms: float | None = None
+    full_ms: float | None = None
+
+
+def outcomes_on(model: nn.Module, task: Task, split: Split) -> Outcomes:
+    """What a model makes of every example of a split, in order."""
+    with evaluating(model):
+        return Outcomes.joined([task.outcomes(model, batch) for batch in task.batches(split, batch_size=BATCH)])
+
+
+class Judge:
+    """Scores files of one task and runtime."""
+
+    def __init__(self, task: Task, split: Split, runtime: str, folder: Path, full: Path | None) -> None:
+        """Write the task where the children find it.
+
+        Args:
+            task: Prepared for the model.
+            split: What is scored.
+            runtime: Its module's name, as `open_exported` takes it.
+            folder: A private one.
+            full: The same model in full precision, for times; None to leave them out.
+        """
+        self.split, self.runtime, self.full = split, runtime, full
+        self.task = folder / "task.pt"
+        torch.save(task, self.task)
+
+    def judge(self, file: Path) -> Judged:
+        """Run a file in a child process.
+
+        Raises:
+            InputError: The child ended without an answer; the line holds what it said last.
+        """
+        with tempfile.TemporaryDirectory(dir=self.task.parent) as scratch:
+            answer = Path(scratch) / "answer.pt"
+            job = {
+                "file": str(file),
+                "full": None if self.full is None else str(self.full),
+                "runtime": self.runtime,
+                "task": str(self.task),
+                "split": self.split,
+                "answer": str(answer),
+            }
+            words = [sys.executable, "-m", __name__, json.dumps(job)]
+            package = Path(__file__).resolve().parents[3]
+            paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+            done = subprocess.run(
+                words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+            )
+            if done.returncode or not answer.is_file():
+                lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+                told = visible(lines[-1], 300) if lines else f"it ended with {done.returncode}"
+                raise InputError(f"{file.name} did not run in {self.runtime}: {told}")
+            found = torch.load(answer, weights_only=True)
+        outcomes = Outcomes(found["values"], found["weights"], found["scale"], found["exponential"], found["hits"])
+        return Judged(outcomes, found["ms"], found["full_ms"])
+
+
+def _rows(task: Task, split: Split) -> Iterator[dict[str, Any]]:
+    """Inputs of one row."""
+    for batch in task.batches(split, batch_size=BATCH):
+        for inputs in task.inputs(batch):
+            yield {name: value[:1] for name, value in inputs.items()}
+
+
+def _child(job: dict[str, Any]) -> None:
+    from s2d.export import open_exported
+    from s2d.export.gate import take_turns
+
+    torch.set_num_threads(1)
+    task: Task = torch.load(job["task"], weights_only=False)  # by the parent, in its private folder
+    runner = open_exported(job["file"], runtime=job["runtime"])
+    outcomes = outcomes_on(runner, task, job["split"])
+    one = next(_rows(task, job["split"]))
+    runners = [runner]
+    if job["full"] is not None:
+        runners.append(open_exported(job["full"], runtime=job["runtime"]))
+    with torch.no_grad():
+        times = [median(each) for each in take_turns([partial(each, **one) for each in runners], _ROUNDS)]
+    content = {**vars(outcomes), "ms": times[0], "full_ms": times[1] if len(times) > 1 else None}
+    torch.save(content, job["answer"])
+
+
+if __name__ == "__main__":
+    _child(json.loads(sys.argv[1]))

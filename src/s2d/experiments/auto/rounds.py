@@ -1,0 +1,119 @@
+"""Rounds: which of the judged files are accepted, and which of those is the result.
+
+A round is an order of candidates that was fixed before any of them met the acceptance data, the safest first. Its files
+are accepted up to the first whose drop is not surely within the promise; see `acceptance` for why that may be.
+"""
+
+from __future__ import annotations
+
+import math
+
+from s2d.experiments.auto.acceptance import Drop, level_of, paired_drop
+from s2d.experiments.auto.candidates import Candidate, Objective
+from s2d.experiments.auto.search_records import Records
+from s2d.experiments.auto.verdict import Row
+from s2d.tasks.base import Outcomes
+
+_SAME_SIZE, _SAME_TIME = 1.02, 1.1  # files this near are the same in that; times are measured, and vary
+
+
+class Rounds:
+    """What the records say of a promise."""
+
+    def __init__(
+        self,
+        records: Records,
+        safest: Candidate,
+        full: Outcomes,
+        within: float,
+        objective: Objective,
+        higher_is_better: bool,
+    ) -> None:
+        """Look at the records as they are, and as they become.
+
+        Args:
+            records: Of the search.
+            safest: What is judged before there is a round.
+            full: The full-precision model's outcomes.
+            within: The promise.
+            objective: What is wanted.
+            higher_is_better: Of the metric.
+        """
+        self.records, self.safest, self.full, self.within = records, safest, full, within
+        self.objective, self.higher = objective, higher_is_better
+
+    @property
+    def orders(self) -> list[list[Candidate]]:
+        """Every round; before the first is planned, the safest candidate alone."""
+        return self.records.rounds or [[self.safest]]
+
+    def drop(self, candidate: Candidate, number: int) -> Drop:
+        """How far the score fell with a judged file, by the level of a round (from 0)."""
+        outcomes = self.records.outcomes(candidate.key)
+        assert outcomes is not None, "a file is recorded after its outcomes"
+        return paired_drop(self.full, outcomes, self.higher, level_of(number + 1))
+
+    @property
+    def accepted(self) -> dict[str, Drop]:
+        """The drops of the accepted files, by the candidate's key."""
+        found = {}
+        for number, order in enumerate(self.orders):
+            for candidate in self._made(order):
+                if candidate.key not in self.records.files:
+                    break
+                drop = self.drop(candidate, number)
+                if not drop.within(self.within):
+                    break
+                found.setdefault(candidate.key, drop)
+        return found
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round ended: at its last file, or at the first that was not accepted."""
+        accepted = self.accepted
+        for order in self.orders:
+            waiting = next((each for each in self._made(order) if each.key not in accepted), None)
+            if waiting is not None and waiting.key not in self.records.files:
+                return False
+        return True
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The most wanted of the accepted files that ran; None without one."""
+        files = [self.records.files[key] for key in self.accepted]
+        return min((each.candidate for each in files if each.ran), key=self._preference, default=None)
+
+    @property
+    def wanted_most(self) -> bool:
+        """Whether the last of a round was accepted, so that nothing is left to wish for."""
+        accepted = self.accepted
+        return any(made[-1].key in accepted for order in self.orders if (made := self._made(order)))
+
+    def rows(self) -> list[Row]:
+        """Every judged file, in the order of judging; the chosen one is the last of the accepted ones."""
+        accepted = self.accepted
+        found: dict[str, Row] = {}
+        for number, order in enumerate(self.orders):
+            for candidate in order:
+                if candidate.key in self.records.files and candidate.key not in found:
+                    drop = accepted.get(candidate.key) or self.drop(candidate, number)
+                    found[candidate.key] = self._row(candidate, drop, candidate.key in accepted)
+        if self.chosen is not None:
+            found[self.chosen.key] = found.pop(self.chosen.key)
+        return list(found.values())
+
+    def _made(self, order: list[Candidate]) -> list[Candidate]:
+        return [each for each in order if each.key not in self.records.refused]
+
+    def _row(self, candidate: Candidate, drop: Drop, accepted: bool) -> Row:
+        file, outcomes = self.records.files[candidate.key], self.records.outcomes(candidate.key)
+        assert outcomes is not None
+        speedup = file.full_ms / file.ms if file.ms and file.full_ms else None
+        return Row(candidate.label, file.file, file.bytes, file.ms, speedup, outcomes.score(), drop, accepted, file.ran)
+
+    def _preference(self, candidate: Candidate) -> tuple[int, int]:
+        file = self.records.files[candidate.key]
+        time = file.ms / file.full_ms if file.ms and file.full_ms else 1.0
+        size = round(math.log(max(file.bytes, 1)) / math.log(_SAME_SIZE))
+        speed = round(math.log(time) / math.log(_SAME_TIME))
+        return (size, speed) if self.objective == "smallest" else (speed, size)

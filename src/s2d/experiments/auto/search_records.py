@@ -1,0 +1,194 @@
+"""What a search keeps on disk, so that every finished candidate stands and the next call goes on from it.
+
+FOLDER/auto.json            what was tried and judged, and in which rounds
+FOLDER/candidates/KEY.*     every file that was judged, its report, and what it made of each example (KEY.outcomes)
+FOLDER/model.*              the result; not there unless the promise is met
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+
+from s2d.errors import InputError
+from s2d.experiments.auto.candidates import Candidate, Scored
+from s2d.io.files import JSON, read_json, write_atomic, write_json
+from s2d.tasks.base import Outcomes
+
+NAME, CANDIDATES, RESULT = "auto.json", "candidates", "model"
+_TYPE, _VERSION = "s2d_auto", 1
+
+
+@dataclass
+class File:
+    """A candidate's file and what became of it.
+
+    Attributes:
+        candidate: Which.
+        file: Its name below the folder.
+        bytes: On disk.
+        ms: One row; None where it was not run.
+        full_ms: Full precision in turns with it.
+        ran: In its runtime; else its outcomes are those of the simulation.
+        seconds: What making and judging it took.
+    """
+
+    candidate: Candidate
+    file: str
+    bytes: int
+    ms: float | None
+    full_ms: float | None
+    ran: bool
+    seconds: float
+
+    def to_dict(self) -> JSON:
+        """JSON types."""
+        return {**vars(self), "candidate": self.candidate.to_dict()}
+
+
+@dataclass
+class Records:
+    """The state of a search; `open` reads it, every change is written at once.
+
+    Attributes:
+        folder: Where.
+        key: What all of it depends on: the model, the data, the runtime, the seed.
+        scored: Candidates that were tried in simulation, by key.
+        files: Those that were judged.
+        refused: Those that could not be made, and why.
+        rounds: Orders of judging, each fixed before its first look at the acceptance data.
+        seconds: Of all calls.
+    """
+
+    folder: Path
+    key: JSON
+    scored: dict[str, Scored] = field(default_factory=dict)
+    files: dict[str, File] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    rounds: list[list[Candidate]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @staticmethod
+    def open(folder: Path, key: JSON) -> Records:
+        """What a folder holds, or a beginning.
+
+        Raises:
+            InputError: The folder belongs to something else.
+        """
+        path = folder / NAME
+        if not path.is_file():
+            others = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+            if any(not name.startswith(".") for name in others):
+                raise InputError(
+                    f"{folder} exists and holds something else ({sorted(others)[0]}); choose another --out"
+                )
+            return Records(folder, key)
+        content = read_json(path)
+        if content.get("_type") != _TYPE or content.get("_version", 0) > _VERSION:
+            raise InputError(f"{path} is of another kind or a newer s2d; choose another --out")
+        different = [name for name, value in key.items() if content["key"].get(name) != value]
+        if different:
+            raise InputError(f"{folder} belongs to another {different[0]}; choose another --out, or remove it")
+        return Records(
+            folder,
+            key,
+            {name: Scored.from_dict(each) for name, each in content["scored"].items()},
+            {
+                name: File(**{**each, "candidate": Candidate.from_dict(each["candidate"])})
+                for name, each in content["files"].items()
+                if (folder / each["file"]).is_file()
+            },
+            content["refused"],
+            [[Candidate.from_dict(each) for each in round] for round in content["rounds"]],
+            content["seconds"],
+        )
+
+    def write(self) -> None:
+        """Keep all of it."""
+        content: JSON = {
+            "_type": _TYPE,
+            "_version": _VERSION,
+            "key": self.key,
+            "scored": {name: each.to_dict() for name, each in self.scored.items()},
+            "files": {name: each.to_dict() for name, each in self.files.items()},
+            "refused": self.refused,
+            "rounds": [[each.to_dict() for each in round] for round in self.rounds],
+            "seconds": self.seconds,
+        }
+        write_json(self.folder / NAME, content)
+
+    def save_outcomes(self, name: str, outcomes: Outcomes) -> None:
+        """Keep what a model made of each example of the acceptance data."""
+        tensors = {"values": outcomes.values, "weights": outcomes.weights}
+        about = {
+            "scale": str(outcomes.scale),
+            "exponential": str(int(outcomes.exponential)),
+            "hits": str(int(outcomes.hits)),
+        }
+        content = save(tensors, about)
+        write_atomic(self._outcomes(name), lambda file: file.write(content))
+
+    def outcomes(self, name: str) -> Outcomes | None:
+        """What was kept under a name; None when nothing was."""
+        path = self._outcomes(name)
+        if not path.is_file():
+            return None
+        from safetensors import safe_open
+
+        found = load_file(path)
+        with safe_open(path, "pt") as file:
+            about: dict[str, Any] = file.metadata()
+        return Outcomes(
+            found["values"],
+            found["weights"],
+            float(about["scale"]),
+            about["exponential"] == "1",
+            about["hits"] == "1",
+        )
+
+    def _outcomes(self, name: str) -> Path:
+        return self.folder / CANDIDATES / f"{name}.outcomes"
+
+    def publish(self, candidate: Candidate | None) -> Path | None:
+        """Put a candidate's file in the place of the result, or nothing there.
+
+        Returns:
+            The result.
+        """
+        wanted = None if candidate is None else self.files[candidate.key]
+        sources = [] if wanted is None else with_companions(self.folder / wanted.file)
+        made = [self.folder / f"{RESULT}{source.suffix}" for source in sources]
+        for source, target in zip(reversed(sources), reversed(made), strict=True):  # the file itself last
+            _replace(source, target)
+        for left in self.folder.glob(f"{RESULT}.*"):
+            if left.is_file() and left not in made:
+                left.unlink()
+        return made[0] if made else None
+
+
+def with_companions(file: Path) -> list[Path]:
+    """A file, and what belongs to it under the same stem."""
+    others = (file.with_suffix(".bin"), file.with_name(f"{file.name}.data"), file.with_suffix(".json"))
+    return [file, *(each for each in others if each.is_file())]
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_file() and os.path.samefile(source, target):
+        return
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    os.close(handle)
+    try:
+        os.unlink(temporary)
+        try:
+            os.link(source, temporary)  # no second copy where the disk knows links
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror or error}; free some space") from error

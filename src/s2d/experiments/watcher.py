@@ -1,0 +1,22 @@
+"""Who is told how a run goes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Watcher(Protocol):
+    """Receives the progress of a run."""
+
+    def stage(self, text: str, total: int) -> None:
+        """A stage of so many parts begins."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """So many parts of the stage are done."""
+
+    def say(self, text: str) -> None:
+        """A line to keep."""
+
+
+class Silent(Watcher):
+    """A watcher that does nothing."""
