@@ -170,7 +170,9 @@ def as_read(model: nn.Module) -> bool:
     """
     found = False
     for name, module in model.named_modules():
-        layer = float_layer(name, module) if isinstance(module, QuantizedLinear) else None
+        if not isinstance(module, QuantizedLinear):
+            continue
+        layer = float_layer(name, module)
         if layer is None or not isinstance(layer.quantizer.format, BlockFormat):
             continue
         found = True

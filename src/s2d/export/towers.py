@@ -139,7 +139,7 @@ def export_towers(
     model, texts = made, {name: value for name, value in example.items() if name != "pixel_values"}
     targets, inputs = paths_of(path), {"image": {"pixel_values": example["pixel_values"]}, "text": texts}
     reports: dict[str, ExportReport] = {}
-    check = Check(task, split, batch_size, time_it, force, notes)
+    check = Check(task, split, batch_size, time_it, force=force, notes=notes)
     try:
         for kind in TOWERS:
             tower = Tower(model, kind, inputs[kind])

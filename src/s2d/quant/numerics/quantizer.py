@@ -267,7 +267,7 @@ class Quantizer(nn.Module):
         # So many first tokens of every sequence pass as they are.
         self.prefix = 0
         # Tokens that the model's cache held before this call, and tokens of the call.
-        self.cached = (0, 0)
+        self.cached: tuple[int, int] = (0, 0)
         self.watch: Callable[[Tensor], None] | None = None
         if granularity not in ("token", "span"):
             # How many heads there are is known when the range is set, or loaded.
