@@ -202,7 +202,15 @@ def demo() -> Iterator[Measure]:
 def records(parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The measures as the pages of results read them."""
     return [
-        {"wait": measure["what"], "unit": measure["unit"], "metric": name, "value": measure[key]}
+        {
+            "task": "waits",
+            "conditioning": "none",
+            "spec": "fp32",
+            "wait": measure["what"],
+            "unit": measure["unit"],
+            "metric": name,
+            "value": measure[key],
+        }
         for part in parts.values()
         for measure in part
         for name, key in (("measured", "value"), ("goal", "goal"))

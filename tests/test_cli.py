@@ -157,7 +157,8 @@ def test_audit_graph_shows_who_writes_what(model: Path, tmp_path: Path, capsys: 
     query = "encoder.layer.1.attention.self.query.weight"
     line = next(line for line in shown.splitlines() if f"product {query} " in line)
     assert "exact encoder.layer.0.output.LayerNorm.weight" in line and "masked by attention_mask" in line
-    assert "blocks encoder.layer: 2" in shown and "4 heads" in shown
+    heads = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_attention_heads"]
+    assert "blocks encoder.layer: 2" in shown and f" {heads} heads" in shown
     calls = json.loads(file.read_text(encoding="utf-8"))["calls"]
     assert [call["kind"] for call in calls if query in call["parameters"]] == ["product"]
 

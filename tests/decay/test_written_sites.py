@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -315,3 +317,22 @@ def test_a_mask_is_laid_on_its_own_tokens_only(form: str) -> None:
     assert seen(padding, 0) == pytest.approx(clean, rel=1e-4)  # padding of the text is no token
     spoilt = seen(padding, 1)  # the image has none
     assert all(spoilt[name] > 10 * clean[name] for name in clean if name.startswith("image.self_attn.in_proj"))
+
+
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_a_loop_that_calls_the_parts_one_by_one_conditions_the_same_weights(by_parts: bool) -> None:
+    """Lightning's `training_step` may never call the model itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(32), nn.Dropout(0.1), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        model.get_parameter("0.weight")[3], model.get_parameter("2.weight")[5] = 40.0, 200.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    decay = SelectiveSpectralDecay(model, optimizer, strength=0.1, refresh_every=1)
+    for step in range(3):
+        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
+        parts = [model[0], lambda y: F.dropout(y, 0.1), model[2], F.gelu, model[4]] if by_parts else [model]
+        functools.reduce(lambda y, part: part(y), parts, x).sum().backward()
+        optimizer.step()
+    decay.remove()
+    assert {record["weight"] for record in decay.history if record["selected"]} == {"0.weight", "2.weight"}
+    assert model.get_parameter("0.weight")[3].item() == pytest.approx(40 * math.exp(-0.3), rel=1e-4)

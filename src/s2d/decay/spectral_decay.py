@@ -421,6 +421,7 @@ class SelectiveSpectralDecay:
         for handle in self._handles:
             handle.close()
         self._handles = []
+        self._structure.forget_outputs()
 
     def _look(self, targets: list[Target]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -444,7 +445,7 @@ class SelectiveSpectralDecay:
                     else:
                         x, y = call_views(target, module, local_part(given), local_part(made))
                     parts = parts_of(target, self._between_steps[target.name], x, y, self._data_groups)
-                    uses = self._structure.call(target)
+                    uses = self._structure.call(target, given, made)
                     self._metric.observe(target, x, y, self._structure.mask(uses, y), parts, uses)
 
         return hook
@@ -505,7 +506,7 @@ class SelectiveSpectralDecay:
         if self._structure.traced:
             offsets = self._structure.offsets()
             self._found[:] = [replace(t, offset=offsets.get(t.name, t.offset)) for t in self._found]
-            self._sort_out()
+            self._look_for_changes()
 
     def _note_what_ran(self) -> None:
         written = set(self._structure.writers.values())  # some are used without a call of their module

@@ -10,13 +10,14 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2d.decay.refresh_hooks import is_recomputed, is_transformed
-from s2d.decay.written_sites import Sites, Uses, sites_of
+from s2d.decay.written_sites import Site, Sites, Uses, sites_of
 from s2d.errors import InputError
 from s2d.models.tracing import inputs_by_key, trace_call, unwrapped
 from s2d.targets.padding import MASKS, given_mask, real_of
@@ -24,6 +25,18 @@ from s2d.targets.weights import Target, clean_name
 
 # A branch that is new in a forward, but calls the same weights in the same order, shows in a new trace only.
 _TRACE_AGAIN = 50
+
+# What may stand between two modules that a training loop calls one by one, by its name in autograd: each channel of
+# what it makes is one of what it reads. A product with one factor that learns is a dropout's.
+_CHANNEL_BY_CHANNEL = (
+    "GeluBackward",
+    "ReluBackward",
+    "SiluBackward",
+    "NativeDropoutBackward",
+    "MulBackward",
+    "ToCopyBackward",
+    "CloneBackward",
+)
 
 
 class Structure:
@@ -53,6 +66,7 @@ class Structure:
         self._called: Counter[str] = Counter()
         self._real: dict[str, Tensor] = {}
         self._named: Tensor | None = None
+        self._outputs: dict[Any, tuple[str, int]] = {}  # target and width of outputs, by what autograd knows them by
         self.traced = self.tracing = False
 
     def look_again(self) -> list[nn.Module]:
@@ -151,8 +165,16 @@ class Structure:
         self._missing -= known.uses.keys()
         self._known[module], self.traced = known, True
 
-    def call(self, target: Target) -> Uses:
-        """What is known of the call of a target's module that has just ended; each is asked for once."""
+    def call(self, target: Target, given: Tensor, made: Tensor) -> Uses:
+        """What is known of the call of a target's module that has just ended; each is asked for once.
+
+        Args:
+            target: Its module ran.
+            given: What the module read.
+            made: What it returned.
+        """
+        if made.grad_fn is not None and target.rows is None and not isinstance(target.module, nn.MultiheadAttention):
+            self._outputs[made.grad_fn] = target.name, made.shape[-1]
         number = self._called[target.name]
         self._called[target.name] += 1
         sites = self._known.get(self._outermost) if self._outermost is not None else None
@@ -164,10 +186,25 @@ class Structure:
                 self._unknown.add(target.name)
             return Uses()
         uses = calls[min(number, len(calls) - 1)]
+        if uses.read is None and target.kind == "linear" and self._outermost is target.module:
+            uses = replace(uses, read=self._made_outside(given))
         site = uses.read
         if own and sites and site is not None and site.writer in sites.uses and not self._called[site.writer]:
             return Uses(None, uses.written, uses.mask)  # its writer was left out: somebody else wrote this
         return uses
+
+    def _made_outside(self, given: Tensor) -> Site | None:
+        """Who wrote what a module reads that the training loop calls by itself (Lightning's `training_step`)."""
+        node = given.grad_fn
+        while node is not None and node not in self._outputs:
+            before = [each for each, _ in node.next_functions if each is not None]
+            node = before[0] if len(before) == 1 and node.name().startswith(_CHANNEL_BY_CHANNEL) else None
+        name, width = self._outputs.get(node, ("", 0))
+        return Site(name) if width == given.shape[-1] else None
+
+    def forget_outputs(self) -> None:
+        """The look has ended: hold nothing of anybody's graph of gradients."""
+        self._outputs.clear()
 
     def mask(self, uses: Uses, here: Tensor) -> Tensor | None:
         """Which tokens of an activation ``[..., D]`` are real, in its order; None: all, or not known."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from s2d.models.dimensions import Digit
 from s2d.models.graph import Graph
 from s2d.models.graph_parts import Call
 from s2d.targets.padding import MASKS, real_of, without_first
@@ -34,10 +35,10 @@ class _Whose:
         # A mask that the model itself does not read says what is padding all the same.
         unread = set() if graph is None else MASKS & graph.inputs.keys() - {mask.key for mask in graph.masks}
         self._unread = bool(unread)
-        self.frames: dict[str, tuple[int, ...]] = {}
+        self.frames: dict[str, list[Digit]] = {}  # rows and tokens of each input; a dimension of one position has none
         for node in () if graph is None else graph.nodes:
             if node.source.startswith("input:") and len(node.shape) in (2, 3):
-                self.frames.setdefault(node.source[6:], tuple(dim[0].axis for dim in node.dims[:2] if dim))
+                self.frames.setdefault(node.source[6:], [dim[0] for dim in node.dims[:2] if dim])
 
     def keys(self, module: str, where: Where) -> list[_Key]:
         """The key of the mask in each execution of a module."""
@@ -54,8 +55,8 @@ class _Whose:
         mask = graph.mask_at(node)
         if mask is not None:
             return mask.key
-        for key, axes in self.frames.items():
-            if graph.has_whole(node, axes, graph.inputs[key][:2]):
+        for key, frame in self.frames.items():
+            if graph.has_whole(node, [digit.axis for digit in frame], [digit.size for digit in frame]):
                 return _CANNOT_TELL if self._unread else f":{key}"
         # Of masked tokens that were cut, moved or picked out since only the running forward may know.
         return _CANNOT_TELL if self._origins(node) & self._masked else None
