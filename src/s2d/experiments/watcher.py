@@ -1,4 +1,4 @@
-"""Who is told how a run goes."""
+"""The receiver of a run's progress."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def try_runtime(path: Path, example: Mapping[str, Tensor], *, openvino: bool = F
         openvino: Under OpenVINO instead of onnxruntime.
 
     Raises:
-        InputError: The runtime ended that process, or ran too long. Errors that it raises are not reported here.
+        InputError: The runtime ended that process, or ran too long. Errors that it raises appear when the caller runs
+            the file.
     """
     name, code = ("OpenVINO", _OPENVINO) if openvino else ("onnxruntime", _ORT + _LOADED)
     with tempfile.TemporaryDirectory() as folder:
