@@ -129,7 +129,7 @@ def override_in(data: dict[str, Any], override: str) -> None:
     """Apply an override ``"key=value"``, with a dotted key and a YAML value, to a recipe's plain data.
 
     Raises:
-        InputError: It has not this form, or a part of the key is not a section.
+        InputError: It does not have this form, or a part of the key is not a section.
     """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():

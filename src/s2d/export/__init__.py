@@ -85,8 +85,8 @@ def export(
         The report of the checks.
 
     Raises:
-        InputError: The model is not quantized, or changed after it; the runtime does not support a site; the path
-            cannot be written; or the file does not compute the same as the simulated model (then no file is left).
+        InputError: The model is not quantized, or changed after quantization; the runtime does not support a site; the
+            path cannot be written; or the file does not compute the same as the simulated model (then no file is left).
     """
     target = Path(path)
     _check_target(target, embeddings, form)

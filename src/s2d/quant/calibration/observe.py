@@ -413,8 +413,8 @@ def least_error(job: Job) -> None:
     """For transforms and GPTQ: sites whose spec names no observer get ranges of least squared error.
 
     Their papers keep activations at full precision or use a range per token, and most of them search a clipping
-    threshold for weights. None of them uses min-max over all calibration data, the default of ``rtn``, where a single
-    extreme sets the range. The unified protocol ignores this.
+    threshold for weights. Min-max over all calibration data, the default of ``rtn``, is not part of them: there a
+    single extreme sets the range. Under the unified protocol nothing changes.
     """
     if job.protocol == "own":
         job.published = "mse"

@@ -155,7 +155,7 @@ def _make_rotated(module: nn.Module, name: str) -> None:
 
 
 def refuse_low_rank(model: nn.Module, method: str) -> None:
-    """Raise InputError when a low-rank branch has been split off: nothing may change a weight after that."""
+    """Raise InputError when a low-rank branch has been split off: no method may change the weight after that."""
     if any(isinstance(module, OnlineLinear) and module.down is not None for module in model.modules()):
         raise InputError(f"{method} changes weights of which svdquant has taken a part out; write {method}+svdquant")
 
