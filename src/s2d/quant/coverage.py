@@ -1,4 +1,4 @@
-"""Check the plan against a traced forward: list products without a site, and drop sites that would never run.
+"""Check the plan against a traced forward: list products without a site, and plan no quantizer that would never run.
 
 A plan is made from modules; a model may use their weights without calling them (``F.linear(x, layer.weight)``), hold
 them in one parameter for all experts, or compute them. The traced graph (`s2d.trace`) has every product with a weight,

@@ -78,7 +78,7 @@ def condition_blocks(
 
     Raises:
         InputError: A quantized model or one without known blocks, settings that have no meaning here, several
-            processes, nothing to condition in any block, losses that are never finite, or a folder of other work.
+            processes, nothing to condition in any block, losses that stay non-finite, or a folder of other work.
     """
     settings = settings or TrainSettings()
     _refuse(model, settings, batches, decay)

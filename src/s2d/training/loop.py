@@ -66,7 +66,7 @@ def train(
         on_checkpoint: Called with the number of steps taken at each of ``settings.checkpoints``, in evaluation mode.
 
     Raises:
-        InputError: Impossible settings, losses that are never finite, a state of other settings, or a failed write.
+        InputError: Impossible settings, losses that stay non-finite, a state of other settings, or a failed write.
         KeyboardInterrupt: Ctrl-C (or a termination signal); with `state`, everything was saved first.
     """
     settings = settings or TrainSettings()

@@ -1,7 +1,7 @@
 """Optimizer-step guard: skips steps whose loss or gradient is not finite, and, when asked for, spikes.
 
 Without it, one bad batch could end a long run or ruin its weights. Skipped steps are reported and counted. Too many in
-a row mean that the training diverged, and end it.
+a row mean that the training diverged; then it ends.
 """
 
 from __future__ import annotations
