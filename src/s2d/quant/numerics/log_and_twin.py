@@ -10,7 +10,7 @@ under one of two scales. As published, the value 0 is an extra level beside the 
 
 Whatever lies below `2**(-(2**bits - 0.5) / 2)` of the scale becomes 0, and a row of probabilities over many tokens
 consists of such values: with one scale a tensor, the rows no longer sum to 1. Kept mass and relative squared error at 4
-bits, logits N(0, sd^2), best of 60 scales (measured again by the tests):
+bits, logits N(0, sd^2), best of 60 scales (`tests/quant/numerics/test_log_and_twin.py` measures both again):
 
     sd    tokens   log-sqrt2      uniform       twin
     1.5   196      .89  .014      .73  .080     .71  .072
