@@ -1,1 +1,1 @@
-"""One file per command: its options, and the functions that it calls. Nothing is computed here."""
+"""One file per command: its options and the calls of library functions. Nothing is computed here."""

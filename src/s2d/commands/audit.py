@@ -60,7 +60,7 @@ def audit(
     """
     for file in (html, json_file):
         check_file(file)
-    # Before the libraries are loaded that read a model: the first line comes within seconds.
+    # Print before the heavy libraries are loaded, so that the first line comes within seconds.
     from s2d.models import footprint
 
     told = footprint.introduction(models[0])

@@ -91,12 +91,12 @@ def condition(
         save_json(json_file, {"run": run, "training": training, "history": done.history})
     skipped = f" ({len(done.skipped)} skipped)" if done.skipped else ""
     skipped += ", ended early by the held-out measure" if done.stopped_early else ""
-    last = f"; last loss {done.losses[-1]:.3g}" if done.losses else ""  # all blocks were there already
+    last = f"; last loss {done.losses[-1]:.3g}" if done.losses else ""  # no losses if all blocks were finished before
     say(quiet, f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s{last}")
 
 
 def _budget(steps: int | None, minutes: float | None) -> dict[str, float]:
-    """Steps, minutes or both; minutes alone are not cut short by the usual number of steps."""
+    """Steps, minutes or both; with minutes alone, the default number of steps is no limit."""
     if minutes is None:
         return {} if steps is None else {"steps": steps}
     return {"steps": steps or 1_000_000, "minutes": minutes}

@@ -84,7 +84,7 @@ def _file(file: Path, fix: Path | None, json_file: Path | None, quiet: bool) -> 
         say(quiet, f"{fix}: masks of {-mended[0]:.0f}; outputs moved by {mended[1]:.1e} of their largest value")
 
 
-# extra of s2d -> what it brings (name to import, name to install)
+# extra of s2d -> its packages (name to import, name to install)
 _EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (("transformers", "transformers"), ("accelerate", "accelerate"), ("gguf", "gguf")),
     "vision": (("PIL", "pillow"), ("datasets", "datasets")),

@@ -130,7 +130,7 @@ def export(
             # A model that was saved for this task is whole; else the task's parts are put on the quantized encoder.
             plain = loaded.model if type(loaded.model) is type(built) else built
             del built
-            loaded.model = plain  # whichever is not exported needs no memory
+            loaded.model = plain  # free the memory of the model that is not exported
             inputs = (each for batch in made.batches("train", batch_size=16) for each in made.inputs(batch))
         options: dict[str, Any] = {
             "example": example_of(inputs),
@@ -157,7 +157,7 @@ def export(
 
 
 def _tell(quiet: bool, report: ExportReport) -> None:
-    """What people should know about one file."""
+    """Print the notes on one file."""
     parity = report.parity
     worst = max((row.error for row in report.layers), default=0.0)
     say(

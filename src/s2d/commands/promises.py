@@ -1,4 +1,4 @@
-"""What s2d quantize --method auto does: a promise goes in, a verdict comes out."""
+"""The work of s2d quantize --method auto: from a promise to a verdict."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ METHOD = "auto"
 
 
 def check_options(method: str, chosen: dict[str, Any], promised: dict[str, Any]) -> None:
-    """Refuse options of the other kind of quantizing.
+    """Refuse options that do not belong to the method.
 
     Args:
-        method: Of the command.
+        method: The method of the command.
         chosen: Options that ``auto`` decides itself, with what the command line gave; None or False where nothing.
         promised: Options that only ``auto`` has, likewise.
 
@@ -51,10 +51,10 @@ def keep_promise(
     json_file: Path | None,
     quiet: bool,
 ) -> None:
-    """Search, judge, and tell.
+    """Run the search and print the verdict.
 
     Raises:
-        InputError: What is missing or cannot be.
+        InputError: An option is missing, or the request cannot be carried out.
         typer.Exit: With 3 where it is not sure that a file keeps the promise, with 4 where none does.
     """
     if runtime is None or within is None:
@@ -98,7 +98,7 @@ def keep_promise(
 
 
 def _tell_plan(search: Search, limit: float | None) -> None:
-    """What would be tried, within seconds."""
+    """Print the candidates that would be tried; takes seconds."""
     from s2d.experiments.auto.ladder import RUNGS
 
     print(f"legal for {search.runtime.name}, the first candidates:")

@@ -1,6 +1,6 @@
-"""What all commands share: the application, their options, and the small checks before and after the work.
+"""Shared parts of all commands: the application, common options, and checks before and after the work.
 
-Heavy libraries are imported inside the commands, so that help is there at once.
+Heavy libraries are imported inside the commands, so that the help appears at once.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random cho
 
 
 def settings(model: str, task: str | None, data: str | None, overrides: list[str] | None, **more: Any) -> Recipe:
-    """What the options of a command stand for, as a recipe."""
+    """The options of a command as a recipe."""
     from s2d.experiments.recipe import make_recipe
     from s2d.experiments.recipe_files import move
     from s2d.tasks import tasks
@@ -136,7 +136,7 @@ def save_json(path: Path, content: Any) -> None:
 
 
 def say(quiet: bool, text: str) -> None:
-    """Print lines of a command's own, at once."""
+    """Print a command's own lines at once."""
     if not quiet:
         print("\n".join(visible(line, 1500) for line in text.split("\n")), flush=True)
 

@@ -24,11 +24,11 @@ from s2d.errors import visible
 from s2d.report.summary import Group, groups, label, rivals
 
 LINE_EVERY = 30.0  # seconds between two lines where the output is not a terminal
-RECENT = 20  # so many of the latest parts say how long those to come will take
+RECENT = 20  # number of latest parts from which the time left is estimated
 
 
 class Watch:
-    """How a run goes: a bar with the time left on a terminal, a line now and then in a log, nothing when quiet."""
+    """Shows progress: a bar with the time left on a terminal, lines at intervals in a log, nothing when quiet."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
@@ -56,7 +56,7 @@ class Watch:
         self.bar.stop()
 
     def stage(self, text: str, total: int) -> None:
-        """A stage of so many parts begins."""
+        """Begin a stage of this many parts."""
         if self.task is not None:
             self.bar.remove_task(self.task)
         self.task = self.bar.add_task(text, total=total, note="")
@@ -66,7 +66,7 @@ class Watch:
         self.times = deque([(0, self.spoke)], maxlen=RECENT)
 
     def advance(self, done: int, note: str = "") -> None:
-        """So many parts of the stage are done."""
+        """Report the number of finished parts of the stage."""
         if self.task is not None:
             self.bar.update(self.task, completed=done, note=note)
         now = time.monotonic()

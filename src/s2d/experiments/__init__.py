@@ -1,1 +1,1 @@
-"""Experiments: a recipe as data, the runner that keeps every stage, and a recipe in small."""
+"""Experiments: recipes as data, the runner that keeps every stage on disk, and the smoke test of a recipe."""

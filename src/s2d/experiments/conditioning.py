@@ -32,8 +32,8 @@ _UNLABELLED = ("unlabelled-text", "unlabelled-images", "language-modeling")
 
 
 def task_of(objective: str, task: str | None, data: str | None) -> str | None:
-    """The task that an objective stands for: texts one by one or images, whichever the data are, unless one is named
-    (the running text of ``language-modeling``, too).
+    """The task of an objective: the named task, or else single texts or images, by the kind of the data. A named task
+    may also be ``language-modeling``, on running text.
 
     Raises:
         InputError: An unknown objective; a task with labels, or no data, for ``distill``.
@@ -66,23 +66,23 @@ def condition_model(
     say: Callable[[str], None] = lambda line: None,
     watcher: Watcher | None = None,
 ) -> tuple[Training, JSON]:
-    """Train a recipe's model with the decay of its arm ``s2d``, and save it into `out`; of several processes, the first
-    saves. An interrupted call continues where it was.
+    """Train a recipe's model with the decay of its arm ``s2d``, and save it into `out`. With several processes, the
+    first one saves. An interrupted call continues where it stopped.
 
     Args:
         recipe: Model, task, ``train`` and the one arm.
         out: The folder to make.
-        blockwise: One block after the other, on so many batches; see `s2d.training.blockwise`.
-        seed: Of everything random.
+        blockwise: Train block by block, on this many batches; see `s2d.training.blockwise`.
+        seed: Seed of all random numbers.
         device: As in a recipe.
-        say: Told the lines for people.
-        watcher: Told of the progress.
+        say: Receives lines of text for people.
+        watcher: Receives the progress.
 
     Returns:
-        How the training went, and what a results file says about the run.
+        The outcome of the training, and the description of the run for a results file.
 
     Raises:
-        InputError: The model, the data, the settings or the folder; too little memory.
+        InputError: The model, the data, the settings or the folder cannot be used; too little memory.
     """
     watch, decay, held = watcher or Silent(), recipe.arms["s2d"], held_beside(out)
     watch.stage(f"loading {recipe.model}", 1)

@@ -32,15 +32,15 @@ from s2d.training.qat_loop import train_quantized
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be quantized, and how.
+    """A model to quantize, and the settings.
 
     Attributes:
         model: As `s2d.load` takes it.
-        spec: Bits, or those of the layers that the budget says nothing about.
+        spec: The spec; with a budget, for the layers outside of it.
         method, protocol, seed, resume: As for `s2d.quantize`.
-        budget: Bits a weight may have on average, as ``"4.5 bits"``.
-        check: Refuses a plan that is not legal where the model will run, as `Runtime.refuse`.
-        recipe: Its task has the calibration data; with ``qat`` the model is trained on the grid.
+        budget: Average bits per weight, such as ``"4.5 bits"``.
+        check: Refuses a plan that the runtime cannot hold, as `Runtime.refuse` does.
+        recipe: Its task gives the calibration data; with ``qat`` the model is trained with quantizers.
         data: Texts or images to calibrate on, without a task.
         device: As in a recipe.
         progress: Show bars.
@@ -67,19 +67,19 @@ def quantize_model(
     say: Callable[[str], None] = lambda line: None,
     watcher: Watcher | None = None,
 ) -> tuple[list[Site], JSON]:
-    """Load, quantize and save a model; of several processes each reads its share of the data, and the first saves.
+    """Load, quantize and save a model; each of several processes reads a share of the data, and the first one saves.
 
     Args:
-        order: What and how.
-        out: The folder to make; None for the plan, with its size and time, alone. A plan needs no data.
-        say: Told the lines for people.
-        watcher: Told of the progress of a training.
+        order: The model and the settings.
+        out: The folder to make; None for the plan alone, with its size and time. A plan needs no data.
+        say: Receives lines of text for people.
+        watcher: Receives the progress of a training.
 
     Returns:
-        The plan, every site of it whether it is quantized or not, and what a results file says about the run.
+        The plan with all its sites, quantized or not, and the description of the run for a results file.
 
     Raises:
-        InputError: The model, the data, the settings or the folder; too little memory.
+        InputError: The model, the data, the settings or the folder cannot be used; too little memory.
     """
     if out is not None:
         refuse_in_the_way(out)  # before the work, not after it
@@ -104,14 +104,14 @@ def quantize_model(
     if shared:
         inputs = _share(inputs)
     if bits is not None:
-        assert inputs is not None  # only a plan goes without
+        assert inputs is not None  # only a plan needs no data
         found = sensitivity(model, calibration=inputs, base=spec, progress=order.progress)
         spec = found.allocate(bits)
         say(found.explain(spec))
     plan: list[Site] = []
     if out is None or order.check is not None:
         inputs = None if inputs is None else list(inputs)
-        # The very plan that is executed; without data what the modules alone tell.
+        # The plan that is executed; without data, the plan from the modules alone.
         plan = quant.plan(model, spec) if inputs is None else quant.planned(model, spec, inputs)
         if order.check is not None:
             order.check(plan)
@@ -168,7 +168,7 @@ def _share(batches: Any) -> list[Any]:
 def _quantized(
     order: Order, model: nn.Module, task: Task | None, spec: QuantSpec, inputs: Any, held: Path, watcher: Watcher
 ) -> tuple[nn.Module, str]:
-    """The quantized model, and what is to be said of its training."""
+    """The quantized model, and the notes on its training."""
     recipe = order.recipe
     if recipe is None or task is None or recipe.qat is None:
         quantized = quant.quantize(

@@ -42,7 +42,7 @@ class _Section(BaseModel):
 
 
 def _each(field: str, parse: Callable[[Any], object]) -> Any:
-    """A validator of a list that has each of its members read; whatever is wrong with one is said by `parse`."""
+    """A validator of a list that reads each member with `parse`; `parse` reports errors."""
 
     def check(members: list[Any]) -> list[Any]:
         for member in members:
@@ -61,12 +61,12 @@ class TaskSection(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the task is made with."""
+        """The options of the task."""
         return dict(self.model_extra or {})
 
     @property
     def label(self) -> str:
-        """How results call it: the name of the data where some is named, else of the task."""
+        """Its name in results: the name of the data if given, else of the task."""
         return Path(str(self.options["data"])).stem if "data" in self.options else self.name
 
 
@@ -103,7 +103,7 @@ class QuantizeSection(_Section):
         protocol: See `s2d.quantize`.
         calibration: The data.
         method: ``auto`` also looks for a file of each arm's model that keeps a promise (see `s2d.auto`); the next four
-            are its: the runtime (``for``), the points that may be lost, the time, and what is wanted.
+            fields belong to it: the runtime (``for``), the points that may be lost, the time, and the objective.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -121,12 +121,12 @@ class QuantizeSection(_Section):
 
     @model_validator(mode="after")
     def _whole_promise(self) -> QuantizeSection:
-        self.promise  # noqa: B018 - whatever is wrong with it is said here
+        self.promise  # noqa: B018 - raises the errors of the promise
         return self
 
     @property
     def promise(self) -> Promise | None:
-        """What ``method: auto`` has to keep; None without it."""
+        """The promise of ``method: auto``; None without it."""
         if self.method is None:
             if (self.for_, self.within, self.minutes) != (None, None, None):
                 raise InputError("for, within and minutes are parts of a promise; add method: auto")
@@ -140,7 +140,7 @@ class QuantizeSection(_Section):
     _known_methods = _each("methods", get_methods)
 
     def cells(self) -> list[Cell]:
-        """Everything to evaluate a model at, each once."""
+        """All evaluations of a model, each once."""
         found: list[Cell] = []
         for spec in self.specs:
             if spec == FULL:
@@ -175,16 +175,16 @@ class QATSection(QATSettings):
         return QATSettings(**{name: getattr(self, name) for name in QATSettings.model_fields})
 
     def training(self, train: TrainSettings) -> TrainSettings:
-        """The recipe's training with this one's steps and rate."""
+        """The recipe's training settings with this section's steps and learning rate."""
         return train.model_copy(update={"steps": self.steps, "lr": self.lr, "head_lr": None})
 
 
 class Reference(_Section):
-    """What an arm is known to score in full precision. Far from it, data or preprocessing are not what they should be.
+    """A known full-precision score of an arm. A run far from it has wrong data or preprocessing.
 
     Attributes:
-        score: Of the task's first metric, in points.
-        within: How far from it is still plausible, in points.
+        score: Value of the task's first metric, in points.
+        within: Largest plausible distance from it, in points.
         arm: Whose score it is; the published model's by default.
     """
 
@@ -202,17 +202,17 @@ class Recipe(_Section):
         task: The task and its options.
         train: See `TrainSettings`.
         arms: Name of each arm, and the keywords of `SelectiveSpectralDecay` it trains with: ``{}`` for the defaults,
-            null to train without decay; or the name of a rival and its settings, ``{baseline: tweo, weight: 0.1}`` (see
-            `s2d.baselines`). An arm called ``none`` is not trained at all.
+            null to train without decay; or the name of a baseline and its settings, ``{baseline: tweo, weight: 0.1}``
+            (see `s2d.baselines`). An arm called ``none`` is not trained at all.
         seeds: Each is a repetition of all arms.
-        split: What is evaluated. Settings are chosen on ``validation``.
+        split: The split to evaluate on. Settings are chosen on ``validation``.
         quantize: Bit widths and calibrators.
         qat: Quantization-aware training of each arm's model, after its fine-tuning if it has one; null for none.
-        reference: A known score that a run has to come near, or it stops before anything is made of it; null for none.
-        audit: Look at every weight before and after.
-        device: ``auto`` takes an accelerator where there is one.
-        batch_size: Of evaluations.
-        smoke: The tiny model that stands in when the recipe is only tried out on made-up pictures; see `smoke.py`.
+        reference: A known score; a run far from it stops before quantization. Null for none.
+        audit: Audit every weight before and after training.
+        device: ``auto`` takes an accelerator if there is one.
+        batch_size: Batch size of evaluations.
+        smoke: The tiny model that replaces the real one in a smoke test on made-up pictures; see `smoke.py`.
     """
 
     about: str = ""
@@ -299,14 +299,14 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> tuple[str, Recipe
         overrides: ``"key=value"`` with dotted keys and YAML values, such as ``"train.steps=100"``.
 
     Raises:
-        InputError: Whatever is wrong with it, in one line.
+        InputError: The recipe is wrong; the message names the first fault in one line.
     """
     name, text = read_text(source)
     return name, make_recipe(parse(text, source), overrides, shown=source)
 
 
 def new_text(like: str, overrides: Sequence[str] = ()) -> str:
-    """The YAML of a recipe to start one's own from: as it stands, comments and all; with overrides as plain data.
+    """The YAML of a recipe as a template: unchanged, with its comments; with overrides, as plain data.
 
     Raises:
         InputError: As `read_recipe`.
@@ -341,7 +341,7 @@ def _explain(error: ValidationError) -> str:
         section: type[BaseModel] = Recipe
         for parent in parents:
             inner = section.model_fields[parent].annotation
-            inner = next((part for part in get_args(inner) if part is not type(None)), inner)  # of an optional one
+            inner = next((part for part in get_args(inner) if part is not type(None)), inner)  # of an Optional
             assert isinstance(inner, type) and issubclass(inner, BaseModel)
             section = inner
         return f"unknown key {where}; {choices(key, list(section.model_fields))}"

@@ -1,4 +1,4 @@
-"""Recipes as text: those that come with s2d, what a YAML file says, and overrides by key. Nothing here loads torch."""
+"""Recipes as text: the packaged ones, YAML files, and overrides by key. This module does not load torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from s2d.errors import InputError, choices, first_line
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # moved to importlib.resources.abc in Python 3.11
 
-# Of a recipe; aliases count as often as they are used, so that a few lines cannot stand for more than memory holds.
+# Limits of a recipe; aliases count each time they are used, so that a few lines cannot fill the memory.
 MOST_VALUES, MOST_LEVELS = 100_000, 60
 
 
@@ -47,7 +47,7 @@ def packaged() -> dict[str, str]:
 
 
 def read_text(source: str) -> tuple[str, str]:
-    """A recipe's name and its YAML, of a file or of a packaged recipe.
+    """The name and the YAML of a recipe, from a file or from a packaged recipe.
 
     Raises:
         InputError: There is none; close names are listed.
@@ -74,7 +74,7 @@ def _load(text: str) -> Any:
     """Plain data from YAML.
 
     Raises:
-        ValueError: It is none, or stands for far more data than it is long (aliases of aliases).
+        ValueError: It is not plain data, or expands to far more data than its text (aliases of aliases).
     """
     try:
         content = yaml.load(text, Loader=_Loader)
@@ -86,7 +86,7 @@ def _load(text: str) -> Any:
         KeyError,
         IndexError,
         OverflowError,
-    ) as error:  # of no date
+    ) as error:  # of an impossible date
         raise ValueError(f"a value that cannot be read ({first_line(error, 80)})") from None
     left = MOST_VALUES
     pending = [(content, 0)]
@@ -107,10 +107,10 @@ def parse(text: str, shown: str) -> dict[str, Any]:
 
     Args:
         text: YAML.
-        shown: What messages call it.
+        shown: Its name in messages.
 
     Raises:
-        InputError: It is no YAML, or stands for anything but a recipe.
+        InputError: It is not YAML, or not a recipe.
     """
     try:
         content = _load(text)
@@ -126,10 +126,10 @@ def parse(text: str, shown: str) -> dict[str, Any]:
 
 
 def override_in(data: dict[str, Any], override: str) -> None:
-    """Set what ``"key=value"`` says, with dotted keys and a YAML value, in a recipe's plain data.
+    """Apply an override ``"key=value"``, with a dotted key and a YAML value, to a recipe's plain data.
 
     Raises:
-        InputError: It is no such text, or something stands in the key's way.
+        InputError: It does not have this form, or a part of the key is not a section.
     """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():

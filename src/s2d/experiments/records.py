@@ -1,4 +1,4 @@
-"""The records of a run, and what its cells are called."""
+"""The records of a run, and the names of its cells."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def records_of(
     """The records of one finished cell, one for each metric, the task's own first.
 
     Args:
-        recipe, task: What was run.
+        recipe, task: The recipe and the task of the run.
         arm, seed: How the model was trained, and from which seed.
         spec, method, observer: How it was quantized; ``"none"`` where no method was.
         cell: ``metrics`` by name, ``seconds`` and ``peak_mb``.
@@ -63,7 +63,7 @@ def cell_name(cell: Cell) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """A path as people type it from here."""
+    """A path as people type it from the current folder."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

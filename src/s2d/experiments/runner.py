@@ -3,8 +3,8 @@
     load -> audit -> for each seed and arm: train -> evaluate -> for each bit width and calibrator: quantize, evaluate
          -> audit -> results.json, report.html
 
-Every finished stage is a file in the run's folder, named after a digest of everything that went into it, code included:
-a run that is repeated computes only what is missing or has changed, and one folder can hold many experiments.
+Every finished stage is a file in the run's folder. Its name is a digest of all its inputs, code included. So a repeated
+run computes only stages that are missing or changed, and one folder can hold many experiments.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from s2d.tasks.evaluation import evaluate, model_for
 from s2d.training.loop import train
 from s2d.training.qat_loop import train_quantized
 
-# Which folders decide what a stage finds: a change in one of them makes its finished results stale. Loading and saving
-# are left out of training and judging; the weights' fingerprint stands for them.
-# Of quantization only the distance from the original is part of training: a new PTQ method retrains nothing.
+# The code folders that a stage depends on: a change in one of them makes finished results stale. Loading and saving are
+# left out of training and evaluation; the weights' fingerprint replaces them. Of quantization only the distance from
+# the original is part of training: a new PTQ method retrains nothing.
 _DISTILLING = ("quant/distillation.py", "models/blocks.py", "models/running.py", "models/masks.py", "targets")
 _TOWERS = ("models/image_heads.py", "models/image_views.py", "models/dual_encoder.py")
 _HEADS = ("models/heads.py", "models/classes.py", "models/preprocessing.py", *_TOWERS)
@@ -63,14 +63,14 @@ class Runner:
     ) -> None:
         """Load model and data; a recipe that cannot run fails here, before any work.
 
-        A `trial` is marked as one in the results, for its numbers mean nothing.
+        A `trial` is marked in the results, because its numbers mean nothing.
 
         Raises:
             InputError: The model, the data, the folder, or settings that do not fit the model.
         """
         self.name, self.recipe, self.folder, self.trial = name, recipe, folder, trial
         self.watcher = watcher or Silent()
-        # Now, and not when a stage begins: the code that runs is the code that was read at the start.
+        # Computed at the start, not when a stage begins: the code that runs is the code that was read then.
         self.code = {
             "training": code_digest(*_TRAINING),
             "decay": code_digest(*_DECAY),
@@ -96,7 +96,7 @@ class Runner:
         self.watcher.advance(3)
 
     def _tell_notes(self) -> None:
-        """What the data have to say by now; damaged images that are read as they are needed show on the way."""
+        """Report the notes of the data so far; damaged images are found only when they are read."""
         notes = self.task.notes()
         for note in notes:
             if note not in self._told:
@@ -104,7 +104,7 @@ class Runner:
         self._told = notes
 
     def _rehearse(self) -> None:
-        """Put decay and quantizers to the model once, so that what does not fit it is not found out hours later."""
+        """Try the decay and the quantizers on the model once, so that errors appear now and not hours later."""
         recipe = self.recipe
         model = self.task.build(self.loaded, recipe.seeds[0])
         if self.task.new_head:
@@ -125,7 +125,7 @@ class Runner:
                     quant.planned(model, QuantSpec.parse(spec), inputs, graph)
 
     def run(self) -> JSON:
-        """Everything that is missing, then results.json and report.html; the results are also returned."""
+        """Run all missing stages, then write results.json and report.html; return the results."""
         recipe, records, audits, history = self.recipe, [], {}, []
         about = run_metadata(
             recipe=self.name,
@@ -145,7 +145,7 @@ class Runner:
         for seed in recipe.seeds:
             for arm in recipe.arms:
                 if arm == UNTRAINED and seed != first:
-                    continue  # nothing is random in it
+                    continue  # it has no randomness
                 training = self._train(arm, seed)
                 records += self._cells(arm, seed)
                 records += self._trained_cells(arm, seed)
@@ -155,7 +155,7 @@ class Runner:
                     audits[arm] = self._audit(arm, seed)
                 if training is not None and seed == first and not history:
                     history = training["history"]  # of the first arm that decays
-                # What is done so far can be read while the rest goes on.
+                # Partial results can be read during the run.
                 self._tell_notes()
                 about["left_out"] = self._told
                 self._write({"run": about, "records": records, "audits": audits, "history": history})
@@ -167,7 +167,7 @@ class Runner:
         return results
 
     def follow(self) -> None:
-        """What every process but the first does of `run`: train along, in the same order."""
+        """The part of `run` for all processes but the first: train with it, in the same order."""
         for seed in self.recipe.seeds:
             for arm in self.recipe.arms:
                 if arm != UNTRAINED or seed == self.recipe.seeds[0]:
@@ -175,7 +175,7 @@ class Runner:
                     self._trained_cells(arm, seed)
 
     def _missing(self, path: Path) -> bool:
-        """Whether what a file should hold is yet to be found: as the first process sees it, which writes it."""
+        """Whether a file is still missing, as seen by the first process, which writes it."""
         processes.meet(device_of(self.recipe.device) == "cpu")
         return processes.as_first(not path.is_file())
 
@@ -201,7 +201,7 @@ class Runner:
     # -- training
 
     def _train(self, arm: str, seed: int) -> JSON | None:
-        """What is known of an arm's training; the model is beside it on the disk."""
+        """The notes on an arm's training; the model is beside them on the disk."""
         if arm == UNTRAINED:
             return None
         folder = self._arm_folder(arm, seed)
@@ -229,12 +229,12 @@ class Runner:
         self._save(model, folder / "model", arm)
         content = {**asdict(done), "arm": arm, "seed": seed, "decay": self._decay_key(arm)}
         write_json(notes, content)
-        (folder / "state.pt").unlink(missing_ok=True)  # only now is everything it holds safe elsewhere
+        (folder / "state.pt").unlink(missing_ok=True)  # by now all its content is saved elsewhere
         skipped = f", {len(done.skipped)} skipped" if done.skipped else ""
         self.watcher.say(
             f"{arm}, seed {seed}: {done.steps} steps in {done.seconds:.0f} s{skipped}, last loss {done.losses[-1]:.3f}"
         )
-        return read_json(notes)  # as a run that continues sees it: lists, no tuples
+        return read_json(notes)  # the same as in a resumed run: lists, not tuples
 
     def _save(self, model: nn.Module, folder: Path, arm: str) -> None:
         loaded = self.loaded
@@ -247,7 +247,7 @@ class Runner:
     def _arm_key(self, arm: str, seed: int) -> str:
         """Everything a trained model depends on."""
         recipe = self.recipe
-        task = recipe.task.model_dump(exclude={"data"})  # what the data hold counts, not where they are
+        task = recipe.task.model_dump(exclude={"data"})  # the content of the data counts, not its path
         content: JSON = {"model": self.loaded.fingerprint, "task": [self.task.fingerprint, task]}
         if arm != UNTRAINED:
             content |= {
@@ -264,7 +264,7 @@ class Runner:
 
     @contextmanager
     def _model(self, arm: str, seed: int) -> Iterator[nn.Module]:
-        """An arm's model, trained, from the disk; for the arm without training the published one."""
+        """An arm's trained model from the disk; for the arm without training, the published model."""
         if arm == UNTRAINED:
             yield self.task.build(self.loaded, seed).eval()
         else:
@@ -296,7 +296,7 @@ class Runner:
         return records
 
     def _compare(self, arm: str, records: list[JSON]) -> None:
-        """Stop where a known score is far away: every number after it would be about something else."""
+        """Stop if the score is far from the known one: all later numbers would be meaningless."""
         known = self.recipe.reference
         if known is None or known.arm != arm:
             return
@@ -367,7 +367,7 @@ class Runner:
                     write_json(path, trained)
             if not processes.leads():
                 continue
-            path.with_suffix(".pt").unlink(missing_ok=True)  # also that of a run killed right here
+            path.with_suffix(".pt").unlink(missing_ok=True)  # also the file of a run that was killed here
             found = records_of(self.recipe, self.task, arm, seed, spec, "qat", "", read_json(path))
             records += found
             score = f"{spec_name(spec)} trained: {found[0]['value']:.2f} ({shown_path(kept)})"
@@ -377,7 +377,7 @@ class Runner:
     def _train_quantized(
         self, arm: str, seed: int, spec: str | dict[str, Any], decay: dict[str, Any] | None, state: Path, kept: Path
     ) -> JSON:
-        """Train, judge, and keep the model, which `s2d evaluate` and `s2d export` read."""
+        """Train, evaluate and save the model, for `s2d evaluate` and `s2d export`."""
         recipe, qat = self.recipe, self.recipe.qat
         assert qat is not None
         self.watcher.stage(f"{arm}, seed {seed}: training at {spec_name(spec)}", qat.steps)
@@ -411,7 +411,7 @@ class Runner:
     # -- a file that keeps a promise
 
     def _keep_promise(self, arm: str, seed: int, about: JSON) -> None:
-        """Look for a file of an arm's model, where the recipe has a promise; its folder is below ``auto/``."""
+        """Search a file of an arm's model if the recipe has a promise; its folder is below ``auto/``."""
         promise = self.recipe.quantize.promise
         if promise is None:
             return

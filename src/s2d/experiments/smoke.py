@@ -1,6 +1,6 @@
-"""A recipe in small: the same stages, methods and task, on a tiny random model and made-up data, offline in a minute.
+"""The smoke test of a recipe: the same stages, methods and task on a tiny random model and made-up data, offline.
 
-It shows that a recipe runs from end to end here before hours are spent on it; its numbers mean nothing.
+It takes about a minute and shows that a recipe runs from end to end on this machine. Its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CLASSES = ("circle", "square", "cross")
 _PER_CLASS = {"train": 16, "validation": 4, "test": 8}
 # Options that name columns and classes of the real data.
 _COLUMNS = ("image", "label", "classes", "caption", "question", "answer", "objects")
-_EDGE = 40  # of an image; the models' own size differs, so that resizing is tried too
+_EDGE = 40  # size of an image; it differs from the models' size, so that resizing is tested too
 
 
 def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with a few steps of few examples, a tiny model, and data that are written into a folder.
 
     Raises:
-        InputError: The recipe does not say what its trial takes.
+        InputError: The recipe lacks a setting that its smoke test needs.
     """
     if recipe.smoke is None:
         raise InputError(
@@ -37,7 +37,7 @@ def smoke_test(recipe: Recipe, folder: Path) -> Recipe:
     options = {name: value for name, value in recipe.task.options.items() if name not in _COLUMNS}
     # Tiny random models have no outliers; the decay should have something to do all the same.
     eager = {"refresh_every": 2, "threshold": 0.1, "outlier_ratio": 1.5}
-    plain = [name for name, decay in recipe.arms.items() if decay is None or KEY in decay]  # no decay to be made eager
+    plain = [name for name, decay in recipe.arms.items() if decay is None or KEY in decay]  # no decay to strengthen
     arms = {name: decay if name in plain else {**(decay or {}), **eager} for name, decay in recipe.arms.items()}
     train = {"steps": 4, "batch_size": 8, "checkpoints": ()}
     content = recipe.model_dump() | {

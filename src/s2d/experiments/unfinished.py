@@ -1,4 +1,4 @@
-"""The folder beside a model's in which a training keeps how far it got, until the model is saved."""
+"""The folder beside a model's folder in which a training keeps its state until the model is saved."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def held_beside(out: Path) -> Path:
 
 
 def clear(held: Path) -> None:
-    """Remove what a training kept to be continued, and nothing that somebody else put there."""
-    sweep(held, age=0.0)  # by a run that was killed while it saved
+    """Remove the saved state of a training, and no other files."""
+    sweep(held, age=0.0)  # left by a run that was killed while it saved
     (held / "state.pt").unlink(missing_ok=True)
     Store.discard(held / "blocks")
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Who is told how a run goes."""
+"""The receiver of a run's progress."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ class Watcher(Protocol):
     """Receives the progress of a run."""
 
     def stage(self, text: str, total: int) -> None:
-        """A stage of so many parts begins."""
+        """A stage with `total` parts begins."""
 
     def advance(self, done: int, note: str = "") -> None:
-        """So many parts of the stage are done."""
+        """`done` parts of the stage are finished."""
 
     def say(self, text: str) -> None:
         """A line to keep."""

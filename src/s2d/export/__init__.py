@@ -1,4 +1,4 @@
-"""Export: a quantized model as a file for a runtime with low-bit kernels, checked before it is kept."""
+"""Export: write a quantized model for a runtime with low-bit kernels; the file is checked before it is kept."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _FORMATS = {
     ".pte": "ExecuTorch for phones and boards, Linears run by XNNPACK",
     layer_formats.FOLDER: "a folder in the format of compressed-tensors, for transformers and servers like vLLM",
 }
-RUNNABLE = (".onnx", ".xml")  # by `open_exported`, with rows and threads to choose
+RUNNABLE = (".onnx", ".xml")  # by `open_exported`, with free batch size and number of threads
 
 
 def exporters() -> dict[str, str]:
-    """What can be written: the file's suffix (none for a folder), and one line."""
+    """The export formats: the file's suffix (empty for a folder), and one line about each."""
     return dict(_FORMATS)
 
 
@@ -59,7 +59,7 @@ def export(
     force: bool = False,
     notes: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
-    """Write a quantized model for a runtime, when it computes there what it computes here.
+    """Write a quantized model for a runtime, and keep the file if it computes the same there.
 
     In ONNX and OpenVINO the products run as uint8 x int8 with int32 sums on CPUs, whatever the bits: 4 bits make the
     file smaller, not the product faster than 8 bits. Weights of 4 bits are unpacked to int8 when the file is opened.
@@ -68,25 +68,25 @@ def export(
         model: From `s2d.quantize` or `s2d.load`, on the CPU.
         path: ``NAME.onnx``, ``NAME.xml``, ``NAME.pte``, ``NAME.gguf``, or a name without a suffix for a folder of
             compressed-tensors; ``NAME.json`` beside it will hold the report.
-        example: Keyword inputs of the model, a batch of two or more; batch and length stay free in the file.
-        embeddings: Bits of the embedding tables (one scale a row at 8, one for 32 columns below), 0 to leave them.
-            compressed-tensors leaves them always.
+        example: Keyword inputs of the model, a batch of two or more; batch size and length stay dynamic in the file.
+        embeddings: Bits of the embedding tables (one scale a row at 8, one for 32 columns below), 0 to keep them.
+            compressed-tensors always keeps them.
         form: Of ONNX: ``"qdq"``, ``"integer"`` or ``"types"``; see `s2d.export.operators`.
-        tokenizer: Goes into formats that hold one (GGUF, compressed-tensors).
-        task: Compares the metric, on ``split``; without it, the outputs on the example are compared.
-        split: Which data.
-        batch_size: Of the comparison.
+        tokenizer: Stored in formats that hold one (GGUF, compressed-tensors).
+        task: Its metric is compared, on ``split``; without a task, the outputs on the example are compared.
+        split: Data of the comparison.
+        batch_size: Batch size of the comparison.
         time_it: Measure latency against full precision, which is exported too for that.
-        describe: Read back the kernels of ONNX and OpenVINO files, which opens them a few times more.
+        describe: Read back the kernels of ONNX and OpenVINO files; this opens them a few more times.
         force: Keep a file that fails the comparison.
-        notes: Told what is being done.
+        notes: Receives progress messages.
 
     Returns:
-        What was found out.
+        The report of the checks.
 
     Raises:
-        InputError: The model is not quantized, or changed since; a site has no form in the runtime; the place cannot be
-            written; or the file does not compute what the simulated model does (then no file is left).
+        InputError: The model is not quantized, or changed after quantization; the runtime does not support a site; the
+            path cannot be written; or the file does not compute the same as the simulated model (then no file is left).
     """
     target = Path(path)
     _check_target(target, embeddings, form)
@@ -153,7 +153,7 @@ def open_exported(path: str | os.PathLike[str], *, runtime: str | None = None, t
     Args:
         path: ``.onnx``, ``.xml`` or ``.pte``.
         runtime: ``"onnxruntime"`` or ``"openvino"``; by default the one of the file.
-        threads: For one product.
+        threads: Threads for one product.
 
     Raises:
         InputError: No such file, another kind of file, a runtime that is missing.

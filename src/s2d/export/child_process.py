@@ -1,7 +1,7 @@
-"""A runtime is tried in a process of its own first: one that breaks down there takes nothing of ours with it.
+"""A runtime is tried in a child process first, so that a crash does not end this process.
 
-onnxruntime and OpenVINO are native code, and a graph that their optimizers did not foresee can end the whole process
-(a notebook, a night's run) instead of raising.
+onnxruntime and OpenVINO are native code. A graph that their optimizers cannot handle can end the whole process (a
+notebook, a long run) instead of raising an error.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def try_runtime(path: Path, example: Mapping[str, Tensor], *, openvino: bool = F
         openvino: Under OpenVINO instead of onnxruntime.
 
     Raises:
-        InputError: The runtime ended that process, or does not come to an end. Errors that it raises are left to who
-            runs it here.
+        InputError: The runtime ended that process, or ran too long. Errors that it raises appear when the caller runs
+            the file.
     """
     name, code = ("OpenVINO", _OPENVINO) if openvino else ("onnxruntime", _ORT + _LOADED)
     with tempfile.TemporaryDirectory() as folder:

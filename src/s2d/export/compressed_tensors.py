@@ -1,4 +1,4 @@
-"""compressed-tensors: a folder that transformers and servers of the kind of vLLM load.
+"""compressed-tensors: a folder that transformers and servers such as vLLM load.
 
 ``config.json`` says how the layers are quantized; ``model.safetensors`` holds packed codes and scales under the model's
 own names. Weights alone and weights of up to 4 bits are ``pack-quantized`` (int32 words), 8-bit weights with rounded
@@ -31,13 +31,13 @@ NAME = "compressed-tensors"
 
 
 def check(model: nn.Module, embeddings: int) -> int:
-    """Refuse up front what the format cannot hold.
+    """Refuse, before any work, a model that the format cannot hold.
 
     Returns:
-        0: tables of embeddings stay as they are.
+        0: embedding tables stay as they are.
 
     Raises:
-        InputError: Which layer, why, and the nearest spec.
+        InputError: The format cannot hold a layer; the message gives the reason and the nearest spec.
     """
     require("compressed_tensors", "compressed-tensors")
     for layer in _layers(model):
@@ -52,7 +52,7 @@ def write(model: nn.Module, folder: Path, *, embeddings: int, tokenizer: Any) ->
     Args:
         model: Checked.
         folder: Made anew.
-        embeddings: Not said here.
+        embeddings: Not used by this format.
         tokenizer: Kept in the folder.
     """
     require("compressed_tensors", "compressed-tensors")
@@ -102,7 +102,7 @@ def read(folder: Path, like: nn.Module) -> nn.Module:
     kind = getattr(transformers, about["class"])
     with quiet(transformers):
         found = kind.from_pretrained(folder, dtype=torch.float32, **about["arguments"]).eval()
-    found.hf_quantizer.compressor.decompress_model(found)  # else it does so in the model's first call
+    found.hf_quantizer.compressor.decompress_model(found)  # otherwise this happens in the model's first call
     with disable_onloading():
         for module in found.modules():
             if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32:  # blocks come in bfloat16
@@ -111,7 +111,7 @@ def read(folder: Path, like: nn.Module) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> Iterator[PlainLayer | FloatLayer]:
-    """The quantized Linears, one at a time: of floating-point codes, then of integers."""
+    """The quantized Linears, one at a time: first those with floating-point codes, then those with integers."""
     refuse_more_than_linears(model, NAME)
     floats = set()
     for name, module in model.named_modules():
@@ -138,7 +138,7 @@ def _static_input(name: str, activation: IntegerActivation) -> dict[str, Tensor]
 
 
 def _scheme(layer: PlainLayer) -> dict[str, Any]:
-    """How one layer is quantized, in the words of the format."""
+    """The quantization of one layer, as the format describes it."""
     weights: dict[str, Any] = {"num_bits": layer.bits, "type": "int", "symmetric": True, "strategy": "channel"}
     if layer.weight.granularity == "group":
         weights |= {"strategy": "group", "group_size": layer.run}
@@ -164,7 +164,7 @@ def _config(schemes: dict[str, list[str]], model: nn.Module) -> dict[str, Any]:
     for index, (text, names) in enumerate(schemes.items()):
         args = json.loads(text)
         formats.add(args["format"])
-        # Servers fuse layers and know them by class; only where schemes differ do they have to go by name.
+        # Servers fuse layers and match them by class; only where schemes differ are layers matched by name.
         groups[f"group_{index}"] = QuantizationScheme(targets=["Linear"] if len(schemes) == 1 else names, **args)
     rounded = {name for names in schemes.values() for name in names}
     ignored = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and name not in rounded]

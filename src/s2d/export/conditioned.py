@@ -1,10 +1,10 @@
-"""The conditioned model for compilers that quantize by themselves: full precision, and all that they calibrate with.
+"""The conditioned model for compilers that quantize by themselves: full precision, with calibration data.
 
 A folder holds ``model.onnx`` (float32, at the opset and the shapes that the compiler reads), ``calibration.npz`` (the
 inputs of real examples, prepared as in training), ``expected.npz`` (the outputs of its first rows) and a page with the
-commands that the user runs there. Three things in a file ruin a static range, and are mended here: constants of masks
-are bounded (see `onnx_doctor`), GELU and LayerNorm stay single nodes where the opset has them, and shapes that an
-exporter noted for its own graph are left out, because quantizers infer their own and stop where the two disagree.
+commands that the user runs there. Three things in a file spoil static ranges and are repaired here. Constants of masks
+are bounded (see `onnx_doctor`). GELU and LayerNorm stay single nodes where the opset has them. Shapes that an exporter
+stored for its own graph are removed, because quantizers infer their own and stop where the two differ.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _AXES = ("batch", "tokens")
 
 @dataclass
 class ConditionedReport:
-    """What was written.
+    """The files that were written.
 
     Attributes:
         path: The folder.
-        compiler: For which.
-        opset: Of the file.
+        compiler: Name of the compiler.
+        opset: Opset of the file.
         shape: Sizes that are fixed, by name; empty where they are free.
         rows: Calibration examples.
         mask: The bound that masks got; None where none had to be bounded.
         outputs_moved: How far the file's outputs are from torch's, relative to their largest value.
-        findings: What still ruins a range, in words.
+        findings: Remaining causes of bad ranges, as text.
     """
 
     path: str
@@ -65,7 +65,7 @@ class ConditionedReport:
 
 
 def find_compiler(name: str) -> Runtime:
-    """A runtime that takes a model in full precision and quantizes by itself.
+    """A runtime that reads a model in full precision and quantizes it by itself.
 
     Raises:
         InputError: There is none of that name, or it takes none; those that do are listed.
@@ -105,24 +105,24 @@ def export_conditioned(
     processor: Any = None,
     notes: Callable[[str], None] = lambda text: None,
 ) -> ConditionedReport:
-    """Write a model in full precision, and what a compiler calibrates with, into a folder.
+    """Write a model in full precision, with calibration data for a compiler, into a folder.
 
     Args:
-        model: Plain: pretrained, or better conditioned.
+        model: A plain model: pretrained or, better, conditioned.
         path: A folder that does not exist or is empty.
         compiler: From `find_compiler`.
         inputs: Batches of keyword inputs, prepared as in training.
         shape: Sizes to fix: ``batch``, ``tokens``.
         tokenizer: Kept in ``inputs``.
         processor: Kept in ``inputs``.
-        notes: Told what is being done.
+        notes: Receives progress messages.
 
     Returns:
-        What was written.
+        The report of the files.
 
     Raises:
         InputError: The model is quantized already; the compiler needs sizes that are not given; an example is longer;
-            the model has no form at that opset; the file does not compute what the model does.
+            the model cannot be written at that opset; the file does not compute the same as the model.
     """
     target = Path(path)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -176,7 +176,7 @@ def stack(inputs: Sequence[Mapping[str, Tensor]], tokens: int | None, padding: M
     Args:
         inputs: Batches; integers of two dimensions ``[B, T]`` are sequences, everything else has its size.
         tokens: The length; None for that of the longest.
-        padding: What fills up, by name; 0 for all others.
+        padding: Padding values by name; 0 for all others.
 
     Raises:
         InputError: There are none; one is longer; sequences without a mask differ in length.
@@ -276,7 +276,7 @@ def _mend(
     sizes: Mapping[str, int],
     compiler: Runtime,
 ) -> tuple[float | None, float]:
-    """Bound the masks, take the exporter's notes out, convert the opset; and compare with torch's outputs."""
+    """Bound the masks, remove the exporter's metadata, convert the opset, and compare with torch's outputs."""
     onnx = require("onnx", "export")
     written = onnx_doctor.open_file(path)
     masked = any(each.kind == "mask" for each in onnx_doctor.examine(written))
@@ -301,7 +301,7 @@ def _mend(
 
 
 def strip(model: Any) -> None:
-    """Take out what an exporter noted for itself: shapes of inner values, stack traces, its own names of functions.
+    """Remove an exporter's metadata: shapes of inner values, stack traces, its own names of functions.
 
     Args:
         model: An ONNX ``ModelProto``; changed.
@@ -316,7 +316,7 @@ def strip(model: Any) -> None:
 
 
 def _older(model: Any, compiler: Runtime) -> Any:
-    """A model at an opset that torch's exporter does not write any more.
+    """A model at an older opset than torch's exporter writes.
 
     Raises:
         InputError: It has an operator with no form there.

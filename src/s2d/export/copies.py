@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """The model's modules again, on the same memory: in evaluation mode, and no parameter wants a gradient.
+    """A copy of the model's modules on the same memory, in evaluation mode and without gradients.
 
-    Modules of the copy may be replaced, and parameters set anew; writing into one of its tensors would write into the
-    model's. Parameters that several modules share are shared in the copy too.
+    Modules and parameters of the copy may be replaced; a write into one of its tensors changes the model's. Parameters
+    that several modules share are shared in the copy too.
     """
     same: dict[int, object] = {id(each): each for each in model.buffers()}
     same |= {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
@@ -23,14 +23,14 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def in_float32(
     model: nn.Module, example: Mapping[str, Tensor], notes: Callable[[str], None] = lambda text: None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model of half or double precision, and its inputs, in float32, which is what runtimes of CPUs compute in.
+    """A model of half or double precision, and its inputs, in float32, the type in which CPU runtimes compute.
 
     Weights of half precision are the same numbers in float32, and so are their codes.
 
     Args:
-        model: Left as it is; handed back where nothing in it is of another precision.
+        model: Left as it is; returned itself if all of it is float32.
         example: A batch of keyword inputs.
-        notes: Told when there is something to do.
+        notes: Receives a message if a conversion is needed.
 
     Returns:
         The model or a copy, and the inputs.

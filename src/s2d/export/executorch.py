@@ -38,10 +38,10 @@ _INPUTS, _OUTPUTS = "s2d_inputs", "s2d_outputs"
 
 
 def refuse_without_product(model: nn.Module) -> None:
-    """Refuse up front what XNNPACK has no product for.
+    """Refuse, before any work, layers for which XNNPACK has no product.
 
     Raises:
-        InputError: Which layer, why, and the nearest spec.
+        InputError: A layer has no product; the message gives the reason and the nearest spec.
     """
     require("executorch", "executorch")
     require("torchao", "executorch")
@@ -66,14 +66,14 @@ def export_program(
     example: Mapping[str, Tensor],
     check: Check,
 ) -> None:
-    """Lower a model, run the file, compare, and put it in its place.
+    """Lower a model, run the file, compare it, and move it to the target.
 
     Args:
         model: Quantized.
         target: ``NAME.pte``; it takes one row at a time, and texts of up to 512 tokens (or the model's own limit).
         report: Filled in; its layers are those that were lowered, as torchao computes them.
         example: A batch of keyword inputs.
-        check: What is compared and measured, and what follows.
+        check: The comparisons, measurements and consequences.
 
     Raises:
         InputError: A layer has no product there; the model cannot be lowered; the comparison failed.
@@ -132,7 +132,7 @@ def _tensor(layer: PlainLayer) -> Tensor:
 
 
 def _write(model: nn.Module, example: Mapping[str, Tensor], path: Path) -> tuple[int, int]:
-    """Lower a model for one row; how many operators XNNPACK takes, and how many it leaves."""
+    """Lower a model for one row; return how many operators XNNPACK takes, and how many it leaves."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.devtools.backend_debug import get_delegation_info
     from executorch.exir import to_edge_transform_and_lower
@@ -170,7 +170,7 @@ class PteModel(nn.Module):
 
         Args:
             path: The file.
-            threads: Of every file in this process: XNNPACK has one pool.
+            threads: Threads for all files in this process: XNNPACK has one pool.
 
         Raises:
             InputError: ExecuTorch is missing, or cannot read it.

@@ -1,4 +1,4 @@
-"""Layers of floating-point codes: FP8, MXFP4, MXFP8 and NVFP4 in the words and the bytes of compressed-tensors.
+"""Layers of floating-point codes: FP8, MXFP4, MXFP8 and NVFP4 in the format of compressed-tensors.
 
     FP8    y = e4m3(x / s_x) s_x  (e4m3(W / s_w) s_w)^T             s_w one a row or a tensor, s_x static or one a token
     MXFP   blocks of 32 inputs share a power of two, stored as its exponent plus 127 (OCP Microscaling v1.0)
@@ -34,7 +34,7 @@ class FloatLayer:
         name: The module.
         weight: ``[out, in]``, before rounding.
         quantizer: The weight's.
-        input: The input's quantizer; None where it stays.
+        input: The input's quantizer; None where the input is not rounded.
     """
 
     name: str
@@ -50,12 +50,12 @@ class FloatLayer:
         return "naive-quantized" if self.input is None else "float-quantized"
 
     def scheme(self) -> dict[str, Any]:
-        """How the layer is quantized, in the words of compressed-tensors."""
+        """The quantization of the layer, as compressed-tensors describes it."""
         inputs = None if self.input is None else _words(self.input)
         return {"weights": _words(self.quantizer), "input_activations": inputs, "format": self.format}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the file holds of it, by key."""
+        """The tensors of the layer in the file, by key."""
         format, scale = self.quantizer.format, self.quantizer.scale.detach().float()
         spread, zero_point = self.quantizer.parameters_for(self.weight)
         stored = encode(self.weight.detach(), spread.detach(), zero_point, format)
@@ -87,7 +87,8 @@ def float_layer(name: str, module: QuantizedLinear) -> FloatLayer | None:
         module: A quantized Linear.
 
     Raises:
-        InputError: A format, a mixture or a size that compressed-tensors has no words for, and the nearest that it has.
+        InputError: compressed-tensors cannot hold the format, mixture or size; the message gives the nearest that it
+            can.
     """
     weight, input = module.weight_quantizer, module.input_quantizer
     if weight is None or not isinstance(weight.format, (FloatFormat, BlockFormat)):
@@ -117,7 +118,7 @@ def float_layer(name: str, module: QuantizedLinear) -> FloatLayer | None:
 @torch.no_grad()
 def share_scales(model: nn.Module, example: Mapping[str, Tensor]) -> int:
     """Give NVFP4 layers that read one tensor (q, k and v; gate and up) one scale above those of their blocks, the
-    largest of theirs: servers compute such layers as one product, and have room for one.
+    largest of theirs: servers compute such layers as one product with one scale.
 
     Args:
         model: A copy; scales are replaced, not written to.
@@ -127,7 +128,7 @@ def share_scales(model: nn.Module, example: Mapping[str, Tensor]) -> int:
         How many layers got another scale; their codes then differ from the simulated ones.
     """
     groups: dict[tuple[int, int], list[Quantizer]] = {}
-    seen: list[Tensor] = []  # a tensor that is alive shares its address with no other
+    seen: list[Tensor] = []  # tensors are kept alive, so that their addresses stay unique
 
     def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])

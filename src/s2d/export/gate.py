@@ -2,10 +2,10 @@
 
 - layers: every quantized Linear on the inputs that the runtime saw, against the simulated one.
 - task: the metric of the simulated model and of the file on held-out data, and how far the metric moves when the
-  simulated model is perturbed by about 1e-6, three times (a network of rounded layers is chaotic). The file may be 0.3
-  points and twice that movement away.
+  simulated model is perturbed by about 1e-6, three times (a network of rounded layers is chaotic). The file may differ
+  by 0.3 points plus twice that movement.
 - output, without a task: the cosine of the outputs on the example, against the same control.
-- kernels, bytes, latency: read back and measured, never judged.
+- kernels, bytes, latency: read back and measured, but not checked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from s2d.quant.modules.record import remove
 from s2d.tasks import Split, Task
 
 POINTS = 0.3
-COSINE = 0.02  # wrong wiring is far beyond it, flipped codes are not; the layers themselves are held to 1e-5
+COSINE = 0.02  # a wrong graph differs by far more, flipped codes by less; single layers must agree to 1e-5
 PERTURBATIONS = (1e-6, -1e-6, 3e-6)
 _ROUNDS = 7
 
@@ -48,12 +48,12 @@ class Check:
 
     Attributes:
         task: Its metric is compared; without one, the outputs on the example.
-        split: Which data of the task.
-        batch_size: Of the comparison.
+        split: Split of the task's data.
+        batch_size: Batch size of the comparison.
         time_it: Measure latency against full precision.
         describe: Read back the kernels and the memory that they hold; without it nothing is timed either.
         force: Keep a file that does not pass.
-        notes: Told what is being done.
+        notes: Receives progress messages.
     """
 
     task: Task | None = None
@@ -67,13 +67,13 @@ class Check:
 
 @dataclass
 class ExportReport:
-    """What was found out about an exported file.
+    """The report of an exported file.
 
     Attributes:
         path: The file.
         spec: Bits, as in ``"w4a4"``.
         method: The PTQ method.
-        embeddings: Bits of the embedding tables; 0 where they stayed.
+        embeddings: Bits of the embedding tables; 0 where they are not rounded.
         layers: The comparison of every quantized Linear.
         unchecked: Layers that were not found in the graph.
         parity: The metric (or cosine) of the simulated model, of the file, and of the perturbed model.
@@ -84,8 +84,8 @@ class ExportReport:
         fp32_mb: The plain model's parameters.
         latency_ms: By runtime, the median milliseconds of one row on one thread of ``"torch"`` (fp32), ``"fp32"`` (in
             the same runtime) and ``"file"``, timed in turns.
-        about: Of files that onnxruntime does not run: what is narrow where, in words.
-        note: Of another runtime that cannot run the file; empty when all that were tried can.
+        about: For files that onnxruntime does not run: where low bits are used, as text.
+        note: A message about a runtime that cannot run the file; empty when all that were tried can.
         failures: Why the gate did not pass; empty when it did.
     """
 
@@ -108,14 +108,14 @@ class ExportReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the file computes what the simulated model does."""
+        """Whether the file computes the same as the simulated model."""
         return not self.failures
 
     def refuse(self, target: Path, force: bool) -> None:
-        """Stop here when the gate did not pass, unless the file is wanted all the same.
+        """Stop when the gate did not pass, unless forced.
 
         Raises:
-            InputError: Why.
+            InputError: The gate did not pass; the message gives the reasons.
         """
         if self.failures and not force:
             raise InputError(
@@ -124,7 +124,7 @@ class ExportReport:
 
     @property
     def label(self) -> list[str]:
-        """What is narrow on disk, in memory and in the product, in words for people."""
+        """Where low bits are used (on disk, in memory, in the product), as text for people."""
         speed = [
             f"speed, one thread, batch 1: {runtime} {times['file']:.1f} ms, "
             + (f"{times['fp32'] / times['file']:.2f} times as fast as its own fp32, " if "fp32" in times else "")
@@ -168,7 +168,7 @@ def _multiplies_integers(kernel: str) -> bool:
 
 
 def judge_layers(report: ExportReport, rows: list[LayerParity], missing: list[str]) -> None:
-    """Note the comparison of the layers."""
+    """Record the comparison of the layers."""
     report.layers, report.unchecked = rows, missing
     bad = [row for row in rows if not row.passed]
     if bad:
@@ -186,7 +186,7 @@ def judge_layers(report: ExportReport, rows: list[LayerParity], missing: list[st
 def judge(
     report: ExportReport, reference: nn.Module, runner: nn.Module, example: Mapping[str, Tensor], check: Check
 ) -> None:
-    """Note the metric, or without a task the outputs on an example, of the simulated model and of the file."""
+    """Record the metric (without a task, the outputs on an example) of the simulated model and of the file."""
     if check.task is None:
         judge_output(report, reference, runner, example)
     else:
@@ -194,7 +194,7 @@ def judge(
 
 
 def judge_task(report: ExportReport, reference: nn.Module, runner: nn.Module, task: Task, check: Check) -> None:
-    """Note the metric of the simulated model and of the file."""
+    """Record the metric of the simulated model and of the file."""
     check.notes(f"comparing {task.primary} on {check.split}")
 
     def score(model: nn.Module) -> float:
@@ -226,7 +226,7 @@ def judge_task(report: ExportReport, reference: nn.Module, runner: nn.Module, ta
 
 @torch.no_grad()
 def judge_output(report: ExportReport, reference: nn.Module, runner: nn.Module, example: Mapping[str, Tensor]) -> None:
-    """Note the cosine of the outputs."""
+    """Record the cosine of the outputs."""
     expected = reference(**example)
     control = min(cosine(perturbed(reference, size)(**example), expected) for size in PERTURBATIONS)
     found = cosine(runner(**example), expected)
@@ -242,7 +242,7 @@ def cosine(a: Any, b: Any) -> float:
 
 
 def perturbed(model: nn.Module, size: float = PERTURBATIONS[0]) -> nn.Module:
-    """A copy whose norm gains are larger by ``size``, relatively: how far next to nothing moves a model's outputs."""
+    """A copy whose norm gains are larger by ``size``, relatively: a control for chaotic outputs."""
     made = shared_copy(model)
     for module in made.modules():
         gain = getattr(module, "weight", None)
@@ -259,17 +259,17 @@ def describe_cost(
     *,
     time_it: bool = True,
 ) -> None:
-    """Note kernels, bytes and, against the model at full precision in the same minute, latency."""
+    """Record kernels, bytes and latency, timed in turns with the model at full precision."""
     report.kernels, held = kernels(path)
     report.memory_mb = held / 1e6
     report.fp32_mb = sum(each.numel() for each in model.parameters()) * 4 / 1e6
     try:
         require("openvino", "openvino")
-        try_runtime(path, example, openvino=True)  # it compiles each graph, and ends the process on some
+        try_runtime(path, example, openvino=True)  # OpenVINO compiles each graph, and some graphs end the process
         report.openvino = openvino.kernels(path)
     except MissingExtra:
         report.openvino = {}
-    except InputError as error:  # an .onnx goes without it; an .xml was tried before
+    except InputError as error:  # an .onnx is kept without it; an .xml was tried before
         report.openvino, report.note = {}, str(error)
     if not time_it:
         return
@@ -314,8 +314,8 @@ def take_turns(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[flo
 
 
 def give_back() -> None:
-    """Drop what only cycles hold, and make glibc return what it keeps for later; between the stages of an export that
-    is a good part of a model's size.
+    """Collect garbage cycles, and make glibc return free memory; between the stages of an export this is a large part
+    of a model's size.
     """
     gc.collect()
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""GGUF: language models of the Llama kind for llama.cpp and what is built on it.
+"""GGUF: Llama-type language models for llama.cpp and programs built on it.
 
     Q4_0   32 weights to a block: d (float16), 16 bytes of two codes each; value = d (code - 8)
     Q8_0   32 weights to a block: d (float16), 32 codes;                   value = d code
@@ -34,13 +34,13 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def check(model: nn.Module, embeddings: int) -> int:
-    """Refuse up front what the format cannot hold.
+    """Refuse, before any work, a model that the format cannot hold.
 
     Returns:
-        The bits that tables of embeddings will have, 0 where they stay.
+        The bits of the embedding tables, 0 where they are not rounded.
 
     Raises:
-        InputError: Which layer, why, and the nearest spec.
+        InputError: The format cannot hold a layer; the message gives the reason and the nearest spec.
     """
     require("gguf", "hf")
     if type(model).__name__ not in _KINDS:

@@ -1,4 +1,4 @@
-"""Graphs for onnxruntime and OpenVINO: traced, compared layer by layer and as a whole, measured, put in their place."""
+"""Graphs for onnxruntime and OpenVINO: traced, compared by layer and as a whole, measured, and moved to the target."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def export_graph(
     form: Form,
     check: Check,
 ) -> None:
-    """Trace a model, compare the file, and put it in its place.
+    """Trace a model, compare the file, and move it to the target.
 
     Args:
         model: Quantized.
@@ -37,10 +37,10 @@ def export_graph(
         example: A batch of keyword inputs.
         calibrated: Fingerprint of the model, for the file's metadata.
         form: Of the operators.
-        check: What is compared and measured, and what follows.
+        check: The comparisons, measurements and consequences.
 
     Raises:
-        InputError: A site has no form in the runtime; the comparison failed.
+        InputError: The runtime does not support a site; the comparison failed.
     """
     reference = shared_copy(model)
     if report.embeddings and not round_embeddings(reference, report.embeddings):

@@ -1,4 +1,4 @@
-"""The integers inside a quantized model: what a runtime needs of a site, without the quantizers around it.
+"""The integers of a quantized model: codes, scales and zero points of a site, as a runtime needs them.
 
     y = (codes_x - zero_point) * scale_x  @  (codes_w * scale_w)^T + b
 

@@ -1,6 +1,6 @@
-"""Layer formats: checkpoints written layer by layer, read back by the library that users load them with, and compared.
+"""Layer formats: checkpoints written layer by layer, read back by their own library, and compared.
 
-Nothing is traced: what runs later is the model as its own library builds it, from the codes and scales in the file.
+Nothing is traced: the library builds its own model from the codes and scales in the file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from s2d.optional import require
 
 
 class Format(Protocol):
-    """What a module of this package offers that writes a format of checkpoints."""
+    """The interface of a module that writes a checkpoint format."""
 
     NAME: str
 
     def check(self, model: nn.Module, embeddings: int) -> int:
-        """Refuse up front what the format cannot hold; the bits that tables of embeddings will have, 0 for all."""
+        """Refuse a model that the format cannot hold; return the bits of the embedding tables, 0 to keep them."""
         ...
 
     def write(self, model: nn.Module, path: Path, /, *, embeddings: int, tokenizer: Any) -> None:
@@ -54,7 +54,7 @@ def export_checkpoint(
     tokenizer: Any,
     check: Check,
 ) -> None:
-    """Write a model, read it back, compare it, and put it in its place.
+    """Write a model, read it back, compare it, and move it to the target.
 
     Args:
         model: Quantized; a transformers model, or one of s2d's on top of one, which is what the file will hold.
@@ -62,7 +62,7 @@ def export_checkpoint(
         report: Filled in.
         example: A batch of keyword inputs.
         tokenizer: For formats that hold it.
-        check: What is compared, and what follows.
+        check: The comparisons and their consequences.
 
     Raises:
         InputError: The format cannot hold the model; the comparison failed.
@@ -81,7 +81,7 @@ def export_checkpoint(
         gguf.as_written(compared)
     elif float_layers.as_read(compared):
         report.about.append(_BLOCKS)
-        if check.task is None:  # a metric is held to the simulation; whole outputs are chaotic at 4 bits
+        if check.task is None:  # a metric is compared with the simulation; whole outputs are chaotic at 4 bits
             reference = as_read
     if shared:
         report.about.append(
@@ -100,7 +100,7 @@ def export_checkpoint(
             runner = shared_copy(model)
             runner.set_submodule(name, found)
         with torch.no_grad():
-            runner(**example)  # what it unpacks or makes in its first call is there before layers are compared
+            runner(**example)  # its first call unpacks weights; layers are compared after that
         check.notes("comparing every layer")
         gate.judge_layers(report, *compare_modules(compared, found, written, name and f"{name}.", example))
         gate.judge(report, reference, runner, example, check)

@@ -30,7 +30,7 @@ from s2d.quant.modules.sites import is_quantized
 from s2d.quant.numerics.log_and_twin import LogSqrt2Quantizer, TwinQuantizer
 from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer, spread
 
-SMALLEST_TABLE = 16  # rows; below that (token types) nothing is gained
+SMALLEST_TABLE = 16  # rows; smaller tables (token types) gain nothing
 HEADS = 1  # the dimension of heads in an attention operand [B, H, T, D]
 
 
@@ -41,7 +41,7 @@ class Rounded(nn.Module):
     zero_point: Tensor
 
     def __init__(self, activation: IntegerActivation) -> None:
-        """Hold what a static activation needs."""
+        """Hold the scale and zero point of a static activation."""
         super().__init__()
         assert activation.scale is not None and activation.zero_point is not None
         self.top = activation.top
@@ -65,7 +65,7 @@ class Codes(nn.Module):
 
         Args:
             weight: Its codes and scales.
-            integer: The other factor has codes too; groups of inputs are for products in floating point only.
+            integer: Whether the other factor has codes too; groups of inputs need a product in floating point.
         """
         super().__init__()
         self.integer = integer and weight.granularity != "group"
@@ -264,8 +264,8 @@ def _lower_attention(module: QuantizedAttention) -> None:
 
 
 def _lowered(quantizer: Quantizer) -> nn.Module:
-    # Two grids, a range for every token or for every head: outside of a Linear these are written with torch's own
-    # operators. (No product takes codes with a scale for every head, and onnxruntime's optimizer breaks on them.)
+    # Two grids, a range per token, or a range per head: outside of a Linear these use torch's own operators. (No
+    # product takes codes with a scale per head, and onnxruntime's optimizer fails on them.)
     if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
         return _Plain(quantizer)
     activation = integer_activation(quantizer)

@@ -1,8 +1,8 @@
 """ONNX: one file that onnxruntime and OpenVINO run with integer kernels.
 
 Weights are 4-bit codes on disk (INT4 initializers, two to a byte) that a Cast to INT8 unpacks when the session loads;
-the products are uint8 x int8 with int32 sums, because CPUs have no narrower multiply. `kernels` reads back what
-onnxruntime made of it.
+the products are uint8 x int8 with int32 sums, because CPUs have no narrower multiply. `kernels` reads back the kernels
+that onnxruntime chose.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def write_onnx(
         example: A batch of keyword inputs, at least two in the batch.
         path: The file; over 2 GB the weights go into ``NAME.data`` beside it.
         metadata: Kept in the file.
-        form: What the operators become.
-        beside: Put the weights there whatever their size, which takes less memory.
+        form: Form of the operators in the file.
+        beside: Put the weights there at any size; this needs less memory.
         opset: 18 or later.
         fixed: Keep the sizes of the example instead of leaving batch and length free.
 
@@ -153,8 +153,8 @@ def _put_casts(graph: Any, ir: Any) -> None:
 
 
 def _forget_sources(graph: Any, ir: Any) -> None:
-    """Drop what the exporter notes of each node: its line in the source, with this machine's folders, over and over; of
-    a small model that is half of the file.
+    """Remove the source locations that the exporter stores for each node. They name this machine's folders, and are
+    half of a small model's file.
     """
     for node in ir.traversal.RecursiveGraphIterator(graph):
         node.metadata_props.clear()
@@ -219,7 +219,7 @@ def session(
     runtime = require("onnxruntime", "export", at_least="1.22")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4  # what fails is raised as well
+    options.log_severity_level = 4  # failures are raised as errors as well
     if overflows():
         options.add_session_config_entry(*EXACT)
     if optimized is not None:
@@ -257,7 +257,7 @@ def overflows() -> bool:
 
 
 def kernels(path: Path) -> tuple[dict[str, int], int]:
-    """What onnxruntime will run: how often each kind of matrix product, and the bytes of weights that it holds."""
+    """The graph that onnxruntime will run: the number of matrix products of each kind, and the bytes of its weights."""
     onnx = require("onnx", "export")
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
@@ -320,7 +320,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's notes for developers stay unprinted."""
+    """Suppress the exporter's messages for developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What spoils static quantization of an ONNX file, whoever exported it; and a repaired file.
+"""Find what spoils static quantization of an ONNX file from any exporter, and write a repaired file.
 
 Static quantizers give every tensor one range, from its smallest to its largest value. Exporters write a mask as a
 constant of -3.4e38 (or minus infinity) that is added to the scores of attention: the range of the masked scores is then
@@ -37,8 +37,8 @@ class Finding:
     Attributes:
         kind: ``"mask"``, ``"channels"``, ``"shared"`` or ``"opset"``.
         where: The constant, the weight, or the opset.
-        text: What it is and what follows, in a line.
-        fixed_by: ``"--fix"``, or what else to do.
+        text: The problem and its effect, in one line.
+        fixed_by: ``"--fix"``, or another remedy.
     """
 
     kind: str
@@ -116,7 +116,7 @@ def mend(model: Any, bound: float = BOUNDS[0]) -> Any:
         if not left:
             constant.tensor.CopyFrom(tensor)
             continue
-        # Somebody else reads it, who may mean the number: the mask gets one of its own.
+        # Another node reads it and may need the value: the mask gets its own constant.
         tensor.name = f"{constant.name}.mask"
         made.graph.initializer.append(tensor)
         for node in nodes:
@@ -127,17 +127,17 @@ def mend(model: Any, bound: float = BOUNDS[0]) -> Any:
 
 
 def fix(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[float, float]:
-    """Write a mended file that computes the same.
+    """Write a repaired file that computes the same.
 
     Args:
         path: The file.
-        target: Where the mended one goes.
+        target: Path of the repaired file.
 
     Returns:
         The bound of the masks, and how far outputs are apart, relative to their largest value.
 
     Raises:
-        InputError: It cannot be read, run or mended; no bound keeps its outputs.
+        InputError: The file cannot be read, run or repaired; or no bound keeps its outputs.
     """
     onnx = require("onnx", "export")
     model = open_file(path)
@@ -218,7 +218,7 @@ def _constants(model: Any) -> Iterator[_Constant]:
             yield _Constant(each.name, each)
     for node in model.graph.node:
         for attribute in node.attribute if node.op_type in ("Constant", "ConstantOfShape") else ():
-            if attribute.name == "value_float":  # a tensor says the same, and can be changed as all others
+            if attribute.name == "value_float":  # a tensor holds the same value, and is changed like all others
                 value = onnx.numpy_helper.from_array(np.array(attribute.f, np.float32), "value")
                 attribute.CopyFrom(onnx.helper.make_attribute("value", value))
             if attribute.name == "value" and attribute.t.data_type in floats:
@@ -226,7 +226,7 @@ def _constants(model: Any) -> Iterator[_Constant]:
 
 
 def _masks(model: Any) -> Iterator[tuple[_Constant, list[Any], list[Any]]]:
-    """Constants whose huge negative values reach a softmax: each, the nodes by which, and those that read it else."""
+    """Constants whose huge negative values reach a softmax: the constant, the nodes on that path, its other readers."""
     read_by: dict[str, list[Any]] = {}
     for node in model.graph.node:
         for name in dict.fromkeys(node.input):

@@ -1,4 +1,4 @@
-"""OpenVINO reads the ONNX file as it is; the same kernels serve an ``.xml`` of its own, with the weights beside it."""
+"""OpenVINO reads the ONNX file, or its own ``.xml`` with the weights in a second file; both use the same kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def convert(source: Path, path: Path) -> None:
 
 
 def compiled(path: Path, threads: int = 1) -> Any:
-    """The model made ready for the CPU.
+    """The model compiled for the CPU.
 
     Raises:
         InputError: OpenVINO is missing, or cannot read it.
@@ -54,9 +54,10 @@ class _SignalStack(ctypes.Structure):
 def _signal_stack_kept() -> Iterator[None]:
     """Leave this thread the signal stack that it had.
 
-    OpenVINO sets one of its own while a model is open, and on closing puts back what it found. Of two models that close
-    in the order in which they opened, the second puts back the first one's, which is gone: the next signal, such as
-    Ctrl-C, is then a segmentation fault. This way each finds, and puts back, what was there before any of them.
+    OpenVINO sets its own signal stack while a model is open, and restores the earlier one on closing. If two models
+    close in the order in which they opened, the second restores the stack of the first, which is freed: the next
+    signal, such as Ctrl-C, is then a segmentation fault. With this, each model restores the stack from before all of
+    them.
     """
     if sys.platform != "linux":
         yield
@@ -70,7 +71,7 @@ def _signal_stack_kept() -> Iterator[None]:
 
 
 def kernels(path: Path) -> dict[str, int]:
-    """How often each kind of matrix product, with the precision it runs in, in the graph as it will run."""
+    """The number of matrix products of each kind and precision, in the graph that will run."""
     counts: dict[str, int] = {}
     for node in compiled(path).get_runtime_model().get_ops():
         info = node.get_rt_info()

@@ -1,4 +1,4 @@
-"""The operators that a lowered model is written in, and what each becomes in ONNX.
+"""The operators of a lowered model, and their translation to ONNX.
 
 Torch sees opaque operators, so that no exporter takes them apart: ``s2d::quantize`` (an activation through its codes),
 ``s2d::weight`` and ``s2d::plain_weight`` (codes to values), ``s2d::token_product`` (a product whose activation scales
@@ -7,7 +7,7 @@ same and are the reference.
 
 What they become depends on the form of the file:
 
-- ``"qdq"``: what reaches integer kernels everywhere. Activations go through uint8 codes, below 8 bits behind a Clip to
+- ``"qdq"``: reaches integer kernels in every runtime. Activations go through uint8 codes, below 8 bits behind a Clip to
   the grid; weights stay signed codes under a per-channel DequantizeLinear, stored ``[in, out]`` so that no Transpose
   stands between it and the MatMul.
 - ``"integer"``: products of Linears are MatMulInteger on the codes, whatever the runtime's optimizer does.
@@ -132,7 +132,7 @@ def translations(form: Form = "qdq") -> dict[Any, Any]:
         return op.DequantizeLinear(codes, scale, axis=1)
 
     def plain_weight_onnx(codes: Any, scale: Any) -> Any:
-        # A Cast by another name: exporters fold a Cast of small codes into a matrix of floats, and let this one stand.
+        # A placeholder for a Cast: exporters fold a Cast of small codes into a matrix of floats, but keep this one.
         # `s2d.export.onnx` puts the Cast in its place.
         return op.Mul(op.DequantizeLinear(codes, op.Constant(value_float=1.0)), scale)
 

@@ -2,7 +2,7 @@
 
 A whole network of rounded layers is chaotic: one code that flips in an early layer changes the output as much as a
 perturbation of 1e-6 does. So layers are compared one by one, row by row: a row either agrees to floating-point accuracy
-or holds a code that fell on the other side of a tie, and the share of those is told.
+or holds a code that fell on the other side of a tie, and the share of such rows is reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from s2d.quant.modules.linear import QuantizedLinear
 
 TOLERANCE = 1e-5
 FLIPS = 0.01
-FEW = 2  # rows; in a small batch one alone is more than that share
+FEW = 2  # rows; in a small batch a single row exceeds the share
 _TOKEN_BEFORE = ("Cast", "Clip", "Add", "Round", "Div")
 _TOKEN_AFTER = ("Cast", "Sub", "Mul", "Mul")
 
@@ -57,7 +57,7 @@ def compare_layers(
 
     Args:
         path: The ONNX file.
-        lowered: What it was written from.
+        lowered: The model that the file was written from.
         reference: The quantized model.
         feed: A batch.
         form: The file's.
@@ -153,7 +153,7 @@ def _ends(
         return found[0] if len(found) == 1 else None
 
     values = [codes]
-    # Whichever of them stand between. A product of tokens takes the codes as they are, unpacked.
+    # Skip any of these nodes in between. A product with a scale per token takes the codes unpacked.
     integer = module.token is not None or module.written_out
     between = ("Cast",) if integer else ("Cast", "DequantizeLinear", "Cast", "Mul", "Reshape")
     for kind in between:

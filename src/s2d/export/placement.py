@@ -1,7 +1,7 @@
 """Where onnxruntime puts the nodes of a file: on the device that was asked for, or back on the CPU.
 
-A provider takes the nodes that it has kernels for; all others run on the CPU, and nothing is said. The session is asked
-which went where (``session.record_ep_graph_assignment_info``, onnxruntime 1.24 and later); nothing is run.
+A provider takes the nodes that it has kernels for; all others run on the CPU without a message. The session reports the
+placement (``session.record_ep_graph_assignment_info``, onnxruntime 1.24 and later); nothing is run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from s2d.optional import require
 
 @dataclass(frozen=True)
 class Placement:
-    """Which nodes of a file run where.
+    """The device of every node of a file.
 
     Attributes:
         path: The file.
         provider: The execution provider that was asked for.
         placed: Its nodes, by operator.
-        fallen: Those that went back to the CPU, by operator; none where the CPU was asked for.
+        fallen: The nodes that fell back to the CPU, by operator; empty where the CPU was asked for.
     """
 
     path: str
@@ -91,10 +91,10 @@ def placement(path: str | os.PathLike[str], provider: str = CPU) -> Placement:
 
 
 def refuse_fallback(found: Placement) -> None:
-    """Refuse a file of which nodes went back to the CPU.
+    """Refuse a file if some of its nodes fell back to the CPU.
 
     Raises:
-        InputError: Which operators.
+        InputError: Nodes fell back; the message names their operators.
     """
     if found.fallen:
         raise InputError(f"{found}; leave out --no-fallback to run it all the same")

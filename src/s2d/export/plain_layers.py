@@ -1,8 +1,8 @@
-"""What formats of plain layers can hold: Linears with integer weights and, in some, rounded inputs; nothing else.
+"""Plain layers: Linears with integer weights and, in some formats, rounded inputs; nothing else.
 
-Checkpoint formats (compressed-tensors, GGUF, ExecuTorch's recipes) describe layers, not graphs: what a method computes
-beside a weight, rounded operands of attention and rounded convolutions have no words there. They are refused by name
-before anything is written, with the nearest spec that can be said.
+Checkpoint formats (compressed-tensors, GGUF, ExecuTorch's recipes) describe layers, not graphs: they cannot describe
+computation beside a weight, rounded operands of attention or rounded convolutions. These are refused by name before
+anything is written, with the nearest spec that the format can hold.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PlainLayer:
     Attributes:
         name: The module.
         weight: Its codes ``[out, in]`` and scales.
-        activation: How its input becomes codes; None where it stays.
+        activation: How its input becomes codes; None where it is not rounded.
         bits: Of the weight.
     """
 
@@ -70,7 +70,7 @@ def plain_layers(model: nn.Module, format: str, without: Collection[str] = ()) -
 
 
 def refuse_more_than_linears(model: nn.Module, format: str) -> None:
-    """Refuse by name what is more than Linears of integers.
+    """Refuse by name all quantized parts that are not Linears of integers.
 
     Raises:
         InputError: The model is not quantized, or holds such a thing.

@@ -1,4 +1,4 @@
-"""Runtimes as data: which formats a runtime takes, and what it computes with them.
+"""Runtimes as data: the formats that a runtime takes, and the kernels that it runs for them.
 
 A runtime is one file, ``runtimes/NAME.yaml``, in the schema of `Runtime`; adding the file adds the runtime to
 ``s2d quantize --for NAME``, ``s2d export --for NAME`` and ``--method auto``. Nothing here touches a model's weights: a
@@ -68,8 +68,8 @@ class Layer(_Section):
     Attributes:
         weights: Of its weight.
         inputs: Of its input; None for inputs that stay in floating point.
-        kernel: What really runs, in words.
-        time: Milliseconds relative to the same layer in full precision in this runtime; None where nobody measured it.
+        kernel: The kernel that really runs, as text.
+        time: Milliseconds relative to the same layer in full precision in this runtime; None where not measured.
         source: Where `time` and `kernel` are from.
         inputs_divide_by: The number of inputs of a layer is a multiple of it.
         outputs_divide_by: The number of its outputs.
@@ -112,7 +112,7 @@ class Compiler(_Section):
         raw: Whether it reads a list of raw files beside the .npz.
         scripts: Small programs that go into the folder, by name; ``{batch}`` stands for the size of a batch.
         commands: What the user runs there, in order.
-        source: Where this is from.
+        source: Source of these facts.
         notes: What its users should know, a line each.
     """
 
@@ -133,8 +133,8 @@ class Runtime(_Section):
         about: One line.
         files: Suffixes of what s2d writes for it, the best first; empty text is a folder. None: nothing is written.
         runner: The module of Python that runs the file on this machine; None where none does.
-        extra: The extra of s2d that brings it.
-        spec: The spec to begin with, in the words of ``--spec``.
+        extra: The extra of s2d that installs it.
+        spec: The spec to begin with, as for ``--spec``.
         weight_bits: Widths in which codes of weights are stored; a code takes the next one up.
         embedding_bits: Of tables of embeddings; 0 leaves them.
         layers: Products of Linears. Empty for a runtime that quantizes by itself.
@@ -192,7 +192,7 @@ class Runtime(_Section):
             require(self.runner, self.extra or self.runner)
 
     def check_file(self, path: Path) -> None:
-        """Refuse a name that does not say what this runtime reads.
+        """Refuse a file name whose suffix this runtime does not read.
 
         Raises:
             InputError: With the names that do.
@@ -353,7 +353,7 @@ def read_runtime(path: Path) -> Runtime:
 
 
 def _explain(error: ValidationError) -> str:
-    # A misspelt key is also a missing one; the misspelling tells more.
+    # A misspelt key is also a missing one; report the misspelling first.
     first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

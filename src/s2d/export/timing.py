@@ -1,6 +1,6 @@
 """Timing: the same inputs through files in their runtimes and folders in torch, taken in turns.
 
-Rounds go around all contestants, so that a busy machine is busy for each of them; compare ratios within one table.
+Each round times all models once, so that load on the machine affects all of them; compare ratios within one table.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ def bench(
         length: Tokens a row, for models that read text.
         rounds: Calls of each, after one that does not count.
         provider: Of onnxruntime, for files that it runs; see `s2d.export.placement`.
-        notes: Told what is being done.
+        notes: Receives progress messages.
 
     Returns:
         A row for every model, runtime, number of threads and batch size.
 
     Raises:
-        InputError: A model that cannot be opened or run so; numbers that are not positive.
+        InputError: A model cannot be opened or run this way; a number is not positive.
     """
     for name, values in (("batch", batches), ("threads", threads), ("length", (length,)), ("rounds", (rounds,))):
         if not values or any(value < 1 for value in values):

@@ -1,4 +1,4 @@
-"""A quantized model as plain torch that multiplies integers: a reference, and a fall-back without any further package.
+"""A quantized model in plain torch with integer products: a reference, and a fallback without further packages.
 
     y = ((codes_x - shift) @ codes_w) * (scale_x scale_w) + b - (zero_point - shift) * scale_x scale_w * sum_in(codes_w)
 
@@ -68,7 +68,7 @@ def integer_model(model: nn.Module) -> nn.Module:
 
 
 def _shift(rounding: Rounded) -> int:
-    """What makes the codes fit int8."""
+    """The shift with which the codes fit int8."""
     return _SHIFT if rounding.top > 127 else 0
 
 

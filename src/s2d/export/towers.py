@@ -1,7 +1,7 @@
-"""CLIP and SigLIP as two files: images are embedded by the one, texts by the other, whenever each is needed.
+"""CLIP and SigLIP as two files: one embeds images, the other embeds texts.
 
-A file takes one batch, and an application embeds its texts once and its images all day; so the towers part. Their
-vectors are unit vectors: a score is their product, times the scale and plus the bias that the JSON beside them holds.
+An application embeds its texts once and its images all the time, so each tower has its own file. The outputs are unit
+vectors. A score is their product times the scale plus the bias; the JSON beside the files holds both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Tower(nn.Module):
     """One tower of a `DualEncoder`, without the modules of the other."""
 
     def __init__(self, model: DualEncoder, kind: str, example: Mapping[str, Tensor]) -> None:
-        """Copy the model and drop what a pass through the tower does not enter."""
+        """Copy the model and remove the modules that the tower's forward does not use."""
         super().__init__()
         self.kind = kind
         self.model = shared_copy(model)
@@ -67,7 +67,7 @@ class Tower(nn.Module):
 
 
 class ExportedTowers(DualEncoder):
-    """The two files, asked as tasks ask a `DualEncoder`; scores are left to who has scale and bias.
+    """The two files with the interface of a `DualEncoder`, without scores: those need scale and bias.
 
     Args:
         image: The file of the image tower, opened.
@@ -118,11 +118,11 @@ def export_towers(
         embeddings: Bits of embedding tables; 0 leaves them.
         form: As for `s2d.export`.
         task: Zero-shot or retrieval: its metric is compared too, with both files together.
-        split: On which it is compared.
+        split: Data of the comparison.
         batch_size: Examples at once.
         time_it: Measure latency against fp32.
         force: Keep files that do not compute the same.
-        notes: Told what happens.
+        notes: Receives progress messages.
 
     Returns:
         ``"image"`` and ``"text"``; the task's comparison is in both reports.

@@ -19,7 +19,8 @@ from s2d.decay.spectral_decay import SelectiveSpectralDecay
 
 
 class Conditioning:
-    """What every adapter is: settings until the trainer has made its optimizer, then a decay, and no hooks at the end.
+    """The base of every adapter: it keeps settings until the trainer has an optimizer, then a decay, and removes the
+    hooks at the end.
 
     Attributes:
         settings: Keywords of `s2d.SelectiveSpectralDecay`.
@@ -27,7 +28,7 @@ class Conditioning:
     """
 
     def __init__(self, **settings: Any) -> None:
-        """Remember how to condition.
+        """Store the settings of the decay.
 
         Args:
             settings: Keywords of `s2d.SelectiveSpectralDecay`.
@@ -49,7 +50,7 @@ class Conditioning:
 
 
 def summary(decay: SelectiveSpectralDecay) -> dict[str, float]:
-    """What a training log should show of a decay.
+    """The numbers of a decay for a training log.
 
     Returns:
         ``s2d/shrinking``, how many components are being shrunk, and, from the first refresh on, ``s2d/outlier_ratio``,

@@ -1,4 +1,4 @@
-"""The decay in torch's distributed checkpoints: saved on so many ranks, continued on any other number.
+"""The decay in torch's distributed checkpoints: saved on one number of ranks, continued on any other.
 
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -9,9 +9,9 @@
     dcp.load({"model": weights, "optimizer": moments, "decay": DecayState(decay)}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
-What a decay remembers (triplets, directions, the selection) is whole and the same on every rank, however the weights
-are divided, so that it does not matter how many there are. It has other keys at every refresh, which a checkpoint that
-is loaded in place cannot have; so it is kept as one value.
+The state of a decay (triplets, directions, the selection) is complete and equal on every rank, however the weights are
+divided. So the number of ranks does not matter. Its keys change at every refresh, and a checkpoint that is loaded in
+place needs fixed keys, so the state is stored as one value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DecayState:
     """A ``Stateful`` of ``torch.distributed.checkpoint`` around a decay."""
 
     def __init__(self, decay: SelectiveSpectralDecay) -> None:
-        """Around the decay of this rank."""
+        """Wrap the decay of this rank."""
         self._decay = decay
 
     def state_dict(self) -> dict[str, Any]:

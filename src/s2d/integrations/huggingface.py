@@ -3,8 +3,8 @@
     callback = attach(trainer)          # the library's defaults; or attach(trainer, preset="paper"), ...
     trainer.train()
 
-or, without the numbers in TensorBoard and its like, ``Trainer(..., callbacks=[SpectralDecayCallback()])``: reporters
-that the trainer adds by itself stand before the callbacks passed to it, and have written when these are asked.
+or, without the numbers in TensorBoard and its like, ``Trainer(..., callbacks=[SpectralDecayCallback()])``: the trainer
+puts its own reporters before the callbacks passed to it, so they have written before these run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SpectralDecayCallback(Conditioning, transformers.TrainerCallback):
         write_atomic(place, lambda file: torch.save(content, file))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add what the decay sees to what the trainer logs of its steps."""
+        """Add the numbers of the decay to the trainer's logs."""
         if logs is not None and self.decay is not None and "loss" in logs:
             logs.update(summary(self.decay))
 
@@ -59,14 +59,14 @@ class SpectralDecayCallback(Conditioning, transformers.TrainerCallback):
 
 
 def attach(trainer: Any, **settings: Any) -> SpectralDecayCallback:
-    """Condition while this trainer trains, and show it in its own logs.
+    """Condition the model while this trainer runs, with the decay's numbers in its logs.
 
     Args:
         trainer: A ``transformers.Trainer``, before ``train()``.
         settings: Keywords of `s2d.SelectiveSpectralDecay`.
 
     Raises:
-        InputError: `trainer` is something else.
+        InputError: `trainer` is not a ``transformers.Trainer``.
     """
     if not isinstance(trainer, transformers.Trainer):
         raise InputError(f"trainer is {type(trainer).__name__}; pass the transformers.Trainer that will train")

@@ -17,7 +17,7 @@ class SpectralDecay(Conditioning, pytorch.Callback):
     """Delegates to `s2d.SelectiveSpectralDecay`; its state is part of Lightning's checkpoints."""
 
     def __init__(self, **settings: Any) -> None:
-        """Remember how to condition; the keywords are those of `s2d.SelectiveSpectralDecay`."""
+        """Store the settings; the keywords are those of `s2d.SelectiveSpectralDecay`."""
         super().__init__(**settings)
         self._restored: dict[str, Any] | None = None
 
@@ -27,7 +27,7 @@ class SpectralDecay(Conditioning, pytorch.Callback):
         self._restored = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Show what the decay sees through the module's own logger."""
+        """Log the numbers of the decay through the module's own logger."""
         if self.decay is not None:
             self.log_dict(summary(self.decay))
 
@@ -36,7 +36,7 @@ class SpectralDecay(Conditioning, pytorch.Callback):
         self._remove()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """A fit that failed leaves no hooks either."""
+        """Remove the hooks after a failed fit too."""
         self._remove()
 
     def state_dict(self) -> dict[str, Any]:

@@ -61,34 +61,34 @@ def quantize(
     shared: bool = False,
     progress: bool = False,
 ) -> nn.Module:
-    """Quantize a model after training: values are rounded to what their codes can hold, computing stays as it was.
+    """Quantize a model after training; low bits are simulated: values are rounded, products stay in floating point.
 
     Args:
-        model: Any module. State-dict keys stay the same; the quantizers' scales and zero points are added. Of data
-            parallelism and compilation the module inside is quantized and returned.
+        model: Any module. State-dict keys stay the same; the quantizers' scales and zero points are added. From a
+            data-parallel or compiled model the inner module is quantized and returned.
         spec: ``"w4a4"``, a mapping (see `s2d.quant.spec`), or a `QuantSpec`.
         calibration: Batches: dicts of keyword arguments, tensors, or tuples of positional arguments. Tokens that a
-            batch's ``attention_mask`` hides do not count. A generator will do for methods that read the data once.
-        method: A name out of `methods`, or several joined, ``"rotation+gptq"``: transforms, then one rounding (``rtn``
+            batch's ``attention_mask`` hides do not count. A generator is enough for methods that read the data once.
+        method: A name from `methods`, or several joined, ``"rotation+gptq"``: transforms, then one rounding (``rtn``
             when none is named).
         observer: The calibrator for activations, in place of the spec's own: ``"minmax"``, ``"percentile"``,
             ``"percentile:99.99"`` or ``"mse"``; see `QuantSpec.with_observer`.
         protocol: ``"own"``: ranges and defaults as each method's authors published them. ``"unified"``: the ranges of
             the spec's observers on the full-precision model, the same for every method, so that methods compare.
-        seed: Of everything random in the method.
-        resume: A folder that keeps every finished block (of methods that go block by block); the same call with the
-            same folder continues an interrupted one, with the same result to the bit.
+        seed: Seed of all random numbers in the method.
+        resume: A folder that keeps every finished block, for methods that go block by block. The same call with the
+            same folder continues an interrupted one; the result is bit-identical.
         inplace: Quantize this very model instead of a copy. A failed call leaves it as it was.
         shared: Under torchrun: every rank calls this with the same model and its own share of the calibration batches,
-            and gets the same quantized model. What the methods take from the data (extremes, counts, Hessians) is
-            summed over the ranks.
+            and gets the same quantized model. The statistics of the data (extremes, counts, Hessians) are reduced over
+            the ranks.
         progress: Show progress bars.
 
     Returns:
         The quantized model, in the mode (training or evaluation) it had.
 
     Raises:
-        InputError: Anything wrong with the model, the spec or the data; the message names it and the remedy.
+        InputError: The model, the spec or the data cannot be used; the message names the fault and the remedy.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"quantize needs a torch module, not {type(model).__name__}; load the model first")
@@ -103,7 +103,7 @@ def quantize(
     refuse_quantized(model)
     ranks = _ranks(model, entries, resume) if shared else ()
     batches = Batches(calibration)
-    decide(model, parsed)  # what does not fit the modules is told before any work
+    decide(model, parsed)  # a spec that does not fit the modules fails before any work
     graph = traced(model, batches)
     decided = planned(model, parsed, batches, graph)
     store = None if resume is None else Store(resume, _belongs(model, parsed, batches, name, protocol, seed))
@@ -129,7 +129,7 @@ def quantize(
 
 
 def _ranks(model: nn.Module, entries: Sequence[Entry], resume: str | os.PathLike[str] | None) -> Groups:
-    """The processes among which the data are divided, after what cannot be divided has been refused."""
+    """The processes that share the data; methods and options that cannot share them are refused first."""
     refuse_undivided(entries)
     if resume is not None:
         raise InputError("resume keeps the blocks of one process; leave it out, or quantize in one process")

@@ -2,7 +2,7 @@
 
 For every layer and every width, only that layer (its weight, and its input unless told otherwise) is quantized and the
 calibration data are run through: the error is that of the model's output, ``sum |y - y_fp|^2 / sum |y_fp - mean|^2``,
-or what a loss rises by. Errors of layers are taken to add up, which is what makes the choice a knapsack:
+or the rise of a loss. The errors of layers are assumed to add up, so the choice is a knapsack problem:
 
     minimise  sum_l error_l(b_l)    subject to  sum_l n_l b_l <= budget * sum_l n_l         n_l weights in layer l
 
@@ -41,19 +41,19 @@ from s2d.quant.spec import QuantSpec, TensorSpec
 CHOICES = (3, 4, 6, 8)
 _MOST_UNITS = 200_000
 _EXPLAINED = 6
-_HOPELESS = 1e12  # stands for an infinite error, so that sums and shares stay numbers
+_HOPELESS = 1e12  # stands for an infinite error, so that sums and shares stay finite
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What low bits in one layer cost.
+    """The error that low bits in one layer cause.
 
     Attributes:
         name: Dotted name of the module.
         weights: Number of its weights.
-        errors: Error of the whole model by bits, never rising with them.
+        errors: Error of the whole model for each width; it never rises with the bits.
         parts: At the lowest width, the error of its weight alone and of its input alone; None where not measured.
     """
 
@@ -65,7 +65,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Skip:
-    """A layer that is better left at full precision, and why."""
+    """A layer that should stay at full precision, and the reason."""
 
     module: str
     share: float
@@ -74,7 +74,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What low bits cost layer by layer; made by `sensitivity`.
+    """The error that low bits cause, layer by layer; made by `sensitivity`.
 
     Attributes:
         layers: In the model's order.
@@ -94,7 +94,7 @@ class Sensitivity:
         """The spec of least error within a budget; see `allocate`.
 
         Raises:
-            InputError: The budget is no number of bits, or below the smallest width.
+            InputError: The budget is not a number of bits, or is below the smallest width.
         """
         bits = affordable(budget, self.choices)
         first = {name: names[0] for names in self.together for name in names}
@@ -107,7 +107,7 @@ class Sensitivity:
         return self._spec({layer.name: chosen[first.get(layer.name, layer.name)] for layer in self.layers})
 
     def _spec(self, bits: Mapping[str, int]) -> QuantSpec:
-        """The base with these bits: the commonest for all, the others as overrides."""
+        """The base with these bits: the most common width for all layers, the others as overrides."""
         common = Counter(bits.values()).most_common(1)[0][0]
         follow = self.activations == "follow"
         spec = all_with_bits(self.base, common, follow)
@@ -115,7 +115,7 @@ class Sensitivity:
         return replace(spec, overrides=spec.overrides + tuple(others))
 
     def skip(self, *, share: float = 0.5, most: int = 8) -> list[Skip]:
-        """The fewest layers that make a share of all error at the lowest width, worst first; at most so many."""
+        """The fewest layers that cause this share of the error at the lowest width, worst first; at most `most`."""
         lowest = self.choices[0]
         total = sum(layer.errors[lowest] for layer in self.layers)
         found, made = [], 0.0
@@ -128,12 +128,12 @@ class Sensitivity:
         return found
 
     def average_bits(self, spec: QuantSpec) -> float:
-        """Bits a weight of these layers has in a spec, on average."""
+        """Average number of bits per weight that these layers have in a spec."""
         total = sum(layer.weights * _weight_bits(spec, layer.name) for layer in self.layers)
         return total / sum(layer.weights for layer in self.layers)
 
     def explain(self, spec: QuantSpec) -> str:
-        """For people: how many layers have which width in a spec, and which layers make most of the error."""
+        """A text for people: how many layers have each width in a spec, and which layers cause most of the error."""
         counts = Counter(_weight_bits(spec, layer.name) for layer in self.layers)
         widths = ", ".join(f"{counts[bits]} of {bits} bits" for bits in sorted(counts))
         lines = [f"{len(self.layers)} layers: {widths}; {self.average_bits(spec):.2f} bits a weight on average"]
@@ -159,7 +159,7 @@ def allocate(
     loss: Loss | None = None,
     progress: bool = False,
 ) -> QuantSpec:
-    """The widths of least measured error for every layer of a model, within a budget of bits a weight.
+    """Choose a width for every layer: the least measured error within a budget of bits per weight.
 
     Args:
         model: A plain model; it is left as it is.
@@ -167,18 +167,19 @@ def allocate(
         calibration: Batches, as for `quantize`; they are run ``len(choices)`` times for every layer.
         choices: The widths to choose from, 2 to 8.
         base: Which layers, and everything but the widths: granularity, observers, the attention operands. Give it the
-            observers that the model will be quantized with (`QuantSpec.with_observer`): what costs least with one
-            calibrator can be the worst choice with another.
+            observers that the model will be quantized with (`QuantSpec.with_observer`): the best widths for one
+            calibrator can be the worst for another.
         activations: ``"follow"``: a layer's input has as many bits as its weight. ``"base"``: inputs stay as the base
             has them, and only weights count.
         loss: ``loss(model, batch)``, a scalar, to measure by its rise instead of by the error of the output.
         progress: Show progress bars.
 
     Returns:
-        A spec for `quantize`: the commonest width, the others as overrides by module name.
+        A spec for `quantize`: the most common width, the others as overrides by module name.
 
     Raises:
-        InputError: An impossible budget or width; a base whose weights are no integers; anything `quantize` refuses.
+        InputError: An impossible budget or width; a base whose weights are not integers; anything that `quantize`
+            refuses.
     """
     bits = affordable(budget, choices)  # before the measurement, which takes time
     found = sensitivity(
@@ -197,7 +198,7 @@ def parse_budget(budget: str | float) -> float:
     """A number of bits from ``"4.5 bits"``, ``"4.5"`` or ``4.5``.
 
     Raises:
-        InputError: It is none.
+        InputError: The text is not a number of bits.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:bits?)?\s*", str(budget))
     if isinstance(budget, bool) or match is None or not 0 < float(match[1]) < math.inf:
@@ -206,10 +207,10 @@ def parse_budget(budget: str | float) -> float:
 
 
 def affordable(budget: str | float, choices: Sequence[int]) -> float:
-    """`parse_budget` of a budget that the narrowest of these widths fits.
+    """Parse a budget (`parse_budget`) and check that the narrowest of these widths fits into it.
 
     Raises:
-        InputError: It is no budget, or too small.
+        InputError: It is not a budget, or is too small.
     """
     bits = parse_budget(budget)
     if choices and bits < min(choices):
@@ -220,7 +221,7 @@ def affordable(budget: str | float, choices: Sequence[int]) -> float:
 def knapsack(
     errors: Sequence[Sequence[float]], weights: Sequence[int], choices: Sequence[int], budget: float
 ) -> list[int]:
-    """The width of every layer that makes the sum of errors least within the budget.
+    """The width of every layer that minimises the sum of errors within the budget.
 
     Args:
         errors: ``[layers][choices]``.
@@ -256,7 +257,7 @@ def knapsack(
 
 
 def _fill(picks: list[int], errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], room: int) -> None:
-    """Spend what rounding sizes up has left over, on the step of most gain that fits."""
+    """Spend the units that rounding up left over: take the step with the largest gain that fits."""
     left = room - sum(row[pick] for row, pick in zip(sizes, picks, strict=True))
     while True:
         steps = [
@@ -272,7 +273,7 @@ def _fill(picks: list[int], errors: Sequence[Sequence[float]], sizes: Sequence[S
 
 
 def with_bits(base: QuantSpec, module: str | None, bits: int, follow: bool) -> QuantSpec:
-    """What the base says of a module (of all that no override names, when None), with another width."""
+    """The base's spec of a module with another width; with None, its spec of all modules without an override."""
     found = None if module is None else base.override_for(module, "weight")
     spec = found[1] if found else base
 
@@ -286,7 +287,7 @@ def with_bits(base: QuantSpec, module: str | None, bits: int, follow: bool) -> Q
 
 
 def all_with_bits(base: QuantSpec, bits: int, follow: bool) -> QuantSpec:
-    """The base with another width everywhere, in its overrides too; what it keeps stays kept."""
+    """The base with another width everywhere, in its overrides too; sites at full precision stay so."""
     overrides = tuple(
         (pattern, override if override.weight is None else with_bits(override, None, bits, follow))
         for pattern, override in base.overrides
@@ -350,7 +351,7 @@ def sensitivity(
 
 
 def _widened(sites: Sequence[Site], bits: int, follow: bool) -> list[Site]:
-    """A plan's sites with another width: of every rounded weight, and of the input of such a layer if that follows."""
+    """A plan's sites with another width for every rounded weight and, with `follow`, for the input of its layer."""
     rounded = {site.module for site in sites if site.what == "weight" and site.format is not None}
 
     def widened(site: Site) -> Site:
@@ -372,7 +373,7 @@ def _together(job: Job, layers: Container[str]) -> tuple[tuple[str, ...], ...]:
 
 
 def _layers(job: Job) -> dict[str, tuple[dict[str, Quantizer], int]]:
-    """Of every layer with a quantized weight: its quantizers by what they quantize, and the number of its weights."""
+    """For every layer with a quantized weight: its quantizers by operand, and the number of its weights."""
     weights = [site for site in job.quantizers if site.what == "weight"]
     found: dict[str, tuple[dict[str, Quantizer], int]] = {each.module: ({}, math.prod(each.shape)) for each in weights}
     for site, quantizer in job.quantizers.items():
@@ -382,7 +383,7 @@ def _layers(job: Job) -> dict[str, tuple[dict[str, Quantizer], int]]:
 
 
 def _never_rising(errors: Mapping[int, float]) -> dict[int, float]:
-    """More bits never cost more: what measurement noise says otherwise is levelled."""
+    """Make errors monotonic: more bits never cost more, whatever the noise of the measurement."""
     level, found = 0.0, {}
     for width in sorted(errors, reverse=True):
         level = max(level, errors[width])

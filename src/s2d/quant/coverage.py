@@ -1,8 +1,8 @@
-"""The plan against what a model does: products that no site covers are listed, and sites that would never run are not.
+"""Check the plan against a traced forward: list products without a site, and plan no quantizer that would never run.
 
 A plan is made from modules; a model may use their weights without calling them (``F.linear(x, layer.weight)``), hold
 them in one parameter for all experts, or compute them. The traced graph (`s2d.trace`) has every product with a weight,
-so that none stays at full precision unseen.
+so that each product at full precision is listed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from s2d.quant.modules.products import KEPT, attention_flops, other_products
 from s2d.quant.modules.sites import Site, plan, refuse_quantized, weight_name
 from s2d.quant.spec import QuantSpec
 
-# Products that nobody planned, as a share of all, above which a warning says so.
+# The share of unplanned products above which a warning is given.
 TELLING = 0.1
 PRODUCTS = ("product", "convolution")
 
@@ -30,13 +30,13 @@ PRODUCTS = ("product", "convolution")
 def planned(
     model: nn.Module, spec: QuantSpec, calibration: Iterable[Any] | Batches, graph: Graph | None = None
 ) -> list[Site]:
-    """The plan that `quantize` executes: what the modules say, and what one traced forward adds to it.
+    """The plan that `quantize` executes: from the modules, completed by one traced forward.
 
     Args:
         model: A model without quantizers; changes nothing. Data parallelism and compilation are looked through.
         spec: What to quantize.
         calibration: Batches; the first one is traced.
-        graph: That of the first batch, if it has been traced.
+        graph: The graph of the first batch, if it has been traced.
 
     Raises:
         InputError: As `plan` does, or the model cannot run the first batch.
@@ -103,7 +103,7 @@ def _reason(call: Call) -> str:
 
 
 def _tell(total: int, left: dict[str, int]) -> None:
-    """Warn of products that nobody can quantize yet, by name, if they are many."""
+    """Warn of products that cannot be quantized yet, by name, if there are many."""
     share = sum(left.values()) / total if total else 0.0
     if share > TELLING:
         names = sorted(left, key=lambda name: -left[name])

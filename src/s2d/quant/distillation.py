@@ -1,7 +1,7 @@
 """Distillation: the distance of a quantized model from the full-precision one, as a loss.
 
 Sources: GPLQ (arXiv 2506.11784), feature mimicking: the student's features follow the teacher's in the directions in
-which the teacher's vary most; and for the outputs, squared error, which for class scores is at least as good as the
+which the teacher's vary most. The outputs are compared by squared error; for class scores it is at least as good as the
 divergence of the probabilities (arXiv 2105.08919).
 
     loss = |(h_s - h_t) P|^2 / |(h_t - mean) P|^2  +  |y_s - y_t|^2 / |y_t - mean|^2
@@ -27,7 +27,7 @@ from s2d.quant.modules.sites import is_quantized
 
 VARIANCE = 0.6
 _MULTIPLE = 32
-_ROWS = 256  # outputs in double precision at a time; those of language models are as wide as a vocabulary
+_ROWS = 256  # rows of outputs in float64 at once; a language model's output is as wide as its vocabulary
 
 
 def principal_directions(second_moment: Tensor, mean: Tensor, variance: float = VARIANCE) -> Tensor:
@@ -48,9 +48,10 @@ def principal_directions(second_moment: Tensor, mean: Tensor, variance: float = 
 
 
 class Distiller:
-    """Compares what a student just did with what the teacher does on the same inputs.
+    """Compares a student's forward passes with the teacher's on the same inputs.
 
-    Hooks note the student's forward passes (in training mode, with gradients); `loss` runs the teacher on them.
+    Hooks record the student's forward passes (in training mode, with gradients); `loss` runs the teacher on the same
+    inputs.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Distiller:
         variance: float = VARIANCE,
         outputs: bool = True,
     ) -> None:
-        """Measure the teacher's features on calibration data, and watch the student from now on.
+        """Measure the teacher's features on calibration data, and put hooks on the student.
 
         Args:
             student: From `prepare_qat`.

@@ -21,11 +21,11 @@ PAIR_BYTES = 8  # a float32 scale and an int32 zero point
 
 @dataclass(frozen=True)
 class Estimate:
-    """What quantizing will take and give.
+    """The predicted size and time of quantizing a model.
 
     Attributes:
         plain_bytes: The model's parameters and buffers as they are.
-        stored_bytes: The same in the file that `save` writes: packed codes, scales, and what is kept.
+        stored_bytes: The bytes in the file that `save` writes: packed codes, scales, and tensors at full precision.
         forward_seconds: One forward of the first batch, measured; None when it was not.
         batches: How many there are; 0 when that is not known.
         passes: How often the method goes through the data, at least.
@@ -39,7 +39,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """The method's forwards altogether; what it does beside them is not in it. None when it cannot be known."""
+        """Time of all the method's forwards, without its other work; None when it cannot be known."""
         if self.forward_seconds is None or not self.batches:
             return None
         return self.forward_seconds * self.batches * self.passes
@@ -82,7 +82,7 @@ def estimate(model: nn.Module, sites: Sequence[Site], method: str = "rtn", calib
 
 
 def weight_bytes(site: Site) -> int:
-    """What a quantized weight takes in the file: its codes, and its scales and zero points."""
+    """Bytes of a quantized weight in the file: its codes, scales and zero points."""
     assert site.format is not None and site.shape
     numbers = math.prod(site.shape)
     codes = (numbers + 1) // 2 if site.format.bits <= 4 else numbers
@@ -94,13 +94,13 @@ def weight_bytes(site: Site) -> int:
 
 
 def _bytes(model: nn.Module) -> int:
-    """What the state dict takes, a tensor of several names counted once."""
+    """Bytes of the state dict; a tensor with several names counts once."""
     tensors = {(t.data_ptr(), t.shape, t.stride()): t for t in model.state_dict().values() if isinstance(t, Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _difference(model: nn.Module, sites: Sequence[Site]) -> int:
-    """What quantizing adds to the size of the stored model; mostly negative."""
+    """The change in size of the stored model through quantizing; mostly negative."""
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1

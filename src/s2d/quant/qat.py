@@ -7,9 +7,10 @@
     ...
     s2d.finish_qat(model)                                              # an ordinary quantized model; s2d.save stores it
 
-Values are rounded with LSQ's gradients (`learned.py`). A training has three parts: first only activations are quantized
-while the weights stay whole (the cheap recipe of GPLQ, arXiv 2506.11784, is to stay there: ``warmup=1``); then
-everything is, and steps and weights learn together; at last the steps are held and only the weights settle.
+Values are rounded with LSQ's gradients (`s2d.quant.numerics.lsq`). A training has three parts. First only activations
+are quantized and the weights stay at full precision (the cheap recipe of GPLQ, arXiv 2506.11784, is only this part:
+``warmup=1``). Then both are quantized, and steps and weights are trained together. At the end the steps are frozen and
+only the weights are trained.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def prepare_qat(
 ) -> nn.Module:
     """Quantize a model so that the ranges of its quantizers can be trained.
 
-    Learned are the static integer ranges, of a tensor or a channel; ranges of tokens and blocks, floating-point formats
+    Static integer ranges, per tensor or per channel, are learned; ranges of tokens and blocks, floating-point formats
     and other quantizers stay as calibrated, with a straight-through gradient.
 
     Args:
@@ -101,7 +102,7 @@ def prepare_qat(
 def finish_qat(model: nn.Module) -> nn.Module:
     """End the training, in place: an ordinary quantized model with the ranges that were learned.
 
-    Weights that were still whole (``warmup=1``) get their ranges now, by the observer of the spec.
+    Weights still at full precision (``warmup=1``) get their ranges now, from the observer of the spec.
 
     Raises:
         InputError: The model was not prepared by `prepare_qat`, or is finished.
@@ -149,13 +150,13 @@ def qat_parameters(
 
 
 class QATSchedule:
-    """What changes in the course of a training, step by step of its optimizer.
+    """The schedule of a training: what changes with the steps of its optimizer.
 
     Attributes:
         steps: How long the training is.
         warmup: Share of it, from the start, in which weights are not quantized; their ranges are found when they are.
-        freeze: Share of it, at the end, in which ranges are held.
-        oscillation: Freeze weights that flip to and fro between two codes; see `oscillation.py`. It takes as much
+        freeze: Share of it, at the end, in which ranges are frozen.
+        oscillation: Freeze weights that oscillate between two codes; see `oscillation.py`. It takes as much
             memory as four copies of the weights.
         step_count: Steps taken.
     """
@@ -176,7 +177,7 @@ class QATSchedule:
             InputError: An impossible setting, not a prepared model, or an optimizer that does not hold its ranges.
         """
         _training_record(model)
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate puts its own around it
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimizer
         if not isinstance(inner, Optimizer):
             raise InputError("pass a torch.optim.Optimizer; the schedule follows its steps")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -205,7 +206,7 @@ class QATSchedule:
 
     @property
     def ranges_held(self) -> bool:
-        """Whether ranges stay as they are from now on."""
+        """Whether ranges are frozen from now on."""
         return self.step_count >= self.steps - round(self.freeze * self.steps)
 
     @property
@@ -246,7 +247,7 @@ class QATSchedule:
             weight.copy_(torch.where(watched.frozen, (held - zero_point) * scale, weight))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continuation needs beside the states of model and optimizer: plain containers of tensors."""
+        """The state to resume from, beside those of model and optimizer: plain containers of tensors."""
         return {
             "version": _STATE_VERSION,
             "steps": self.steps,
@@ -273,7 +274,7 @@ class QATSchedule:
                 self._watched[site.name].load_state_dict(state["oscillations"][site.name])
 
     def remove(self) -> None:
-        """Let go of the optimizer."""
+        """Remove the hooks from the optimizer."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

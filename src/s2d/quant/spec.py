@@ -7,22 +7,23 @@ A spec names a format, a granularity and an observer for three groups of sites:
     attention   the operands of the attention products: q, k, the softmax probabilities, v; as the activations
 
 Short texts are ``wXaY`` with 2 to 8 bits, or 16 to keep; ``fp8`` (e4m3, ranges as for integers); and ``mxfp8``,
-``mxfp4`` and ``nvfp4``, whose blocks bring their own scales. ``wXaYkvZ`` gives the keys and values of attention Z bits
-in the form in which caches hold them (see below), and ``-token`` behind either gives every token a range of its own.
+``mxfp4`` and ``nvfp4``, whose blocks have their own scales. ``wXaYkvZ`` gives the keys and values of attention Z bits
+in the form of a cache (see below). The suffix ``-token`` on either gives every token its own range.
 
-A ``token`` range is each vector's own, found anew in every forward (the last dimension: a token's features; q, k or v
-of one head; a row of probabilities). For v, that is how caches are quantized and not what an integer product folds.
+A ``token`` range belongs to one vector and is found in every forward (the last dimension: a token's features; q, k or v
+of one head; a row of probabilities). For v, caches are quantized this way, but an integer product cannot fold such
+scales.
 
-A ``span-32`` range is that of one channel of one head over 32 successive tokens, found anew as well: how KIVI (arXiv
-2402.02750) caches keys, whose outliers stay in their channels. ``kvZ`` is ``span-32`` for k and ``token`` for v; k is
-what the product reads, after any rotary embedding. A span that is not full yet has its own range too, where KIVI keeps
-it at full precision.
+A ``span-32`` range belongs to one channel of one head over 32 successive tokens and is found in every forward too. KIVI
+(arXiv 2402.02750) caches keys this way, because their outliers stay in their channels. ``kvZ`` is ``span-32`` for k and
+``token`` for v; k is what the product reads, after any rotary embedding. A span that is not full yet has its own range
+too, where KIVI keeps it at full precision.
 
 A weight can have one scale for every g inputs of a channel (``group-128``), an attention operand one range a head.
 
 A ``prefix`` of n tokens keeps the inputs and attention operands of the first n tokens of every sequence at full
-precision, and out of the ranges: what decoders need where the first token's values are enormous, and can have, as the
-keys and values of a prefix are computed once and cached (PrefixQuant, arXiv 2410.05265).
+precision, and out of the ranges. Decoders need this where the first token's values are enormous. It is cheap, because
+the keys and values of a prefix are computed once and cached (PrefixQuant, arXiv 2410.05265).
 
 Whatever is not a site stays at full precision: norms, softmax, activation functions, residual additions, biases,
 tables of embeddings. So do the first and the last layers (patch embedding, pooler, heads), unless ``ends`` says how to
@@ -328,7 +329,7 @@ def _granularity(group: Group, text: Any) -> tuple[Granularity, int]:
     """A granularity, and the size of its groups if it is one of groups."""
     match = re.fullmatch(r"(group|span)-([1-9][0-9]{0,8})", str(text))
     granularity: Any = match[1] if match else text
-    # The bare words say no size.
+    # The names without a size.
     if granularity not in _GRANULARITIES[group] or text in _SIZED:
         known = ", ".join(_SIZED.get(name, name) for name in _GRANULARITIES[group])
         raise InputError(f"{group}: granularity {text!r} is not one of {known}")

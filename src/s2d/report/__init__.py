@@ -1,11 +1,11 @@
-"""The report: audits and runs, as plain JSON, become one HTML page that opens offline from disk.
+"""The report: one HTML page, which opens offline from disk, made from the plain JSON of audits and runs.
 
 Nothing here imports torch or another room; a page can be written wherever the JSON can be read.
 
     from s2d.report import write_report
     write_report(json.load(open("results.json")), "report.html")
 
-What is read (further keys are allowed and ignored):
+Input (further keys are allowed and ignored):
 
 * An **audit**: ``{"kind": "audit", "model": str, "run": {…}, "records": [row, …]}``, a row having ``weight`` and any of
   ``role``, ``depth``, ``shape``, ``sigma`` ``[s1, s2, s3]``, ``sigma_over_median``, ``stable_rank``, ``pcdr``

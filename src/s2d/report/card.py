@@ -2,7 +2,7 @@
 
 The front matter is the hub's metadata (https://huggingface.co/docs/hub/model-cards), results as a ``model-index``; the
 text below it says what was done, what was measured and how to load the model. Like the page, it is made from results
-alone: no torch. Names are anybody's words and are escaped for Markdown and YAML.
+alone, without torch. Names are untrusted text and are escaped for Markdown and YAML.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from s2d.report.summary import Group, gain, groups, label
 NAME = "README.md"
 _PAPER = "https://arxiv.org/abs/2602.14432"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Kinds of transformers models, by the task of s2d: where it is known, the hub lists the model under it.
+# The hub's task of a transformers model, by the task of s2d; the hub lists the model under it.
 _PIPELINES = {
     "docstrings": "sentence-similarity",
     "text-classification": "text-classification",
@@ -47,7 +47,7 @@ def write_card(
     """Write ``README.md`` into a saved model's folder: complete, or not at all.
 
     Args:
-        folder: Of the saved model.
+        folder: Folder of the saved model.
         base: The model that was fine-tuned, as it was named.
         task: What it was fine-tuned on.
         arm: The conditioning of this model, as the records call it.
@@ -60,7 +60,7 @@ def write_card(
         The path of the card.
 
     Raises:
-        InputError: A record is not one, or the disk refuses.
+        InputError: A record is invalid, or the file cannot be written.
     """
     folder = Path(folder)
     text = card(base=base, task=task, arm=arm, training=training, run=run, records=records, name=name or folder.name)
@@ -195,7 +195,7 @@ def _caveat(found: Sequence[Group], arm: str) -> str:
 
 
 def _outliers(history: object) -> str:
-    """The worst output over its RMS at the first and the last look of the decay."""
+    """The largest ratio of an output to its RMS at the first and the last refresh of the decay."""
     if not isinstance(history, (list, tuple)) or not history:
         return ""
     looks: dict[Any, float] = {}
@@ -214,7 +214,7 @@ def _outliers(history: object) -> str:
 
 
 def held_back(history: Sequence[Mapping[str, Any]]) -> str:
-    """How much of its strength the decay's budget allowed, in words; empty where it set no limit."""
+    """The share of its strength that the decay's budget allowed, as text; empty where it set no limit."""
     selected = [moment for moment in history if moment.get("selected")]
     paces = [float(pace) for moment in selected if isinstance(pace := moment.get("pace"), int | float)]
     mean = statistics.fmean(paces) if paces else 1.0

@@ -69,7 +69,7 @@ def _rows(audits: Sequence[Audit]) -> dict[str, Found]:
 
 
 def _severity(rows: Found) -> tuple[bool, float]:
-    """Where the decay has most to do; first where there is a picture of every checkpoint, for a comparison."""
+    """A sort key: weights with a picture of every checkpoint first, then by the size of their outliers."""
     worst = max(max(weight.values.get(key, 0.0) for key in ("output_ratio", "input_ratio")) for _, weight in rows)
     return (all(weight.histogram for _, weight in rows), worst)
 
@@ -100,7 +100,7 @@ def _decay_words(weight: Weight) -> str:
 
 
 def weight_figures(audits: Sequence[Audit], told: Mapping[str, Track]) -> dict[str, Any]:
-    """What each weight's pictures are drawn from, by its name; weights that only the decay saw have a history only."""
+    """The data of each weight's charts, by its name; weights that only the decay saw have only a history."""
     found = _rows(audits)
     labels = [audit.label for audit in audits]
     figures: dict[str, Any] = {}

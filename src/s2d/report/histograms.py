@@ -73,7 +73,7 @@ def _short(value: float) -> float:
 
 
 def caption(histogram: Histogram) -> str:
-    """What the picture says, in words."""
+    """The caption of a histogram."""
     used, levels = histogram.levels_used(), len(histogram.grid)
     step = (histogram.grid[-1] - histogram.grid[0]) / (levels - 1)
     half = abs(histogram.quantile(0.75) - histogram.quantile(0.25))
@@ -84,5 +84,5 @@ def caption(histogram: Histogram) -> str:
 
 
 def chosen(histograms: Sequence[tuple[str, Histogram]], most: int = 4) -> list[tuple[str, Histogram]]:
-    """The checkpoints whose pictures are shown: all of a few, else the first and the last."""
+    """The checkpoints whose histograms are shown: all if they are few, else the first and the last."""
     return list(histograms) if len(histograms) <= most else [histograms[0], histograms[-1]]

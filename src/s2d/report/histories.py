@@ -13,7 +13,7 @@ from s2d.report.formatting import ratio, show
 if TYPE_CHECKING:
     from s2d.report.schema import Moment
 
-SHOWN = 6  # as many as there are colours that everybody can tell apart
+SHOWN = 6  # the number of colours that everybody can tell apart
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Track:
         return [value if math.isfinite(value) and value > 0 else None for value in values]
 
     def fall(self) -> float:
-        """By which factor the outliers fell; the leading singular value where no outliers were logged."""
+        """The factor by which the outliers fell; of the leading singular value where no outliers were logged."""
         for measure in ("ratio", "sigma"):
             known = [value for value in self.series(measure) if value is not None]
             if known:

@@ -64,7 +64,7 @@ def render_report(results: object) -> str:
     page = environment.from_string(_asset("templates/report.html.j2"))
     context, figures = _context(read)
     library, scripts = _asset(PLOTLY[0]), [_asset("templates/report.js"), _asset("templates/charts.js")]
-    # Plotly's file ends its own way; the page's parser must not see a closing tag in it, and there is none.
+    # The page's parser must not see a closing tag in Plotly's file; it has none.
     assert "</script" not in library.lower() and hashlib.sha256(library.encode()).hexdigest() == PLOTLY[1]
     scripts = [library, *scripts]
     return page.render(
@@ -104,7 +104,7 @@ def _asset(name: str) -> str:
 
 
 def _context(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the template shows, and what the charts are drawn from."""
+    """The variables of the template, and the data of the charts."""
     found = groups(results.records)
     first = primary(found)
     audits = results.audits

@@ -1,6 +1,6 @@
-"""Result JSON, checked by pydantic and typed. Whatever a file says, the rest of the report sees only these classes.
+"""Result JSON, checked by pydantic and typed. The rest of the report sees only these classes, never the raw file.
 
-A measure of the wrong type counts as not taken; a structure of the wrong type is an error. Modules that only name these
+A measure of the wrong type counts as missing; a structure of the wrong type is an error. Modules that only name these
 classes import them for type checkers, so that pydantic is loaded when a file is read.
 """
 
@@ -34,7 +34,7 @@ _WRONG_TYPE = {"list_type": "a list", "tuple_type": "a list", "dict_type": "an o
 
 
 def _number(value: object) -> float:
-    """A float; NaN for everything that is none (a measure that was not taken)."""
+    """A float; NaN for any other value (a missing measure)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
     try:

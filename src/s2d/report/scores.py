@@ -10,8 +10,8 @@ from typing import Any
 from s2d.report.formatting import points
 from s2d.report.summary import Group, label
 
-# Colour (a variable of the style sheet), dash and mark: what means one thing looks the same on the whole page, and no
-# two differ by colour alone.
+# Colour (a variable of the style sheet), dash and mark: a conditioning looks the same on the whole page, and no two
+# differ by colour alone.
 _STYLES = {
     "none": ("--none", "dot", "square"),
     "adamw": ("--adamw", "dash", "triangle-up"),
@@ -41,7 +41,7 @@ def score_figure(group: Group) -> dict[str, Any] | None:
     quantizers = group.quantizers
     values = [record.value for record in group.records if math.isfinite(record.value)]
     if not values or len(group.specs) < 2:
-        return None  # one width makes no curve; the table says it
+        return None  # one width makes no curve; the table shows it
     panels = [("mean of all calibrations", None), *((name, name) for name in quantizers)] if len(quantizers) > 1 else []
     panels = panels or [(quantizers[0] if quantizers else "", None)]
     scale, logarithmic = _scale(group, values)

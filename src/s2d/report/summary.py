@@ -1,4 +1,4 @@
-"""What the numbers say: groups, paired differences, and the verdict in words, each sentence computed from records."""
+"""The summary of the numbers: groups, paired differences, and a verdict whose sentences are computed from records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABELS = {"none": "as published", "adamw": "AdamW", "s2d": "AdamW + S2D"}
 
 
 def label(conditioning: str) -> str:
-    """A conditioning as people say it."""
+    """The display name of a conditioning."""
     name, found, rest = conditioning.partition(" (")
     return LABELS.get(conditioning, f"S2D ({rest}" if found and name == "s2d" else conditioning)
 
@@ -42,7 +42,7 @@ class Group:
 
     @property
     def unit(self) -> str:
-        """What a difference is counted in: points of a score, or nothing for a loss or a perplexity."""
+        """The unit of a difference: points of a score; empty for a loss or a perplexity."""
         return " points" if self.higher_is_better else ""
 
     @property
@@ -117,7 +117,7 @@ def groups(records: Iterable[Record]) -> list[Group]:
 
 
 def primary(found: Sequence[Group]) -> list[Group]:
-    """The first metric of every task and model: the one the task is judged by."""
+    """The first metric of every task and model: the task's own metric."""
     seen: dict[tuple[str, str], Group] = {}
     for group in found:
         seen.setdefault((group.task, group.model), group)
@@ -125,7 +125,7 @@ def primary(found: Sequence[Group]) -> list[Group]:
 
 
 def rivals(group: Group) -> tuple[str, str] | None:
-    """What is compared: the conditioning without decay and the one with it."""
+    """The two compared conditionings: without decay and with it."""
     names = group.conditionings
     without = next((name for name in ("adamw", "none") if name in names), None)
     decayed = "s2d" if "s2d" in names else next((name for name in names if name.startswith("s2d")), None)
@@ -165,7 +165,7 @@ def gain(group: Group, spec: str) -> Gain | None:
 
 
 def target_spec(group: Group) -> str:
-    """The bit width the verdict is about: W4A4 where it was measured, else the narrowest."""
+    """The bit width of the verdict: W4A4 where it was measured, else the narrowest."""
     return "w4a4" if "w4a4" in group.specs else group.specs[-1]
 
 
@@ -245,7 +245,7 @@ def _other_widths(group: Group, target: str) -> list[str]:
 
 
 def _drop_sentences(group: Group, where: str) -> list[str]:
-    """Where nothing is compared: what quantizing costs."""
+    """Sentences on the loss through quantizing, where nothing is compared."""
     narrow = target_spec(group)
     sentences = []
     for conditioning in group.conditionings:
@@ -259,7 +259,7 @@ def _drop_sentences(group: Group, where: str) -> list[str]:
 
 
 def audit_verdict(audits: Sequence[Audit]) -> Verdict:
-    """The verdict of an audit: how many weights make outliers of few singular components, and the worst of them."""
+    """The verdict of an audit: how many weights make outliers from few singular components, and the worst of them."""
     tiles: list[tuple[str, str]] = []
     sentences: list[str] = []
     for audit in audits:

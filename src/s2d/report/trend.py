@@ -1,4 +1,4 @@
-"""Several checkpoints of one training, in its order: what grows, what decay took away, and what low bits make of it."""
+"""The trend over the checkpoints of one training: outliers, the effect of the decay, and low-bit scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MEASURES = (
 
 
 def trend_figure(audits: Sequence[Audit], records: Sequence[Record]) -> dict[str, Any] | None:
-    """Panels over the checkpoints: scores at every bit width where they were measured, then what the audits say."""
+    """Panels over the checkpoints: scores at every bit width where they were measured, then the audits' measures."""
     if len(audits) < 2:
         return None
     names = [audit.label for audit in audits]

@@ -13,14 +13,15 @@ from s2d.errors import InputError
 from s2d.tasks import Batch, Task
 from s2d.training.train_settings import TrainSettings
 
-# Texts of like length share a batch: this many batches are drawn together and sorted before they are cut.
+# Texts of similar length share a batch: this many batches are drawn together and sorted before they are cut.
 MEGA_BATCH = 16
 
 
 def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator[Batch]:
     """Batches without end, every epoch in another order.
 
-    The last, smaller batch of an epoch is left out; not of batches of like length, which would lose the longest rows.
+    The last, smaller batch of an epoch is left out, except with batches of similar length, where it holds the longest
+    rows.
     """
     for epoch in itertools.count():
         epoch_seed = seed * 1_000_003 + epoch
@@ -32,7 +33,7 @@ def training_batches(task: Task, settings: TrainSettings, seed: int) -> Iterator
             whole = (batch for mega in megas for batch in _by_length(mega, settings.batch_size, generator))
         given = 0
         for batch in whole:
-            # Of batches of like length the small one holds the longest rows: it is trained on too.
+            # With batches of similar length the small one holds the longest rows, so it is used too.
             enough = processes.count() if settings.group_by_length and task.ragged else settings.batch_size
             if given and _rows(batch) < enough:
                 continue
@@ -45,7 +46,7 @@ def _rows(batch: Batch) -> int:
 
 
 def _by_length(mega: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Cut a shuffled mega-batch into batches of like length, in random order, each without needless padding."""
+    """Cut a shuffled mega-batch into batches of similar length, in random order, each without needless padding."""
     ending = "attention_mask"
     masks = {name.removesuffix(ending): mask for name, mask in mega.items() if name.endswith(ending)}
     rows = _rows(mega)
@@ -64,7 +65,7 @@ def _by_length(mega: Batch, batch_size: int, generator: torch.Generator) -> Iter
 
 
 def _share(batch: Batch, accelerator: Any) -> Batch:
-    """This process's rows of a batch; of a short one the rows that do not go round are left out."""
+    """This process's rows of a batch; rows of a short batch that cannot be divided evenly are left out."""
     each = _rows(batch) // accelerator.num_processes
     if each == 0:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Conditioning block by block, for models that do not fit twice: the teacher of each block is the original block.
+"""Conditioning block by block, for models that do not fit into memory twice; each original block is the teacher.
 
 Reconstruction of one block after the other is how quantizers calibrate large models (BRECQ, arXiv 2102.05426); here the
 block is trained while the decay works on it, and nothing is quantized. For the blocks in the order in which they run
@@ -6,10 +6,10 @@ block is trained while the decay works on it, and nothing is quantized. For the 
     loss = mean over tokens of |block(x) - block_0(x_0)|^2 / |block_0(x_0)|^2
 
 with ``block_0`` the block as it was, ``x_0`` the tokens that the original model gives it and ``x`` those behind the
-conditioned blocks before it. The error is a share of each token's own length: what reads a residual stream normalizes
-its tokens one by one, and a few massive ones would otherwise be all that counts.
+conditioned blocks before it. The error is relative to each token's own norm. The readers of a residual stream normalize
+its tokens one by one, and without this a few massive-activation tokens would dominate the loss.
 
-Held at a time: the weights once, gradients and optimizer of one block, and its tokens of a few batches.
+Memory: the weights once, the gradients and optimizer state of one block, and its tokens of a few batches.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from s2d.training.state import key_of
 from s2d.training.step_guard import StepGuard, train_step
 from s2d.training.train_settings import OnStep, Training, TrainSettings
 
-# Of settings: those that say something about the model as a whole, with the values that say nothing.
+# Settings that concern the model as a whole, with their neutral values.
 _WHOLE = {"minutes": None, "distill": 0.0, "checkpoints": (), "check_every": 0, "patience": 0}
 
 
@@ -63,22 +63,22 @@ def condition_blocks(
 ) -> Training:
     """Condition every block of a model in place; it ends in evaluation mode.
 
-    Embeddings, heads and norms outside the blocks stay as they are. So do, in models with their norms behind the
-    residual sum (BERT), the gains of a block's last norm: what reads them is in the next block.
+    Embeddings, heads and norms outside the blocks stay as they are. In models whose norms follow the residual sum
+    (BERT), the gains of a block's last norm stay too: their readers are in the next block.
 
     Args:
         model: As published.
-        task: Its training inputs, made ready for the model (``task.prepare``); labels and its loss play no part.
+        task: Its training inputs, prepared for the model (``task.prepare``); its labels and loss are not used.
         settings: See `TrainSettings`; ``steps`` are those of each block.
-        batches: So many training batches are gone through again and again.
-        seed: Of their order.
+        batches: Number of training batches, which are repeated.
+        seed: Seed of their order.
         decay: Keywords of `SelectiveSpectralDecay`; None to train without.
         resume: A folder that keeps finished blocks; where it holds some, they are not trained again.
         on_step: Called with the number of steps taken, over all blocks, and the last loss.
 
     Raises:
         InputError: A quantized model or one without known blocks, settings that have no meaning here, several
-            processes, nothing to condition in any block, losses that stay no numbers, or a folder of other work.
+            processes, nothing to condition in any block, losses that stay non-finite, or a folder of other work.
     """
     settings = settings or TrainSettings()
     _refuse(model, settings, batches, decay)
@@ -89,7 +89,7 @@ def condition_blocks(
         store = Store(resume, {"training": f"{key_of(model, task, settings, seed, decay)}-{batches}"})
     chosen = islice(task.batches("train", batch_size=settings.batch_size, seed=seed, shuffle=True), batches)
     calls = [each for batch in chosen for each in task.inputs(batch)]
-    # A job that rounds nothing: the walk brings each block's tokens, with the blocks before as they are by then.
+    # A job that rounds nothing: the walk gives each block's tokens behind the conditioned blocks before it.
     job = Job(model, QuantSpec(), [], {}, Batches(calls), seed, progress=False, stage="transform")
     done = Training(0, 0.0, 0.0, [], precision=precision)
     started = time.monotonic()
@@ -107,7 +107,7 @@ def condition_blocks(
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens ``[N, D]`` of the squared distance as a share of the wanted token's squared length, a scalar."""
+    """Mean over tokens ``[N, D]`` of the squared distance relative to the wanted token's squared norm, a scalar."""
     found, wanted = found.float(), wanted.float()
     lengths = wanted.square().sum(-1)
     return ((found - wanted).square().sum(-1) / lengths.clamp(min=torch.finfo(torch.float32).tiny)).mean()
@@ -127,7 +127,7 @@ class _Alone(nn.Module):
         self._path = name
 
     def forward(self, call: Call, attention_mask: Tensor | None) -> Tensor:
-        """The block's tokens; the mask ``[B, T]`` is there for whoever watches."""
+        """The block's tokens; the mask ``[B, T]`` is read by hooks."""
         return main_output(invoke(self.get_submodule(self._path), call))
 
 
@@ -140,7 +140,7 @@ def _condition(
     seed: int,
     on_step: OnStep | None,
 ) -> None:
-    """Train one block, and add how that went to the whole."""
+    """Train one block, and add its outcome to that of the whole training."""
     assert block.outputs is not None
     alone = _Alone(block.name, block.module)
     place = next(alone.parameters()).device
@@ -180,7 +180,7 @@ def _condition(
 
 
 def _order(count: int, generator: torch.Generator) -> Iterator[int]:
-    """Batches without end, every round in another order."""
+    """Batch indices without end, every round in another order."""
     return itertools.chain.from_iterable(iter(lambda: torch.randperm(count, generator=generator).tolist(), None))
 
 

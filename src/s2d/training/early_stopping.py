@@ -13,16 +13,16 @@ from s2d.tasks import Task
 
 @dataclass
 class EarlyStopping:
-    """Looks at the task's primary measure on the validation split, and says when it has not improved for long enough.
+    """Checks the task's primary metric on the validation split, and reports when it has stopped improving.
 
-    The model stays as it is then. It is not set back to its best check: under a decay the earliest checks are the best,
-    and the least conditioned.
+    The model keeps its last weights. It is not reset to its best check: with a decay the earliest checks are the best,
+    but the least conditioned.
 
     Attributes:
-        task: Its data; labels and the original, if any, are the task's business.
+        task: Gives the data and the metric.
         every: Steps between two checks; 0 for none.
-        patience: Checks in a row without a new best after which to stop; 0 to look and never stop.
-        batch_size: Of a check.
+        patience: Checks in a row without a new best after which to stop; 0 to check and never stop.
+        batch_size: Batch size of a check.
         checks: ``step`` and ``value`` of each.
     """
 
@@ -40,7 +40,7 @@ class EarlyStopping:
 
     @property
     def spent(self) -> bool:
-        """The last `patience` checks were all no better than the best before them; what is no number is no better."""
+        """Whether the last `patience` checks were no better than the best before them; NaN counts as no better."""
         if not self.patience or len(self.checks) <= self.patience:
             return False
         sign = -1 if self.task.higher_is_better else 1

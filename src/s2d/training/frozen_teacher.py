@@ -1,7 +1,7 @@
-"""Distillation beside the task's loss: the frozen original is the teacher, and the model stays near it.
+"""Distillation beside the task's loss: the frozen original model is the teacher.
 
-A few contrastive or class labels say little about what the decay disturbs; the original's own features, token by
-token, say it at every step. The distance is that of `s2d.quant.distillation` (GPLQ, arXiv 2506.11784), in shares
+Contrastive or class labels give little information on the changes that the decay causes. The original's features give
+it for every token, at every step. The distance is that of `s2d.quant.distillation` (GPLQ, arXiv 2506.11784), in shares
 of variance.
 """
 
@@ -17,26 +17,26 @@ from torch import Tensor, nn
 from s2d.quant.distillation import Distiller
 from s2d.tasks.base import Task
 
-# Texts or images by which the spread of the original's features is measured.
+# Number of texts or images to measure the spread of the original's features.
 _SAMPLES, _BATCH = 128, 32
 
 
 class FrozenTeacher:
     """The companion of a training that adds ``weight * distance(model, original)`` to the task's loss.
 
-    Heads that the task has put on the model are new, so that only features are compared there.
+    If the task has added a new head to the model, only features are compared.
     """
 
     def __init__(self, model: nn.Module, task: Task, weight: float) -> None:
-        """Copy the model as it is now, and watch it from now on.
+        """Copy the model as it is now, and put hooks on it.
 
         Args:
             model: From ``task.build``, before its first step.
-            task: Its training split says how far the original's features spread.
-            weight: Of the distance, above 0.
+            task: Its training split gives the spread of the original's features.
+            weight: Weight of the distance, above 0.
 
         Raises:
-            InputError: The model has no blocks that are known, or is quantized.
+            InputError: The model has no known blocks, or is quantized.
         """
         batches = islice(task.batches("train", batch_size=_BATCH, seed=0, shuffle=True), _SAMPLES // _BATCH)
         inputs = [each for batch in batches for each in task.inputs(batch)]
@@ -61,12 +61,12 @@ class FrozenTeacher:
         return self._weight * self._distiller.loss()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the original is the model that the training began with."""
+        """Empty: the original is the model at the start of the training."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to continue."""
 
     def remove(self) -> None:
-        """Let go of the model."""
+        """Remove the hooks from the model."""
         self._distiller.remove()

@@ -1,9 +1,9 @@
 """Fine-tuning: a task's loss, AdamW or Muon with a warm-up, and, when asked for, selective spectral decay.
 
 The loop runs on accelerate, which brings the device, the precision and, under torchrun, data parallelism: every process
-takes its share of each batch, and only the first one writes. What a run yields is determined by the model, the data,
-the settings and the seed; one that was interrupted and continued ends bit-identical on the CPU. On several processes it
-ends where one process ends, up to rounding.
+takes its share of each batch, and only the first one writes. The result of a run depends only on the model, the data,
+the settings and the seed. A run that was interrupted and continued gives a bit-identical result on the CPU. Several
+processes give the result of one process, up to rounding.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ def train(
         model: From ``task.build``.
         task: Its data and loss.
         settings: See `TrainSettings`.
-        seed: Of the order of the data and of dropout. The global random state is left as it was.
-        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), ``{"baseline": NAME, ...}`` for a rival
-            with its settings (see `s2d.baselines`), or None to train without either.
-        companion: Something that trains along, such as the ranges of quantizers.
+        seed: Seed of the order of the data and of dropout. The global random state is not changed.
+        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), ``{"baseline": NAME, ...}`` for a
+            baseline with its settings (see `s2d.baselines`), or None to train without either.
+        companion: Parameters or losses that are trained with the model, such as the ranges of quantizers.
         state: A file to keep the training's state in. Where it exists already, training continues from it. It is
             written every ``settings.save_every`` seconds, on Ctrl-C and at the end; remove it when the model is saved.
         on_step: Called with the number of steps taken and the last loss.
         on_checkpoint: Called with the number of steps taken at each of ``settings.checkpoints``, in evaluation mode.
 
     Raises:
-        InputError: Impossible settings, losses that stay no numbers, a state of other settings, or a disk that refuses.
+        InputError: Impossible settings, losses that stay non-finite, a state of other settings, or a failed write.
         KeyboardInterrupt: Ctrl-C (or a termination signal); with `state`, everything was saved first.
     """
     settings = settings or TrainSettings()
@@ -160,7 +160,7 @@ def _accelerator(place: torch.device, task: Task, settings: TrainSettings) -> An
     """
     accelerate = require("accelerate", "hf")
     processes.meet(place.type == "cpu")
-    # Some models have parts that a task does not use, whose gradients no process must wait for.
+    # Some models have parts that a task does not use; no process may wait for their gradients.
     parallel = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
     try:
         accelerator = accelerate.Accelerator(
@@ -192,9 +192,9 @@ def _accelerator(place: torch.device, task: Task, settings: TrainSettings) -> An
 
 
 def _together(accelerator: Any, loss: float, seconds: float, ending: bool) -> tuple[float, float | None, bool]:
-    """The mean loss, the time of the slowest process, and whether any was asked to end: the same for all of them.
+    """The mean loss, the time of the slowest process, and whether any was asked to end; equal on all processes.
 
-    One process alone goes by its own clock, at the end of the step.
+    A single process uses its own clock, at the end of the step.
     """
     if accelerator.num_processes == 1:
         return loss, None, False
@@ -204,7 +204,7 @@ def _together(accelerator: Any, loss: float, seconds: float, ending: bool) -> tu
 
 
 def _require_together(step: int, accelerator: Any) -> None:
-    """Refuse to continue from different places."""
+    """Refuse to continue if the processes are at different steps."""
     if accelerator.num_processes == 1:
         return
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
@@ -216,7 +216,7 @@ def _require_together(step: int, accelerator: Any) -> None:
 
 @dataclass
 class _Clock:
-    """How far a training is, in steps, by whichever budget is spent faster."""
+    """Progress of a training, in steps, by the budget that is spent faster."""
 
     settings: TrainSettings
     seconds: float = 0.0
@@ -240,7 +240,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The optimizer's groups: encoder and new parts, each with and without weight decay, and those of a companion.
 
-    The encoder is what stands under ``encoder.``; in a model without such a part, everything is.
+    The encoder is the part named ``encoder.``; a model without such a part is all encoder.
     """
     others = [] if companion is None else companion.groups()
     own = {id(parameter) for group in others for parameter in group["params"]}
@@ -264,7 +264,7 @@ def parameter_groups(
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """No dropout in training mode: neither by dropout modules nor by the rates that attention modules keep."""
+    """Disable dropout in training mode: in dropout modules and in the dropout rates of attention modules."""
     changed: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         names = ("p",) if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout", "attention_dropout")

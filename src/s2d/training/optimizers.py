@@ -1,8 +1,9 @@
 """Optimizers of a fine-tuning or a training from scratch.
 
 AdamW, and Muon (Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks") as torch has it, for
-the matrices of the blocks with AdamW for everything else: embeddings, patches, norms, biases and heads. Muon's rate is
-scaled so that its updates are as large as AdamW's (Liu et al., 2025, arXiv 2502.16982), so both take the same `lr`.
+the matrices of the blocks with AdamW for everything else: embeddings, patches, norms, biases and heads. Muon's learning
+rate is scaled so that its updates are as large as AdamW's (Liu et al., 2025, arXiv 2502.16982), so both take the same
+`lr`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class MuonWithAdamW(Optimizer):
         """Groups as for any optimizer.
 
         Raises:
-            ValueError: A group for Muon holds something else than matrices.
+            ValueError: A group for Muon holds other tensors than matrices.
         """
         ours = [group for group in groups if group.get(_FLAG)]
         others = [group for group in groups if not group.get(_FLAG)]
@@ -59,7 +60,7 @@ def make_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict[
         name: ``adamw`` or ``muon``.
         model: Says which parameters are matrices of blocks.
         groups: Each with ``params``, ``lr`` and ``weight_decay``; for Muon they are split in two where needed.
-        lr: For groups without a rate of their own.
+        lr: Learning rate of groups without their own.
 
     Raises:
         InputError: Muon, and the model has no matrices in numbered blocks that are trained.

@@ -1,7 +1,7 @@
-"""Precision of a training's products: which one computes faster on a device, measured once a process.
+"""Precision of a training's products: the faster one on a device, measured once per process.
 
 bfloat16 halves the time of a product where the hardware has it and takes up to twelve times as long where it is
-emulated. What a device can do is not asked by name but timed: forward and backward of a Linear, the best of a few.
+emulated. A device's speed is not looked up by name but timed: forward and backward of a Linear, the best of a few.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from s2d.distributed import processes
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
 
-# bf16 rounds more, so it must be clearly faster; a tie also would be decided by the noise of the clock.
+# bf16 rounds more, so it must be clearly faster; this also avoids a decision by noise of the clock.
 GAIN = 1.2
 _ROWS, _INPUTS, _OUTPUTS, _TRIES = 256, 384, 1536, 3
 
@@ -47,16 +47,16 @@ def faster(place: torch.device) -> Precision:
 
 @functools.cache
 def speedup(kind: str, index: int | None = None) -> float:
-    """Time of a training's product in fp32 over that in bf16, on a device."""
+    """Time of a training's product in fp32 divided by that in bf16, on a device."""
     place = torch.device(kind) if index is None else torch.device(kind, index)
-    weight = torch.full((_OUTPUTS, _INPUTS), 0.5, device=place, requires_grad=True)  # draws nothing
+    weight = torch.full((_OUTPUTS, _INPUTS), 0.5, device=place, requires_grad=True)  # uses no random numbers
     x = torch.ones(_ROWS, _INPUTS, device=place, requires_grad=True)
 
     def seconds(half: bool) -> float:
         started = time.perf_counter()
         with torch.enable_grad(), torch.autocast(kind, torch.bfloat16, enabled=half):
             total = nn.functional.linear(x, weight).sum()
-        torch.autograd.grad(total, [x, weight])[0].sum().item()  # a number is only known when all is computed
+        torch.autograd.grad(total, [x, weight])[0].sum().item()  # reading the number waits for the computation
         return time.perf_counter() - started
 
     fp32, bf16 = (min(seconds(half) for _ in range(_TRIES)) for half in (False, True))
@@ -64,5 +64,5 @@ def speedup(kind: str, index: int | None = None) -> float:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN has such products on this CPU; where torch comes without it, nothing is known and nothing said."""
+    """Whether oneDNN has bf16 products on this CPU; True without oneDNN in torch, so that no warning is given."""
     return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,4 +1,4 @@
-"""Quantization-aware training of a task's model, from the trained one to the quantized one, in one call."""
+"""Quantization-aware training of a task's model in one call."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from s2d.training.train_settings import OnStep, Training, TrainSettings
 
 
 class QATSettings(BaseModel):
-    """How the ranges are trained; steps, batches and the rate of the weights are those of `TrainSettings`.
+    """How the ranges are trained; steps, batches and the weights' learning rate are those of `TrainSettings`.
 
     Attributes:
         method: The post-training method that the training starts from.
-        step_lr: Peak learning rate of the ranges; it follows the schedule of the others.
+        step_lr: Peak learning rate of the ranges; it follows the same learning-rate schedule.
         warmup: See `QATSchedule`; likewise the next two.
         freeze: See `QATSchedule`.
         oscillation: See `QATSchedule`.
@@ -50,7 +50,7 @@ class RangeTraining:
     """The companion of a training: learned ranges, their schedule, and the teacher."""
 
     def __init__(self, model: nn.Module, teacher: Distiller | None, settings: QATSettings, steps: int) -> None:
-        """For a model from `prepare_qat` and so many steps."""
+        """For a model from `prepare_qat` and this number of steps."""
         self._model, self._teacher, self._settings, self._steps = model, teacher, settings, steps
         self._schedule: QATSchedule | None = None
 
@@ -83,7 +83,7 @@ class RangeTraining:
         self._schedule.load_state_dict(state)
 
     def remove(self) -> None:
-        """Let go of optimizer and model."""
+        """Remove the hooks from optimizer and model."""
         if self._schedule is not None:
             self._schedule.remove()
         if self._teacher is not None:
@@ -109,7 +109,7 @@ def train_quantized(
         model: From ``task.build``, trained at full precision; it ends in evaluation mode.
         task: Its data and loss.
         spec: As for `quantize`.
-        settings: Steps, batches and rates of the weights.
+        settings: Steps, batches and learning rates of the weights.
         qat: See `QATSettings`.
         calibration: Batches that the ranges start from; read more than once, so not a generator.
         seed, decay, state, on_step: As for `train`.

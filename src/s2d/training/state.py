@@ -80,7 +80,7 @@ class _Run:
             raise InputError(
                 f"{self.path} holds a training with other settings, data or weights; remove it, or choose another place"
             )
-        self.precision = content.get("precision", self.precision)  # with "auto" that of its beginning
+        self.precision = content.get("precision", self.precision)  # with "auto", the one chosen at the start
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
@@ -105,7 +105,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler of bytes from anywhere raises anything
+    except Exception as error:  # an unpickler of untrusted bytes can raise any error
         raise InputError(f"{path} is damaged and cannot be continued from; remove it to start again") from error
     if not isinstance(content, dict) or content.get("version") != _STATE_VERSION:
         raise InputError(f"{path} is not a training state of this version of s2d; remove it to start again")
@@ -120,7 +120,7 @@ def key_of(
     decay: Mapping[str, Any] | None,
     companion: Companion | None = None,
 ) -> str:
-    """Tells apart trainings that must not continue each other. How often to save makes no difference."""
+    """A key that differs between trainings that must not continue each other; the save interval is not part of it."""
     options = {name: value for name, value in vars(task).items() if isinstance(value, str | int | float)}
     parts = [
         fingerprint(model),

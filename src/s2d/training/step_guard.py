@@ -1,7 +1,7 @@
 """Optimizer-step guard: skips steps whose loss or gradient is not finite, and, when asked for, spikes.
 
-One bad batch would otherwise end a run of days, or, taken, ruin its weights. What is skipped is told and counted; too
-many in a row are a training that diverged, and end it.
+Without it, one bad batch could end a long run or ruin its weights. Skipped steps are reported and counted. Too many in
+a row mean that the training diverged; then it ends.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.errors import InputError
 
 PATIENCE = 5  # steps in a row that may be skipped; the next one ends the training
-WINDOW = 64  # gradients whose median says what is usual
-WARM = 16  # of them are needed first
+WINDOW = 64  # gradients whose median is the usual norm
+WARM = 16  # gradients needed before spikes are judged
 
 
 def train_step(
@@ -32,9 +32,9 @@ def train_step(
     clip: Callable[[], Any],
     decay: SelectiveSpectralDecay | Baseline | None,
 ) -> None:
-    """Take a step whose loss is known, `value`, unless the guard says no; then what the decay saw of it is forgotten.
+    """Take a step with the known loss `value`, unless the guard refuses it; then the decay discards its statistics.
 
-    `backward` makes the gradients, and `clip` limits them and gives back the norm that they had.
+    `backward` computes the gradients; `clip` limits them and returns their norm before clipping.
     """
     optimizer.zero_grad()
     taken = guard.loss(step, value)
@@ -44,7 +44,7 @@ def train_step(
     if taken:
         optimizer.step()
     elif decay is not None:
-        decay.forget()  # what this step showed is not its next one's
+        decay.forget()  # statistics of a skipped step must not enter the next one
 
 
 class StepGuard:
@@ -55,10 +55,10 @@ class StepGuard:
     """
 
     def __init__(self, spike: float, lr: float) -> None:
-        """Begin.
+        """Start without history.
 
         Args:
-            spike: Skip a step whose gradient is so many times as large as the median of the last ones; 0 for never.
+            spike: Skip a step whose gradient is this many times the median of the last ones; 0 for never.
             lr: The learning rate, for the message.
         """
         self.spike, self.lr = spike, lr
@@ -84,7 +84,7 @@ class StepGuard:
         return True
 
     def check_end(self, steps: int) -> None:
-        """Refuse a training of which no step was taken."""
+        """Refuse a training in which no step was taken."""
         if steps and len(self.skipped) == steps:
             raise self._diverged(steps, self.skipped[-1]["reason"])
 

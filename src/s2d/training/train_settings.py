@@ -1,4 +1,4 @@
-"""What a training takes and returns: settings, companions (teacher, trained quantizers), outcome."""
+"""The settings, companions (teacher, trained quantizers) and outcome of a training."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ class TrainSettings(BaseModel):
     """How to fine-tune.
 
     Attributes:
-        steps: Optimizer steps; at most so many where `minutes` is given.
-        minutes: End after so much time in the loop, the schedule of the learning rate included; None for no limit. What
-            a run yields then depends on the machine too.
+        steps: Optimizer steps; an upper limit where `minutes` is given.
+        minutes: Time limit of the loop; the learning-rate schedule ends with it. None for no limit. With a limit the
+            result depends on the machine too.
         batch_size: Examples a step, of all processes together.
         optimizer: ``adamw``, or ``muon`` for the matrices of the blocks with AdamW for the rest (see `optimizers.py`).
         lr: Peak learning rate of the encoder.
-        head_lr: Of everything else (a new classification head); as `lr` when None.
-        weight_decay: Of the optimizer; biases and norms are left out, as usual.
-        warmup: Share of the steps in which the rate rises linearly from 0; it falls linearly to 0 in the others.
+        head_lr: Peak learning rate of all other parts (a new classification head); as `lr` when None.
+        weight_decay: Weight decay of the optimizer; not for biases and norms, as usual.
+        warmup: Share of the steps in which the learning rate rises linearly from 0; it falls linearly to 0 in the
+            others.
         clip: Largest norm of the gradient.
-        spike: Skip a step whose gradient is so many times as large as the median of the last 64; 0 takes them all. A
-            loss or gradient that is no number is skipped always (see `s2d.training.step_guard`).
+        spike: Skip a step whose gradient is this many times the median of the last 64; 0 skips none. Steps whose loss
+            or gradient is not finite are always skipped (see `s2d.training.step_guard`).
         dropout: Keep the model's own dropout. Off by default: short fine-tuning ends better and repeats exactly.
-        group_by_length: Put texts of like length into one batch, which halves the time on short texts.
+        group_by_length: Put texts of similar length into one batch; this halves the time on short texts.
         distill: Weight of the distance from the model as it was before training, in shares of variance (see
             `frozen_teacher.py`); 0 leaves it out. Costs a forward pass a step. Quantized training has its own weight.
         precision: ``fp32``, ``bf16`` for the computation (weights stay as they are), or ``auto`` for whichever is
             faster on the device (see `precision.py`): results then depend on the machine too.
         checkpoints: Steps after which the model is kept as it is then, to see how it changes over the training.
-        check_every: Steps between two looks at the task's measure on the validation split; 0 for none. They take time.
-        patience: Looks in a row without a new best after which training ends (see `early_stopping.py`); 0 for never.
-        save_every: Seconds between two saved states, where a place for them is given.
+        check_every: Steps between two checks of the task's metric on the validation split; 0 for none. Checks take
+            time.
+        patience: Checks in a row without a new best after which training ends (see `early_stopping.py`); 0 for never.
+        save_every: Seconds between two saved states, if a file for them is given.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,12 +71,12 @@ class TrainSettings(BaseModel):
         return self
 
     def outcome(self) -> dict[str, Any]:
-        """The settings that the trained model depends on; what is kept on the way makes no difference to it."""
+        """The settings that the trained model depends on, without those of saving and checkpoints."""
         return self.model_dump(exclude={"checkpoints", "save_every"})
 
 
 class Companion(Protocol):
-    """What trains along with a model; the loop knows no more about it than this."""
+    """The interface of a companion: parameters or losses that are trained with the model."""
 
     @property
     def key(self) -> Any:
@@ -90,7 +92,7 @@ class Companion(Protocol):
         ...
 
     def loss(self) -> torch.Tensor | None:
-        """What it adds to the task's loss of the present step."""
+        """The term to add to the task's loss of the present step."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,18 +110,18 @@ class Companion(Protocol):
 
 @dataclass
 class Training:
-    """How a training went.
+    """The outcome of a training.
 
     Attributes:
         steps: Optimizer steps taken.
         seconds: Time in the loop, over all parts of an interrupted run.
         peak_mb: See `s2d.io.provenance.Cost`.
-        losses: One a step.
-        history: The decay's, one record a refresh and weight; empty without decay.
-        skipped: Steps that were counted and not taken, and why: their loss or gradient was no number, or a spike.
-        checks: Step and value of each look at the validation split.
-        stopped_early: It ended by ``settings.patience``.
-        precision: Of the computation, as ``precision="auto"`` found it.
+        losses: One per step.
+        history: The decay's history, one record per refresh and weight; empty without decay.
+        skipped: Steps that were counted and not taken, and why: a loss or gradient that was not finite, or a spike.
+        checks: Step and value of each check on the validation split.
+        stopped_early: Whether it ended by ``settings.patience``.
+        precision: Precision of the computation, as ``precision="auto"`` chose it.
     """
 
     steps: int

@@ -1,13 +1,13 @@
-"""Acceptance: how far a score may have fallen, from the same examples through both models.
+"""Acceptance: confidence bounds on the drop of a score, from the same examples through both models.
 
 A drop is accepted when its upper 95 % bound is within what was promised. For right and wrong answers the bound is
-Tango's score interval for paired proportions (Statistics in Medicine 17, 1998: 891-908), which holds its level also
+Tango's score interval for paired proportions (Statistics in Medicine 17, 1998: 891-908), which keeps its level even
 where few or no answers differ; for every other score it is the bias-corrected bootstrap over examples (Efron 1987),
 both models drawn together.
 
 Several candidates can be tried on one set of examples without inflating the error: in an order that was fixed before
 any of them was looked at, until the first that fails (fixed-sequence testing; Maurer, Hothorn and Lehmacher 1995). A
-second round on the same examples is held to half the error of the one before.
+second round on the same examples is allowed half the error probability of the one before.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from s2d.tasks.base import Outcomes
 
 LEVEL = 0.95
 _DRAWS = 2000
-_LEAST = 20  # examples under a bootstrap; fewer say too little of their spread
-_MOST = 10_000_000  # examples in an answer to "how many would do"
+_LEAST = 20  # examples for a bootstrap; fewer do not show the spread
+_MOST = 10_000_000  # largest answer to "how many examples are needed"
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Drop:
     """How far a score fell, in points; negative where it rose.
 
     Attributes:
-        points: On these examples.
-        lower: One-sided bound below.
-        upper: One-sided bound above.
-        level: Of each bound.
-        examples: How many there were.
-        differing: How many of them came out differently.
+        points: The drop on these examples.
+        lower: One-sided lower bound.
+        upper: One-sided upper bound.
+        level: Confidence level of each bound.
+        examples: Number of examples.
+        differing: Number of examples whose results differ.
     """
 
     points: float
@@ -49,15 +49,15 @@ class Drop:
     differing: int
 
     def within(self, points: float) -> bool:
-        """Whether the drop is within so many points, at the level."""
+        """Whether the drop is at most this many points, at the level."""
         return self.upper <= points
 
     def beyond(self, points: float) -> bool:
-        """Whether it is surely more."""
+        """Whether the drop is larger than this, at the level."""
         return self.lower > points
 
     def examples_needed(self, points: float) -> int | None:
-        """How many examples would decide for it, if more were like these; None when the drop itself is too large."""
+        """How many examples like these would accept the drop; None when the drop itself is too large."""
         room = points - self.points
         if room <= 0:
             return None
@@ -68,7 +68,7 @@ class Drop:
 
 
 def level_of(round: int) -> float:
-    """The level of the bounds in a round, from 1; each later one may err half as often."""
+    """The level of the bounds in a round (from 1); each round has half the error probability of the one before."""
     return 1.0 - (1.0 - LEVEL) / 2.0 ** (round - 1)
 
 
@@ -76,10 +76,10 @@ def paired_drop(full: Outcomes, other: Outcomes, higher_is_better: bool, level: 
     """The drop from one model to another.
 
     Args:
-        full: What the full-precision model made of every example.
-        other: The other one, of the same examples in the same order.
-        higher_is_better: Of the score.
-        level: Of each one-sided bound.
+        full: Outcomes of the full-precision model.
+        other: Outcomes of the other model, for the same examples in the same order.
+        higher_is_better: Whether a higher score is better.
+        level: Confidence level of each one-sided bound.
 
     Raises:
         InputError: Fewer than two examples, or different ones.
@@ -108,8 +108,8 @@ def tango_bound(lost: int, gained: int, count: int, level: float, upper: bool) -
     """Bound of the difference of two paired proportions, ``p_lost - p_gained``.
 
     Args:
-        lost: Examples that the first model alone has right.
-        gained: Examples that the second alone has right.
+        lost: Number of examples that only the first model answers correctly.
+        gained: Number of examples that only the second answers correctly.
         count: All examples.
         level: One-sided.
         upper: The upper bound, else the lower.
@@ -154,7 +154,7 @@ def _bootstrap(full: Outcomes, other: Outcomes, sign: float, points: float, leve
         rows = torch.randint(count, (count,), generator=generator)
         drops.append(sign * (full.score(rows) - other.score(rows)))
     found: Tensor = torch.tensor(drops, dtype=torch.float64).sort().values
-    if float(found[0]) == float(found[-1]):  # nothing differs: an example that does may still come
+    if float(found[0]) == float(found[-1]):  # no example differs, but a further one might
         return points, points
     below = float((found < points).double().mean() + (found == points).double().mean() / 2)
     normal = NormalDist()

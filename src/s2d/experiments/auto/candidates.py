@@ -1,4 +1,4 @@
-"""Candidates: one way each to make a file, what it is predicted to cost, and which of them are worth a file."""
+"""Candidates: ways to make a file, their predicted cost, and the choice of those to export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from s2d.io.provenance import digest
 from s2d.quant import QuantSpec, Site
 
 Objective = Literal["smallest", "fastest"]
-_SAME = 0.02  # sizes and times this near are the same: the other one decides
+_SAME = 0.02  # sizes (or times) this close count as equal: the time (or size) decides
 _MOST = 5  # files of one round
 
 
@@ -26,8 +26,8 @@ class Candidate:
 
     Attributes:
         spec: Bits of every site.
-        method: Of `s2d.quant.methods`.
-        embeddings: Bits of the tables of embeddings, 0 to leave them.
+        method: A name from `s2d.quant.methods`.
+        embeddings: Bits of the embedding tables, 0 to keep them.
         rung: The step of the ladder that it comes from.
         trained: Minutes of training with the quantizers in place; 0 for none.
     """
@@ -75,12 +75,12 @@ class Scored:
     """A candidate that was tried in simulation, on training examples that its calibration did not see.
 
     Attributes:
-        candidate: Which.
+        candidate: The candidate.
         error: Squared error of the model's output, relative to the output's variance.
-        points: By how much the score of these examples fell; training examples flatter it.
+        points: Drop of the score on these examples; it is optimistic, because they are training examples.
         bytes: Predicted size of the file.
-        time: Predicted time relative to full precision; None where the runtime's is not known.
-        seconds: What quantizing and trying it took.
+        time: Predicted time relative to full precision; None where the runtime's times are not known.
+        seconds: Time to quantize and evaluate it.
     """
 
     candidate: Candidate
@@ -105,21 +105,21 @@ class Scored:
 
 
 def front(scored: Sequence[Scored], objective: Objective, most: int = _MOST) -> list[Scored]:
-    """The candidates that are worth a file, the safest first and the most wanted last.
+    """The Pareto front of the candidates, the safest first and the most wanted last.
 
     None of them is both less safe and less wanted than another. Sizes (or times) within 2 % count as equal, and the
     time (or size) then decides.
 
     Args:
-        scored: What was tried.
-        objective: What is wanted.
-        most: So many at most; the first and the last are among them.
+        scored: Candidates that were tried.
+        objective: ``"smallest"`` or ``"fastest"``.
+        most: Largest number of candidates; the first and the last are among them.
     """
     found: list[Scored] = []
     for each in sorted(scored, key=lambda each: (each.error, _wanted(each, objective))):
         if math.isfinite(each.error) and all(_wanted(each, objective) < _wanted(safer, objective) for safer in found):
             found.append(each)
-    while len(found) > most:  # without the one whose neighbours are nearest to each other
+    while len(found) > most:  # drop the one whose neighbours are closest to each other
         gaps = [math.log(found[i + 1].error + 1e-12) - math.log(found[i - 1].error + 1e-12) for i in _inner(found)]
         del found[1 + gaps.index(min(gaps))]
     return found
@@ -136,13 +136,13 @@ def _wanted(each: Scored, objective: Objective) -> tuple[int, int]:
 
 
 def file_bytes(model: nn.Module, sites: Sequence[Site], runtime: Runtime, embeddings: int) -> int:
-    """About how many bytes of tensors a file will hold.
+    """Estimate the bytes of tensors in a file.
 
     Args:
         model: The plain model.
         sites: Its plan.
-        runtime: How wide it stores codes.
-        embeddings: Bits of the tables, 0 to leave them.
+        runtime: Decides the stored width of codes.
+        embeddings: Bits of the embedding tables, 0 to keep them.
     """
     total = sum(4 * parameter.numel() for parameter in model.parameters())
     for site in sites:
@@ -158,7 +158,7 @@ def file_bytes(model: nn.Module, sites: Sequence[Site], runtime: Runtime, embedd
 
 
 def tables_of(model: nn.Module) -> list[nn.Embedding]:
-    """The tables of embeddings that a file rounds: large ones that no other layer shares."""
+    """The embedding tables that a file rounds: large ones that no other layer shares."""
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1

@@ -1,7 +1,8 @@
-"""Judging a file: run in its own runtime, in a process of its own, on examples that the search never saw.
+"""Judging a file: it runs in its own runtime, in a child process, on examples that the search never saw.
 
-The task goes over as the parent prepared it (a pickle in a private folder), so both sides see the same examples. The
-child writes what the file made of each of them, and the time of one row in turns with full precision in that runtime.
+The child reads the task as the parent prepared it (a pickle in a private folder), so both see the same examples. The
+child writes the outcome of each example, and the time of one row, measured in turns with full precision in that
+runtime.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _ROUNDS = 15
 
 @dataclass(frozen=True)
 class Judged:
-    """What a file did.
+    """The results of a file.
 
     Attributes:
-        outcomes: Of every example, in the split's order.
+        outcomes: Outcome of every example, in the split's order.
         ms: Median milliseconds of one row on one thread; None where it did not run.
-        full_ms: Of full precision in the same runtime, in turns with it.
+        full_ms: The same for full precision in the same runtime, measured in turns.
     """
 
     outcomes: Outcomes
@@ -46,7 +47,7 @@ class Judged:
 
 
 def outcomes_on(model: nn.Module, task: Task, split: Split) -> Outcomes:
-    """What a model makes of every example of a split, in order."""
+    """A model's outcome for every example of a split, in order."""
     with evaluating(model):
         return Outcomes.joined([task.outcomes(model, batch) for batch in task.batches(split, batch_size=BATCH)])
 
@@ -55,14 +56,14 @@ class Judge:
     """Scores files of one task and runtime."""
 
     def __init__(self, task: Task, split: Split, runtime: str, folder: Path, full: Path | None) -> None:
-        """Write the task where the children find it.
+        """Write the task into a file for the child processes.
 
         Args:
             task: Prepared for the model.
-            split: What is scored.
-            runtime: Its module's name, as `open_exported` takes it.
-            folder: A private one.
-            full: The same model in full precision, for times; None to leave them out.
+            split: The split that is scored.
+            runtime: Name of the runtime's module, as for `open_exported`.
+            folder: A private folder.
+            full: The model in full precision, to measure times against; None for no times.
         """
         self.split, self.runtime, self.full = split, runtime, full
         self.task = folder / "task.pt"
@@ -72,7 +73,7 @@ class Judge:
         """Run a file in a child process.
 
         Raises:
-            InputError: The child ended without an answer; the line holds what it said last.
+            InputError: The child ended without an answer; the message holds its last line of output.
         """
         with tempfile.TemporaryDirectory(dir=self.task.parent) as scratch:
             answer = Path(scratch) / "answer.pt"

@@ -1,7 +1,7 @@
-"""The ladder: which candidates are tried, the cheap ones first, each rung built on what the rungs below have shown.
+"""The ladder: the order in which candidates are tried, cheap ones first; each rung uses the results of the rungs below.
 
-Only what the runtime's file says is legal is ever proposed. A rung is a function from what is known so far to
-candidates; adding one is adding a row to `RUNGS`.
+Only candidates that the runtime's file allows are proposed. A rung is a function from the results so far to candidates;
+to add one, add a row to `RUNGS`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ KEPT = (2, 4, 8)
 
 @dataclass(frozen=True)
 class View:
-    """What a rung may look at.
+    """The results that a rung may use.
 
     Attributes:
         runtime: Where the file will run.
-        scored: What was tried so far.
-        tables: Bits of the tables of embeddings while weights are searched: the widest that the file rounds, 0 where
-            the model has none.
-        sensitivity: Measures, when first called, what each stored width costs in each layer of a spec.
+        scored: Candidates tried so far.
+        tables: Bits of the embedding tables while weights are searched: the widest that the file rounds, 0 where the
+            model has none.
+        sensitivity: Measures at its first call the error of each stored width in each layer of a spec.
     """
 
     runtime: Runtime
@@ -40,11 +40,11 @@ class View:
     sensitivity: Callable[[QuantSpec, Sequence[int]], Sensitivity]
 
     def best(self, bits: int, *kinds: str) -> Scored | None:
-        """The candidate of least error with weights of so many bits everywhere, and the widest tables.
+        """The candidate of least error with this many bits for all weights, and the widest embedding tables.
 
         Args:
-            bits: Of the weights.
-            kinds: What inputs may be: ``tensor`` (static), ``token``, ``keep``; none for any.
+            bits: Bits of the weights.
+            kinds: Allowed kinds of inputs: ``tensor`` (static), ``token``, ``keep``; empty for any.
         """
 
         def fits(each: Scored) -> bool:
@@ -68,8 +68,8 @@ def forms(runtime: Runtime, narrow: bool = False) -> list[QuantSpec]:
     """A spec for each kind of product of integers that a runtime has, attention in full precision.
 
     Args:
-        runtime: Which.
-        narrow: Weights as narrow as are stored, instead of as wide.
+        runtime: The runtime.
+        narrow: Take the narrowest stored weights instead of the widest.
     """
     found: list[QuantSpec] = []
     for layer in runtime.layers:
@@ -101,8 +101,8 @@ def _kind(spec: QuantSpec) -> str:
 
 
 def first(runtime: Runtime, tables: int) -> Candidate:
-    """The candidate that stands before anything was searched: the widest weights, and inputs kept where that is legal,
-    else with the range of every token, else with static ones; tables of embeddings in so many bits.
+    """The candidate before any search: the widest weights; inputs in full precision where that is legal, else with
+    ranges per token, else with static ranges; embedding tables with this many bits.
     """
     order = ("keep", "token", "tensor")
     found = sorted(forms(runtime), key=lambda spec: order.index(_kind(spec)) if _kind(spec) in order else len(order))
@@ -136,7 +136,7 @@ def _narrow(view: View) -> list[Candidate]:
 
 
 def _roundings(view: View) -> list[Candidate]:
-    """Better roundings of the narrowest weights; with static ranges also methods that move ranges about."""
+    """Better rounding methods for the narrowest weights; with static ranges also methods that move ranges."""
     found = []
     for kind in ("tensor", "token", "keep"):
         best = view.best(min(view.runtime.weight_bits), kind)
@@ -147,7 +147,7 @@ def _roundings(view: View) -> list[Candidate]:
 
 
 def _mixed(view: View) -> list[Candidate]:
-    """Some layers wide, by the exact knapsack, at a few average widths."""
+    """Mixed widths by the exact knapsack, at a few average widths."""
     widths = sorted(view.runtime.weight_bits)
     best = view.best(widths[0], "tensor") or view.best(widths[0], "token") or view.best(widths[0])
     if best is None or len(widths) < 2:
@@ -159,7 +159,7 @@ def _mixed(view: View) -> list[Candidate]:
 
 
 def _kept(view: View) -> list[Candidate]:
-    """The layers whose input costs most get it in floating point, where the runtime lets layers differ."""
+    """Inputs of the most sensitive layers in floating point, where the runtime lets layers differ."""
     best = view.best(max(view.runtime.weight_bits), "tensor")
     if best is None or not any(layer.inputs is None for layer in view.runtime.layers):
         return []
@@ -180,7 +180,7 @@ def _kept(view: View) -> list[Candidate]:
 
 
 def _small_tables(view: View) -> list[Candidate]:
-    """Narrower tables of embeddings for the best of each width."""
+    """Narrower embedding tables for the best candidate of each width."""
     narrower = [bits for bits in view.runtime.embedding_bits if 0 < bits < view.tables]
     found = [view.best(bits, *kinds) for bits in view.runtime.weight_bits for kinds in (("tensor",), ())]
     mixed = min((s for s in view.scored if s.candidate.rung == "mixed widths"), key=lambda s: s.error, default=None)

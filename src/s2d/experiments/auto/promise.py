@@ -1,4 +1,4 @@
-"""A promise: a runtime, points that may be lost, and the time to find a file."""
+"""A promise: a runtime, the points of the metric that may be lost, and the time for the search."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from s2d.tasks import Split, Task
 
 @dataclass(frozen=True)
 class Promise:
-    """What is asked for.
+    """The request of a search.
 
     Attributes:
         runtime: Where the file will run.
         within: Points of the task's metric that may be lost.
-        minutes: End after about so many; None for the whole ladder, without training.
+        minutes: Approximate time limit; None for the whole ladder, without training.
         objective: ``"smallest"`` or ``"fastest"``.
         split: The acceptance data.
     """
@@ -39,10 +39,10 @@ class Promise:
         objective: Objective = "smallest",
         split: Split = "validation",
     ) -> Promise:
-        """Check what was asked for; nothing is loaded.
+        """Check the request; nothing is loaded.
 
         Raises:
-            InputError: An unknown runtime or objective, one that takes nothing that is quantized, or whose files cannot
+            InputError: An unknown runtime or objective; a runtime that reads no quantized models, or whose files cannot
                 be judged; no points; no time.
         """
         made = Promise(find_runtime(runtime), within, minutes, objective, split)
@@ -60,7 +60,7 @@ class Promise:
 
     @property
     def suffix(self) -> str:
-        """Of the file that is written: one that can be made here, where there is one."""
+        """The suffix of the file to write: one that can be written here, if there is one."""
         for suffix in self.runtime.files:
             if suffix in RUNNABLE and (suffix != ".xml" or self.runtime.installed):
                 return suffix
@@ -70,10 +70,10 @@ class Promise:
         )
 
     def refuse_task(self, task: Task) -> None:
-        """Refuse data on which a drop cannot be seen.
+        """Refuse data on which a drop cannot be measured.
 
         Raises:
-            InputError: The metric is no mean over examples; there is one example, or none.
+            InputError: The metric is not a mean over examples; there is one example, or none.
         """
         if type(task).outcomes is Task.outcomes:
             raise InputError(f"{task.primary} of task {task.name} is no mean over examples, which --method auto needs")

@@ -1,7 +1,7 @@
 """Rounds: which of the judged files are accepted, and which of those is the result.
 
-A round is an order of candidates that was fixed before any of them met the acceptance data, the safest first. Its files
-are accepted up to the first whose drop is not surely within the promise; see `acceptance` for why that may be.
+A round is an order of candidates, the safest first, fixed before any of them is scored on the acceptance data. Its
+files are accepted up to the first whose drop is not surely within the promise; `acceptance` explains why this is valid.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from s2d.experiments.auto.search_records import Records
 from s2d.experiments.auto.verdict import Row
 from s2d.tasks.base import Outcomes
 
-_SAME_SIZE, _SAME_TIME = 1.02, 1.1  # files this near are the same in that; times are measured, and vary
+_SAME_SIZE, _SAME_TIME = 1.02, 1.1  # ratios below which files count as equal; measured times vary
 
 
 class Rounds:
-    """What the records say of a promise."""
+    """The state of a promise, from the records."""
 
     def __init__(
         self,
@@ -29,15 +29,15 @@ class Rounds:
         objective: Objective,
         higher_is_better: bool,
     ) -> None:
-        """Look at the records as they are, and as they become.
+        """Read the records; later changes of them are seen too.
 
         Args:
-            records: Of the search.
-            safest: What is judged before there is a round.
+            records: The records of the search.
+            safest: The candidate that is judged before the first round.
             full: The full-precision model's outcomes.
-            within: The promise.
-            objective: What is wanted.
-            higher_is_better: Of the metric.
+            within: Points that may be lost.
+            objective: ``"smallest"`` or ``"fastest"``.
+            higher_is_better: Whether a higher metric is better.
         """
         self.records, self.safest, self.full, self.within = records, safest, full, within
         self.objective, self.higher = objective, higher_is_better
@@ -48,7 +48,7 @@ class Rounds:
         return self.records.rounds or [[self.safest]]
 
     def drop(self, candidate: Candidate, number: int) -> Drop:
-        """How far the score fell with a judged file, by the level of a round (from 0)."""
+        """The drop of a judged file, with bounds at the level of a round (from 0)."""
         outcomes = self.records.outcomes(candidate.key)
         assert outcomes is not None, "a file is recorded after its outcomes"
         return paired_drop(self.full, outcomes, self.higher, level_of(number + 1))
@@ -79,13 +79,13 @@ class Rounds:
 
     @property
     def chosen(self) -> Candidate | None:
-        """The most wanted of the accepted files that ran; None without one."""
+        """The most wanted accepted file that ran; None if there is none."""
         files = [self.records.files[key] for key in self.accepted]
         return min((each.candidate for each in files if each.ran), key=self._preference, default=None)
 
     @property
     def wanted_most(self) -> bool:
-        """Whether the last of a round was accepted, so that nothing is left to wish for."""
+        """Whether the last file of a round was accepted, so that no better file is left."""
         accepted = self.accepted
         return any(made[-1].key in accepted for order in self.orders if (made := self._made(order)))
 

@@ -6,7 +6,7 @@
     a round: the candidates worth a file, the safest first, judged one by one until the first that fails
     where time is left and the promise is not kept by the most wanted: training, and another round
 
-Acceptance data (a split) is met only by files that are judged. What was found is kept after every step.
+Only judged files are scored on the acceptance data (a split). Results are kept after every step.
 """
 
 from __future__ import annotations
@@ -68,23 +68,23 @@ def auto(
     """The smallest or the fastest file for a runtime that loses at most so many points.
 
     Args:
-        loaded: Where the model is from (`s2d.load`): its tokenizer goes along.
-        model: Of this task, in full precision: from ``task.build``, or `s2d.tasks.evaluation.model_for`.
+        loaded: Source of the model (`s2d.load`): its tokenizer is stored with the file.
+        model: The task's model in full precision: from ``task.build``, or `s2d.tasks.evaluation.model_for`.
         task: Its data and metric.
-        runtime: A name out of `s2d.export.runtime.runtimes`.
+        runtime: A name from `s2d.export.runtime.runtimes`.
         within: Points of the task's metric that may be lost.
         out: The folder of the search. A file that keeps the promise is ``out/model.*``; without one there is none.
-        minutes: End after about so many; training is tried only when they are given. None for the whole ladder.
+        minutes: Approximate time limit; training is tried only with a limit. None for the whole ladder.
         objective: ``"smallest"`` or ``"fastest"``.
         split: The acceptance data; the search never sees it.
-        seed: Of everything random.
+        seed: Seed of all random numbers.
         watcher: Receives the progress.
 
     Returns:
         The verdict.
 
     Raises:
-        InputError: What cannot be done, before any work.
+        InputError: The request cannot be carried out; raised before any work.
     """
     promise = Promise.parse(runtime, within, minutes, objective, split)
     return Search(loaded, model, task, promise, Path(out), seed, watcher or Silent()).run()
@@ -125,11 +125,11 @@ class Search:
     # -- the plan
 
     def legal(self, candidate: Candidate) -> str | None:
-        """What the runtime would refuse in a candidate; None when all is legal."""
+        """The reason why the runtime would refuse a candidate; None when it is legal."""
         return self.runtime.complaint(quant.plan(self.model, candidate.spec))
 
     def beginning(self) -> list[tuple[Candidate, int, str | None]]:
-        """The candidates that need no scores of others, with their predicted bytes, and why one is not legal."""
+        """The candidates that need no scores, with their predicted bytes and, if one is not legal, the reason."""
         found = {each.key: each for each in (self.safest, *RUNGS[0].propose(self._view()))}.values()
         return [(each, self._bytes(each), self.legal(each)) for each in found]
 
@@ -137,7 +137,7 @@ class Search:
         return View(self.runtime, list(self.records.scored.values()), self.tables, self.simulation.sensitivity)
 
     def expected_seconds(self) -> float:
-        """About how long the whole ladder takes, from the time of one forward."""
+        """Estimate the time of the whole ladder from the time of one forward."""
         batch = self.simulation.calibration()[0]
         with torch.no_grad(), evaluating(self.model):
             self.model(**batch)
@@ -157,10 +157,10 @@ class Search:
     # -- the work
 
     def run(self) -> Verdict:
-        """Everything that is missing, within the time."""
+        """Do all missing work within the time limit."""
         with locked(self.out):
             self.records = Records.open(self.out, self._key())
-            sweep(self.out, age=0.0)  # what a killed call left; nobody else works here
+            sweep(self.out, age=0.0)  # left by a killed call; no other process uses this folder
             self._slowest = max((each.seconds for each in self.records.files.values()), default=0.0)
             (self.out / CANDIDATES).mkdir(parents=True, exist_ok=True)
             self._refuse_full_disk()
@@ -173,7 +173,7 @@ class Search:
             save_parts(self.out / "model.inputs", self.loaded.tokenizer, self.loaded.processor)
             with tempfile.TemporaryDirectory(prefix=".judging-", dir=self.out) as scratch:
                 self._scratch = Path(scratch)
-                self._decide()  # what stands already, under the promise of this call
+                self._decide()  # judge the existing files by the promise of this call
                 try:
                     self._work()
                 finally:
@@ -210,7 +210,7 @@ class Search:
         }
 
     def _left(self) -> float:
-        """Seconds; infinite without a limit, but then nothing is trained."""
+        """Seconds left; infinite without a limit (then nothing is trained)."""
         if self.promise.minutes is None:
             return math.inf
         return 60.0 * self.promise.minutes - (time.monotonic() - self.began)
@@ -229,7 +229,7 @@ class Search:
         return kept
 
     def _tell_few(self) -> None:
-        """Say before the work when no file at all could be accepted with so few examples."""
+        """Tell the user before the work if there are too few examples to accept any file."""
         best = paired_drop(self.full, self.full, self.task.higher_is_better)
         if not best.within(self.promise.within):
             needed = best.examples_needed(self.promise.within)
@@ -275,7 +275,7 @@ class Search:
         return ", ".join(parts) or "tried already"
 
     def _out_of_time(self) -> bool:
-        """Whether what is left is needed for judging."""
+        """Whether the remaining time is needed for judging."""
         left = self._left()
         if self.promise.minutes is None:
             return False
@@ -301,7 +301,7 @@ class Search:
         self.records.scored[candidate.key] = scored
 
     def _front(self) -> list[Scored]:
-        """What is worth a file; not what lost more than was promised on the training examples already, by far."""
+        """The candidates to export, without those that lost far too much on the training examples already."""
         hopeful = [each for each in self.records.scored.values() if each.points <= 3 * self.promise.within + 1.0]
         return front(hopeful, self.promise.objective)
 
@@ -328,7 +328,7 @@ class Search:
                     break
 
     def _file(self, candidate: Candidate) -> None:
-        """Make a candidate's file and judge it, unless that has happened."""
+        """Make a candidate's file and judge it, unless this was done before."""
         if candidate.key in self.records.files or candidate.key in self.records.refused:
             return
         start = time.monotonic()
@@ -371,7 +371,7 @@ class Search:
     # -- the verdict
 
     def _decide(self) -> None:
-        """Put the most wanted of the accepted files in the place of the result, or take an old one away."""
+        """Publish the most wanted accepted file as the result, or remove an old result."""
         self._result = self.records.publish(self.rounds.chosen)
 
     def _verdict(self) -> Verdict:

@@ -1,4 +1,4 @@
-"""What a search keeps on disk, so that every finished candidate stands and the next call goes on from it.
+"""The files of a search on disk: finished candidates are kept, and the next call continues from them.
 
 FOLDER/auto.json            what was tried and judged, and in which rounds
 FOLDER/candidates/KEY.*     every file that was judged, its report, and what it made of each example (KEY.outcomes)
@@ -27,16 +27,16 @@ _TYPE, _VERSION = "s2d_auto", 1
 
 @dataclass
 class File:
-    """A candidate's file and what became of it.
+    """A candidate's file and its results.
 
     Attributes:
-        candidate: Which.
+        candidate: The candidate.
         file: Its name below the folder.
-        bytes: On disk.
-        ms: One row; None where it was not run.
-        full_ms: Full precision in turns with it.
-        ran: In its runtime; else its outcomes are those of the simulation.
-        seconds: What making and judging it took.
+        bytes: Size on disk.
+        ms: Milliseconds of one row; None where it was not run.
+        full_ms: The same for full precision, measured in turns.
+        ran: Whether it ran in its runtime; otherwise its outcomes are those of the simulation.
+        seconds: Time to make and judge it.
     """
 
     candidate: Candidate
@@ -57,13 +57,13 @@ class Records:
     """The state of a search; `open` reads it, every change is written at once.
 
     Attributes:
-        folder: Where.
-        key: What all of it depends on: the model, the data, the runtime, the seed.
+        folder: The folder.
+        key: The inputs that all results depend on: the model, the data, the runtime, the seed.
         scored: Candidates that were tried in simulation, by key.
-        files: Those that were judged.
-        refused: Those that could not be made, and why.
+        files: Candidates that were judged, by key.
+        refused: Candidates that could not be made, with the reason.
         rounds: Orders of judging, each fixed before its first look at the acceptance data.
-        seconds: Of all calls.
+        seconds: Total time of all calls.
     """
 
     folder: Path
@@ -76,10 +76,10 @@ class Records:
 
     @staticmethod
     def open(folder: Path, key: JSON) -> Records:
-        """What a folder holds, or a beginning.
+        """Read the records of a folder, or start new ones.
 
         Raises:
-            InputError: The folder belongs to something else.
+            InputError: The folder belongs to another search.
         """
         path = folder / NAME
         if not path.is_file():
@@ -110,7 +110,7 @@ class Records:
         )
 
     def write(self) -> None:
-        """Keep all of it."""
+        """Write all records to disk."""
         content: JSON = {
             "_type": _TYPE,
             "_version": _VERSION,
@@ -124,7 +124,7 @@ class Records:
         write_json(self.folder / NAME, content)
 
     def save_outcomes(self, name: str, outcomes: Outcomes) -> None:
-        """Keep what a model made of each example of the acceptance data."""
+        """Store a model's outcomes on the acceptance data."""
         tensors = {"values": outcomes.values, "weights": outcomes.weights}
         about = {
             "scale": str(outcomes.scale),
@@ -135,7 +135,7 @@ class Records:
         write_atomic(self._outcomes(name), lambda file: file.write(content))
 
     def outcomes(self, name: str) -> Outcomes | None:
-        """What was kept under a name; None when nothing was."""
+        """The outcomes stored under a name; None if there are none."""
         path = self._outcomes(name)
         if not path.is_file():
             return None
@@ -156,10 +156,10 @@ class Records:
         return self.folder / CANDIDATES / f"{name}.outcomes"
 
     def publish(self, candidate: Candidate | None) -> Path | None:
-        """Put a candidate's file in the place of the result, or nothing there.
+        """Publish a candidate's file as the result; with None, remove the result.
 
         Returns:
-            The result.
+            The path of the result.
         """
         wanted = None if candidate is None else self.files[candidate.key]
         sources = [] if wanted is None else with_companions(self.folder / wanted.file)
@@ -173,7 +173,7 @@ class Records:
 
 
 def with_companions(file: Path) -> list[Path]:
-    """A file, and what belongs to it under the same stem."""
+    """A file and its companions with the same stem."""
     others = (file.with_suffix(".bin"), file.with_name(f"{file.name}.data"), file.with_suffix(".json"))
     return [file, *(each for each in others if each.is_file())]
 
@@ -186,7 +186,7 @@ def _replace(source: Path, target: Path) -> None:
     try:
         os.unlink(temporary)
         try:
-            os.link(source, temporary)  # no second copy where the disk knows links
+            os.link(source, temporary)  # no second copy where the file system has hard links
         except OSError:
             shutil.copyfile(source, temporary)
         os.replace(temporary, target)

@@ -25,9 +25,9 @@ from s2d.quant.allocate import Sensitivity, sensitivity
 from s2d.tasks import Task
 from s2d.tasks.base import Outcomes, calibration_inputs
 
-SAMPLES, SEARCHED = 128, 256  # training examples: for ranges, and to compare candidates on
-_MEASURED = 64  # of those for ranges, to measure every layer
-_TOKENS = 2048  # of a batch
+SAMPLES, SEARCHED = 128, 256  # training examples: for calibration, and to compare candidates
+_MEASURED = 64  # calibration examples for the sensitivity of every layer
+_TOKENS = 2048  # tokens of a batch
 
 
 class Simulation:
@@ -42,11 +42,11 @@ class Simulation:
         self._expected: list[tuple[dict[str, Any], Outcomes, Tensor]] = []
 
     def calibration(self) -> list[dict[str, Any]]:
-        """Inputs for ranges."""
+        """The calibration batches."""
         return calibration_inputs(self.task, self.samples, self.batch, self.seed)
 
     def searched(self) -> list[dict[str, Any]]:
-        """Training batches behind those of the calibration, in the same shuffled order.
+        """The training batches after those of the calibration, in the same shuffled order.
 
         Raises:
             InputError: There are none.
@@ -62,8 +62,8 @@ class Simulation:
         """The model of a candidate.
 
         Args:
-            candidate: Which.
-            trained: The folder of one that was trained.
+            candidate: The candidate.
+            trained: The folder of a trained candidate's model.
 
         Raises:
             InputError: The method does not fit the model.
@@ -92,7 +92,7 @@ class Simulation:
         return wrong / max(spread, 1e-30), sign * (full.score() - other.score())
 
     def sensitivity(self, spec: QuantSpec, choices: Sequence[int]) -> Sensitivity:
-        """What widths of weights cost in each layer of a spec; measured once."""
+        """The error of each weight width in each layer of a spec; measured once."""
         name = f"{spec.to_dict()} {list(choices)}"
         if name not in self._measured:
             calibration = self.calibration()[: max(1, _MEASURED // self.batch)]
@@ -103,7 +103,7 @@ class Simulation:
 
 
 def as_in_file(made: nn.Module, candidate: Candidate) -> nn.Module:
-    """A quantized model with the tables of embeddings that its file will have."""
+    """A quantized model with the embedding tables of its file."""
     if not candidate.embeddings:
         return made
     made = shared_copy(made)

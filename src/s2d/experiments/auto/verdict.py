@@ -17,15 +17,15 @@ class Row:
     """One file of the frontier.
 
     Attributes:
-        name: The candidate, for people.
-        file: Where it is, below the folder of the search.
-        bytes: On disk, weights beside the file included.
-        ms: One row on one thread; None where the file was not run.
-        speedup: Against full precision in the same runtime; None likewise.
-        score: Of the file, on the acceptance data; of the simulation where the file was not run.
-        drop: From full precision.
-        accepted: Its drop is within the promise, for sure.
-        ran: In its runtime.
+        name: The candidate's label.
+        file: Its path below the folder of the search.
+        bytes: Size on disk, weights beside the file included.
+        ms: Milliseconds of one row on one thread; None where the file was not run.
+        speedup: Speed relative to full precision in the same runtime; None likewise.
+        score: Score of the file on the acceptance data; of the simulation where the file was not run.
+        drop: Drop from full precision.
+        accepted: Whether its drop is surely within the promise.
+        ran: Whether it ran in its runtime.
     """
 
     name: str
@@ -41,22 +41,22 @@ class Row:
 
 @dataclass
 class Verdict:
-    """What became of a promise.
+    """The outcome of a promise.
 
     Attributes:
-        status: ``MET``: `file` keeps the promise. ``NOT SURE``: no file does for sure. ``NOT MET``: those that were
-            tried surely do not.
+        status: ``MET``: `file` keeps the promise. ``NOT SURE``: no file surely keeps it. ``NOT MET``: the files that
+            were tried surely break it.
         file: The result, None unless the promise is met.
-        runtime: Where it runs.
-        metric: Of the task.
-        full: Its value in full precision.
+        runtime: The runtime of the file.
+        metric: The task's metric.
+        full: Value of the metric in full precision.
         within: Points that may be lost.
         split: The acceptance data.
-        examples: How many there are.
+        examples: Number of examples in it.
         frontier: Every file that was judged, in the order of judging.
         help: One sentence on what would help.
-        notes: What the user should know besides.
-        seconds: Of all calls together.
+        notes: Further messages for the user.
+        seconds: Total time of all calls.
     """
 
     status: Status
@@ -74,7 +74,7 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """Of the command: 0, 3 or 4."""
+        """Exit code of the command: 0, 3 or 4."""
         return EXIT_CODES[self.status]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Verdict:
 
     @property
     def lines(self) -> list[str]:
-        """For people."""
+        """The verdict as lines of text for people."""
         told = [f"{self.status}: {self._sentence}"]
         told += [_line(row, self.within) for row in self.frontier]
         return [*told, *self.notes, *([self.help] if self.help else [])]
@@ -113,13 +113,13 @@ def _line(row: Row, within: float) -> str:
 
 
 def status_of(accepted: bool, drops: Sequence[Drop], within: float, ran: bool) -> Status:
-    """The verdict on what was judged.
+    """The status of a promise from the judged files.
 
     Args:
-        accepted: A file was accepted.
-        drops: Of all files that were judged.
-        within: The promise.
-        ran: The files ran in their runtime.
+        accepted: Whether a file was accepted.
+        drops: Drops of all judged files.
+        within: Points that may be lost.
+        ran: Whether the files ran in their runtime.
     """
     if accepted and ran:
         return "MET"
@@ -129,16 +129,16 @@ def status_of(accepted: bool, drops: Sequence[Drop], within: float, ran: bool) -
 def what_would_help(
     status: Status, nearest: Drop | None, within: float, split: str, *, trained: bool, stopped: bool, next: Drop | None
 ) -> str:
-    """One sentence.
+    """One sentence of advice.
 
     Args:
-        status: The verdict.
-        nearest: The least drop that was seen, among files that were not accepted.
-        within: The promise.
+        status: The status.
+        nearest: The smallest drop among files that were not accepted.
+        within: Points that may be lost.
         split: The acceptance data.
-        trained: A model was trained with the quantizers in place.
-        stopped: The time ended before the ladder did.
-        next: The drop of the file at which the sequence ended, behind an accepted one.
+        trained: Whether a model was trained with the quantizers in place.
+        stopped: Whether the time ended before the ladder.
+        next: Drop of the file that ended the sequence after an accepted one.
     """
     if status == "MET":
         if next is None:

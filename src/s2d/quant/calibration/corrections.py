@@ -1,7 +1,7 @@
 """Shared by the methods that correct weights from their inputs: GPTQ, ERQ, and in part AdaRound.
 
-Which layers can be corrected at all, what happens to the others (rounded to nearest, and said), how the final weight is
-written, sums over the inputs, and damping that grows until a system can be factored.
+It decides which layers can be corrected; the others are rounded to nearest, with a warning. It holds the sums over the
+inputs, the damping that grows until a system can be factored, and the writing of the final weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from s2d.errors import InputError
 from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, groups
 
-# A system that cannot be factored gets more damping, this many times as much in turn.
+# Factors on the damping, tried in turn while a system cannot be factored.
 MORE_DAMPING = (1.0, 10.0, 100.0)
 
 # Says of a layer why it is rounded to nearest, in the method's own words.
@@ -24,13 +24,13 @@ Warn = Callable[[Layer, str], None]
 
 @dataclass
 class Moments:
-    """Sums over tokens, float64, of a layer's inputs; what they are sums of is the method's own.
+    """Sums over the tokens of a layer's inputs, float64; each method defines the summands.
 
     Attributes:
         name: The layer, for messages.
         count: Tokens so far.
-        square: Of the inputs with themselves; None before the first token.
-        cross: Of the inputs with what they should be; None without such a reference.
+        square: Products of the inputs with themselves; None before the first token.
+        cross: Products of the inputs with their reference values; None without a reference.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Moments:
     cross: Tensor | None = None
 
     def take(self, count: int, square: Tensor, cross: Tensor | None) -> None:
-        """Take in the sums over some more tokens.
+        """Add the sums over some more tokens.
 
         Raises:
-            InputError: NaN or infinity in them, and so in some token's input.
+            InputError: The sums hold NaN or infinity, so some token's input does.
         """
         if not all(bool(torch.isfinite(part).all()) for part in (square, cross) if part is not None):
             raise InputError(f"{self.name} received NaN or infinite values; check the weights and the calibration data")

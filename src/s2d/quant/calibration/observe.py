@@ -32,15 +32,15 @@ Stage = Literal["transform", "rounding"]
 Protocol = Literal["own", "unified"]
 
 
-# Batches of a loader are held up to so many bytes; a list is held by whoever made it.
+# Batches of a loader are kept in memory up to this many bytes; a list is kept by the caller.
 HELD_BYTES = 8 * 2**30
 
 
 class Batches:
     """Calibration batches, the same ones in the same order in every pass.
 
-    A list can be passed over as often as a method needs, and a DataLoader too: what its first pass gives is held, since
-    another pass may shuffle or augment anew. A generator can be passed over once.
+    A list can be read as often as a method needs. So can a DataLoader: the batches of its first pass are kept, since
+    another pass may shuffle or augment again. A generator can be read once.
     """
 
     def __init__(self, source: Iterable[Any]) -> None:
@@ -81,7 +81,7 @@ class Batches:
         yield from self._stream
 
     def _hold(self) -> Iterator[Any]:
-        """What was read before, then what the first pass has yet to give."""
+        """The batches that were read before, then the remaining ones of the first pass."""
         assert self._held is not None
         at = 0
         while True:
@@ -115,15 +115,15 @@ def _bytes(value: Any) -> int:
 
 @dataclass
 class Job:
-    """What a quantization method gets: the model with its quantizers in place and off, and the data to set them with.
+    """The input of a quantization method: the model with its quantizers inserted and off, and the calibration data.
 
     Attributes:
         model: Changed in place.
         spec: What was asked for.
-        sites: The whole plan, kept sites too.
+        sites: The whole plan, with the sites that stay at full precision.
         quantizers: The quantizer of every site that is not kept. A rounding must give each static one its range.
         batches: The calibration data.
-        seed: Of everything random in the method; see `generator`.
+        seed: Seed of all random numbers in the method; see `generator`.
         progress: Whether to show progress bars.
         method: All methods of this call, ``"rotation+gptq"``.
         protocol: ``"own"``: ranges and defaults as the method's authors published them. ``"unified"``: the ranges are
@@ -132,7 +132,7 @@ class Job:
         stage: Which kind of method is running.
         published: The observer of the running method's own protocol, for sites whose spec names none (min-max); None
             for methods that have none, and under the unified protocol.
-        ranks: The processes that each have their own share of the data, all with this same model; empty for one.
+        ranks: The processes, each with this model and its own share of the data; empty for a single process.
         traced: The graph of the first batch, if the model has been traced already.
     """
 
@@ -178,7 +178,7 @@ class Job:
     def generator(self, name: str) -> torch.Generator:
         """Random numbers (on CPU) that depend on the seed and on ``name`` alone, such as a block's.
 
-        So a call that continues after an interruption draws what an uninterrupted one would.
+        So an interrupted call that continues draws the same numbers as an uninterrupted one.
         """
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -203,8 +203,8 @@ def watch_inputs(
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Show ``see`` the name and the real tokens ``[N, in]`` of the input of each module, as often as it runs.
 
-    The inputs are what a Linear's own input quantizer would see, or the queries of an `nn.MultiheadAttention`. Remove
-    the returned hooks in the end.
+    The inputs are what a Linear's own input quantizer would see, or the queries of an `nn.MultiheadAttention`. The
+    caller removes the returned hooks.
 
     Args:
         modules: By the names that ``see`` gets.
@@ -257,7 +257,7 @@ def observe(job: Job, only: Container[Site] | None = None) -> None:
 def observing(
     job: Job, quantizers: Mapping[Site, Quantizer], mask: Callable[[], Padding]
 ) -> Iterator[Mapping[Site, Observer | PerHead]]:
-    """While active, static activation quantizers are watched by the spec's observers; then they get their ranges.
+    """While active, the spec's observers see the inputs of static activation quantizers; then the ranges are set.
 
     Args:
         job: The call's job.
@@ -353,9 +353,9 @@ def _refuse_unreached(observers: Mapping[Site, Observer | PerHead]) -> None:
 
 @contextmanager
 def refusing_unplanned(job: Job) -> Iterator[Callable[[Any], None]]:
-    """While active, a function that is called after each batch traces what ran in it for the first time.
+    """While active, give a function to call after each batch; it traces modules that ran for the first time.
 
-    Attention that runs unquantized must be in the plan as kept; otherwise nobody decided about it.
+    Attention that runs unquantized must be in the plan as kept; otherwise the plan does not know it.
     """
     operands = [site for site in job.sites if site.what in OPERANDS]
     if not any(site.format for site in operands):
@@ -365,7 +365,7 @@ def refusing_unplanned(job: Job) -> Iterator[Callable[[Any], None]]:
     modules = dict(job.model.named_modules())
     unseen = [modules[name] for name in job.graph.unseen if name in modules]
     ran: list[nn.Module] = []
-    # What is called may be any part of what did not run.
+    # Any part of a module that did not run may have been called.
     parts = {part for module in unseen for part in module.modules()}
     hooks = [part.register_forward_pre_hook(lambda module, _: ran.append(module)) for part in parts]
 
@@ -410,11 +410,11 @@ def set_weight_ranges(job: Job) -> None:
 
 
 def least_error(job: Job) -> None:
-    """For transforms, and GPTQ: ranges whose observer nobody named are those of least squared error.
+    """For transforms and GPTQ: sites whose spec names no observer get ranges of least squared error.
 
-    Their papers leave activations whole or round to ranges found anew for each token, and most of them search how far
-    to clip weights. Min-max over all calibration data, the default of ``rtn``, is no part of them and lets a single
-    extreme decide. Not under the unified protocol.
+    Their papers keep activations at full precision or use a range per token, and most of them search a clipping
+    threshold for weights. Min-max over all calibration data, the default of ``rtn``, is not part of them: there a
+    single extreme sets the range. Under the unified protocol nothing changes.
     """
     if job.protocol == "own":
         job.published = "mse"

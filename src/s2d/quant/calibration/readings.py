@@ -1,8 +1,8 @@
 """The weights of a block to round, and their inputs, in the order in which the layers run.
 
-Layers that read the same input (q, k and v projections) form a group, so that what is computed of an input is computed
-once. A fused projection of ``nn.MultiheadAttention`` is a layer; called with query, key and value that differ, it reads
-three inputs, one for each third of its rows.
+Layers that read the same input (q, k and v projections) form a group, so that statistics of an input are computed once.
+A fused projection of ``nn.MultiheadAttention`` is a layer; called with query, key and value that differ, it reads three
+inputs, one for each third of its rows.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Layer:
         return [args[0] if args else kwargs["input"]]
 
     def transformed(self, x: Tensor) -> Tensor:
-        """One of the `inputs` as the input quantizer sees it: a rotation or a scaling that runs online is done."""
+        """One of the `inputs` as the input quantizer sees it, after any online rotation or scaling."""
         return self.module.transform_input(x) if isinstance(self.module, QuantizedLinear) else x
 
     def rows(self, x: Tensor, masks: Padding, part: int | None = None) -> Tensor:
@@ -129,7 +129,7 @@ class Group:
 
 
 class BlockRuns:
-    """Forwards of one block, each cut short when what is looked for has been seen."""
+    """Forwards of one block; each ends as soon as the wanted inputs have been seen."""
 
     cut = True
 
@@ -163,7 +163,7 @@ class BlockRuns:
 
 
 class ModelRuns:
-    """Forwards of the whole model, for layers outside its blocks. Never cut short: models may not bear it."""
+    """Forwards of the whole model, for layers outside its blocks. They always run to the end: some models need it."""
 
     cut = False
     teacher = None
@@ -273,7 +273,7 @@ def readings(group: Group, runs: BlockRuns | ModelRuns) -> Iterator[tuple[int, T
 
 @contextmanager
 def _watching(group: Group, model: nn.Module | None, runs: BlockRuns | ModelRuns) -> Iterator[list[list[Tensor]]]:
-    """While active, note what a group reads in ``model``, and end each forward once that is known."""
+    """While active, record the inputs of a group in ``model``, and end each forward once they are known."""
     lead = group.layers[0]
     seen: list[list[Tensor]] = []
 

@@ -1,6 +1,6 @@
 """A calibration that can be interrupted: every finished block is kept in a folder, and a second call starts after it.
 
-The folder holds ``resume.json`` (what the work belongs to: model, data, spec, method, seed) and one safetensors file a
+The folder holds ``resume.json`` (the settings of the work: model, data, spec, method, seed) and one safetensors file a
 block: its final weights and the state of its quantizers. Each file appears under its name only when it is whole.
 """
 
@@ -28,7 +28,7 @@ INDEX = "resume.json"
 
 
 class Snapshot:
-    """What a model's parameters and buffers were, to put them back when a call fails."""
+    """A copy of a model's parameters and buffers, to restore them when a call fails."""
 
     def __init__(self, model: nn.Module) -> None:
         """Copy all parameters and buffers (memory: the model once more)."""
@@ -40,7 +40,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """The same tensors under the same names, with the values they had; what was added is gone."""
+        """Restore the same tensors under the same names, with their old values; later additions are removed."""
         for held, members in self._held:
             held.clear()
             for name, value, was in members:
@@ -50,7 +50,7 @@ class Snapshot:
 
 
 def fingerprint_batches(batches: Iterable[Any]) -> str:
-    """A hash of every tensor of every batch; other values count by their text."""
+    """A hash of every tensor of every batch; other values are hashed by their text form."""
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(b"batch")
@@ -82,10 +82,10 @@ class Store:
 
         Args:
             folder: Made if needed.
-            belongs: What the work depends on; each value must be what it was when the folder was begun.
+            belongs: The settings that the work depends on; each value must equal the one in the folder.
 
         Raises:
-            InputError: It was begun for other work, or cannot be written.
+            InputError: The folder belongs to other work, or cannot be written.
         """
         self.folder = Path(folder)
         self.walks = 0
@@ -94,7 +94,7 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             fresh = not index.exists()
-            left = f".{INDEX}-"  # by a write that was interrupted
+            left = f".{INDEX}-"  # left by an interrupted write
             foreign = fresh and any(not path.name.startswith(left) for path in self.folder.iterdir())
             if fresh and not foreign:
                 write_json(index, wanted)
@@ -153,7 +153,7 @@ class Store:
 
     @staticmethod
     def discard(folder: Path) -> None:
-        """Remove what a store kept in a folder, and the folder if nothing that is somebody else's is left in it."""
+        """Remove a store's files from a folder, and the folder itself if it is then empty."""
         for path in (folder / INDEX, *folder.glob("*.safetensors")):
             path.unlink(missing_ok=True)
         with suppress(OSError):

@@ -20,10 +20,10 @@ from s2d.quant.modules.sites import Site
 from s2d.quant.numerics.observers import make_observer
 from s2d.quant.numerics.quantizer import Quantizer, affine_parameters, fake_quantize
 
-# What rounding in the weights' own type may do to the outputs, relative to their norm.
+# Allowed change of the outputs through rounding in the weights' own type, relative to their norm.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.1
-# Parts of an output that show the residual stream on its way, in whatever basis it has there.
+# Parts of an output that hold the residual stream between blocks; a rotation may change their basis.
 _INNER = ("hidden_states", "attentions", "past_key_values")
 
 
@@ -93,10 +93,10 @@ def channel_statistics(job: Job, names: Sequence[str]) -> dict[str, ChannelStati
 
 @contextmanager
 def function_kept(job: Job, method: str) -> Iterator[None]:
-    """While active, the model's weights may change, but not what it computes: checked on the first batch.
+    """While active, the model's weights may change, but its function may not; the first batch checks it.
 
     Raises:
-        InputError: The model's output is another one afterwards: it is built in a way that its family does not tell.
+        InputError: The model's output changed: the model differs from what its family describes.
     """
     before = _outputs(job)
     yield

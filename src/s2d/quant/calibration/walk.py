@@ -1,8 +1,8 @@
 """Block-by-block calibration: the blocks before are already quantized; memory is bounded by one block.
 
-The inputs of the first block are caught in one pass over the data. From there on a block's outputs are the next block's
-inputs, wherever the model passes them on untouched; whether it does is read off the first batch. Where it does not (the
-first block of another tower, a stage that follows a merging of tokens), the inputs are caught in another pass.
+The inputs of the first block are caught in one pass over the data. After that a block's outputs are the next block's
+inputs, wherever the model passes them on unchanged; the first batch shows where it does. Where it does not (the first
+block of another tower, a stage that follows a merging of tokens), the inputs are caught in another pass.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Call:
 
 @dataclass(eq=False)
 class Block:
-    """One transformer block, and what it is called with.
+    """One transformer block and the arguments of its calls.
 
     Attributes:
         name: Dotted name in the model.
@@ -117,8 +117,8 @@ class Block:
 def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
     """Every transformer block in the order in which the model runs them.
 
-    A block comes with its quantizers off; when the consumer is done with it they are switched on, for the inputs of the
-    blocks behind it. In the end all are off again. During transforms (which come before any range is set) all stay off,
+    A block is yielded with its quantizers off. After the consumer's work they are switched on, to compute the inputs of
+    the next blocks. At the end all are off again. During transforms (which come before any range is set) all stay off,
     so inputs are those of the full-precision model. With ``job.store``, finished blocks of an earlier, interrupted call
     are put back without being yielded.
 
@@ -148,7 +148,8 @@ def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
                     fp = early.calls if reference and early is not None else None
                     if early is None or (rounding and index > 0):
                         early = _catch(job, {step.name: blocks[step.name]})[step.name]
-                    # A list of its own: calls are replaced in it one by one, so that each can go when it has been used.
+                    # A separate list: calls are replaced in it one by one, so that the memory of each is freed after
+                    # its use.
                     inputs, masks = list(early.calls), early.masks
                     del early
                 block = Block(step.name, blocks[step.name], inputs, fp, None, masks, job)
@@ -177,7 +178,7 @@ def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
 def observe_block(job: Job, block: Block) -> None:
     """Set the ranges of the block's static activation quantizers, by the spec's observers, from ``block.inputs``.
 
-    The block's quantizers should be off, or those on whose rounding the ranges are to see.
+    The block's quantizers should be off, except those whose rounding the ranges should include.
 
     Raises:
         InputError: NaN or infinite activations, or a site that no data reached.
@@ -205,7 +206,7 @@ def outside(job: Job) -> list[Site]:
 
 
 def invoke(module: nn.Module, call: Call) -> Any:
-    """Run a module on a call, on the device of its parameters. The call's tensors stay as they are, whatever it does.
+    """Run a module on a call, on the device of its parameters; the call's tensors are never changed.
 
     Floating-point tensors are copied, because some blocks add to their input in place.
     """
@@ -255,7 +256,7 @@ class _Caught:
 
 @dataclass
 class _Step:
-    """One block in the order of running, and how its call follows from the block before (None: it has to be caught)."""
+    """One block in execution order, and how its call follows from the block before (None: it has to be caught)."""
 
     name: str
     link: Callable[[Call, Tensor], Call] | None
@@ -284,7 +285,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _link(before: Call, output: Tensor, after: Call) -> Callable[[Call, Tensor], Call] | None:
-    """How the next block's call is made of this one's call and output; None when it takes anything else."""
+    """A function from this block's call and output to the next block's call; None when that needs other inputs."""
     sources: dict[int | str, tuple[str, Any]] = {}
     given = before.slots()
     for slot, value in after.slots().items():
@@ -303,7 +304,7 @@ def _link(before: Call, output: Tensor, after: Call) -> Callable[[Call, Tensor],
     if not any(kind == "output" for kind, _ in sources.values()):
         return None
 
-    # Not the calls themselves: their tensors would stay alive for as long as the link does.
+    # Do not hold the calls themselves: their tensors would live as long as the link.
     count = len(after.args)
 
     def follow(call: Call, new: Tensor) -> Call:
@@ -372,9 +373,9 @@ def _first_pass(job: Job, blocks: Mapping[str, nn.Module], all_heads: bool) -> t
 
 @contextmanager
 def _following(blocks: Mapping[str, nn.Module], steps: list[_Step]) -> Iterator[None]:
-    """While active, note the order of the blocks, and which of them just pass on what the one before returned."""
-    # The block that ran last: its call and output are held so that identity means something. The version tells whether
-    # the model has written into the output since.
+    """While active, record the order of the blocks, and which blocks take the output of the one before unchanged."""
+    # The block that ran last: its call and output are held, so that identity checks are valid. The version shows
+    # whether the model has written into the output since.
     last: list[tuple[Call, Tensor, int] | None] = [None]
     running: dict[nn.Module, Call] = {}
     times: dict[str, int] = {}
@@ -425,5 +426,5 @@ def _refuse_unreached(job: Job, blocks: Mapping[str, nn.Module]) -> None:
 
 
 def original(block: Block) -> nn.Module:
-    """A copy of the block, to hold what it was before a method changes its weights."""
+    """A copy of the block as it is before a method changes its weights."""
     return copy.deepcopy(block.module)

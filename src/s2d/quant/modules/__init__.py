@@ -1,1 +1,1 @@
-"""Where quantizers sit: sites in a model, the modules that hold them, putting in, taking out, saving."""
+"""Quantizers in a model: their sites, the modules that hold them, insertion, removal and storage."""

@@ -104,7 +104,7 @@ class AttentionMode(TorchFunctionMode):
     """Quantizes the attention products of one run of one module."""
 
     def __init__(self, quantizers: AttentionQuantizer, module: Any) -> None:
-        """Get ready for one forward of ``module``."""
+        """Prepare one forward of ``module``."""
         super().__init__()
         self.quantizers = quantizers
         self.module = module
@@ -127,10 +127,10 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # A quantized module inside this one has its own mode on top; what it does is not ours.
+        # A quantized module inside this one has its own mode, which handles its operations.
         if func not in _HANDLERS or _running.modes[-1] is not self:
             return func(*args, **kwargs)
-        # A projection that is written as a product with its weight is none of the two.
+        # A projection that is written as a product with its weight is not one of the two products.
         if func in MATMULS and len(args) > 1 and _is_weight(args[1]):
             return func(*args, **kwargs)
         return _HANDLERS[func](self, func, args, kwargs)
@@ -272,13 +272,13 @@ def attention(
     if attn_mask is None:
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
     else:
-        # Passes over the mask, which all heads (and, in an exported graph, all layers) share, instead of the scores.
+        # Operate on the mask instead of the scores: all heads (in an exported graph, all layers) share the mask.
         if attn_mask.dtype == torch.bool:
             seen, bias = attn_mask, torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -torch.inf)
         else:
             seen, bias = attn_mask > -torch.inf, attn_mask.to(scores.dtype)
-        bias = bias.clamp(min=torch.finfo(bias.dtype).min / 2)  # added to any score it stays finite
-        # A query that may look nowhere gets zeros, as from the fused operator, instead of NaN.
+        bias = bias.clamp(min=torch.finfo(bias.dtype).min / 2)  # stays finite when it is added to any score
+        # A query whose keys are all masked gets zeros, as from the fused operator, instead of NaN.
         somewhere = seen.any(-1, keepdim=True)
         probs = torch.softmax(scores + bias, dim=-1, dtype=torch.float32).mul(somewhere).to(scores.dtype)
     weights = operand("probs", probs)

@@ -1,4 +1,4 @@
-"""Decoding with a cache: a step brings few tokens, and a prefix is the first of the sequence, not of the step."""
+"""Decoding with a cache: a step has few tokens, and the prefix is counted from the start of the sequence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError
 from s2d.quant.numerics.quantizer import Quantizer
 
-# By its names in versions of transformers, where the old one is still taken.
+# Names of the cache argument in versions of transformers; the old one is still accepted.
 CACHES, INPUTS = ("past_key_values", "cache", "cache_params"), ("input_ids", "inputs_embeds")
 
 
@@ -19,7 +19,7 @@ class CachedSteps:
     """A forward pre-hook that tells a module's quantizers how many tokens the cache holds and how many come now."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the call's cache; without one the call's first token is the sequence's.
+        """Read the call's cache; without a cache the call's first token is the first of the sequence.
 
         Raises:
             InputError: The model has an encoder as well, whose tokens the cache does not count.
@@ -36,7 +36,7 @@ class CachedSteps:
 
 
 def install(model: nn.Module) -> None:
-    """Let a model whose quantizers keep a prefix, and the parts that take ids and a cache, look at every call."""
+    """Put the hook on a model whose quantizers keep a prefix, and on its parts that take ids and a cache."""
     take_out(model)
     if any(isinstance(each, Quantizer) and each.prefix for each in model.modules()):
         for module in model.modules():

@@ -8,9 +8,9 @@ Three exact moves, found from the roles that a model's family gives its parts:
     basis of a stream   every writer to the residual stream times Q, every reader's input times Q^T
 
 Where norms follow the residual sum (BERT), a norm's output is also the residual, and the first and the last move would
-change it: such pairs are marked ``residual`` and methods leave them alone or refuse the model.
+change it: such pairs are marked ``residual``; methods skip them or refuse the model.
 
-Everything is computed in float64 and rounded once to the weights' own type.
+All is computed in float64 and rounded once to the weights' own type.
 
 Shapes: D the width of the stream, P the width of all heads together.
 """
@@ -32,7 +32,7 @@ from s2d.models.graph import Graph
 _ATTENTION_READERS = ("q", "k", "v", "qkv")
 _MLP_READERS = ("fc1", "gate")
 _LAYER_SCALE = re.compile(r"(?:ls|layer_?scale|gamma)_?([12])(?:\.\w+)?$")
-# Rows of q, k and v alternate head by head in weights of this name, so no slice of rows is v.
+# In weights of this name the rows of q, k and v alternate head by head, so v is not one slice of rows.
 _INTERLEAVED = re.compile(r"query_key_value$")
 
 
@@ -54,7 +54,7 @@ class NormFold:
 
 @dataclass(frozen=True)
 class PairFold:
-    """The values of an attention and the projection that reads their average, channel by channel.
+    """The values of an attention and the output projection that reads their weighted average, channel by channel.
 
     Attributes:
         writer: The module whose weight holds the rows of v.
@@ -88,7 +88,7 @@ class PairFold:
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """Where an attention's rows of q and k are, besides its values.
+    """The rows of q and k of an attention, besides its values.
 
     Attributes:
         name: The attention module.
@@ -135,8 +135,8 @@ class Stream:
 def norm_folds(model: nn.Module, graph: Graph | None = None) -> list[NormFold]:
     """Every norm with a gain whose readers are known, in the model's order.
 
-    What the names of a family's parts say is confirmed by what the model did, where its graph (`s2d.trace`) is given: a
-    fold whose norm has other readers than these, or did not run, comes marked as ``residual``.
+    The names of a family's parts suggest the folds; the graph of a forward (`s2d.trace`), where given, confirms them. A
+    fold whose norm has other readers, or did not run, is marked ``residual``.
     """
     named = _named_folds(model)
     if graph is None:
@@ -178,7 +178,7 @@ def _named_folds(model: nn.Module) -> list[NormFold]:
 
 
 def _writes_exactly(fold: PairFold, graph: Graph | None) -> bool:
-    """Whether a scale of the writer's rows comes out unchanged wherever the reader reads; true without a graph."""
+    """Whether a scale of the writer's rows reaches the reader unchanged; true without a graph."""
     if graph is None:
         return True
     reads = [call for call in graph.products if call.parameter.rpartition(".")[0] == fold.reader]
@@ -186,7 +186,7 @@ def _writes_exactly(fold: PairFold, graph: Graph | None) -> bool:
         writers = graph.writers(call)
         mine = [w for w in writers if w.call.kind != "bias" and w.call.parameter.rpartition(".")[0] == fold.writer]
         exact = all(w.exactness == "exact" and (w.rows is None or w.rows.span == fold.rows) for w in mine)
-        # A bias that is none of the writer's own would keep its scale.
+        # A bias outside the writer would not be scaled.
         biases = [c for w in mine for c in graph.at(w.call.operation)] + [
             w.call for w in writers if w.exactness == "exact"
         ]
@@ -199,13 +199,13 @@ def _writes_exactly(fold: PairFold, graph: Graph | None) -> bool:
 def value_folds(model: nn.Module, graph: Graph | None = None) -> list[PairFold]:
     """Every attention whose output projection reads the heads' averages untouched, in the model's order.
 
-    What the names say is confirmed by what the model did, where its graph is given.
+    The graph of a forward, where given, confirms the names.
     """
     return [parts.values for parts in attention_parts(model, graph)]
 
 
 def gate_folds(model: nn.Module, graph: Graph | None = None) -> list[PairFold]:
-    """Every gated MLP whose ungated half is a weight of its own: its rows are the columns of the second Linear."""
+    """Every gated MLP whose ungated half has its own weight: its rows match the columns of the second Linear."""
     family = family_of(model)
     found = []
     for parts in _units(model, family).values():
@@ -347,10 +347,11 @@ def apply_value_fold(model: nn.Module, fold: PairFold, scale: Tensor) -> None:
 
 
 def norm_kind(norm: nn.Module, name: str) -> Literal["layer", "rms", "rms+1"]:
-    """What a norm computes, found by asking it: LayerNorm, RMSNorm, or RMSNorm with a gain stored as gain - 1 (Gemma).
+    """What a norm computes, found by a test input: LayerNorm, RMSNorm, or RMSNorm with a gain stored as gain - 1
+    (Gemma).
 
     Raises:
-        InputError: None of them.
+        InputError: It is none of these.
     """
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     shape: Any = getattr(norm, "normalized_shape", None)
@@ -378,7 +379,7 @@ def norm_kind(norm: nn.Module, name: str) -> Literal["layer", "rms", "rms+1"]:
 def merge_norm(model: nn.Module, branch: Branch) -> None:
     """Move a norm's gain and bias into its readers and a LayerScale into its writer, in place.
 
-    A bias that a reader has no place for stays in the norm, divided by the gain.
+    If a reader has no bias, the norm's bias stays in the norm, divided by the gain.
 
     Raises:
         InputError: Such a bias meets a gain of 0.
@@ -462,13 +463,13 @@ def _units(model: nn.Module, family: Family) -> dict[str, dict[str, list[str]]]:
 
 
 def _is_pre_norm(model: nn.Module, family: Family, unit: str) -> bool:
-    # Torch's own layer says which of the two it is; what a family says of it is a guess.
+    # Torch's own layer says which of the two it is; the family's entry is a guess.
     stated = getattr(model.get_submodule(unit), "norm_first", None)
     return stated if isinstance(stated, bool) else family.norm_position == "pre"
 
 
 def _present(parts: dict[str, list[str]], roles: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts of these roles; none when a role is there twice."""
+    """The parts of these roles; empty when a role occurs twice."""
     if any(len(parts.get(role, ())) > 1 for role in roles):
         return ()
     return tuple(parts[role][0] for role in roles if role in parts)

@@ -1,7 +1,7 @@
 """Quantized modules: a module's class is swapped for a quantizing subclass, and swapped back.
 
-The module object, its parameters, hooks, names and state-dict keys stay what they were; the quantizers' own buffers are
-added below it. `isinstance` checks hold, and so do checks of the class name. Copies and pickles work.
+The module object, its parameters, hooks, names and state-dict keys do not change; the quantizers' buffers are added
+below it. `isinstance` checks hold, and so do checks of the class name. Copies and pickles work.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class QuantizedConv(QuantizedLayer):
 
 @cache
 def _quantized_class(mixin: type[Quantized], plain: type[nn.Module]) -> type[nn.Module]:
-    # The plain class's names are kept: model families and output recorders go by them.
+    # The plain class's names are kept: model families and output recorders look them up.
     body = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(plain.__name__, (mixin, plain), {**body, "plain_class": plain})
 
@@ -99,6 +99,6 @@ def swap_out(module: nn.Module, children: tuple[str, ...]) -> None:
 
 
 def turn_into(module: nn.Module, mixin: type[Quantized]) -> None:
-    """Give a module that is swapped in another mixin; its children stay."""
+    """Change the mixin of a quantized module; its children stay."""
     assert isinstance(module, Quantized)
     object.__setattr__(module, "__class__", _quantized_class(mixin, module.plain_class))

@@ -1,4 +1,4 @@
-"""Online operations: what a method adds to a model's forward where it cannot be folded into a weight.
+"""Online operations: transforms in a model's forward that cannot be folded into a weight.
 
     OnlineLinear    y = Q(W) Q(t(x)) + U D t(x) + b,    t(x) = (x H) / s
 
@@ -8,8 +8,8 @@ gave, whose weight was ``(W + U D) diag(1/s) H^T``.
 
     RotatedBlock    x Q at the entrance of a residual stream's first block, y Q^T at the exit of its last
 
-Both are swapped in as quantizers are, hold nothing but buffers, and are swapped out by `detach`, which gives the
-weights their plain form back. `describe` and `attach` are how storage rebuilds them.
+Both are swapped in like quantizers and hold only buffers. `detach` swaps them out and gives the weights their plain
+form back. Storage rebuilds them with `describe` and `attach`.
 
 Shapes: I inputs, O outputs, r rank, D width of the stream.
 """
@@ -80,7 +80,7 @@ class OnlineLinear(QuantizedLinear):
 
     @torch.no_grad()
     def split_off(self, down: Tensor, up: Tensor) -> None:
-        """Take ``up @ down`` out of the weight and compute it beside it."""
+        """Subtract ``up @ down`` from the weight and compute it in a separate branch."""
         assert self.down is None
         # Contiguous, as they are when loaded: the order of sums, and so the last bit, depends on it.
         self.down, self.up = down.to(self.weight).contiguous(), up.to(self.weight).contiguous()
@@ -102,7 +102,7 @@ class OnlineLinear(QuantizedLinear):
 
 
 class RotatedBlock(Quantized):
-    """A transformer block that turns its input into a rotated basis, its output back out of it, or both.
+    """A transformer block that rotates its input into another basis, its output back, or both.
 
     Attributes:
         enter: Q ``[D, D]``, or None.
@@ -155,7 +155,7 @@ def _make_rotated(module: nn.Module, name: str) -> None:
 
 
 def refuse_low_rank(model: nn.Module, method: str) -> None:
-    """Raise InputError when a low-rank branch has been split off: it is the last thing to do to a weight."""
+    """Raise InputError when a low-rank branch has been split off: no method may change the weight after that."""
     if any(isinstance(module, OnlineLinear) and module.down is not None for module in model.modules()):
         raise InputError(f"{method} changes weights of which svdquant has taken a part out; write {method}+svdquant")
 
@@ -196,7 +196,7 @@ def attach(model: nn.Module, described: dict[str, dict[str, list[int]]]) -> None
 
 
 def detach(model: nn.Module) -> None:
-    """Take all of it out, in place: plain modules with the weights that compute the same."""
+    """Remove all online operations, in place; the plain modules get weights that compute the same."""
     rotated = {name: module for name, module in model.named_modules() if isinstance(module, RotatedBlock)}
     for module in model.modules():
         if isinstance(module, OnlineLinear):
@@ -210,7 +210,7 @@ def detach(model: nn.Module) -> None:
         for stream in streams(model, "rotation"):
             leave = rotated[stream.blocks[-1]].leave if stream.blocks[-1] in rotated else None
             if leave is not None:
-                # A method that came after the rotation may have given norms a gain, which belongs to the rotated basis.
+                # A method after the rotation may have given norms a gain, which holds in the rotated basis.
                 for branch in stream.branches:
                     merge_norm(model, branch)
                 change_basis(model, stream, leave.double())

@@ -1,4 +1,4 @@
-"""Products of two activations as a traced forward has them: attentions and whether their operands can be quantized."""
+"""Products of two activations in a traced forward: attentions, and whether their operands can be quantized."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attentions_of(model: nn.Module, graph: Graph) -> dict[str, str]:
 
 
 def other_products(model: nn.Module, graph: Graph) -> dict[str, int]:
-    """Modules that multiply two activations outside every attention, with the floating-point operations of that."""
+    """Modules that multiply two activations outside every attention, with their floating-point operations."""
     inside = attentions_of(model, graph)
     mine = {number for one in graph.attentions for number in (one.scores, one.context)}
     found: dict[str, int] = {}
@@ -56,7 +56,7 @@ def _order(model: nn.Module) -> dict[str, int]:
 
 
 def _owner(model: nn.Module, a: str, b: str) -> str:
-    """The innermost module around both that is called: lists are not."""
+    """The innermost called module around both; module lists are not called."""
     common = []
     for x, y in zip(a.split("."), b.split("."), strict=False):
         if x != y:

@@ -19,8 +19,8 @@ _ATTRIBUTE = "_s2d_quantization"
 class Record:
     """How a model was quantized: the spec, the method, and the plan that was carried out.
 
-    ``training`` says that its quantizers are still being trained; ``calibrated`` is the fingerprint of weights and
-    ranges as they were left, empty while they are trained.
+    ``training`` says that its quantizers are still being trained; ``calibrated`` is the fingerprint of the final
+    weights and ranges, empty while they are trained.
     """
 
     spec: QuantSpec
@@ -39,17 +39,17 @@ def switch_on(model: nn.Module, record: Record) -> None:
 
 
 def note(model: nn.Module, record: Record) -> None:
-    """Note how a model was quantized, and what it is now."""
+    """Store how a model was quantized, with a fingerprint of its present state."""
     model.__dict__[_ATTRIBUTE] = replace(record, calibrated="" if record.training else fingerprint(model))
 
 
 def holder(model: nn.Module) -> nn.Module:
-    """The module that was quantized: the model, or the encoder that it was built on."""
+    """The module that was quantized: the model itself, or the encoder inside it."""
     return next((module for module in model.modules() if peek(module) is not None), model)
 
 
 def check_unchanged(model: nn.Module) -> None:
-    """Refuse a quantized model whose weights or ranges are no longer those that it was calibrated with.
+    """Refuse a quantized model whose weights or ranges changed after calibration.
 
     Raises:
         InputError: They changed, or it is no quantized model.

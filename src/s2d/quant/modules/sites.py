@@ -1,12 +1,12 @@
-"""Where quantizers sit in a model: the plan, putting them in, taking them out.
+"""Quantization sites of a model: the plan, insertion and removal of quantizers.
 
 Sites are the weight and the input of every Linear of the encoder, and the operands q, k, probs and v of every
 attention. `nn.MultiheadAttention` keeps its query, key and value projections in one bare parameter: that parameter and
 its input are the sites ``weight`` and ``input`` of the attention module itself.
 
-By default stay at full precision: the ends, which are Linears and convolutions whose role in their family is a head, a
-pooler or a patch embedding (the spec's ``ends`` decides otherwise); Linears that no family knows and that are in no
-numbered block, and other convolutions (an override decides otherwise).
+Two groups stay at full precision by default. The ends are Linears and convolutions whose role in their family is a
+head, a pooler or a patch embedding; the spec's ``ends`` can quantize them. Linears outside numbered blocks that no
+family knows, and other convolutions, can be quantized by an override.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ class Site:
 
 
 def plan(model: nn.Module, spec: QuantSpec, graph: Graph | None = None) -> list[Site]:
-    """Decide about every site of a plain model by its modules; changes nothing. `coverage.planned` adds the products.
+    """Plan every site of a plain model from its modules; changes nothing. `coverage.planned` adds the products.
 
     Args:
         model: A model without quantizers.
         spec: What to quantize.
-        graph: What a traced forward did (`s2d.trace`), which tells where attention is; without it only
-            `nn.MultiheadAttention` is known to be one.
+        graph: The graph of a traced forward (`s2d.trace`), which shows where attention is; without it only
+            `nn.MultiheadAttention` is known.
 
     Raises:
         InputError: The model is quantized already, the spec quantizes nothing in it, an override matches nothing, or a
@@ -103,7 +103,7 @@ def plan(model: nn.Module, spec: QuantSpec, graph: Graph | None = None) -> list[
 
 
 def decide(model: nn.Module, spec: QuantSpec, graph: Graph | None = None) -> list[Site]:
-    """As `plan`, which may be one that quantizes nothing."""
+    """As `plan`, but a plan that quantizes nothing is allowed."""
     refuse_quantized(model)
     attentions = {name: "" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     if graph is not None:
@@ -184,7 +184,7 @@ def replace_quantizer(model: nn.Module, site: Site, quantizer: Quantizer) -> Non
 def remove(model: nn.Module) -> None:
     """Take all quantizers out, in place; the plain model is left as it was, its weights bit-identical.
 
-    What methods have added to the forward (`online`) goes into the weights, which then compute the same.
+    Online operations of methods (`online`) are merged into the weights; the function stays the same.
     """
     online.detach(model)
     _fast_paths(model, on=True)
@@ -291,7 +291,7 @@ def _decide(
     forced: str = "",
     ends: QuantSpec | None = None,
 ) -> Site:
-    """One row: the override's word if there is one, else that of the ends, else the default's, else the spec's."""
+    """One row, decided by the override if there is one, else by the ends, else by the default, else by the spec."""
     override = spec.override_for(module, what)
     tensor: TensorSpec | None = (override[1] if override else ends or spec).group(group)
     reason = forced

@@ -6,8 +6,8 @@ everything else of the state dict as it is. The JSON, versioned, holds the spec,
 that are not the plain ones, the shapes of what a method computes beside the model's own weights, and what is needed to
 check that the two files and the model belong together.
 
-The tensors are written first, under a name made of their hash; replacing the JSON is the one moment at which the folder
-changes from the old model to the new one, so an interrupted save leaves the old model whole.
+The tensors are written first, under a name made of their hash; replacing the JSON switches the folder from the old
+model to the new one, so an interrupted save leaves the old model complete.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8, any shape.
-        bits: How wide they are.
+        bits: Width of a code.
 
     Returns:
         uint8, ``[ceil(n / 2)]`` up to 4 bits, else ``[n]``.
@@ -128,7 +128,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: The model is not quantized, or the folder cannot be written.
     """
-    record(model)  # refuses what is not quantized before the folder is made
+    record(model)  # refuses an unquantized model before the folder is made
     folder = Path(path)
     with in_place_of(folder / CONFIG) as made:
         write_into(model, made.parent)
@@ -182,7 +182,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, inplace: bool = Fals
     try:
         sites = [_site(entry) for entry in config["sites"]]
         full = _state_dict(config, state)
-        # Files of before there were kinds or online work have neither.
+        # Files of older versions have neither kinds nor online operations.
         beside = config.get("online", {})
         added = tuple(f"{prefix}." for prefix in config["quantizers"])
         added += tuple(f"{module}.{name}" for module, shapes in beside.items() for name in shapes)

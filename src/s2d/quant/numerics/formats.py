@@ -1,4 +1,4 @@
-"""Number formats as data: what codes exist and what they stand for.
+"""Number formats as data: the codes that exist and their values.
 
 A format knows nothing about ranges found in data; `quantizer.py` turns a range and a format into scale and zero point.
 

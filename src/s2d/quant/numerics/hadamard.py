@@ -3,7 +3,7 @@
 A matrix H of +1 and -1 with ``H H^T = n I`` turns a vector with one large entry into one whose entries are all alike.
 Orders n: 1 and 2; q + 1 for a prime q = 3 mod 4, and 2 (q + 1) for a prime q = 1 mod 4 (Paley 1933); twice any order
 (Sylvester 1867). That makes 2^k, 12 * 2^k, 20 * 2^k, 28 * 2^k, 36 * 2^k and most widths that models have; 172 and a few
-others need constructions that are not here. For an order without a matrix rotations fall back to a random
+others need constructions that are not implemented. For an order without a matrix rotations fall back to a random
 orthogonal one (dense), or to blocks of a power of two (online).
 
 Everything is float64; the global random state is not touched.

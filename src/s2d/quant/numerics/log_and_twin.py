@@ -5,19 +5,19 @@ Log-sqrt2 (RepQ-ViT, arXiv 2212.08254, section 3.3), for x in [0, scale]:
     code = round(-2 log2(x / scale));   x_hat = scale 2**(-code / 2), or 0 where code >= 2**bits
 
 An integer product takes it as powers of two, `2**(-code/2) = 2**-ceil(code/2) (1 + (sqrt2 - 1)(code mod 2))`: a shift,
-under one of two scales. As published, 0 comes on top of the 2**bits levels; a kernel that keeps to ``bits`` has to give
-its last code to 0.
+under one of two scales. As published, the value 0 is an extra level beside the 2**bits others; a kernel with exactly
+``bits`` bits must use its last code for 0.
 
 Whatever lies below `2**(-(2**bits - 0.5) / 2)` of the scale becomes 0, and a row of probabilities over many tokens
 consists of such values: with one scale a tensor, the rows no longer sum to 1. Kept mass and relative squared error at 4
-bits, logits N(0, sd^2), best of 60 scales (`tests/quant/test_power.py` measures both again):
+bits, logits N(0, sd^2), best of 60 scales (`tests/quant/numerics/test_log_and_twin.py` measures both again):
 
     sd    tokens   log-sqrt2      uniform       twin
     1.5   196      .89  .014      .73  .080     .71  .072
     1.5   576      .84  .019      .67  .111     .62  .186
     1.5   1024     .81  .022      .65  .123     .47  .235
 
-Dividing the rows by their new sums is no cure: it doubles or triples the error. At 576 tokens or more prefer 6 or 8
+Dividing the rows by their new sums does not help: it doubles or triples the error. At 576 tokens or more prefer 6 or 8
 bits for the probabilities: the override ``"*.probs": {"attention": {"bits": 8}}``.
 
 Twin (PTQ4ViT, arXiv 2111.12293, section 3.2): one bit says which of two ranges, the other bits are the code inside it,

@@ -12,9 +12,10 @@ where n values share the scale. Two things differ from the papers:
 
 - The zero point stays an integer, `round(-offset / scale)`, passed straight through in the gradient: zero is exact, and
   what was trained is stored like any other quantized model.
-- What the optimizer sees is not the scale but its logarithm relative to the calibrated one, and the offset as a share
-  of the calibrated range. Steps of one model lie orders of magnitude apart while Adam moves every parameter by the same
-  amount; so they move by the same share, and no scale can become negative (as in TQT, arXiv 1903.08066).
+- The optimizer trains not the scale but its logarithm relative to the calibrated one, and the offset as a share of the
+  calibrated range. The steps of one model differ by orders of magnitude, while Adam moves every parameter by the same
+  amount. In this form each step changes by the same share, and no scale can become negative (as in TQT, arXiv
+  1903.08066).
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class LearnedQuantizer(Quantizer):
 
     @torch.no_grad()
     def restart(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Go on from this scale and zero point (shapes of the buffers) instead of what was learned."""
+        """Continue from this scale and zero point (shapes of the buffers) instead of the learned ones."""
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         self.log_step.zero_()

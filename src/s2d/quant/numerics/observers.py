@@ -2,7 +2,7 @@
 
 Activation observers stream: they see a batch, keep a summary of fixed size, and forget the batch. Percentile and MSE
 keep one counter for every bfloat16 value (65,536 counters, 512 KB a site while calibrating): the whole distribution at
-a relative error of 2**-9, whatever its range and however many batches; no bins to place, no sampling, no randomness.
+a relative error of 2**-9, for any range and any number of batches, without bins, sampling or randomness.
 
 Weight ranges are found from the weight itself, all rows at once.
 """
@@ -111,9 +111,9 @@ class Observer(ABC):
         self._count(x.detach())
 
     def add_up(self, groups: Groups) -> None:
-        """Take in what the observers of this site on other ranks saw; all end with the same, exactly.
+        """Merge the observers of this site on all ranks; every rank ends with exactly the same state.
 
-        Every rank has seen something.
+        Every rank must have seen values.
         """
         assert self.lo is not None and self.hi is not None
         ends = all_reduce(torch.stack([-self.lo, self.hi]), groups, "max")
@@ -202,10 +202,10 @@ class _Counting(Observer):
 
 
 def affine_errors(values: Tensor, counts: Tensor, los: Tensor, his: Tensor, format: IntFormat) -> Tensor:
-    """What rounding to the integers of each range costs, from sums over the values that share a code.
+    """The squared error of rounding to each range's integers, from sums over the values that share a code.
 
-    No value is rounded: those between the middles of two neighbouring levels go to the level between, and the squared
-    error of so many values is known from how many they are, their sum and the sum of their squares.
+    No value is rounded one by one. All values between two midpoints of neighbouring levels share a level; their squared
+    error follows from their count, their sum and the sum of their squares.
 
     Args:
         values: ``[V]``, ascending.
@@ -270,8 +270,8 @@ class BestPercentile(_Counting):
 class MeanSquaredError(_Counting):
     """The clipping threshold of least mean squared error, out of 100.
 
-    A candidate clips ``[lo, hi]`` to ``[-t, t]``, t shrinking geometrically from the largest magnitude to 1 % of it. A
-    short side of the range (the negative tail of GELU) is so left whole until t reaches it.
+    A candidate clips ``[lo, hi]`` to ``[-t, t]``, t shrinking geometrically from the largest magnitude to 1 % of it. So
+    a short side of the range (the negative tail of GELU) is not clipped until t reaches it.
     """
 
     def _range(self, lo: Tensor, hi: Tensor, rounding: Format | Rounding) -> tuple[Tensor, Tensor]:

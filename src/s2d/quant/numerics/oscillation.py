@@ -1,4 +1,4 @@
-"""Weights that flip between two codes while they train, and stopping them.
+"""Weights that oscillate between two codes during training, and how they are frozen.
 
 Source: "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086), section 4.3. A weight oscillates
 when its code changes against the direction of its last change. The frequency of that is an exponential average with
@@ -24,7 +24,7 @@ def threshold_at(progress: float) -> float:
 
 
 class Oscillations:
-    """What is known of the codes of one weight; all tensors have its shape.
+    """Statistics of the codes of one weight; all tensors have its shape.
 
     Attributes:
         codes: The last codes (integers in float32).

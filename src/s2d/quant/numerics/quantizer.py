@@ -225,7 +225,7 @@ class Quantizer(nn.Module):
 
     A fresh quantizer passes everything through; `set_range` gives it its parameters and `enabled` switches it on.
     ``dynamic`` says that no range has to be found beforehand: each token, span or block brings its own. While
-    ``watch`` is set, every tensor that passes is shown to it first (that is how calibration looks in).
+    ``watch`` is set, every tensor that passes is shown to it first (calibration uses this).
 
     A quantizer that rounds in another way is a subclass with a ``kind`` of its own: it overrides `set_range`, `fit` and
     `fake_quantize`, names in `options` what it takes to build it again, and is entered with `register_kind`.
@@ -264,7 +264,7 @@ class Quantizer(nn.Module):
         self.enabled = False
         # Blocks run along the dimension that a product sums over; for an attention's v that is the one before the last.
         self.transposed = False
-        # So many first tokens of every sequence pass as they are.
+        # This many first tokens of every sequence are not quantized.
         self.prefix = 0
         # Tokens that the model's cache held before this call, and tokens of the call.
         self.cached: tuple[int, int] = (0, 0)
@@ -288,7 +288,7 @@ class Quantizer(nn.Module):
         self.set_range(*observer.range(self.format))
 
     def options(self) -> dict[str, Any]:
-        """What beside the site's own format and granularity says how to build this quantizer again; JSON types."""
+        """Options to build this quantizer again, beside the site's format and granularity; JSON types."""
         return {}
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,7 +308,7 @@ class Quantizer(nn.Module):
         return scale, zero_point
 
     def resize(self, shape: Sequence[int]) -> None:
-        """Make room for as many pairs; what was set is forgotten."""
+        """Resize the buffers for this many pairs; their values are discarded."""
         self.scale = self.scale.new_ones(shape)
         self.zero_point = self.zero_point.new_zeros(shape)
 
@@ -334,8 +334,8 @@ class Quantizer(nn.Module):
         return self._rounded(x)
 
     def _position(self, tokens: int) -> int:
-        """Where in its sequence a tensor of so many tokens begins; keys and values of a cache begin with it, and where
-        it keeps a window, later.
+        """Where in its sequence a tensor of so many tokens begins; keys and values of a cache begin with it, and with a
+        sliding window, later.
         """
         before, now = self.cached
         return before if tokens == now else max(before + now - tokens, 0)

@@ -57,7 +57,7 @@ def register(
         summary: One line about it.
         stage: What kind of method it is.
         passes: How many forwards of the whole model a batch costs, about; for estimates of time.
-        shares: All it takes from the data adds up over ``job.ranks``, and it adds it up.
+        shares: The method reduces all its statistics over ``job.ranks``, so ranks can share the data.
     """
 
     def add(method: Method) -> Method:

@@ -8,12 +8,12 @@ as in QDrop (arXiv 2203.05740). For each block in turn, with its quantizers on:
 
 V starts where h(V) is the fraction that rounding would cut off, and beta falls from 20 to 2 after a first part without
 the penalty. An entry of x is that of the stream behind quantized blocks, or with probability 0.5 that of the
-full-precision model. Steps of activations are learned along (LSQ; not under the unified protocol). In the end every
+full-precision model. The steps of activations are learned too (LSQ; not under the unified protocol). In the end every
 weight is on its grid, up where h >= 0.5.
 
-Differences: the papers take 20,000 steps of 32 images at a rate of 1e-3. Here it is `STEPS`, at a rate that lets V
-travel as far (what a step is worth matters, not how many there are), so that a block takes seconds on a CPU; and a step
-is one calibration batch. All errors count alike (weight 1, not a Fisher estimate).
+Differences: the papers take 20,000 steps of 32 images at a rate of 1e-3. Here it is `STEPS`, at a rate with which V can
+move as far, so that a block takes seconds on a CPU: the total movement matters, not the number of steps. A step is one
+calibration batch. All errors have weight 1, not a Fisher estimate.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class SoftRounding(WeightQuantizer):
         codes = weight.detach().float() / self.grid_scale
         self.floor = torch.floor(codes) + self.grid_zero
         self.V = nn.Parameter(start_at(codes - torch.floor(codes)))
-        # A weight that both ways are clipped to one code gets no gradient, and no penalty.
+        # A weight that is clipped to the same code both ways gets no gradient and no penalty.
         self.free = ((self.floor >= plain.format.qmin) & (self.floor < plain.format.qmax)).float()
         self.h = rectified(self.V.detach())
 

@@ -62,9 +62,10 @@ def awq_scale(mean: Tensor, weights: Sequence[Tensor], ratio: float) -> Tensor:
 
 @register("awq", "weights of large input channels scaled up before rounding (searched per block)", stage="transform")
 def awq(job: Job) -> None:
-    """Search and apply a scale for every pair of the model; reads the data twice, a generator will not do.
+    """Search and apply a scale for every pair of the model; reads the data twice, a generator is not enough.
 
-    Own protocol: ranges of least squared error (the paper clips weights by a search and leaves activations whole).
+    Own protocol: ranges of least squared error (the paper searches a clipping threshold for weights and keeps
+    activations at full precision).
     """
     least_error(job)
     refuse_low_rank(job.model, "awq")

@@ -1,4 +1,4 @@
-"""ERQ: the error of rounded activations, then that of rounded weights, taken up by what is not rounded yet.
+"""ERQ: weights not yet rounded compensate the error of rounded activations, then that of rounded weights.
 
 Zhong et al., "ERQ: Error Reduction for Post-Training Quantization of Vision Transformers", ICML 2024, arXiv 2407.06794.
 Rows of X are the inputs of a layer at full precision, those of X^ what its input quantizer makes of them, with a column
@@ -33,7 +33,7 @@ Where this differs from the release:
 
 Factorisations are in float64; one that fails gets more damping, at last a warning that names the layer, which is then
 rounded to nearest. Cost: d^3 a layer, once for all rows; some forwards of every block. When not to use it: with fewer
-tokens than ten times the inputs of a layer, the correction starts to learn the calibration data by heart.
+tokens than ten times the inputs of a layer, the correction overfits the calibration data.
 
 Shapes: o outputs, d inputs, N tokens.
 """
@@ -207,7 +207,7 @@ def _round(weight: Tensor, grid: Grid, moment: Tensor) -> Tensor:
         return values
     ends = [(code - grid.zero_point) * grid.scale for code in (grid.format.qmin, grid.format.qmax)]
     refined = refine_rounding(weight, values, grid.scale, ends[0], ends[1], moment)
-    # Sums of steps are off the grid by a rounding error; once more to nearest, they are on it.
+    # Sums of steps miss the grid by a rounding error; rounding to nearest puts them back on it.
     return fake_quantize(refined, grid.scale, grid.zero_point, grid.format)
 
 

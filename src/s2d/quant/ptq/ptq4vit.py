@@ -1,7 +1,7 @@
-"""PTQ4ViT: twin uniform ranges behind softmax and GELU, and scales searched by what they do to the loss.
+"""PTQ4ViT: twin uniform ranges behind softmax and GELU, and scales searched by their effect on the loss.
 
 Yuan et al., "PTQ4ViT: Post-Training Quantization for Vision Transformers with Twin Uniform Quantization", ECCV 2022,
-arXiv 2111.12293. Twin ranges (section 3.2) are in `quant/power.py`, here in their piecewise form.
+arXiv 2111.12293. Twin ranges (section 3.2) are in `s2d.quant.numerics.log_and_twin`, here in their piecewise form.
 
 Scales (section 3.3). For a layer with output O, and O^ when weight and input are rounded, the range minimises
 
@@ -11,8 +11,8 @@ out of 100 multiples 0.01 .. 1.19 of the observed one: three rounds of first the
 
 The gradient. The paper's loss compares the quantized model with the full-precision one; in its code both are the
 full-precision one when gradients are taken, so the loss is at its minimum, the exact gradient is 0, what is left is
-floating-point noise. Here g is that of a Fisher probe, never 0 at the optimum, whose squares are the diagonal
-of the curvature:
+floating-point noise. Here g is the gradient of a Fisher probe. It is not 0 at the optimum, and its squares are the
+diagonal of the curvature:
 
     models with class logits    loss = -log p(y), y drawn from the model's own prediction ("categorical")
     other outputs f             loss = <f / rms(f), e>, e standard normal ("gaussian")
@@ -24,7 +24,7 @@ Where this differs from the release besides that:
 - Output errors are taken over 256 tokens drawn from all, not over all.
 - q, k, v and the probabilities are searched by their own rounding error, every value weighted by its squared gradient,
   in one round; the paper takes the error of the product they enter.
-- Which inputs are behind a GELU is seen by their floor: a minimum of -0.3 or above and a maximum three times as far up.
+- Inputs behind a GELU are recognised by their minimum, -0.3 or above, and a maximum three times as large in magnitude.
   The negative range ends at that minimum, so QuickGELU and SiLU are right too; gated products have no floor and stay
   as they are.
 

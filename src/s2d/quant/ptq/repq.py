@@ -1,4 +1,4 @@
-"""RepQ-ViT: calibrated in the format that is best for the data, run in the one that is best for the hardware.
+"""RepQ-ViT: calibrate with one scale per channel, then reparametrise to one scale per layer for the hardware.
 
 Li et al., "RepQ-ViT: Scale Reparameterization for Post-Training Quantization of Vision Transformers", ICCV 2023, arXiv
 2212.08254.
@@ -10,7 +10,7 @@ scale s and one zero point z for all,
 
 leaves the layer's output as it was, and rounding x' with (s, z) gives the very codes of rounding x_j with (s_j, z_j).
 x' comes from the norm's own gain and bias, so nothing is added to the model. Behind the softmax stands log-sqrt2
-(section 3.4; see `quant/power.py`). The other ranges are the best percentile of a short list.
+(section 3.4; see `s2d.quant.numerics.log_and_twin`). The other ranges are the best percentile of a short list.
 
 Where this differs from the released code:
 

@@ -1,4 +1,4 @@
-"""SmoothQuant: large channels of the inputs are divided down, the weights' columns multiplied up.
+"""SmoothQuant: large input channels are divided by a scale, the weights' columns are multiplied by it.
 
 Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", ICML 2023,
 arXiv 2211.10438, equation 4, with alpha = 0.5:
@@ -121,7 +121,7 @@ def apply(model: nn.Module, pair: Pair, scale: Tensor) -> None:
 def smoothquant(job: Job) -> None:
     """Scale every pair of the model; reads the data once.
 
-    Own protocol: ranges of least squared error (the paper's are min-max, at 8 bits, where they do).
+    Own protocol: ranges of least squared error (the paper's are min-max, which are enough at its 8 bits).
     """
     least_error(job)
     refuse_low_rank(job.model, "smoothquant")

@@ -7,10 +7,10 @@ triplets of the smoothed weight:
     X^ = X / s,   W^ = W s,   W^ ~ U D  (rank r),        Y = X^ (U D)^T [16 bits] + Q(X^) Q(W^ - U D)^T
 
 The smoothing happens where the input is rounded, so it needs no norm in front and works on every family and layer. The
-branch costs r (I + O) products a token against I O. It is the counterpart of conditioning: here the top directions are
-moved out of the rounding's way, there they are made smaller.
+branch costs r (I + O) products a token against I O. It is the counterpart of conditioning: SVDQuant takes the top
+directions out of the rounded weight, conditioning makes them smaller.
 
-Factors are rounded to bfloat16 before they are taken out of the weight, so what is left makes up for that; the
+Factors are rounded to bfloat16 before they are subtracted, so the remainder includes their rounding error; the
 branch's inputs stay at the model's own precision, which 16-bit kernels round. The strength is chosen for the error of
 the layer's output with input and weight rounded to nearest, on up to 512 tokens of the calibration data.
 
@@ -43,7 +43,7 @@ ROUNDS = 3
 
 
 class TokenSample:
-    """Up to `TOKENS` rows out of all that pass, each equally likely, and the largest magnitude of every channel."""
+    """A uniform sample of up to `TOKENS` rows of all inputs, and the largest magnitude of every channel."""
 
     def __init__(self, generator: torch.Generator) -> None:
         """Start empty; ``generator`` draws the rows."""
