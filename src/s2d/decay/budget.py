@@ -104,7 +104,7 @@ class Budget:
         self.pace = 1.0 if self.cost <= self.share * self.change else self.share * self.change / self.cost
 
     def _weights(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The weight of each sampled entry; copies on other ranks share it. Zero without a gradient."""
+        """The factor of each sampled entry in the sum; copies on other ranks share it. Zero without a gradient."""
         counts = [len(_strided(p)) for p in parameters]
         each = [
             copies(shard_groups(p), self._everyone) * stored_part(p).numel() / max(count, 1) * (p.grad is not None)

@@ -132,7 +132,7 @@ def _peaks_ahead(optimizer: Optimizer) -> tuple[list[float], bool]:
                 peaks = [max(pair) for pair in zip(rates, peaks, strict=True)]
     except Exception:  # a third-party schedule may end, or need more than a step
         return [], False
-    # A schedule whose first rate is its largest may depend on a clock, or be truncated: the optimizer's own rate counts.
+    # A schedule whose first rate is its largest may depend on a clock or be truncated: the optimizer's own rate counts.
     return ([], False) if at > 0.9 * step else (peaks, whole and at > 0)
 
 

@@ -339,7 +339,7 @@ class SelectiveSpectralDecay:
         weights = self._measured([(_oriented(t), c) for t, c in divided])
         biases = {t.name: (bias, c) for t, c in divided if (bias := self._own_bias(t)) is not None}
         if self.settings.metric == "weight":
-            biases = {}  # it leaves them alone
+            biases = {}  # the weight metric does not change biases
         along = dict(zip(biases, self._measured(list(biases.values())), strict=True))
         return {t.name: (weight, along.get(t.name)) for (t, _), weight in zip(divided, weights, strict=True)}
 

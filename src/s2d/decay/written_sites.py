@@ -40,7 +40,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Placed:
-    """A mask of the tokens of a call: its input of the model, and whether the batch dimension comes after the tokens."""
+    """A mask of a call's tokens: the model input that holds it, and whether the batch dimension follows the tokens."""
 
     key: str
     turned: bool

@@ -47,7 +47,7 @@ class _Seen:
     columns: list[Tensor] = field(default_factory=list)
 
     def keep(self, number: int, among: int, kept: Tensor) -> None:
-        """Reduce pass `number` to the entries of a mask: the outliers among the given number of entries of all ranks."""
+        """Reduce pass `number` to the entries of a mask: the outliers among this number of entries of all ranks."""
         self.entries[number] = among
         for entries in (self.inputs, self.sizes, self.values, self.columns):
             entries[number] = entries[number][kept]
