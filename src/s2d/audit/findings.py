@@ -229,7 +229,7 @@ class Trend(_Saved):
     audits: dict[str, Audit]
 
     def records(self) -> list[JSON]:
-        """One dictionary per weight. Its values are lists, one entry per checkpoint (None where it lacks the weight)."""
+        """One dictionary per weight. Its values are lists, one entry per checkpoint (None without the weight)."""
         names = dict.fromkeys(row.weight for audit in self.audits.values() for row in audit.rows)
         by_name = [{row.weight: row for row in audit.rows} for audit in self.audits.values()]
         return [_history(name, [rows.get(name) for rows in by_name]) for name in names]

@@ -32,10 +32,10 @@ def find_original(loaded: Loaded, original: str, reads: Callable[[Loaded], objec
 
     Args:
         loaded: The student, or the model to compare.
-        original: What was named, as `s2d.load` takes it; empty for the model that the loaded one was made from, where
-            its folder says so, else for the loaded model itself.
-        reads: How a model reads its data, such as its vocabulary: equal for both, or there is nothing to compare.
-        called: What that is called, for messages.
+        original: The teacher's name, as `s2d.load` takes it. Empty: the model from which the loaded one was made, if
+            its folder notes it, else the loaded model itself.
+        reads: A key for how a model reads its data, such as its vocabulary. It must be equal for both.
+        called: Noun for that key, for messages.
 
     Raises:
         InputError: None is named and this model is none; it cannot be loaded; or they do not read alike.
@@ -136,7 +136,7 @@ class FeatureLoss:
             )
 
     def __call__(self, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss, a scalar, from embeddings `[batch, width]` and tokens `[n, width]` of the model and the original."""
+        """The loss, a scalar, from embeddings `[batch, width]` and tokens `[n, width]` of model and original."""
         distance = 1 - F.cosine_similarity(found[0].float(), wanted[0].float(), dim=-1).mean()
         return self.embedding * distance + self.features * variance_share(found[1], wanted[1])
 
