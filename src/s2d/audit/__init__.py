@@ -3,7 +3,7 @@
     audit = s2d.audit(model, batches)
     audit.worst(10); audit.table(); audit.save("audit.html")
 
-`measure` looks at a model, `results` holds what was found, `batches` makes inputs where none are given.
+`measure` measures a model, `findings` holds the results, `example_inputs` makes inputs when none are given.
 """
 
 from s2d.audit.example_inputs import audit_batches

@@ -1,7 +1,7 @@
-"""Accumulators of one weight over batches; their size does not depend on the number of batches.
+"""Accumulators of one weight over batches. Their size does not depend on the number of batches.
 
-`Survey` is filled by the first pass, `Judgement` by the second, with directions and quantizers that follow from the
-first.
+The first pass fills `Survey`. The second pass fills `Judgement`; it uses the directions and quantizers that the first
+pass found.
 
 Shapes: N tokens (rows), O outputs, I inputs, K components, E outlier entries, S sampled rows.
 """
@@ -28,7 +28,7 @@ from s2d.targets.weights import Target
 
 # Rows on which the quantization error is measured, spread over all of the data.
 SAMPLE_ROWS = 4096
-# Share of the values over which the bins of a histogram are narrow.
+# A histogram has narrow bins over this share of the values.
 _BULK = 0.999
 
 
@@ -39,8 +39,8 @@ class Survey:
         rows: Rows seen.
         input_max: Largest magnitude of an input.
         output_max: Largest magnitude of an output.
-        quantizer: Of the inputs, None where they are kept; its range is found by `observer`.
-        observer: Of the inputs, None where no range has to be found beforehand.
+        quantizer: Quantizer of the inputs; `observer` finds its range. None where the inputs are not quantized.
+        observer: Range observer of the inputs. None where no range has to be found beforehand.
     """
 
     def __init__(self, target: Target, spec: QuantSpec) -> None:
@@ -68,7 +68,7 @@ class Survey:
         self.output_max = max(self.output_max, self._peak(A_NO, "output"))
         self._input_squares += torch.linalg.vector_norm(x_NI).item() ** 2
         self._output_squares += torch.linalg.vector_norm(A_NO).item() ** 2
-        # The narrower side: together these are never larger than the weights.
+        # The second moment is taken on the narrower side, so all of them together are never larger than the weights.
         side = A_NO if self.outputs <= self.inputs else x_NI
         moment = side.mT @ side
         self._moment = moment if self._moment is None else self._moment.add_(moment)
@@ -98,7 +98,7 @@ class Survey:
     def directions(self, k: int) -> Triplets:
         """Principal directions of the outputs, in ``U [O, K]``: left singular vectors of ``W C^(1/2)``.
 
-        C is the second moment of the inputs, ``W C W^T`` that of the outputs. Uses up the moment.
+        C is the second moment of the inputs, ``W C W^T`` that of the outputs. The call frees the stored moment.
         """
         assert self._moment is not None
         moment, self._moment = self._moment, None
@@ -151,7 +151,7 @@ class Judgement:
 
     def _add_error(self, x_SI: Tensor, A_SO: Tensor) -> None:
         W = self.target.matrix()
-        # What a module of half precision gave is rounded itself.
+        # The output of a half-precision module is itself rounded.
         exact_SO = A_SO if W.dtype == torch.float32 else x_SI @ W.float().mT
         W = W.float()
         if self._weight_quantizer is not None:
@@ -175,8 +175,8 @@ class Judgement:
     def error(self) -> float:
         """``||Q(x) Q(w)^T - x w^T|| / ||x w^T||`` of the typical row w of W (the median); 0 where all outputs are 0.
 
-        Over all outputs at once the few channels that hold the outliers would make up the denominator, and a layer
-        whose other channels are noise would look harmless.
+        Taken over all outputs at once, the few outlier channels would dominate the denominator. A layer whose other
+        channels are noise would then look harmless.
         """
         alive_O = self._signal_O > 0
         if not bool(alive_O.any()):
@@ -185,7 +185,7 @@ class Judgement:
 
     @property
     def histogram(self) -> JSON | None:
-        """Of the inputs; None where none was asked for, or no even grid holds for all tokens."""
+        """Histogram of the inputs. None where none was asked for, or where no uniform grid holds for all tokens."""
         quantizer = self._quantizer
         if self._picture is None or quantizer is None or quantizer.granularity != "tensor":
             return None
@@ -213,7 +213,7 @@ def _weight_quantizer(target: Target, spec: TensorSpec) -> Quantizer:
 def sample_positions(rows: int, most: int) -> Tensor:
     """Which rows are sampled: all, or one at random out of each of `most` equal parts; sorted, the same every time.
 
-    Evenly spaced rows would fall in step with the length of a batch's sequences and see its first tokens too often.
+    Evenly spaced rows could coincide with the sequence length, and the first tokens would be sampled too often.
     """
     if rows <= most:
         return torch.arange(rows)
@@ -229,7 +229,7 @@ def binned(values: Tensor, counts: Tensor, ends: tuple[float, float], levels: li
         values: Distinct values ``[n]``, ascending.
         counts: How often each occurred, ``[n]``.
         ends: The smallest and the largest value; counted values are rounded and may lie beyond.
-        levels: What the quantizer's codes stand for, ascending.
+        levels: Values that the quantizer's codes represent, ascending.
 
     Returns:
         ``edges`` (one more than bins, increasing), ``counts``, ``grid`` (the levels) and ``of``.

@@ -29,9 +29,9 @@ TEXTS, TEXT_LENGTH = 128, 128
 WINDOWS, WINDOW_LENGTH = 8, 512
 IMAGES = 64
 _BATCH = 16
-# Where an audit looks first: what was not trained on, and is not what a model is judged by.
+# Order of the splits for an audit. First comes the split that is used neither for training nor for scores.
 _SPLITS = ("validation", "train", "test")
-# Of a long text so many characters are read per token wanted; tokens of real text are shorter.
+# Characters read of a long text per token wanted. Tokens of real text are shorter.
 _CHARACTERS_PER_TOKEN = 10
 _TEXT_COLUMNS = ("text", "sentence", "question", "query", "utterance", "review", "content", "document", "title")
 
@@ -67,7 +67,7 @@ def audit_batches(
     if num is not None and num < 1:
         raise InputError(f"the number of inputs for the audit must be at least 1, not {num}")
     names = set(inspect.signature(loaded.model.forward).parameters)
-    # A convolutional network of timm is of no family that is known; it comes with the preprocessing of images.
+    # No family knows timm's convolutional networks; they are recognised by their image preprocessing.
     without_family = loaded.tokenizer is None and loaded.processor is not None
     sees = loaded.family.modality in ("vision", "multimodal") or without_family
     if sees and names & {"pixel_values", "image", "x"}:
@@ -122,7 +122,7 @@ def _windows(
 
 
 def _texts(data: str | os.PathLike[str] | None, texts: Sequence[str] | None, num: int) -> Iterator[str]:
-    """Texts that hold something, one after the other; at least one."""
+    """The texts that are not empty, one after the other; at least one."""
     found = (text.strip() for text in _read_texts(data, texts, num))
     kept = (text for text in found if text)
     first = next(kept, None)
@@ -157,7 +157,7 @@ def _read_texts(data: str | os.PathLike[str] | None, texts: Sequence[str] | None
 
 
 def _column(table: Table) -> list[str]:
-    """The texts of a table: of the column with a usual name, else of the one with the longest texts."""
+    """The texts of a table: from the column with a usual name, else from the column with the longest texts."""
     known = [column for name in _TEXT_COLUMNS for column in table.columns if column.lower() == name]
 
     def size(column: str) -> int:
@@ -204,7 +204,7 @@ def _image_batches(
 
 
 def _prepared(loaded: Loaded, images: list[Any]) -> Tensor:
-    """``[images, channels, height, width]``, as the model's own processor makes them."""
+    """Images ``[images, channels, height, width]``, prepared by the model's own processor."""
     processor: Any = loaded.processor
     if isinstance(processor, dict):  # timm's data configuration
         processor = require("timm", "timm").data.create_transform(**processor, is_training=False)
@@ -244,7 +244,7 @@ def _image_contents(path: Path) -> Iterator[tuple[str, Any]]:
             packed = idx_in(path)
             for file, _ in [packed[split] for split in _SPLITS if split in packed][:1]:
                 yield from ((place, io.BytesIO(content)) for place, content in placed_images(file))
-        # Every so many, so that a folder sorted by class gives more than its first class.
+        # Files are taken at even distances, so that a folder sorted by class gives more than its first class.
         step = max(1, len(files) // IMAGES)
         yield from ((str(file), file) for start in range(step) for file in files[start::step])
     elif path.suffix.lower() == ".parquet":

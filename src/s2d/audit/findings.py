@@ -1,4 +1,4 @@
-"""What an audit found: rows, one per weight; tables, JSON and pages of them; several checkpoints side by side."""
+"""Results of an audit: one row per weight, as tables, JSON and HTML pages; several checkpoints side by side."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ _ERROR_KEY = re.compile(r"w\d+a\d+_error")
 
 @dataclass
 class AuditRow:
-    """One weight. What depends on the data is None where the weight's module was never called.
+    """Results of one weight. Fields that depend on the data are None where the weight's module was never called.
 
     Attributes:
         weight: The parameter's dotted name, with a suffix such as ``[0:384]`` for a slice.
         kind: ``"linear"`` or ``"conv"``.
         shape: ``[out, in]``; kernels are flattened into ``in``.
         depth: The block's number, None outside the blocks.
-        role: What the model's family calls it (``"fc2"``), None where the family does not know.
+        role: Its role in the model's family (``"fc2"``), None where the family does not know it.
         sigma: The leading singular values, largest first.
         sigma_over_median: The largest over the median singular value; None where the median is 0.
         stable_rank: ``||W||_F^2 / sigma_1^2``.
         pcdr: PCDR_1..k: the share of the largest outputs that the first k singular components of the weight make.
         pcdr_data: The same for the k principal directions of the outputs (components in the metric of the inputs).
         output_max: Largest ``|x W^T|``, without the bias.
-        output_ratio: That over the root mean square of all outputs.
+        output_ratio: `output_max` over the root mean square of all outputs.
         input_max: Largest ``|x|``.
-        input_ratio: That over the root mean square of all inputs.
+        input_ratio: `input_max` over the root mean square of all inputs.
         selected: Few components make the outliers here; see `s2d.audit.measure.select`.
-        selected_by: Which rule says so: ``"weight"`` (the paper's) or ``"data"``.
-        components: How many components that takes.
-        error: Of the typical output channel (the median over the rows w of W), ``||Q(x) Q(w)^T - x w^T|| / ||x w^T||``
-            with this weight and its input quantized, nothing else; 1 means as much noise as signal.
-        carriers: Of language models, the massive-activation tokens; see `s2d.audit.massive_tokens`.
+        selected_by: Which rule selected it: ``"weight"`` (the paper's) or ``"data"``.
+        components: How many components make the outliers.
+        error: ``||Q(x) Q(w)^T - x w^T|| / ||x w^T||`` of the typical output channel (the median over the rows w of W).
+            Only this weight and its input are quantized. 1 means as much noise as signal.
+        carriers: The massive-activation tokens of a language model; see `s2d.audit.massive_tokens`.
         spectrum: All singular values as a curve of a few dozen points; see `s2d.audit.measure.curve`.
-        histogram: Of the inputs, for the worst weights; see `s2d.audit.accumulators.binned`.
+        histogram: Histogram of the inputs, for the worst weights; see `s2d.audit.accumulators.binned`.
     """
 
     weight: str
@@ -77,7 +77,7 @@ class AuditRow:
 
 
 class _Saved(ABC):
-    """What is kept as a file of plain JSON data, and shown as a page."""
+    """Results that can be saved as plain JSON or as an HTML page."""
 
     @abstractmethod
     def to_json(self) -> JSON:
@@ -89,8 +89,9 @@ class _Saved(ABC):
         """The inverse of `to_json`."""
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a ``.json`` file, or a self-contained ``.html`` page (of several checkpoints: side by side); complete,
-        or not at all.
+        """Write a ``.json`` file or a self-contained ``.html`` page, atomically.
+
+        A page of several checkpoints shows them side by side.
 
         Raises:
             InputError: Another ending, or the file cannot be written.
@@ -98,7 +99,7 @@ class _Saved(ABC):
         """
         target = Path(path)
         if target.suffix.lower() in (".html", ".htm"):
-            # The report stands on a higher floor and is no part of auditing; it is fetched when a page is asked for.
+            # The report package depends on this one, so it is imported only when a page is asked for.
             return require("s2d.report", "report").write_report(self.to_json(), target)
         if target.suffix.lower() != ".json":
             raise InputError(f"{target}: an audit is saved as .json or .html; name the file so")
@@ -141,7 +142,7 @@ class Audit(_Saved):
         return [row for row in self.rows if row.selected]
 
     def worst(self, n: int = 10) -> list[AuditRow]:
-        """The n rows whose largest output stands out most from its RMS, selected or not; the unseen come last."""
+        """The n rows with the largest output over RMS, selected or not; weights that were never called come last."""
         return sorted(self.rows, key=lambda row: -1.0 if row.output_ratio is None else row.output_ratio)[::-1][
             : max(n, 0)
         ]
@@ -183,11 +184,11 @@ class Audit(_Saved):
         return pandas.DataFrame([_flat(record) for record in self.records()]).set_index("weight")
 
     def table(self, n: int = 20, width: int | None = None) -> Table:
-        """The n worst rows as a table for a terminal of so many columns; what does not fit is left out."""
+        """The n worst rows as a table for a terminal of this width; columns that do not fit are left out."""
         return audit_table(self, n, width)
 
     def to_json(self) -> JSON:
-        """Everything, as plain JSON data: what `s2d.report` reads and `from_json` takes back."""
+        """Everything, as plain JSON data, for `s2d.report` and `from_json`."""
         return {
             "kind": "audit",
             "model": self.model,
@@ -219,7 +220,7 @@ class Audit(_Saved):
 
 @dataclass
 class Trend(_Saved):
-    """Audits of several checkpoints, in the order of training: what grows, what decay took away.
+    """Audits of several checkpoints, in the order of training: which outliers grow, and which the decay removed.
 
     Attributes:
         audits: By label, in order.
@@ -228,7 +229,7 @@ class Trend(_Saved):
     audits: dict[str, Audit]
 
     def records(self) -> list[JSON]:
-        """One dictionary per weight, its values lists with an entry per checkpoint (None where it lacks the weight)."""
+        """One dictionary per weight. Its values are lists, one entry per checkpoint (None without the weight)."""
         names = dict.fromkeys(row.weight for audit in self.audits.values() for row in audit.rows)
         by_name = [{row.weight: row for row in audit.rows} for audit in self.audits.values()]
         return [_history(name, [rows.get(name) for rows in by_name]) for name in names]
@@ -238,17 +239,17 @@ class Trend(_Saved):
         return [{"checkpoint": label, **_overview(audit.rows)} for label, audit in self.audits.items()]
 
     def table(self, n: int = 20, width: int | None = None) -> Table:
-        """The n weights that stand out most in any checkpoint, their numbers in order of the checkpoints."""
+        """The n weights with the largest outliers in any checkpoint, their numbers in order of the checkpoints."""
         return trend_table(self, n, width)
 
     def to_json(self) -> JSON:
-        """The audits by label, as plain JSON data: what `s2d.report` reads and `from_json` takes back."""
+        """The audits by label, as plain JSON data, for `s2d.report` and `from_json`."""
         audits = {label: audit.to_json() for label, audit in self.audits.items()}
         return {"kind": "trend", "run": {}, "records": [], "audits": audits}
 
     @staticmethod
     def from_json(content: object) -> Trend:
-        """The inverse of `to_json`; the audits of a run will do too.
+        """The inverse of `to_json`; it also accepts the audits of a run.
 
         Raises:
             InputError: There are no audits in it.
@@ -303,7 +304,7 @@ def _flat(record: JSON) -> JSON:
 
 
 def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:
-    """The n worst rows; ``data`` heads the PCDR of the outputs' principal directions."""
+    """The n worst rows. The column ``data`` holds the PCDR of the outputs' principal directions."""
     rows = audit.worst(n)
 
     def column(heading: str, rank: int, get: Callable[[Any], Any], show: Callable[[Any], str]) -> _Column:
@@ -333,7 +334,10 @@ def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:
 
 
 def trend_table(trend: Trend, n: int, width: int | None = None) -> Table:
-    """The n weights that stand out most in any checkpoint, below a row for all: medians, and the worst ``out/RMS``."""
+    """The n weights with the largest outliers in any checkpoint.
+
+    The first row summarises all weights: medians, and the worst ``out/RMS``.
+    """
     found = trend.summary()
     worst = sorted(trend.records(), key=lambda record: -max(value or 0.0 for value in record["output_ratio"]))[
         : max(n, 0)
@@ -358,5 +362,5 @@ def trend_table(trend: Trend, n: int, width: int | None = None) -> Table:
 
 
 def ranked(values: Sequence[float] | None, rank: int = 1) -> float | None:
-    """The value of a rank, or of the last one there is."""
+    """The value at a rank, or at the last rank that exists."""
     return values[min(rank, len(values)) - 1] if values else None

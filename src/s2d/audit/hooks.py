@@ -1,4 +1,4 @@
-"""Hooks on the audited weights: every call as rows of inputs and outputs, while a model runs on batches."""
+"""Hooks on the audited weights. They give every call's inputs and outputs as rows while a model runs on batches."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Rows: TypeAlias = Callable[[Target, Tensor, Tensor], None]
 MaskOf: TypeAlias = Callable[[Any], Tensor | None]
 _Show: TypeAlias = Callable[[Target, Tensor, Tensor | None], None]
 
-# The output of these is x W^T + bias, nothing more.
+# The output of these modules is exactly x W^T + bias.
 _PLAIN_FORWARDS = frozenset({nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward})
 
 
 def batches_twice(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
-    """Something that can be read twice: the batches themselves, or what a generator gives, held in memory.
+    """Batches that can be read twice. The items of a generator are held in memory.
 
     Raises:
         InputError: A single batch, no iterable, or an empty one; `most` is below 1.
@@ -51,19 +51,19 @@ def batches_twice(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
 def watching(
     model: nn.Module, targets: Sequence[Target], see: Rows, mask_of: MaskOf | None
 ) -> Iterator[Callable[[Iterable[Any]], int]]:
-    """While active, every call of a target's module is shown to `see`, as ``(target, x [N, I], A [N, O])`` in float32.
+    """While active, every call of a target's module is passed to `see`, as ``(target, x [N, I], A [N, O])`` in float32.
 
     ``A = x W^T``, without the bias; rows are real tokens, image patches, or whatever the leading dimensions are. The
-    model is in evaluation mode. Afterwards nothing of this is left in it, whatever happened.
+    model is in evaluation mode. All hooks are removed afterwards, also after an error.
 
     Args:
         model: Holds the targets.
-        targets: Those for which `unreadable` has no reason.
-        see: What to show the rows to.
+        targets: Targets for which `unreadable` returns an empty text.
+        see: Called with the rows.
         mask_of: Gives the mask of a batch; None for its ``attention_mask``.
 
     Returns:
-        A function that feeds batches to the model and says how many there were.
+        A function that runs the model on batches and returns their number.
     """
     given: list[Tensor | None] = [None]
     masks: list[Padding] = []  # none while the first batch is traced
@@ -77,11 +77,11 @@ def watching(
                 x, mask = real_tokens(x, mask.bool(), "input"), None
             return token_rows(x, mask).float()
 
-        # What several weights read one after the other (queries, keys, values) is brought to rows once.
+        # An input that several weights read one after the other (queries, keys, values) is brought to rows once.
         latest: list[tuple[Tensor, int, Tensor] | None] = [None]
 
         def input_rows(target: Target, x: Tensor) -> Tensor:
-            if x.is_inference():  # has no version that tells of changes in place
+            if x.is_inference():  # has no version counter for in-place changes
                 return rows(target, x)
             known = latest[0]
             if known is None or known[0] is not x or known[1] != x._version:
@@ -118,7 +118,7 @@ def watching(
             for batch in source:
                 if not masks:
                     graph = None
-                    with suppress(InputError):  # what is wrong with the batch is told by its own run
+                    with suppress(InputError):  # the batch's own run reports what is wrong with it
                         graph = trace(model, batch)
                     masks.append(stack.enter_context(token_mask(model, graph)))
                 given[0] = None if mask_of is None else mask_of(batch)
@@ -154,7 +154,7 @@ def _after_call(targets: Sequence[Target], show: _Show) -> Callable[..., None]:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None:
             return
-        # Of a module that computes more than a linear map, the product itself is computed.
+        # The module computes more than a linear map, so the product itself is computed here.
         plain = type(module).forward in _PLAIN_FORWARDS
         for target in targets:
             if isinstance(output, Tensor):
@@ -167,7 +167,7 @@ def _after_call(targets: Sequence[Target], show: _Show) -> Callable[..., None]:
 
 
 def _before_call(targets: Sequence[Target], show: _Show) -> Callable[..., None]:
-    """For projections that are bare parameters of an attention module: their inputs are the module's own."""
+    """For projections that are bare parameters of an attention module: they read the module's own inputs."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for target in targets:
@@ -185,7 +185,7 @@ def _no_shortcuts(model: nn.Module, stack: ExitStack) -> None:
     if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     for name, module in model.named_modules():
-        # Torch's own attention multiplies with out_proj's weight without calling out_proj; taken apart, it calls it.
+        # Torch's own attention multiplies by out_proj's weight without a call of out_proj. The replacement calls it.
         exact = type(module) is nn.MultiheadAttention and "forward" not in vars(module)
         if exact and module.in_proj_weight is not None:
             swap_in(module, QuantizedAttention, {"attention_quantizer": AttentionQuantizer(name, {})}, name)

@@ -1,8 +1,8 @@
 """Massive-activation tokens: the tokens of a language model with the largest inputs of its weights.
 
-Decoders store a few enormous values in the first token of a text, or in the first delimiter, whatever it says (Massive
-Activations, arXiv 2402.17762); attention that has nothing to look at looks there. One range for all tokens is then a
-range for these.
+Decoders store a few enormous values in the first token of a text, or in the first delimiter, whatever the text says
+(Massive Activations, arXiv 2402.17762). Attention heads that find nothing relevant attend to this token. One range for
+all tokens is then set by these tokens alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from s2d.io.files import JSON
 if TYPE_CHECKING:
     from s2d.audit.findings import AuditRow
 
-# So many of the rows with the largest values are told.
+# How many of the rows with the largest values are reported.
 TOP = 5
-# An outlier is the first tokens' own when the largest value without them is at most this share of the largest.
+# An outlier belongs to the first tokens when the largest value without them is at most this share of the largest.
 OWN = 0.5
 
 
@@ -45,7 +45,7 @@ class _Sums:
 
 
 class MassiveTokens:
-    """Watches the inputs of weights, and knows of every row which token it belongs to."""
+    """Records the largest inputs of weights, with the token of every row."""
 
     def __init__(self) -> None:
         self._rest: dict[str, _Sums] = {}  # all but the first tokens of texts
@@ -54,7 +54,7 @@ class MassiveTokens:
         self._ids: Tensor | None = None
 
     def noting(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches as they are; the tokens of the latest one are remembered."""
+        """The unchanged batches; the tokens of the latest one are stored."""
         for batch in batches:
             self._positions = self._ids = None
             ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
@@ -65,7 +65,7 @@ class MassiveTokens:
             yield batch
 
     def add(self, weight: str, x_NI: Tensor) -> None:
-        """Take in the inputs of a weight, a row a token; others are left out (experts see some of the tokens)."""
+        """Add the inputs of a weight, one row per token. Other inputs are left out (experts see some of the tokens)."""
         if self._positions is None or self._ids is None or len(self._positions) != len(x_NI):
             return
         peaks = x_NI.abs().amax(1).cpu()
@@ -76,9 +76,10 @@ class MassiveTokens:
         self._top[weight] = sorted([*self._top.get(weight, ()), *found], reverse=True)[:TOP]
 
     def record(self, weight: str) -> JSON | None:
-        """What was seen of a weight: ``top`` (``value``, ``position`` in its text and ``token`` id of the rows with the
-        largest values), and of all tokens but the first ones ``max_without_first``, the largest value, and
-        ``ratio_without_first``, that over their RMS.
+        """The records of a weight.
+
+        ``top`` holds the rows with the largest values: ``value``, ``position`` in the text and ``token`` id.
+        ``max_without_first`` is the largest value without the first tokens, ``ratio_without_first`` that over the RMS.
         """
         if weight not in self._top:
             return None
@@ -88,7 +89,7 @@ class MassiveTokens:
 
 
 def is_first_token_s(row: AuditRow) -> bool:
-    """Whether a weight's largest input is that of first tokens, and most of the outlier goes with them."""
+    """Whether a weight's largest input belongs to first tokens, and most of the outlier vanishes without them."""
     if row.carriers is None:
         return False
     largest = row.carriers["top"][0]
@@ -96,10 +97,10 @@ def is_first_token_s(row: AuditRow) -> bool:
 
 
 def summary(rows: Sequence[AuditRow], decode: Callable[[int], str] | None = None, most: int = 3) -> list[str]:
-    """Lines for people about the largest inputs and the tokens that carry them; none where tokens are not known.
+    """Lines of text about the largest inputs and the tokens that carry them; none where tokens are not known.
 
     Args:
-        rows: Of an audit.
+        rows: Rows of an audit.
         decode: A token's text by its id.
         most: How many weights are named.
     """

@@ -1,7 +1,7 @@
 """The audit itself: spectra of the weights, then two passes over the data through forward hooks.
 
-The first pass finds ranges, energies and second moments; the second, with the principal directions and quantizers that
-follow from them, finds dominance and quantization error. Memory does not depend on the number of batches: beside the
+The first pass finds ranges, energies and second moments. They give the principal directions and the quantizers. The
+second pass uses these to find PCDR and quantization error. Memory does not depend on the number of batches: beside the
 model and one batch's activations it takes at most the size of the weights once more.
 
 Activations are ``A = x W^T``, without the bias, as in the definition of PCDR ("Selective Spectral Decay",
@@ -38,7 +38,7 @@ THRESHOLD = 0.95
 MAX_RANK = 3
 # From this ratio on, half a step of a symmetric 4-bit grid (largest / 7) exceeds the RMS: a typical value becomes 0.
 OUTLIER_RATIO = 14.0
-# Histograms: of so many of the worst inputs, and of the inputs behind so many of the worst outputs.
+# Histograms are kept for this many of the worst inputs, and for the inputs of this many of the worst outputs.
 PICTURED = 12
 
 Rule = Literal["weight", "data"]
@@ -60,7 +60,7 @@ def audit(
 ) -> Audit:
     """Measure every weight: its spectrum, its outliers, the components that make them, and the error of low bits.
 
-    The model is only looked at: it runs in evaluation mode without gradients, and afterwards every module is as it was.
+    The model is not changed: it runs in evaluation mode without gradients, and afterwards every module is as it was.
 
     Args:
         model: Any module: plain, compiled, or wrapped by DDP.
@@ -68,12 +68,12 @@ def audit(
             twice. A generator cannot be read twice, so what it gives is held in memory. Tokens that a batch's
             ``attention_mask`` hides do not count.
         include: Which weights; see `s2d.targets.find_targets`.
-        exclude: Which not.
+        exclude: Which weights are left out.
         kinds: ``"linear"``, ``"conv"`` or both.
         mask: Gives a batch's mask ``[batch, tokens]``, true for real tokens, where that is not ``attention_mask``.
         k: How many leading components.
-        spec: Bits of the quantization error; ranges as in `s2d.quant.quantize`. Overrides play no part.
-        max_batches: Look at so many batches at most.
+        spec: Bits of the quantization error; ranges as in `s2d.quant.quantize`. Overrides are ignored.
+        max_batches: Use at most this many batches.
         progress: Show progress bars.
         name: The model's name in tables and files; its class by default.
 
@@ -155,7 +155,7 @@ def audit_many(
         models: By label, in the order of training. An iterable of ``(label, model)`` may load each model when it is
             asked for, so that only one is in memory.
         batches: See `audit`.
-        settings: Of `audit`, the same for all.
+        settings: Settings of `audit`, the same for all.
 
     Raises:
         InputError: As `audit`; no checkpoint; two with one label.
@@ -176,12 +176,12 @@ def audit_many(
 def select(
     pcdr: Sequence[float], pcdr_data: Sequence[float], output_ratio: float
 ) -> tuple[Rule, int] | tuple[None, None]:
-    """Whether few components make a weight's outliers, by which rule, and how many components.
+    """Decide whether few components make a weight's outliers, by which rule, and how many components.
 
     - ``"weight"``: the paper's rule, the smallest k <= 3 with PCDR_k >= 0.95, over the singular components of W.
     - ``"data"``: the same rule over the principal directions of the outputs, where the outputs hold outliers that a
-      4-bit grid cannot (largest over RMS at least 14, see `OUTLIER_RATIO`). The singular vectors of W need not point
-      where the inputs excite them: in a language model, a weight whose PCDR_3 is 0.04 makes outputs of 500 times the
+      4-bit grid cannot represent (largest over RMS at least 14, see `OUTLIER_RATIO`). The inputs need not excite the
+      leading singular vectors of W: in a language model, a weight whose PCDR_3 is 0.04 makes outputs of 500 times the
       RMS along a single direction. The condition is needed because healthy outputs are often of low rank too.
 
     Args:
@@ -235,7 +235,7 @@ def _leading(targets: Sequence[Target], k: int) -> dict[str, Triplets]:
 
 
 def curve(values: Tensor, points: int = 64) -> JSON:
-    """A falling spectrum in few numbers: every rank at first, then ranks in even ratios up to the last one.
+    """A spectrum as a few points: every rank at first, then ranks in even ratios up to the last one.
 
     Args:
         values: ``[n]``, largest first.
@@ -255,7 +255,7 @@ def _pictured(surveys: Sequence[Survey]) -> set[str]:
 
 
 def _row(target: Target, family: Family, triplets: Triplets, values: Tensor) -> AuditRow:
-    """What the weight alone says."""
+    """The fields that depend on the weight alone."""
     W, largest, median = target.matrix(), triplets.S[0].item(), values.median().item()
     return AuditRow(
         weight=target.name,
@@ -271,7 +271,7 @@ def _row(target: Target, family: Family, triplets: Triplets, values: Tensor) -> 
 
 
 def _fill(row: AuditRow, survey: Survey, judgement: Judgement) -> None:
-    """What the data say."""
+    """The fields that depend on the data."""
     row.input_max, row.input_ratio = survey.input_max, survey.input_ratio
     row.output_max, row.output_ratio = survey.output_max, survey.output_ratio
     row.pcdr, row.pcdr_data = judgement.pcdr, judgement.pcdr_data

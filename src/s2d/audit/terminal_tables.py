@@ -24,7 +24,7 @@ _SPACING = 2
 class _Column:
     heading: str
     cells: list[str]
-    rank: int = 0  # 0: always shown; of the others the highest goes first
+    rank: int = 0  # 0: always shown; of the others the highest rank is left out first
     right: bool = True
 
     @property
@@ -60,7 +60,7 @@ def bars(rows: Sequence[tuple[str, float]], width: int = 30) -> list[str]:
 
 
 def short(value: float | None) -> str:
-    """Three digits; more where they are before the point."""
+    """Three significant digits; more only where they stand before the decimal point."""
     if value is None:
         return _NONE
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -18,7 +18,7 @@ from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.errors import InputError, choices
 
 __all__ = ["Baseline", "attach", "baselines", "create", "settings_of"]
-KEY = "baseline"  # of an arm: which one it trains with
+KEY = "baseline"  # an arm's key for its baseline
 
 
 def baselines() -> dict[str, str]:
@@ -33,19 +33,19 @@ def create(name: str, model: nn.Module, optimizer: Optimizer, *, seed: int = 0, 
         name: One of `baselines()`.
         model: Changed in place.
         optimizer: The one that trains it.
-        seed: Of whatever is random in it.
-        settings: Its own; see its file.
+        seed: Seed of its random parts.
+        settings: Settings of the baseline; see its file.
 
     Raises:
-        InputError: Unknown name or setting (close ones are listed), an impossible value, or a model that has nothing
-            for it to act on.
+        InputError: Unknown name or setting (close ones are listed), an impossible value, or a model without anything to
+            act on.
     """
     found = _find(name)
     return found(model, optimizer, _settings(found, settings), seed=seed)
 
 
 def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings that an arm's ``{"baseline": NAME, ...}`` stands for, and the name.
+    """The name and all settings of an arm's ``{"baseline": NAME, ...}``.
 
     Raises:
         InputError: As `create`, as far as it shows without a model.
@@ -58,7 +58,7 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
 def attach(
     model: nn.Module, optimizer: Optimizer, arm: Mapping[str, Any], *, seed: int = 0
 ) -> SelectiveSpectralDecay | Baseline:
-    """What an arm of an experiment trains with: the baseline that it names, else spectral decay with these keywords.
+    """The training method of an arm: the baseline that it names, else spectral decay with these keywords.
 
     Raises:
         InputError: As `create` or `SelectiveSpectralDecay`.

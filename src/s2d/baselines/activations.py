@@ -20,10 +20,10 @@ PLACES: tuple[Place, ...] = ("blocks", "inputs")
 
 
 class Activations:
-    """What passes some places of a model in training mode, padding left out.
+    """Records the activations at some places of a model in training mode, without padding.
 
-    Places are ``"blocks"``, the outputs of the transformer blocks, or ``"inputs"``, what the Linears inside blocks read
-    and quantizers will act on; modules that read the same tensor share a place.
+    Places are ``"blocks"``, the outputs of the transformer blocks, or ``"inputs"``, the inputs of the Linears inside
+    blocks, where quantizers will act. Modules that read the same tensor share a place.
     """
 
     def __init__(self, model: nn.Module, place: Place) -> None:
@@ -61,7 +61,7 @@ class Activations:
             self._seen.append(real_tokens(x, self._mask(), "input").flatten(0, -2))
 
     def mean(self, penalty: Callable[[Tensor], Tensor]) -> Tensor:
-        """The mean over places of a penalty of their values ``[N, D]``, in single precision; they are forgotten."""
+        """The mean over places of a penalty of their values ``[N, D]``, in single precision. It clears the records."""
         seen, self._seen, self._last = self._seen, [], None
         if not seen:
             return torch.zeros(())

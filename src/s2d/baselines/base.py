@@ -28,9 +28,9 @@ from s2d.targets.weights import KINDS, Kind, Target, find_targets
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a baseline; each subclass has its own.
+    """The settings of a baseline; each subclass has its own.
 
-    Numbers are finite and not negative, whole ones at least 1; a text is one of ``choices`` in its field's metadata.
+    Numbers are finite and not negative, integers at least 1. A text is one of ``choices`` in its field's metadata.
     """
 
     def __post_init__(self) -> None:
@@ -59,12 +59,12 @@ class Settings:
 
 
 class Baseline:
-    """A rival: what it adds to the loss, what it does behind a step, and what a continuation needs.
+    """A rival: its term in the loss, its action after an optimizer step, and its state for a resume.
 
     Attributes:
         name: The name it is registered under.
-        Settings: Its settings.
-        history: One record now and then, as the decay's; may stay empty.
+        Settings: The class of its settings.
+        history: Occasional records, like those of the decay; may stay empty.
     """
 
     name: ClassVar[str]
@@ -75,20 +75,20 @@ class Baseline:
 
         Args:
             model: Any module, in place.
-            optimizer: Weights that it does not hold are left alone.
-            settings: Of this class's `Settings`.
-            seed: Of whatever is random in it.
+            optimizer: Weights that it does not hold are not changed.
+            settings: An instance of this class's `Settings`.
+            seed: Seed of its random parts.
         """
         self.history: list[dict[str, Any]] = []
         self._rates = PeakRates([optimizer])
         self._handles: list[Any] = []
 
     def loss(self) -> Tensor | None:
-        """What it adds to the task's loss of the present step, a scalar; call it once, after the model."""
+        """The term to add to the task's loss of the present step, a scalar. Call it once, after the model."""
         return None
 
     def forget(self) -> None:
-        """The step that `loss` was called for is not taken."""
+        """Note that the step that `loss` was called for is skipped."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-exact continuation needs: plain containers of tensors and numbers."""
@@ -104,10 +104,10 @@ class Baseline:
             handle.remove()
         self._handles = []
 
-    # -- for those that act behind a step
+    # -- for baselines that act after a step
 
     def _after_each_step(self, optimizer: Optimizer, act: Callable[[], None]) -> None:
-        """Call `act` behind every step, outside of the graph and in full precision."""
+        """Call `act` after every step, without a graph and in full precision."""
 
         def hook(stepped: Optimizer, *_: Any) -> None:
             self._rates.note(stepped)

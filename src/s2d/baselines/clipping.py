@@ -1,8 +1,9 @@
 """One-shot spectral clipping: cap the singular values once, then let the training recover.
 
-Source: hard caps sigma <- min(sigma, c), as in Newhouse et al. 2025, arXiv 2507.13338, which apply them at every step;
-once before a fine-tuning it is the plainest way to remove large singular values. c is a multiple of the weight's median
-singular value; the gains of a norm are the singular values of diag(gamma), capped at that multiple of their median.
+Source: hard caps sigma <- min(sigma, c), as in Newhouse et al. 2025, arXiv 2507.13338, who apply them at every step.
+Here they are applied once before fine-tuning, the simplest way to remove large singular values. c is a multiple of the
+weight's median singular value. The gains of a norm are the singular values of diag(gamma), capped at the same multiple
+of their median.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from s2d.targets.weights import Kind
 
 @dataclass(frozen=True)
 class Settings(base.Settings):
-    """How far, and what.
+    """The settings of clipping.
 
     Attributes:
-        limit: Of a singular value, as a multiple of the median.
+        limit: Largest singular value, as a multiple of the median.
         kinds: Kinds of weight.
     """
 
@@ -38,7 +39,7 @@ class SpectralClip(base.Baseline):
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings, *, seed: int) -> None:
-        """Cap them now. A continued training replaces the weights afterwards, so nothing is capped twice."""
+        """Cap the singular values now. A resumed training loads its weights afterwards, so nothing is capped twice."""
         super().__init__(model, optimizer, settings, seed=seed)
         for target in self._trained(model, settings.kinds):
             if target.kind == "norm":

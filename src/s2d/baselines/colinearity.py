@@ -27,7 +27,7 @@ PAIRS = (("fc1", "fc2"), ("v", "proj"))
 
 @dataclass(frozen=True)
 class Settings(base.Settings):
-    """How much.
+    """The settings of the penalty.
 
     Attributes:
         strength: Per step, times the schedule; at most 1.
@@ -36,7 +36,7 @@ class Settings(base.Settings):
     strength: float = 0.05
 
     def __post_init__(self) -> None:
-        """Refuse a step that overshoots too."""
+        """Also refuse a step that overshoots."""
         super().__post_init__()
         if self.strength > 1:
             raise base.InputError(f"strength={self.strength!r} is out of range; it must be at most 1")
@@ -66,7 +66,7 @@ class Colinearity(base.Baseline):
 
 
 def pairs_of(model: nn.Module, targets: list[Target]) -> list[tuple[Target, Target]]:
-    """Of each block, the weights of which one multiplies what the other makes, by the roles of the model's family."""
+    """The pairs of weights of each block, by the roles of the model's family: the second reads the first's output."""
     family = family_of(model)
     found: dict[tuple[int | None, str], Target] = {}
     for target in targets:

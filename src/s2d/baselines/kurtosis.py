@@ -4,9 +4,9 @@ Source: KURE (Shkolnik et al., NeurIPS 2020, "Robust Quantization: One Model to 
 
     loss + weight * mean over layers l of (Kurt(W_l) - 1.8)^2,     Kurt(w) = E[((w - mean) / std)^4],
 
-1.8 being the kurtosis of a uniform distribution, which a uniform grid fits best; weight = 1. Deviation: ``of:
-activations`` asks the same of what the Linears inside blocks read (padding left out), as the outliers here are there.
-There the kurtosis is some hundred, and its square would drown the task: ``log(Kurt / 1.8)^2`` takes its place.
+1.8 is the kurtosis of a uniform distribution, which a uniform grid fits best; weight = 1. Deviation: ``of:
+activations`` applies the penalty to the inputs of the Linears inside blocks (without padding), where the outliers are.
+There the kurtosis is some hundred, and its square would dominate the task's loss. ``log(Kurt / 1.8)^2`` replaces it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ UNIFORM = 1.8
 
 @dataclass(frozen=True)
 class Settings(base.Settings):
-    """How much, and of what.
+    """The settings of the penalty.
 
     Attributes:
-        weight: Of the penalty in the loss.
+        weight: Weight of the penalty in the loss.
         of: ``"weights"`` (the paper's) or ``"activations"``.
     """
 
@@ -44,7 +44,7 @@ class Kure(base.Baseline):
     Settings = Settings
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings, *, seed: int) -> None:
-        """Find the weights, or watch the activations."""
+        """Find the weights, or put hooks on the activations."""
         super().__init__(model, optimizer, settings, seed=seed)
         self._weight = settings.weight
         self._activations = Activations(model, "inputs") if settings.of == "activations" else None

@@ -22,7 +22,7 @@ from s2d.targets.weights import Kind
 
 @dataclass(frozen=True)
 class Settings(base.Settings):
-    """How much, and what.
+    """The settings of the weight decay.
 
     Attributes:
         strength: Per step, times the schedule.

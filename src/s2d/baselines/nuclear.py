@@ -4,8 +4,8 @@ Source: singular value thresholding (Cai, Candes & Shen 2010, arXiv 0810.3286): 
 
     W <- U max(S - t, 0) V^T,
 
-here behind every `every`-th optimizer step with t = strength * schedule * every, in place of a subgradient that Adam
-would rescale. torchao's PAT (``torchao.prototype.pat``) does it around an optimizer; this is our short form of it.
+applied here after every `every`-th optimizer step with t = strength * schedule * every. Adam would rescale a
+subgradient instead. torchao's PAT (``torchao.prototype.pat``) wraps an optimizer to do this; this is our short form.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from s2d.targets.weights import Kind
 
 @dataclass(frozen=True)
 class Settings(base.Settings):
-    """How much, how often, and what.
+    """The settings of the proximal step.
 
     Attributes:
-        strength: What each singular value loses per step, times the schedule.
+        strength: Reduction of each singular value per step, times the schedule.
         every: Optimizer steps between two proximal steps, each a full SVD of every weight.
         kinds: Kinds of weight.
     """

@@ -1,15 +1,15 @@
-"""The control of spectral decay: as many directions, the same shrinkage, but random ones.
+"""The control of spectral decay: the same number of directions and the same shrinkage, but random directions.
 
-Not from a paper. If shrinking *some* directions were what helps, this would do as well as shrinking those that make
-outliers. A spectral decay with the given settings selects components as usual. Where it would then shrink K components
-of a weight, K random ones are shrunk by one factor, so that the change has the same Frobenius norm: K other channels
-for channels (rows or gains, with their biases), K orthonormal random directions of the outputs otherwise. They are
-drawn anew when K changes and after every refresh of the decay.
+Not from a paper. If shrinking *any* directions helped, this would do as well as shrinking those that make outliers. A
+spectral decay with the given settings selects components as usual. Where it would then shrink K components of a weight,
+K random ones are shrunk by one factor, so that the change has the same Frobenius norm. For channels (rows or gains,
+with their biases) these are K other channels, otherwise K orthonormal random directions of the outputs. They are drawn
+anew when K changes and after every refresh of the decay.
 
-Where the amounts come from: the decay is asked at every step what it would do to *this* model. As the outliers stay, it
-asks for more than in a run of its own; a smaller `strength` makes up for that. ``asked`` and ``done``, in `history`
-after `remove`, are the Frobenius norms summed over steps and weights: a random component that cannot give so much is
-shrunk to zero and the rest is lost.
+The amounts come from the decay, computed at every step for *this* model. As the outliers stay, they are larger than in
+a run of the decay itself; a smaller `strength` compensates for that. ``asked`` and ``done``, in `history` after
+`remove`, are the Frobenius norms summed over steps and weights. A random component that is too small is shrunk to zero,
+and the rest is lost.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from s2d.targets.weights import Target
 
 @dataclass(frozen=True)
 class Settings(base.Settings):
-    """Of the decay whose shrinkage is imitated; the defaults are those of `DecaySettings`.
+    """Settings of the imitated decay; the defaults are those of `DecaySettings`.
 
     Attributes:
-        metric: Of the decay.
-        power: Of the decay.
-        strength: Of the decay.
-        outlier_ratio: Of the decay.
-        refresh_every: Of the decay.
+        metric: Metric of the decay.
+        power: Power of the decay.
+        strength: Strength of the decay.
+        outlier_ratio: Outlier ratio of the decay.
+        refresh_every: Steps between refreshes of the decay.
     """
 
     metric: Literal["site", "data", "weight"] = field(default="site", metadata={"choices": ("site", "data", "weight")})
@@ -79,7 +79,7 @@ class RandomDirections(base.Baseline):
 
 
 class _Control(SelectiveSpectralDecay):
-    """Selects as the decay; shrinks something else by as much."""
+    """Selects as the decay does; shrinks random components by the same amount."""
 
     def __init__(self, *args: Any, seed: int, **settings: Any) -> None:
         super().__init__(*args, seed=seed, **settings)
@@ -95,7 +95,7 @@ class _Control(SelectiveSpectralDecay):
         self, target: Target, W: Block, components: Components, amount: float, bias: Block | None,
         along: Tensor | None, along_bias: Tensor | None,
     ) -> None:  # fmt: skip
-        """Do it to a copy, to see how much it is; then to random components of the weight."""
+        """Shrink a copy, to measure the change; then shrink random components of the weight."""
         whole, shrunk = W.local, W.local.clone()
         super().shrink(target, Block.of(shrunk), components, amount, None, along, along_bias)
         wanted = float(torch.linalg.vector_norm(shrunk - whole))
@@ -121,7 +121,7 @@ class _Control(SelectiveSpectralDecay):
         return known.to(W.device)
 
     def random_state(self) -> dict[str, Any]:
-        """What is drawn, what comes next, and the sums."""
+        """The drawn components, the generator's state, and the sums."""
         return {
             "random": self._generator.get_state(),
             "drawn": dict(self._drawn),
@@ -130,7 +130,7 @@ class _Control(SelectiveSpectralDecay):
         }
 
     def load_random_state(self, state: dict[str, Any]) -> None:
-        """Take over what `random_state` gave."""
+        """Restore the state from `random_state`."""
         self._generator.set_state(state["random"])
         self._drawn, self._drawn_at = dict(state["drawn"]), dict(state["drawn_at"])
         self.asked, self.done = state["sums"]
@@ -140,7 +140,7 @@ def shrink_channels(W: Tensor, channels: Tensor, wanted: float, bias: Tensor | N
     """Scale rows of ``W [O, I]`` (or gains ``[O]``) alike so that W changes by `wanted` in Frobenius norm. In place.
 
     Returns:
-        By how much it changed: less where the rows are too small.
+        The Frobenius norm of the change: less than `wanted` where the rows are too small.
     """
     whole = float(torch.linalg.vector_norm(W[channels]))
     share = min(1.0, wanted / whole) if whole > 0 else 0.0
@@ -160,7 +160,7 @@ def shrink_span(W: Tensor, U: Tensor, wanted: float, bias: Tensor | None) -> flo
         bias: ``[O]`` or None.
 
     Returns:
-        By how much it changed: less where the span holds too little.
+        The Frobenius norm of the change: less than `wanted` where W is too small in the span.
     """
     U = U.to(W.dtype)
     part = U.mT @ W

@@ -21,10 +21,10 @@ from s2d.targets.weights import Kind
 
 @dataclass(frozen=True)
 class Settings(base.Settings):
-    """How much, and what.
+    """The settings of the penalty.
 
     Attributes:
-        weight: Of the penalty in the loss.
+        weight: Weight of the penalty in the loss.
         kinds: Kinds of weight.
     """
 

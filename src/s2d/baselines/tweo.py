@@ -4,8 +4,8 @@ Source: TWEO (CVPR 2026, arXiv 2511.23225), made for training from scratch:
 
     loss + weight * mean over blocks l of E[(|A_l| / (tau + eps))^p],     tau = 3, p = 4, weight = 0.01,
 
-A_l being what block l puts out. Deviations: used at fine-tuning, which the paper leaves open, with a constant weight;
-padding is left out; ``at: inputs`` puts the same penalty where quantizers will sit, which is the stronger rival here.
+A_l is the output of block l. Deviations: it is used at fine-tuning, which the paper leaves open, with a constant
+weight; padding is left out; ``at: inputs`` puts the same penalty at the quantizers' inputs, the stronger rival here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Settings(base.Settings):
-    """How much, from where, and on what.
+    """The settings of the penalty.
 
     Attributes:
-        weight: Of the penalty in the loss.
+        weight: Weight of the penalty in the loss.
         tau: Values below it hardly count.
-        power: p.
+        power: The exponent p.
         at: ``"blocks"`` (the paper's) or ``"inputs"``.
     """
 
@@ -45,12 +45,12 @@ class Tweo(base.Baseline):
     Settings = Settings
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, settings: Settings, *, seed: int) -> None:
-        """Watch the activations."""
+        """Put hooks on the activations."""
         super().__init__(model, optimizer, settings, seed=seed)
         self._settings, self._activations = settings, Activations(model, settings.at)
 
     def loss(self) -> Tensor:
-        """The weighted mean over the places that this step's forward passes came through."""
+        """The weighted mean over the places that this step's forward passes reached."""
         s = self._settings
         return s.weight * self._activations.mean(lambda x: tail(x, s.tau, s.power))
 

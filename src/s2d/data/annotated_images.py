@@ -1,4 +1,4 @@
-"""Images with something beside them: captions, boxes, questions; from folders, tables or a metadata file."""
+"""Images with annotations (captions, boxes, questions), from folders, tables or a metadata file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from s2d.errors import InputError
 
 
 def read_image_rows(data: str | os.PathLike[str], image: str | None, columns: Columns) -> dict[Split, list[ImageRow]]:
-    """The rows of all splits; those that are missing are taken out of train, by a hash of the image.
+    """The rows of all splits. A missing split is taken out of train, by a hash of the image.
 
     Args:
         data: See the head of this file.
         image: Name of the image column; found by usual names when None.
-        columns: What to read beside the image, by what it is.
+        columns: Columns to read beside the image, by their meaning.
 
     Raises:
         InputError: Nothing that can be read is there, or a column is missing.

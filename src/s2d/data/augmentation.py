@@ -1,4 +1,4 @@
-"""Random changes of training images that leave their meaning: mirrored, shifted."""
+"""Random augmentation of training images that keeps their meaning: mirroring and shifting."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def augment(pixels: Tensor) -> Tensor:
     """Mirror each image with probability one half and shift it by up to 1/8 of its edge, filling with its border.
 
     The usual augmentation of CIFAR-10 (He et al. 2015, section 4.2). Draws from torch's global random state.
-    Of several processes each draws for the batch of all and takes its own part, so that images do not move alike in all
-    of them, and each moves as it would in one process.
+    With several processes, each draws for the whole batch and takes its own part. So the changes differ between
+    processes, and each image changes as it would in one process.
 
     Args:
         pixels: `[batch, 3, height, width]`, any type; this process's share, of equal size in all.

@@ -1,4 +1,4 @@
-"""Splits and batches: what every reader of data gives."""
+"""Splits and batches, shared by all readers of data."""
 
 from __future__ import annotations
 

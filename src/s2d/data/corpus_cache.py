@@ -1,4 +1,4 @@
-"""A place on the user's disk for a corpus that takes seconds to gather; losing it costs those seconds only."""
+"""A disk cache for a corpus that takes seconds to gather. It can be deleted at any time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEPT = 8  # entries; older ones are removed
 
 
 def cache_folder() -> Path:
-    """Where s2d keeps what it can make again: ``$S2D_CACHE``, else ``s2d`` in the user's cache folder."""
+    """The cache folder of s2d: ``$S2D_CACHE``, else ``s2d`` in the user's cache folder."""
     own = os.environ.get("S2D_CACHE")
     if own:
         return Path(own)
@@ -25,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def key_of(files: Iterable[Path], *settings: object) -> str:
-    """A name for what is made from these files under these settings; any file written since gives another."""
+    """A key for data made from these files with these settings; a changed file gives another key."""
     digest = hashlib.sha256(repr(settings).encode())
     for file in files:
         with contextlib.suppress(OSError):
@@ -35,7 +35,7 @@ def key_of(files: Iterable[Path], *settings: object) -> str:
 
 
 def read(name: str, key: str) -> Any | None:
-    """What was stored, or None when it is not there or cannot be read."""
+    """The stored data, or None when it is not there or cannot be read."""
     try:
         return json.loads(_path(name, key).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -43,7 +43,7 @@ def read(name: str, key: str) -> Any | None:
 
 
 def write(name: str, key: str, content: Any) -> None:
-    """Store JSON data, atomically; a disk that refuses is no error here."""
+    """Store JSON data, atomically; a failed write is no error here."""
     path = _path(name, key)
     with contextlib.suppress(OSError, InputError):
         write_atomic(path, lambda file: file.write(json.dumps(content).encode("utf-8")))

@@ -1,9 +1,9 @@
-"""Pairs of texts from the docstrings of installed packages: what a thing does, in a line, and the rest.
+"""Pairs of texts from the docstrings of installed packages: the summary line and the rest.
 
-Source files are read and parsed, never imported. Which split a pair goes to depends on its module's name alone, so no
-module is in two splits, whatever the sizes asked for; texts that repeat an earlier one are dropped across all splits.
-The same installed packages give the same pairs in the same order; they are kept in the user's cache folder, where any
-change of a source file makes them stale.
+Source files are read and parsed, never imported. The split of a pair depends on its module's name alone, so no module
+is in two splits, whatever the sizes asked for. Texts that repeat an earlier one are dropped across all splits. The same
+installed packages give the same pairs in the same order. The pairs are kept in the user's cache folder; any change of a
+source file makes them stale.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from s2d.errors import InputError, choices
 from s2d.models.quiet import no_garbage_collection
 
 STDLIB = "stdlib"
-# What every installation that can run a text task has, so that results on different machines are comparable.
+# Packages that every installation with text tasks has, so that results on different machines are comparable.
 DEFAULT_PACKAGES = (
     STDLIB,
     "torch",
@@ -60,7 +60,7 @@ _SKIPPED_FOLDERS = frozenset(
 _SHARES: tuple[tuple[Split, float], ...] = (("test", 0.17), ("validation", 0.09), ("train", 1.0))
 _SUMMARY_WORDS = (4, 40)
 _REST_WORDS = (15, 200)
-_MOST_PER_MODULE = 12  # so that no single module makes up much of a split
+_MOST_PER_MODULE = 12  # so that no single module dominates a split
 _SHINGLE, _SHINGLE_WORDS, _MOST_SEEN = 5, 80, 0.5
 
 
@@ -78,8 +78,8 @@ def collect(sizes: Mapping[Split, int], packages: Sequence[str] | None = None) -
 
     Args:
         sizes: Upper limits.
-        packages: Import names of packages, ``"stdlib"`` for the standard library; None for `DEFAULT_PACKAGES`, of which
-            those that are not installed are passed over.
+        packages: Import names of packages, ``"stdlib"`` for the standard library. None for `DEFAULT_PACKAGES`, without
+            those that are not installed.
 
     Raises:
         InputError: A named package is not installed or has no Python source, or a split stays empty.
@@ -110,7 +110,7 @@ def collect(sizes: Mapping[Split, int], packages: Sequence[str] | None = None) -
 def _gather(
     sizes: Mapping[Split, int], modules: Mapping[Split, list[tuple[bytes, str, Path]]]
 ) -> dict[Split, list[Pair]]:
-    """Read the modules of each split, in the order of their marks, until there are enough pairs."""
+    """Read the modules of each split, in the order of their hashes, until there are enough pairs."""
     seen = _Seen()
     pairs: dict[Split, list[Pair]] = {}
     with no_garbage_collection():  # syntax trees hold no cycles
@@ -152,7 +152,7 @@ def pairs_of(path: Path, module: str) -> Iterator[Pair]:
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """Summary and rest of a cleaned docstring, None when either is too short or too long to be of use."""
+    """Summary and rest of a cleaned docstring, None when either is too short or too long."""
     paragraphs = re.split(r"\n\s*\n", docstring.strip())
     if re.match(r"[\w.]+\(.*\)", paragraphs[0], flags=re.DOTALL):  # the signature, as C extensions write it
         del paragraphs[0]
@@ -168,7 +168,7 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
 
 
 class _Seen:
-    """Remembers texts; a document of which most runs of five words were seen before counts as a repetition."""
+    """Stores texts. A document counts as a repetition when most of its runs of five words were seen before."""
 
     def __init__(self) -> None:
         self.queries: set[str] = set()

@@ -1,4 +1,4 @@
-"""MNIST's files: images and labels in the IDX format, of which Fashion-MNIST, KMNIST and EMNIST are made as well.
+"""MNIST's files: images and labels in the IDX format, which Fashion-MNIST, KMNIST and EMNIST use as well.
 
 Format: http://yann.lecun.com/exdb/mnist (the section FILE FORMATS). One array of bytes after a header of big-endian
 numbers: two zeros, the type (8 for bytes), the number of axes, then the length of each axis.
@@ -43,12 +43,12 @@ def idx_in(path: Path) -> dict[Split, tuple[Path, Path]]:
 
 
 def is_images(file: Path) -> bool:
-    """Whether a file is one of images, as far as its name tells."""
+    """Whether a file holds images, judged by its name."""
     return _split_of(file) is not None
 
 
 def read_images(file: Path) -> list[bytes]:
-    """The images, in grey, each as a file of its own (PGM), which is what everything else reads.
+    """The grey images, each encoded as a PGM file, which all other readers accept.
 
     Raises:
         InputError: The file cannot be read, or holds no images in this format.
@@ -59,7 +59,7 @@ def read_images(file: Path) -> list[bytes]:
 
 
 def placed_images(file: Path) -> Iterator[tuple[str, bytes]]:
-    """The images, each with its place for messages."""
+    """The images, each with its location for messages."""
     for number, source in enumerate(read_images(file), 1):
         yield f"{file}, image {number}", source
 

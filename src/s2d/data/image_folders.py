@@ -19,7 +19,7 @@ _LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target", "cate
 def read_labelled_images(
     data: str, image: str | None = None, label: str | None = None
 ) -> tuple[dict[Split, list[ImageRow]], tuple[str, ...]]:
-    """All images of all splits, the name of its class beside each, and the names of the classes in order.
+    """All images of all splits, each with the name of its class, and the names of the classes in order.
 
     Args:
         data: A folder with ``train`` (``validation``, ``test``) folders of one folder a class, or of class folders
@@ -91,7 +91,7 @@ def _classes_in(folder: Path) -> Iterator[ImageRow]:
 
 
 def _named(row: ImageRow, names: tuple[str, ...] | None) -> ImageRow:
-    """The row with its class by name."""
+    """The row with the name of its class."""
     value = row.cells[0]
     if value is None:
         raise InputError(f"{row.place}: the label is empty; remove or repair the row")

@@ -1,4 +1,4 @@
-"""Images that are not yet decoded and what stands beside them, of tables and of the `datasets` library."""
+"""Images that are not yet decoded, with their other columns, from tables and from the `datasets` library."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values", "image_bytes")
 PREFIX = "datasets:"
 
-# What a column is: the name that was given, or None, and the usual names it is looked for under.
+# A column: the name that was given, or None, and the usual names that are tried.
 Column: TypeAlias = tuple[str | None, Sequence[str]]
 Columns: TypeAlias = Mapping[str, Column]
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image, not yet decoded, and what stands beside it.
+    """One image, not yet decoded, and its other columns.
 
     Attributes:
         source: Its file, or its bytes as they were stored.
         cells: Values of the columns asked for, in their order.
-        place: Where it stands, for messages.
+        place: Its location, for messages.
     """
 
     source: Path | bytes
@@ -38,17 +38,17 @@ class ImageRow:
     place: str
 
     def content(self) -> bytes:
-        """What identifies the image wherever it is kept: the stored bytes, or the end of the path."""
+        """An identity of the image that does not depend on its folder: the stored bytes, or the end of the path."""
         return self.source if isinstance(self.source, bytes) else "/".join(self.source.parts[-2:]).encode()
 
 
 @dataclass
 class ImageSplits:
-    """The rows of the splits that are there, and the names that numbers of a column stand for, where they are stated.
+    """The rows of the splits that exist, and the class names behind a column's numbers, where the data state them.
 
     Attributes:
-        rows: Of each split.
-        names: By what the column is.
+        rows: Rows of each split.
+        names: Names by the meaning of the column.
     """
 
     rows: dict[Split, list[ImageRow]]
@@ -58,13 +58,13 @@ class ImageSplits:
 def read_splits(
     data: str, image: str | None, columns: Columns, otherwise: Callable[[Path], dict[Split, list[ImageRow]]]
 ) -> ImageSplits:
-    """The images of all splits that some data has.
+    """The images of all splits of the data.
 
     Args:
         data: A folder with Parquet files named after the splits, one such file, ``datasets:NAME``, or anything that
             `otherwise` reads.
         image: Name of the image column; found by usual names when None.
-        columns: What to read beside the image, by what it is.
+        columns: Columns to read beside the image, by their meaning.
         otherwise: Reads a path without such tables.
 
     Raises:
@@ -113,7 +113,7 @@ def of_table(
         file: The table; images that it names are below its folder.
         image: See `read_splits`.
         columns: Likewise.
-        names: The names of numbers that the table states are put in here.
+        names: Filled with the class names that the table states.
 
     Raises:
         InputError: It cannot be read, a column is missing, or a cell holds no image.
@@ -146,7 +146,7 @@ def load_datasets(data: str) -> Mapping[str, Any]:
 
 
 def all_of_datasets(data: str, image: str | None) -> Iterator[ImageRow]:
-    """The images of a data set of the `datasets` library, of whatever splits it has.
+    """The images of all splits of a data set of the `datasets` library.
 
     Raises:
         InputError: It cannot be loaded, or its image column is not clear.
@@ -188,7 +188,7 @@ def _stated_names(table: Table, column: str) -> tuple[str, ...] | None:
 
 
 def column_of(columns: Sequence[str], given: str | None, usual: Sequence[str], what: str, shown: str) -> str:
-    """The column that was named, or the first of the usual names; InputError for none."""
+    """The named column, or the first of the usual names; InputError for none."""
     if given is not None and given not in columns:
         raise InputError(f"{shown} has no column {given!r}; its columns are {', '.join(columns)}")
     found = given or next((name for name in usual if name in columns), None)
@@ -198,7 +198,7 @@ def column_of(columns: Sequence[str], given: str | None, usual: Sequence[str], w
 
 
 def image_source(cell: Any, place: str) -> bytes | Path:
-    """What a table's cell holds: encoded bytes, or the path of a file."""
+    """The image of a table's cell: encoded bytes, or the path of a file."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, bytes):
@@ -209,7 +209,7 @@ def image_source(cell: Any, place: str) -> bytes | Path:
 
 
 def beside(folder: Path, path: Path, place: str) -> Path:
-    """A file that a table names; a table that came from elsewhere may not name files all over this machine."""
+    """A file that a table names. It must lie below the table's folder, as tables from elsewhere are not trusted."""
     found = (folder / path).resolve()
     if not found.is_relative_to(folder.resolve()):
         raise InputError(f"{place}: the image {str(path)!r} is outside of the table's folder; put it below that")

@@ -1,5 +1,6 @@
-"""Images as byte tensors, decoded by several threads: a split's when it is first used, where that fits in memory, else
-as they are asked for.
+"""Images as byte tensors, decoded by several threads.
+
+A split that fits in memory is decoded when it is first used. Images of a larger split are decoded on request.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from s2d.errors import first_line
 from s2d.models.preprocessing import Preprocessing
 from s2d.optional import require
 
-# What decoded images of one split may take; 350,000 of 32x32, 7,000 of 224x224.
+# Memory for the decoded images of one split: 350,000 images of 32x32, 7,000 of 224x224.
 MEMORY = 1 << 30
 # The largest image that is decoded: 0.3 GB. A small file can claim to be any size.
 MAX_PIXELS = 100_000_000
@@ -35,7 +36,7 @@ class ImageTable:
     """
 
     def __init__(self, sources: Sequence[Path | bytes], preprocessing: Preprocessing) -> None:
-        """Nothing is decoded yet."""
+        """Prepare; nothing is decoded yet."""
         self._sources, self._preprocessing = sources, preprocessing
         self.unreadable: dict[int, str] = {}
         self._decoded: Tensor | None = None
@@ -71,7 +72,7 @@ class ImageTable:
         """Some images, by index `[rows]`.
 
         Returns:
-            Bytes `[kept, 3, height, width]`, and which of the rows they are `[kept]`: unreadable ones are left out.
+            Bytes `[kept, 3, height, width]`, and their rows `[kept]`. Unreadable images are left out.
         """
         if self._decoded is not None:
             kept = rows if not self.unreadable else rows[[int(row) not in self.unreadable for row in rows]]
@@ -107,7 +108,7 @@ class ImageTable:
 
 
 def _regular(path: Path) -> Path:
-    """A pipe or a device in the place of an image would be waited for, or read, without end."""
+    """Refuse a pipe or a device in place of an image: reading it might never end."""
     if path.exists() and not path.is_file():
         raise ValueError("not a regular file")
     return path
@@ -115,5 +116,5 @@ def _regular(path: Path) -> Path:
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
-    """Decoding lets go of Python's lock."""
+    """Threads for decoding, which releases Python's global interpreter lock."""
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="s2d-images")

@@ -47,7 +47,7 @@ def read_images(data: str | os.PathLike[str], image: str | None = None) -> list[
 
 
 def content_of(row: ImageRow) -> bytes:
-    """An image as it is stored; of a file that cannot be opened, its place, so that decoding it says why."""
+    """An image as it is stored. For a file that cannot be opened it is the path; decoding then reports the reason."""
     if isinstance(row.source, bytes):
         return row.source
     try:
@@ -100,7 +100,7 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def _has_images(file: Path) -> bool:
-    """Whether a table has a column of images, as far as its name tells; False of what is no table."""
+    """Whether a table has an image column, judged by column names; False for a file that is no table."""
     if file.suffix.lower() != _TABLE:
         return False
     parquet = require("pyarrow.parquet", "hf")

@@ -1,4 +1,4 @@
-"""Which file of a folder holds which split, and what stands in a text file."""
+"""Find the file of each split in a folder, and read text files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Splits chosen by content, and so independent of the order: taken out of train, the same share of every class; or of
-examples without labels, each by its own hash.
+"""Splits chosen by content, so they do not depend on the order of the examples.
+
+Labelled examples are taken out of train, the same share of every class. Unlabelled examples are split by their hash.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ CARVED: tuple[tuple[Split, float], ...] = (("test", 0.2), ("validation", 0.1))
 
 
 def carve(labels: Sequence[str], contents: Sequence[bytes], share: float) -> tuple[list[int], list[int]]:
-    """Indices of what stays and of what is taken, both in the old order.
+    """Indices of the examples that stay and of those that are taken, both in the old order.
 
-    Equal contents stay together wherever the cut allows; a class of one example gives nothing.
+    Equal contents stay together where possible. No example is taken from a class of one.
     """
     by_class: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
@@ -35,14 +36,14 @@ def carve(labels: Sequence[str], contents: Sequence[bytes], share: float) -> tup
 def split_by_content(
     examples: Iterable[tuple[Example, bytes]], train: int, heldout: int, *, what: str, shown: str
 ) -> dict[Split, list[Example]]:
-    """Each different content once, in the split that its own SHA-256 says: 5 % validation, 5 % test, 90 % train.
+    """Each distinct content once, in the split that its SHA-256 gives: 5 % validation, 5 % test, 90 % train.
 
     Args:
         examples: Each with its content; no more of them are asked for once every split is full.
         train: Most examples in the train split.
         heldout: Most examples in the validation and in the test split.
-        what: An example is called, for messages.
-        shown: Where they are from, likewise.
+        what: Noun for an example, for messages.
+        shown: Source of the examples, for messages.
 
     Raises:
         InputError: A split would hold nothing.

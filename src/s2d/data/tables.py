@@ -25,7 +25,7 @@ class Table:
         columns: Names of the columns; ``"0"``, ``"1"``, ... for a file without a header.
         rows: One list of cells per row, in the order of `columns`.
         first_line: Line (or row) number of the first row, for messages.
-        metadata: Of a Parquet file.
+        metadata: Metadata of a Parquet file.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Table:
         """The cells of a column.
 
         Raises:
-            InputError: There is no such column; those there are are listed.
+            InputError: There is no such column; the existing ones are listed.
         """
         if name not in self.columns:
             raise InputError(f"{self.path} has no column {name!r}; its columns are {', '.join(self.columns)}")
@@ -56,7 +56,7 @@ def read_table(path: Path, named: tuple[str | None, ...] = (), pick: Pick | None
     Args:
         path: A ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet`` file.
         named: Columns that the caller asks for; a first line that holds one of them is a header.
-        pick: Called with the columns that are there, for those that are needed; Parquet files have others left out.
+        pick: Called with the existing columns, returns those needed; other columns of a Parquet file are not read.
 
     Raises:
         InputError: Unknown ending, unreadable or empty file, rows of different lengths.
@@ -74,7 +74,7 @@ def find_columns(table: Table, text: str | None, label: str | None) -> tuple[str
     """Names of the text and the label column: as given, else by usual names, else by number of distinct values.
 
     Raises:
-        InputError: A given column is missing, or it is not clear which is meant; the columns are listed.
+        InputError: A given column is missing, or the choice is not clear; the columns are listed.
     """
     for name in (text, label):
         if name is not None:
@@ -99,7 +99,7 @@ def find_columns(table: Table, text: str | None, label: str | None) -> tuple[str
 
 def _read_delimited(path: Path, named: tuple[str, ...], pick: Pick | None) -> Table:
     tabs = path.suffix.lower() == ".tsv"
-    # Tab-separated corpora hold bare quotation marks; quoting is a matter of CSV.
+    # Tab-separated corpora hold bare quotation marks; only CSV uses quoting.
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"delimiter": ","}
     rows: list[list[str]] = []
     try:
@@ -126,7 +126,7 @@ def _read_delimited(path: Path, named: tuple[str, ...], pick: Pick | None) -> Ta
 
 
 def _is_header(first: list[str], rest: list[list[str]], named: tuple[str, ...]) -> bool:
-    """Whether the first line names the columns: by a known name, else because its label is nobody else's."""
+    """Whether the first line names the columns: it holds a known name, or its label occurs in no other line."""
     usual = {*_TEXT_NAMES, *_LABEL_NAMES, *(name.lower() for name in named)}
     if any(cell.lower() in usual for cell in first):
         return True

@@ -17,7 +17,7 @@ def read_texts(data: Path, column: str | None = None) -> list[str]:
 
     Args:
         data: The file or folder.
-        column: Of tables, the one with the texts; None for the one named text, or the only one.
+        column: The text column of tables; None for the column named text, or the only column.
 
     Raises:
         InputError: Nothing is there, of a known kind, or readable; a table's column is not clear; no text at all.

@@ -20,7 +20,7 @@ class TokenTable:
 
     Attributes:
         ids: `[texts, longest]` token ids, padded on the right.
-        lengths: `[texts]` number of real tokens of each.
+        lengths: `[texts]` number of real tokens of each text.
     """
 
     ids: Tensor
@@ -30,7 +30,7 @@ class TokenTable:
         return self.ids.shape[0]
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask `[rows, longest of them]` of some texts, by index `[rows]`."""
+        """Ids and attention mask `[rows, longest]` of some texts, by index `[rows]`."""
         lengths = self.lengths[rows]
         width = int(lengths.max())
         return self.ids[rows, :width], (torch.arange(width) < lengths.unsqueeze(1)).long()
@@ -71,7 +71,7 @@ def require_tokenizer(loaded: Loaded, task: str) -> Any:
 
 
 def _vocabulary(model: Any) -> int | None:
-    """Rows of the token embedding, None where a model does not tell."""
+    """Rows of the token embedding, None where they are not known."""
     model = getattr(model, "encoder", model)
     model = getattr(model, "text_model", model)
     try:
@@ -81,7 +81,7 @@ def _vocabulary(model: Any) -> int | None:
 
 
 def most_tokens(loaded: Loaded) -> int | None:
-    """How long a text may be for the model's positions and its tokenizer; None where neither says."""
+    """The longest text, in tokens, that the model's positions and its tokenizer allow; None without a limit."""
     config = getattr(getattr(loaded.model, "encoder", loaded.model), "config", None)
     config = getattr(config, "text_config", config)  # of CLIP, SigLIP and LLaVA
     limits = (getattr(config, "max_position_embeddings", None), getattr(loaded.tokenizer, "model_max_length", None))
@@ -89,7 +89,7 @@ def most_tokens(loaded: Loaded) -> int | None:
 
 
 def check_max_length(loaded: Loaded, max_length: int, name: str) -> int:
-    """A length that the model has positions for, or InputError."""
+    """The length, if the model has enough positions; else InputError."""
     if max_length < 1:
         raise InputError(f"{name} must be at least 1, not {max_length}")
     most = most_tokens(loaded)
@@ -101,7 +101,7 @@ def check_max_length(loaded: Loaded, max_length: int, name: str) -> int:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """What tells two tokenizers apart: a digest of the whole definition where there is one, else the object itself."""
+    """A key that identifies a tokenizer: a digest of its definition where there is one, else the object itself."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return f"{type(tokenizer).__name__}-{id(tokenizer)}"

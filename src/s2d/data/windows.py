@@ -15,11 +15,11 @@ def cut_windows(tokens: Tensor, window: int, stride: int, most: int | None) -> t
         tokens: `[tokens]` ids.
         window: Tokens in a window.
         stride: Tokens between starts, at most `window`.
-        most: At most so many windows; None for all.
+        most: Largest number of windows; None for all.
 
     Returns:
-        Ids (padded with 0), mask and labels, each `[windows, window]`. A window's first token is never a label, nor is
-        one that was a label before.
+        Ids (padded with 0), mask and labels, each `[windows, window]`. A window's first token is never a label. Each
+        token is a label at most once.
     """
     starts: list[int] = []
     for start in range(0, len(tokens) - 1, stride):
@@ -28,7 +28,7 @@ def cut_windows(tokens: Tensor, window: int, stride: int, most: int | None) -> t
             break
     ids = torch.zeros(len(starts), window, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    scored = 0  # tokens before this index have had their turn
+    scored = 0  # tokens before this index are scored already
     for row, start in enumerate(starts):
         part = tokens[start : start + window]
         ids[row, : len(part)] = part
@@ -40,7 +40,7 @@ def cut_windows(tokens: Tensor, window: int, stride: int, most: int | None) -> t
 
 
 def with_first(table: tuple[Tensor, Tensor, Tensor], token: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows as `cut_windows` gives them, each with one token more, in front, which is seen and not scored."""
+    """Windows as `cut_windows` gives them, each with one extra first token, which is read and not scored."""
     return tuple(  # pyright: ignore[reportReturnType]
         torch.cat([torch.full_like(part[:, :1], value), part], dim=1)
         for part, value in zip(table, (token, 1, IGNORED), strict=True)

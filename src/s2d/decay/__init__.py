@@ -1,4 +1,4 @@
-"""The decay: shrink the components of a model's weights that make its outliers, while it trains."""
+"""The decay: during training, shrink the components of a model's weights that make its outliers."""
 
 from s2d.decay.settings import PRESETS, DecaySettings
 from s2d.decay.spectral_decay import SelectiveSpectralDecay

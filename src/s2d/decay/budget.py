@@ -1,15 +1,15 @@
-"""A budget: the decay may change the loss by a small share of what the optimizer's own steps change it by.
+"""A budget: the decay may change the loss by a small share of the change that the optimizer's own steps make.
 
-Both are known to first order from the gradients of training, without a pass of their own: shrinking changes the loss by
-<gradient, dW> of what is shrunk, and a step by <gradient of the next batch, step>. The gradient of its own batch would
-not do, as a step follows the noise of that batch. Where the decay would take more than its share its strength falls,
-down to nothing where training hardly moves: small rates, models that are finished.
+Both changes are known to first order from the gradients of training, without an extra pass. Shrinking changes the loss
+by <gradient, dW>, and a step changes it by <gradient of the next batch, step>. The gradient of the step's own batch is
+unsuitable, as the step follows the noise of that batch. Where the decay would exceed its share, its strength falls. It
+falls to zero where training hardly changes the loss: at small learning rates, or when the model has converged.
 
-It is the size of the step's change that counts, not what it gains. At usual rates training goes down a valley from
-side to side: behind each step the loss rises along it, while from step to step it falls (docs/results/vision.md). A
-share of the gain would stop the decay where it costs nothing.
+The size of a step's change counts, not its gain. At usual learning rates training oscillates across a valley: the loss
+rises along each step, although it falls from step to step (docs/results/vision.md). A share of the gain would stop the
+decay where it costs nothing.
 
-Weights are sampled, some thousand entries of each.
+Weights are sampled: some thousand entries of each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from s2d.distributed.sharding import Groups, all_reduce, ranks_in
 
 # Entries of a parameter that are looked at.
 ENTRIES = 2048
-# What a measurement keeps of the ones before.
+# Factor of the running means on the earlier measurements.
 MEMORY = 0.8
 
 
@@ -35,17 +35,17 @@ class Budget:
     """How much of its strength a decay may use.
 
     Attributes:
-        pace: That share, between 0 and 1.
-        change: By how much a step changes the loss, and
-        cost: how the shrinking behind it would at full strength; running means.
+        pace: The share of the strength that is allowed, between 0 and 1.
+        change: Running mean of a step's change of the loss.
+        cost: Running mean of the change by the shrinking after a step, at full strength.
     """
 
     def __init__(self, share: float, optimizers: Sequence[Optimizer], everyone: Groups) -> None:
         """Begin at full strength.
 
         Args:
-            share: Of the change that training makes.
-            optimizers: Whose steps are measured.
+            share: The decay's allowed change of the loss, as a share of the change by training.
+            optimizers: The optimizers whose steps are measured.
             everyone: All ranks that train the model.
         """
         self.share, self.pace = share, 1.0
@@ -65,21 +65,21 @@ class Budget:
         return self._optimizers.index(optimizer) in self._before
 
     def moved(self, optimizer: Optimizer, cost: Tensor | float) -> None:
-        """An optimizer has stepped, and what it trains is about to be shrunk.
+        """Note that an optimizer has stepped and that its weights are about to be shrunk.
 
         Args:
-            optimizer: One of them.
-            cost: How the loss will change by that at full strength, to first order; of this rank's part, see `copies`.
+            optimizer: One of the optimizers.
+            cost: Change of the loss by shrinking at full strength, to first order, from this rank's part; see `copies`.
         """
         number = self._optimizers.index(optimizer)
         self._moves[number] = _sampled(_parameters(optimizer)) - self._before.pop(number)
         self._due = self._due + cost
 
     def judge(self, scale: float = 1.0) -> None:
-        """The next gradients are there: settle the step that was measured, if one was.
+        """Finish the measurement of the last step, if there is one, with the gradients of the next batch.
 
         Args:
-            scale: What the loss was multiplied by, if the gradients still are.
+            scale: Factor on the loss, if the gradients still contain it.
         """
         if not self._moves:
             return
@@ -89,7 +89,7 @@ class Budget:
             found = [gradient_of(parameter) for parameter in parameters]
             gradients = _sampled(p if g is None else g for p, g in zip(parameters, found, strict=True))
             if len(gradients) != len(move):
-                continue  # parameters came or went
+                continue  # parameters were added or removed
             change = change + (gradients * move * self._weights(parameters)).sum() / scale
         told = torch.tensor([float(change), float(self._due)], dtype=torch.float64)
         self._moves = {}
@@ -104,7 +104,7 @@ class Budget:
         self.pace = 1.0 if self.cost <= self.share * self.change else self.share * self.change / self.cost
 
     def _weights(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """What each sampled entry stands for; copies on other ranks share it. Nothing without a gradient."""
+        """The factor of each sampled entry in the sum; copies on other ranks share it. Zero without a gradient."""
         counts = [len(_strided(p)) for p in parameters]
         each = [
             copies(shard_groups(p), self._everyone) * stored_part(p).numel() / max(count, 1) * (p.grad is not None)
@@ -128,7 +128,7 @@ class Budget:
 
 
 def copies(divided: Groups, everyone: Groups) -> float:
-    """The share of one rank in a sum over all ranks: those of other groups hold copies."""
+    """The share of one rank in a sum over all ranks: ranks of other groups hold copies."""
     return ranks_in(divided) / ranks_in(everyone)
 
 
@@ -143,12 +143,12 @@ def _sampled(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """Some `ENTRIES` entries of what lies here, evenly spread over rows and columns."""
+    """About `ENTRIES` entries of this rank's part, evenly spread over rows and columns."""
     local = stored_part(tensor.detach())
     flat = local.to_dense().reshape(-1) if local.is_sparse else local.reshape(-1)
     if len(flat) <= ENTRIES:
         return flat
     step = len(flat) // ENTRIES | 1
-    while math.gcd(step, local.shape[-1]) > 1:  # a stride that divides the rows would see a few columns only
+    while math.gcd(step, local.shape[-1]) > 1:  # a stride with a common divisor would visit only a few columns
         step += 2
     return flat[::step]

@@ -1,12 +1,12 @@
 """The closed forms of spectral decay, on plain tensors.
 
-Source: "Selective Spectral Decay" (S2D), arXiv 2602.14432, for the penalty and its gradient; the decoupled forms follow
-d sigma / dt = -sigma^n exactly, so that no step overshoots, and depend on the subspaces alone, not on their bases.
+Source: "Selective Spectral Decay" (S2D), arXiv 2602.14432, for the penalty and its gradient. The decoupled forms follow
+d sigma / dt = -sigma^n exactly, so that no step overshoots. They depend on the subspaces alone, not on their bases.
 
-A weight may be the part of one that this rank holds; what must be known of the whole is then summed over ranks between
-`measured` and the step, for many weights in one message.
+A weight may be this rank's part of a sharded weight. The quantities of the whole weight are then summed over ranks
+between `measured` and the step, for many weights in one message.
 
-Shapes: O outputs, I inputs, K components, o and i those of the part that is here.
+Shapes: O outputs, I inputs, K components, o and i outputs and inputs of this rank's part.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def retained(sigma: Tensor, amount: float, power: float) -> Tensor:
 
 
 def measured(W: Tensor | Block, components: Components, metric: str) -> Tensor:
-    """What a step must know of the whole weight, as far as this rank's part of it tells.
+    """This rank's contribution to the quantities of the whole weight that a step needs.
 
     Args:
         W: ``[O, I]``.
-        components: Any.
+        components: Components of any kind.
         metric: As in `s2d.decay.DecaySettings`.
 
     Returns:
-        To be summed over `summed_over`. With singular components their present values ``u^T W v`` ``[K]``; with
-        directions ``U^T W`` ``[K, i]`` of the columns that are here; with channels nothing ``[0]``.
+        A tensor to be summed over `summed_over`. For singular components: their present values ``u^T W v`` ``[K]``. For
+        directions: ``U^T W`` ``[K, i]`` of this rank's columns. For channels: an empty tensor ``[0]``.
     """
     block = Block.of(W)
     if components.U is None:
@@ -89,7 +89,7 @@ def shrink_singular(
     """
     assert components.U is not None and components.V is not None
     block, s = Block.of(W), measured(W, components, "weight") if present is None else present
-    U, V, s = components.U[block.rows], components.V[block.columns], s.clamp_min(0)  # turned around by training: left
+    U, V, s = components.U[block.rows], components.V[block.columns], s.clamp_min(0)  # negative s: left as it is
     subtract(block.local, (U * (s - decayed(s, amount, power))) @ V.mT, draw)
 
 
@@ -136,8 +136,8 @@ def shrink_rows(
 ) -> None:
     """Scale the selected rows (or gains) and their biases by s'/s. In place.
 
-    Half precision cannot hold a factor near 1: it is then saved up until it is as large as the spacing of the numbers,
-    and what rounding makes of it is kept account of, so that the product of all factors comes out right.
+    Half precision cannot represent a factor near 1. Such factors accumulate until their effect is as large as the
+    spacing of the numbers. The rounding error is carried over, so that the product of all factors is right.
 
     Args:
         W: ``[O, I]``, or a gain ``[O]``.
@@ -145,8 +145,8 @@ def shrink_rows(
         amount: See `decayed`.
         power: See `decayed`.
         bias: ``[O]`` or None.
-        offset: What is added to a gain before it multiplies; the sum is what shrinks.
-        owed: ``[2, O]`` logarithms of what the rows and biases should still be scaled by, updated; for half precision.
+        offset: Number added to a gain before it multiplies; the sum is shrunk.
+        owed: ``[2, O]`` logarithms of the factors still due to the rows and biases, updated; for half precision.
     """
     kept = retained(components.S, amount, power)
     for number, part in enumerate((W, bias)):
@@ -157,7 +157,7 @@ def shrink_rows(
         added = offset if number == 0 else 0.0
         if owed is None:
             scale = kept[here].to(block.local.dtype)[:, None]
-            # In this form 0 stays exact for a plain gain.
+            # This form keeps 0 exact for a plain gain.
             block.local[rows] = block.local[rows] * scale + added * (scale - 1)
             continue
         assert components.channels is not None
@@ -180,11 +180,11 @@ def slope_rows(
     power: float,
     offset: float = 0.0,
 ) -> Tensor:
-    """How fast the loss rises with the amount of `shrink_rows`, to first order; of this rank's part, a scalar.
+    """The derivative of the loss by the amount of `shrink_rows`; this rank's part, a scalar.
 
     Args:
         W: ``[O, I]``, a gain or a bias ``[O]``.
-        gradient: Of W.
+        gradient: Gradient of W.
         components: With channels.
         power: See `decayed`.
         offset: See `shrink_rows`.
@@ -201,7 +201,7 @@ def subtract(local: Tensor, change: Tensor, draw: torch.Generator | None = None)
     Args:
         local: Any shape, any floating dtype.
         change: The same shape.
-        draw: Round up or down at random, right on average: changes below the spacing of half precision are else lost.
+        draw: Round up or down at random, unbiased. Otherwise changes below the spacing of half precision are lost.
     """
     if draw is None:
         local.sub_(change.to(local.dtype))
@@ -214,7 +214,7 @@ def subtract(local: Tensor, change: Tensor, draw: torch.Generator | None = None)
 
 
 def channels_here(W: Block, components: Components) -> tuple[Tensor | slice, Tensor]:
-    """Which of the selected channels are rows of this rank's part, and which rows of it they are."""
+    """Which selected channels lie in this rank's part, and their row numbers there."""
     assert components.channels is not None
     if len(W.local) == len(W):
         return slice(None), components.channels
@@ -226,9 +226,9 @@ def channels_here(W: Block, components: Components) -> tuple[Tensor | slice, Ten
 def penalty_gradient(
     W: Tensor | Block, components: Components, power: float, metric: str, present: Tensor | None = None
 ) -> Tensor:
-    """The gradient of ``sum sigma^(n+1) / (n + 1)`` at the selected components, ``[O, I]``; of this rank's part.
+    """The gradient of ``sum sigma^(n+1) / (n + 1)`` at the selected components, ``[O, I]``; this rank's part.
 
-    With `present` known (see `measured`), only the place of W counts, so that it may be the gradient's own part.
+    With `present` known (see `measured`), only the position of W counts, not its values; W may then be a gradient.
 
     Weight metric: ``sum s^n u v^T`` with the present ``s = u^T W v`` (a stale one would overshoot). Data metric: with
     sigma^2 = u^T W C W^T u, ``sum s^(n-1) u (C W^T u)^T``.

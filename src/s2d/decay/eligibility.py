@@ -19,17 +19,17 @@ def eligible(
     """Keep the weights that an optimizer trains, with `frozen` the others as well.
 
     Args:
-        model: What the targets are of.
+        model: The model of the targets.
         found: The targets.
         trained: Identities of the parameters that an optimizer holds.
-        coupled: A gradient is added to theirs, so they must have one.
-        frozen: Weights that nobody trains count too.
+        coupled: Coupled mode adds to the gradients, so the weights must have one.
+        frozen: Keep untrained weights as well.
 
     Returns:
         The targets kept; the others by name, with the reason.
 
     Raises:
-        InputError: A weight is divided in a way that has no rows, or nothing is left.
+        InputError: A weight is sharded in a way that has no rows, or nothing is left.
     """
     kept, skipped = sort_out(model, found, trained, coupled=coupled, frozen=frozen)
     if not kept:
@@ -45,7 +45,7 @@ def eligible(
 def sort_out(
     model: nn.Module, found: Iterable[Target], trained: Container[int], *, coupled: bool, frozen: bool
 ) -> tuple[list[Target], dict[str, str]]:
-    """As `eligible`, as things stand now; nothing may be left."""
+    """As `eligible`, at the present state; the result may be empty."""
     owners: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name)
@@ -61,7 +61,7 @@ def sort_out(
 
 
 def no_matrices(model: nn.Module) -> dict[str, str]:
-    """Products' weights that are no targets as they are no single stored matrix, by name, with the reason."""
+    """Weights of products that are not a single stored matrix and so no targets, by name, with the reason."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         name = clean_name(path)

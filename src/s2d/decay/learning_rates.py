@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a weight's learning rate as a share of its peak, the factor on the decay's strength."""
+"""Learning-rate schedules. A weight's learning rate, as a share of its peak, is the factor on the decay's strength."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-# Steps of a schedule that are looked through for its peak, and as many as it may take while it still rises.
+# Steps of a schedule that are searched for its peak, and the limit while it still rises.
 _AHEAD = 10_000
 _RISING = 100_000
 
@@ -31,7 +31,7 @@ class PeakRates:
         self._peak: dict[tuple[int, int], float] = {}
         self._scheduled: dict[int, tuple[float, ...]] = {}
         self._whole: set[int] = set()  # whose schedules were seen from their first step
-        # What an optimizer was built with counts as well: a warm-up by hand begins below it.
+        # The rate that the optimizer was built with counts as well: a manual warm-up begins below it.
         self._built = {key: _rate(group) for key, group in self._groups()}
         self.look()
 
@@ -45,7 +45,7 @@ class PeakRates:
         return identity in self._place
 
     def look(self) -> None:
-        """See anew who trains what; followers are forgotten."""
+        """Look up again which optimizer trains which parameter; followers are forgotten."""
         self._followers = []
         self._place = {
             id(parameter): (self._optimizers[number], index)
@@ -54,16 +54,16 @@ class PeakRates:
         }
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Let parameters that nobody trains have the schedule of the first group."""
+        """Give untrained parameters the schedule of the first group."""
         self._followers = list(parameters)  # held, as another object could get the same id
         self._place.update({id(parameter): (self._optimizers[0], 0) for parameter in self._followers})
 
     def trainer(self, parameter: nn.Parameter) -> Optimizer | None:
-        """The optimizer that holds a parameter; none for one put in the place of the weight trained."""
+        """The optimizer that holds a parameter; None for a replacement of the trained weight."""
         return self._place.get(id(parameter), (None, 0))[0]
 
     def note(self, optimizer: Optimizer) -> None:
-        """Look at an optimizer's rates: those of now, and the peaks of its schedule."""
+        """Read an optimizer's present learning rates and the peaks of its schedule."""
         number = self._optimizers.index(optimizer)
         starts = tuple(float(group["initial_lr"]) for group in optimizer.param_groups if "initial_lr" in group)
         begun = len(starts) == len(optimizer.param_groups) and self._scheduled.get(number) != starts
@@ -81,7 +81,7 @@ class PeakRates:
             self._peak[key] = max(self._peak.get(key, 0.0), named, _rate(group))
 
     def share(self, parameter: nn.Parameter) -> float:
-        """The parameter's learning rate as a share of its peak, between 0 and 1; `note` comes before."""
+        """The parameter's learning rate as a share of its peak, between 0 and 1. Call `note` first."""
         optimizer, index = self._place[id(parameter)]
         peak = self._peak[self._optimizers.index(optimizer), index]
         return _rate(optimizer.param_groups[index]) / peak if peak > 0 else 0.0
@@ -91,27 +91,27 @@ class PeakRates:
         return [[*key, value] for key, value in self._peak.items()]
 
     def load_state(self, state: Sequence[Sequence[Any]]) -> None:
-        """Take over what `state` gave."""
+        """Restore the peaks from `state`."""
         self._peak = {(a, b): value for a, b, value in state}
 
 
 def _rate(group: dict[str, Any]) -> float:
-    """The rate of a group; schedule-free optimizers keep that of their own warm-up beside the one set."""
+    """The learning rate of a group; schedule-free optimizers store the rate of their own warm-up separately."""
     return min(float(group["lr"]), float(group.get("scheduled_lr", group["lr"])))
 
 
 def _peaks_ahead(optimizer: Optimizer) -> tuple[list[float], bool]:
-    """The largest rate that an optimizer's schedule will reach in each group; nothing where that cannot be told.
+    """The largest rate that an optimizer's schedule will reach in each group; empty where that is not known.
 
-    The schedule is copied and run on an optimizer without weights. One that rises for as long as it is watched has no
-    peak of its own.
+    The schedule is copied and run on an optimizer without weights. A schedule that still rises at the end of the search
+    has no peak.
 
     Returns:
-        The rates, and whether they are those of the whole schedule: one of factors of the step is run from its first,
-        so that a rate that it never reaches (Noam is given 1) plays no part.
+        The rates, and whether they cover the whole schedule. A schedule of factors is run from its first step, so that
+        a rate that it never reaches (Noam is given 1) is ignored.
     """
     found = [each for each in _schedulers(optimizer) if type(each).__name__ != "ReduceLROnPlateau"]
-    if len(found) != 1:  # several that are stepped one by one: in which order is not known
+    if len(found) != 1:  # several schedulers are stepped in an unknown order
         return [], False
     empty = torch.optim.SGD([_without_weights(group) for group in optimizer.param_groups], lr=0.0)
     try:
@@ -130,9 +130,9 @@ def _peaks_ahead(optimizer: Optimizer) -> tuple[list[float], bool]:
                 if any(rate > peak * (1 + 1e-6) for rate, peak in zip(rates, peaks, strict=True)):
                     at = step
                 peaks = [max(pair) for pair in zip(rates, peaks, strict=True)]
-    except Exception:  # a schedule of somebody else's may end, or need more than a step
+    except Exception:  # a third-party schedule may end, or need more than a step
         return [], False
-    # One whose first rate is its largest may hang on a clock, or have been cut: what the optimizer was given counts.
+    # A schedule whose first rate is its largest may depend on a clock or be truncated: the optimizer's own rate counts.
     return ([], False) if at > 0.9 * step else (peaks, whole and at > 0)
 
 
@@ -143,7 +143,7 @@ def _without_weights(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _on(optimizer: Optimizer, scheduler: Any) -> Any:
-    """A scheduler's copy for another optimizer; not a deep one, as a schedule may be the method of a whole trainer."""
+    """A copy of a scheduler for another optimizer. The copy is shallow, as a schedule may be a method of a trainer."""
     new = object.__new__(type(scheduler))
     new.__dict__.update(scheduler.__dict__)
     new.optimizer = optimizer
@@ -156,7 +156,7 @@ def _on(optimizer: Optimizer, scheduler: Any) -> Any:
 
 
 def _schedulers(optimizer: Optimizer) -> list[Any]:
-    """The schedulers that step an optimizer's rates, without those that others step for them."""
+    """The schedulers that set an optimizer's rates, without those that another scheduler steps."""
     holders = [each for each in gc.get_referrers(optimizer) if isinstance(each, dict)]
     objects = [o for o in gc.get_referrers(*holders) if isinstance(o, LRScheduler)] if holders else []
     objects += [o for o in gc.get_referrers(optimizer) if isinstance(o, LRScheduler)]

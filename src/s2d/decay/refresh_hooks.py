@@ -1,7 +1,7 @@
-"""Seeing the calls of modules without leaving anything in them, and keeping compiled code off meanwhile.
+"""Global hooks on module calls, which leave nothing in the modules. Compiled code is switched off meanwhile.
 
-Hooks that sit in a module are copied, pickled and averaged with it. Those that see every module of the process are not:
-each looks up whether the module called is one to watch, and a copy of that module is another one.
+Hooks stored in a module are copied, pickled and averaged with it. Global hooks, which see every module of the process,
+are not. Each looks up whether the called module is watched; a copy of a watched module is not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ After: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], N
 
 
 class Watch:
-    """Sees the calls of some modules until it is closed. Tracers do not see it."""
+    """Observes the calls of some modules until it is closed. Tracers do not see it."""
 
     _numbers = itertools.count()
 
@@ -36,19 +36,19 @@ class Watch:
         """Begin.
 
         Args:
-            before: Modules whose arguments are shown to `enter` before they run.
-            enter: Given module, positional and named arguments.
-            after: What to do when a module has run; given its output as well. Wrappers that take gathered weights away
-                after a forward (FSDP2) have not done so yet.
-            leave: Given each module of `before` when it has run.
-            late: Those of `after` whose own hooks come first, as they finish the output (tensor parallelism). These get
-                a hook of their own.
+            before: Modules whose arguments are passed to `enter` before they run.
+            enter: Called with module, positional and named arguments.
+            after: Called when a module has run, with its output as well. FSDP2 has not yet freed the gathered weights
+                at that time.
+            leave: Called with each module of `before` when it has run.
+            late: Modules of `after` whose own hooks must run first, as they finish the output (tensor parallelism).
+                Each of these gets a hook of its own.
         """
-        # They fire once more for the wrapper of a compiled module, which is none of those watched.
+        # The hooks also fire for the wrapper of a compiled module, which is not watched.
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
         self._before, self._enter, self._after, self._leave = set(before), enter, dict(after), leave
-        # torch shows named arguments only to hooks that the module itself lists. A number of torch's could be that of
-        # another hook once a copy of the module is loaded elsewhere; this one is nobody's.
+        # torch passes named arguments only to hooks that the module itself lists. torch's hook numbers could collide
+        # once a copy of the module is loaded elsewhere; this key cannot.
         self._key: Any = f"s2d-{next(self._numbers)}"
         for module in self._before:
             module._forward_pre_hooks_with_kwargs[self._key] = True
@@ -75,7 +75,7 @@ class Watch:
             self._leave(module)
 
     def close(self) -> None:
-        """See nothing any more."""
+        """Remove all hooks."""
         of_all_modules._global_forward_pre_hooks.pop(self._key, None)
         for handle in self._leaving_handles:
             handle.remove()
@@ -85,7 +85,7 @@ class Watch:
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Tensors without values of their own: under ``torch.func``, in inference mode, faked or traced."""
+    """Whether tensors have no ordinary values: under ``torch.func``, in inference mode, fake or traced."""
     return (
         torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or torch.is_inference_mode_enabled()
@@ -100,23 +100,23 @@ def is_recomputed() -> bool:
 
 
 class Eager:
-    """While any of these is on, compiled code is not used: it would not run hooks that were added later.
+    """While any instance is active, compiled code is not used: it would not run hooks that were added later.
 
-    They may end in another order than they began, which torch's own stance does not allow for.
+    Instances may end in another order than they began, which torch's own stance does not allow.
     """
 
     _active = 0
     _stance: Any = None
 
     def __init__(self) -> None:
-        """Begin; what was set before comes back when the last one ends."""
+        """Begin; the earlier setting is restored when the last instance ends."""
         self._on = True
         if Eager._active == 0:
             Eager._stance = torch.compiler.set_stance("force_eager")
         Eager._active += 1
 
     def close(self) -> None:
-        """End; once is enough."""
+        """End; further calls have no effect."""
         if not self._on:
             return
         self._on = False

@@ -18,17 +18,17 @@ class DecaySettings:
     """The settings of a decay. `PRESETS` holds the named ones.
 
     Attributes:
-        metric: Component of what: see `s2d.decay.selection`.
+        metric: Definition of a component; see `s2d.decay.selection`.
         mode: ``"decoupled"`` or ``"coupled"``.
         power: n of the penalty; 1 is exponential decay, the same for every size of component.
-        strength: lambda. Decoupled: per step, times the schedule. Coupled: of the loss.
-        budget: The decay may change the loss by this share of what the optimizer's steps change it by; more, and its
+        strength: lambda. Decoupled: per step, times the schedule. Coupled: factor on the penalty in the loss.
+        budget: The decay may change the loss by this share of the change by the optimizer's steps. Above it, the
             strength falls (site metric; see `s2d.decay.budget`). 0: no limit.
         threshold: tau, the share of the outliers that selects a component (weight and data metric).
-        max_rank: K_max, components per weight at most (weight and data metric).
+        max_rank: K_max, most components per weight (weight and data metric).
         refresh_every: m, optimizer steps between two refreshes, which measure the activations.
-        outlier_ratio: Largest activation over RMS above which a site or an output is treated. None: of sites what
-            their own channels tell (`s2d.decay.selection.limits`), of outputs 8.
+        outlier_ratio: Largest activation over RMS above which a site or an output is treated. None: for sites a limit
+            from their own channels (`s2d.decay.selection.limits`), for outputs 8.
         track: Follow a component until its outlier is gone.
         kinds: Kinds of weight considered.
     """

@@ -1,4 +1,4 @@
-"""Selective spectral decay: shrink the components of a model's weights that make its outliers, while it trains.
+"""Selective spectral decay: during training, shrink the components of a model's weights that make its outliers.
 
     decay = SelectiveSpectralDecay(model, optimizer)      # any loop; nothing else changes
 
@@ -12,9 +12,9 @@ and refreshes components and selection every m steps: ``preset="paper"``.
 What differs, and why (docs/results/minilm.md has the measurements):
 
 - ``mode="decoupled"`` shrinks the weight itself after the optimizer's step, by the closed form of d sigma / dt =
-  -lambda sigma^n, scaled by the learning-rate schedule (AdamW treats weight decay so). Under Adam an entry moves by at
-  most the learning rate a step, whatever the penalty's gradient; outlier directions that sit on a few entries then
-  outlive the training.
+  -lambda sigma^n, scaled by the learning-rate schedule (as AdamW does for weight decay). Under Adam an entry moves by
+  at most the learning rate a step, whatever the penalty's gradient. Outlier directions that sit on a few entries then
+  survive the training.
 - ``metric="data"`` and ``metric="site"`` ask which components the *data* excite; see `s2d.decay.selection`.
 - A component is followed until its outlier is gone, not until its rank changes.
 """
@@ -86,12 +86,12 @@ _HISTORY_LENGTH = 100_000
 class SelectiveSpectralDecay:
     """Hooks into an optimizer's step and shrinks the components that make outliers.
 
-    Between refreshes it costs a few row scalings or skinny products a step; on refresh steps forward hooks look at the
+    Between refreshes it costs a few row scalings or skinny products a step. On refresh steps forward hooks read the
     activations of that step's own batch. The model is never wrapped and its state dict keeps its keys.
 
     Attributes:
         settings: The resolved `DecaySettings`.
-        targets: What is looked at.
+        targets: The observed weights.
         skipped: Weights left out, by name, with the reason.
         history: One record per refresh and weight: ``step, weight, sigma, pcdr, outlier_max, outlier_ratio, selected``
             (how many components), with a budget ``pace`` (see `pace`). The newest 100,000 are kept.
@@ -129,11 +129,11 @@ class SelectiveSpectralDecay:
             preset: ``"paper"`` for the paper's recipe, ``"default"`` (also None) for ours.
             metric, mode, ..., kinds: Override the preset one by one; see `DecaySettings`.
             include: Which weights; see `s2d.targets.find_targets`.
-            exclude: Which not.
-            frozen: Shrink weights that are not trained as well, for training with LoRA: components are those of the
-                merged weight, and what is shrunk is taken out of the frozen one. Adapters saved alone then belong to
-                another base; save the merged model.
-            seed: Of the random starts of the spectral iterations.
+            exclude: Which weights are left out.
+            frozen: Also shrink weights that are not trained, for training with LoRA. Components are those of the merged
+                weight; the change is applied to the frozen weight. Adapters saved alone no longer fit the original
+                base; save the merged model.
+            seed: Seed of the random starts of the spectral iterations.
 
         Raises:
             InputError: An impossible setting, a pattern that matches nothing, or nothing left to condition.
@@ -264,7 +264,7 @@ class SelectiveSpectralDecay:
                 yield target, components
 
     def _shrink(self, optimizer: Optimizer) -> None:
-        """Decoupled: the closed form on the selected components, nothing else."""
+        """Decoupled mode: apply the closed form to the selected components."""
         strength = self.settings.strength
         if strength == 0:
             return
@@ -298,16 +298,16 @@ class SelectiveSpectralDecay:
         along: Tensor | None,
         along_bias: Tensor | None,
     ) -> None:
-        """Shrink the selected components of one weight, in place; the control of an experiment does something else.
+        """Shrink the selected components of one weight, in place. The control experiment overrides this method.
 
         Args:
-            target: Whose weight it is.
+            target: The target of the weight.
             W: ``[O, I]``; a gain is one column.
-            components: What was selected.
+            components: The selected components.
             amount: The strength times the schedule.
-            bias: Of the target's rows, where it is trained.
-            along: Of a sharded weight, what must be known of the whole.
-            along_bias: The same of its bias.
+            bias: Bias of the target's rows, where it is trained.
+            along: For a sharded weight, the summed `measured` of the whole weight.
+            along_bias: The same for its bias.
         """
         power = self.settings.power
         half = torch.finfo(W.local.dtype).bits < 32
@@ -321,25 +321,25 @@ class SelectiveSpectralDecay:
             shrink_directions(W, components, amount, power, bias, along, along_bias, draw)
 
     def _owed_by(self, target: Target, W: Block) -> Tensor:
-        """What half precision could not yet take of the shrinking of every row, and of its bias: see `shrink_rows`."""
+        """The shrinking of every row and bias that half precision could not yet represent: see `shrink_rows`."""
         if target.name not in self._owed:
             self._owed[target.name] = torch.zeros(2, len(W), device=W.local.device)
         owed = self._owed[target.name] = self._owed[target.name].to(W.local.device)
         return owed
 
     def _draw(self, target: Target, device: torch.device) -> torch.Generator:
-        """For rounding at random: the same on all ranks and after a resume, and none of the training's own numbers."""
+        """A generator for random rounding: equal on all ranks and after a resume, separate from the training's own."""
         number = next(n for n, each in enumerate(self.targets) if each.name == target.name)
         seed = hash((self._seed, self.step_count, number)) & (2**63 - 1)  # of integers, the same in every process
         return torch.Generator(device).manual_seed(seed)
 
     def _present(self, members: list[tuple[Target, Components]]) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """What must be known of the whole of each sharded weight, and of its bias, before its step."""
+        """The summed `measured` of each sharded weight, and of its bias, which its step needs."""
         divided = [(t, c) for t, c in members if is_dtensor(t.parameter) and c.U is not None]
         weights = self._measured([(_oriented(t), c) for t, c in divided])
         biases = {t.name: (bias, c) for t, c in divided if (bias := self._own_bias(t)) is not None}
         if self.settings.metric == "weight":
-            biases = {}  # it leaves them alone
+            biases = {}  # the weight metric does not change biases
         along = dict(zip(biases, self._measured(list(biases.values())), strict=True))
         return {t.name: (weight, along.get(t.name)) for (t, _), weight in zip(divided, weights, strict=True)}
 
@@ -359,7 +359,7 @@ class SelectiveSpectralDecay:
         return whole if target.rows is None else whole.take(target.rows)
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
-        """Coupled: the gradient of the penalty joins the gradient of the loss."""
+        """Coupled mode: add the gradient of the penalty to the gradient of the loss."""
         factor = self.settings.strength * _loss_scale(optimizer)
         if factor == 0:
             return
@@ -381,13 +381,13 @@ class SelectiveSpectralDecay:
     # -- refresh -------------------------------------------------------------------------------------------------------
 
     def _take_note_of_targets(self) -> None:
-        """Who trains the targets, and which parameters they are between steps (FSDP2 puts others in their place)."""
+        """Look up which optimizer trains the targets, and their parameters between steps (FSDP2 replaces them)."""
         self._frozen = {t.name: t for t in self.targets if id(t.parameter) not in self._rates}
         self._rates.follow(target.parameter for target in self._frozen.values())  # the schedule of what is trained
         self._between_steps = {target.name: target.parameter for target in self.targets}
 
     def _look_for_changes(self) -> None:
-        """Weights may have been frozen, unfrozen, replaced, tied, or given to an optimizer since the last look."""
+        """Update the targets: since the last refresh weights may have been frozen, replaced, tied, or newly trained."""
         self._rates.look()
         self._sort_out()
 
@@ -402,7 +402,7 @@ class SelectiveSpectralDecay:
         self._take_note_of_targets()
 
     def _arm(self) -> None:
-        """Begin to look: at every forward pass until the next step."""
+        """Begin a refresh: observe every forward pass until the next step."""
         self._disarm()
         self._look_for_changes()
         self._metric.begin()
@@ -434,7 +434,7 @@ class SelectiveSpectralDecay:
                 return  # an evaluation between two steps
             if is_transformed(made) or (is_recomputed() and targets[0].name in self._seen_now):
                 return
-            # Looking is not part of the model: a function mode that is on (quantized attention) must not see it.
+            # The refresh is not part of the model: an active function mode (quantized attention) must not see it.
             with torch._C.DisableTorchFunction(), self._exact_arithmetic():
                 for target in targets:
                     self._ran.add(target.name)
@@ -451,7 +451,7 @@ class SelectiveSpectralDecay:
         return hook
 
     def _refresh(self) -> None:
-        """Turn what the hooks saw into the new selection."""
+        """Compute the new selection from the observations."""
         require_same(self._seen_now, self._everyone, self._device)
         if not self._eager and (not self._seen_now or is_compiled(self._model)):
             self._eager = True  # perhaps the model was compiled after this decay was made: look again, eagerly
@@ -477,7 +477,7 @@ class SelectiveSpectralDecay:
             )
 
     def _measure_slopes(self) -> None:
-        """How fast the loss rises as each target is shrunk. Of frozen weights (LoRA) that is not known."""
+        """The derivative of the loss by the shrinking of each target. It is not known for frozen weights (LoRA)."""
         self._slopes = {}
         for optimizer in self.optimizers:
             for target, components in self._selected_of(optimizer):
@@ -491,17 +491,17 @@ class SelectiveSpectralDecay:
                 if own is not None and bias_gradient is not None:
                     whole = Block.of(bias_gradient)
                     part = whole if target.rows is None else whole.take(target.rows)
-                    # Of a weight divided along its columns every rank holds the whole bias.
+                    # Where a weight is divided along its columns, every rank holds the whole bias.
                     slope = slope + slope_rows(own, part, components, power) / ranks_in(W.column_groups)
                 self._slopes[target.name] = slope * share
 
     def _unknown_anywhere(self) -> bool:
-        """Whether something ran that was not traced, on any rank: all trace again together."""
+        """Whether something ran on any rank that was not traced. All ranks then trace again together."""
         missing = torch.tensor([float(self._structure.incomplete)], device=self._device)
         return bool(all_reduce(missing, self._everyone, "max"))
 
     def _take_offsets(self) -> None:
-        """Norms multiply by their weight, or by a sum with it, as the graph has shown."""
+        """Set the offsets of norms from the graph: a norm multiplies by its weight, or by a sum with it."""
         self._metric.searched = self._structure.traced
         if self._structure.traced:
             offsets = self._structure.offsets()
@@ -509,7 +509,7 @@ class SelectiveSpectralDecay:
             self._look_for_changes()
 
     def _note_what_ran(self) -> None:
-        written = set(self._structure.writers.values())  # some are used without a call of their module
+        written = set(self._structure.writers.values())  # some weights are used without a call of their module
         for target in self.targets:
             if target.name not in self._ran and target.name not in written:
                 self.skipped[target.name] = _NOT_RUN
@@ -530,7 +530,7 @@ class SelectiveSpectralDecay:
         }
 
     def _agree(self) -> None:
-        """Every rank shrinks the same, as copies of a model must stay equal; where they differ in a bit, rank 0's."""
+        """Make every rank shrink by the same values, those of rank 0, as copies of a model must stay equal."""
         if ranks_in(self._everyone) == 1:
             return
         selected, device = self._metric.selected, self._device
@@ -554,7 +554,7 @@ class SelectiveSpectralDecay:
 
     @property
     def selected(self) -> dict[str, int]:
-        """How many components of which weight are being shrunk now."""
+        """The number of components that are being shrunk now, by weight."""
         return {name: len(components) for name, components in self._metric.selected.items() if len(components)}
 
     @property
@@ -564,7 +564,7 @@ class SelectiveSpectralDecay:
 
     @property
     def fallbacks(self) -> int:
-        """Warm iterations that did not converge and were answered by a full SVD, since the start."""
+        """Number of warm iterations since the start that did not converge and fell back to a full SVD."""
         return getattr(self._metric, "fallbacks", 0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -599,7 +599,7 @@ class SelectiveSpectralDecay:
             )
         mine = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         other = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
-        other.setdefault("budget", 0.0)  # of before there was one
+        other.setdefault("budget", 0.0)  # states of older versions have no budget
         changed = [name for name in mine if mine[name] != other.get(name)]
         if changed:
             text = ", ".join(f"{name}: {other.get(name)!r} saved, {mine[name]!r} here" for name in changed)
@@ -636,7 +636,7 @@ class SelectiveSpectralDecay:
             self._arm()
 
     def forget(self) -> None:
-        """Call it instead of the optimizer's step when that is skipped: what its passes showed plays no part later."""
+        """Call this when the optimizer's step is skipped: the observations of its passes are discarded."""
         if self._handles:
             self._arm()
 
@@ -668,7 +668,7 @@ def _oriented(target: Target, tensor: Tensor | None = None) -> Block:
 
 
 def _mark(components: Components | None, device: torch.device) -> Tensor:
-    """A number that tells two selections apart: sums of the same bits are the same."""
+    """A checksum of a selection: equal bits give equal sums."""
     tensors = [] if components is None else [t for t in vars(components).values() if t is not None]
     parts = [t.float().sum().to(device) * (number + 1) for number, t in enumerate(tensors)]
     return torch.stack(parts).sum() if parts else torch.zeros((), device=device)
@@ -680,18 +680,18 @@ def _held(target: Target) -> list[Tensor]:
 
 
 def _stored(target: Target) -> list[Tensor]:
-    """A copy of what the decay changes of a frozen weight; checkpoints of adapters do not hold it."""
+    """A copy of a frozen weight that the decay changes; checkpoints of adapters do not hold it."""
     return [each.cpu().clone() for each in _held(target)]
 
 
 def _innermost(optimizer: Any) -> Any:
-    """The optimizer that really steps; accelerate and Lightning put theirs around it."""
+    """The optimizer inside the wrappers of accelerate and Lightning."""
     inner = getattr(optimizer, "optimizer", None)
     return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def _loss_scale(optimizer: Optimizer) -> float:
-    """What the gradients are still multiplied by: a fused optimizer under GradScaler unscales by itself, later."""
+    """The factor that the gradients still contain: a fused optimizer under GradScaler unscales them itself, later."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
 

@@ -1,4 +1,4 @@
-"""A step inside a step: an optimizer that calls its base class's ``step`` runs torch's hooks in both."""
+"""Nested steps: an optimizer that calls its base class's ``step`` runs torch's hooks in both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 class _Running:
-    """Lives as long as the step whose arguments hold it, or longer, where the traceback of a failed one is kept."""
+    """Lives as long as the step whose arguments hold it, or longer, if the traceback of a failed step is kept."""
 
     frame: int
 
@@ -24,15 +24,15 @@ class Arguments(tuple[Any, ...]):
 
 
 class OutermostSteps:
-    """Tells the step that a loop calls from those that it calls itself."""
+    """Distinguishes the step that the training loop calls from the steps inside it."""
 
     def __init__(self) -> None:
-        """No step runs."""
+        """Begin; no step runs."""
         self._running: dict[int, Callable[[], _Running | None]] = {}
         self._within: dict[int, int] = {}
 
     def enter(self, optimizer: Optimizer) -> bool:
-        """A step begins; whether it is the outermost, whose arguments are then to be passed on by `hold`."""
+        """Note that a step begins; return whether it is the outermost. Its arguments must then pass through `hold`."""
         running = self._running.get(id(optimizer), lambda: None)()
         if running is None or running.frame not in map(id, _stack()):
             return True
@@ -48,7 +48,7 @@ class OutermostSteps:
         return held
 
     def leave(self, optimizer: Optimizer) -> bool:
-        """A step ended; whether it was the outermost."""
+        """Note that a step ended; return whether it was the outermost."""
         within = self._within.get(id(optimizer), 0)
         self._within[id(optimizer)] = max(within - 1, 0)
         return within == 0

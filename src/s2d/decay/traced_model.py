@@ -1,7 +1,7 @@
-"""What the decay knows of its model: traced at the first refresh, and again when what runs is not what was traced.
+"""The decay's graph of its model. It is traced at the first refresh, and again when the forward pass no longer fits it.
 
 A trace is an extra forward of two rows in evaluation, before the training's own forward and on its own inputs; it
-leaves weights, buffers, modes and random numbers as they were. It happens once a structure, not once a refresh.
+leaves weights, buffers, modes and random numbers as they were. It happens once per structure, not once per refresh.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from s2d.models.tracing import inputs_by_key, trace_call, unwrapped
 from s2d.targets.padding import MASKS, given_mask, real_of
 from s2d.targets.weights import Target, clean_name
 
-# A branch that is new in a forward, but calls the same weights in the same order, shows in a new trace only.
+# A new branch that calls the same weights in the same order shows only in a new trace.
 _TRACE_AGAIN = 50
 
-# What may stand between two modules that a training loop calls one by one, by its name in autograd: each channel of
-# what it makes is one of what it reads. A product with one factor that learns is a dropout's.
+# Autograd names of the operations that may stand between two modules that a training loop calls one by one. Each output
+# channel is one input channel. A product of which only one factor has a gradient is a dropout.
 _CHANNEL_BY_CHANNEL = (
     "GeluBackward",
     "ReluBackward",
@@ -50,7 +50,7 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[Target]) -> None:
-        """Know nothing yet; `targets` may change later."""
+        """Begin without a trace; `targets` may change later."""
         self._model, self._targets = unwrapped(model), targets
         self._known: dict[nn.Module, Sites] = {}
         self._paths: dict[nn.Module, str] = {}
@@ -70,10 +70,10 @@ class Structure:
         self.traced = self.tracing = False
 
     def look_again(self) -> list[nn.Module]:
-        """A refresh begins. What was known is forgotten if the model is no longer built as it was.
+        """Begin a refresh. The trace is discarded if the structure of the model has changed.
 
         Returns:
-            The modules whose calls to show to `enter` and `leave`.
+            The modules whose calls must be passed to `enter` and `leave`.
         """
         modules = {module: clean_name(path) for path, module in self._model.named_modules()}
         numbers: dict[int, int] = {}
@@ -91,18 +91,18 @@ class Structure:
 
     @property
     def incomplete(self) -> bool:
-        """Something ran that the trace did not show, and that no further trace was asked for yet."""
+        """Whether something ran that the trace did not show, and no further trace was requested for it yet."""
         return bool(self._unknown)
 
     def complete(self) -> None:
-        """Trace the forwards of the next look as they train, whole, for what was missing."""
+        """At the next refresh, trace the whole forwards in training mode, to find what was missing."""
         self._asked |= self._unknown
         self._wanted = set(self._unknown)
 
     # -- the running forward -------------------------------------------------------------------------------------------
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A module is about to run."""
+        """Note that a module is about to run."""
         if self.tracing:
             return
         if self._outermost is None or module is self._outermost:
@@ -117,7 +117,7 @@ class Structure:
             self._named = None  # of an earlier call
 
     def leave(self, module: nn.Module) -> None:
-        """A module has run."""
+        """Note that a module has run."""
         if module is self._outermost and not self.tracing:
             self._outermost = None
 
@@ -166,12 +166,12 @@ class Structure:
         self._known[module], self.traced = known, True
 
     def call(self, target: Target, given: Tensor, made: Tensor) -> Uses:
-        """What is known of the call of a target's module that has just ended; each is asked for once.
+        """The graph's information about a call that has just ended. It must be requested once for each call.
 
         Args:
-            target: Its module ran.
-            given: What the module read.
-            made: What it returned.
+            target: The target whose module ran.
+            given: Input of the module.
+            made: Output of the module.
         """
         if made.grad_fn is not None and target.rows is None and not isinstance(target.module, nn.MultiheadAttention):
             self._outputs[made.grad_fn] = target.name, made.shape[-1]
@@ -179,7 +179,7 @@ class Structure:
         self._called[target.name] += 1
         sites = self._known.get(self._outermost) if self._outermost is not None else None
         own = sites.uses.get(target.name) if sites is not None else None
-        # A head that is called from outside, for some of the tokens, reads what it reads in the model.
+        # A head that is called from outside, for some of the tokens, reads the same site as in the model.
         calls = own or next((s.uses[target.name] for s in self._known.values() if target.name in s.uses), None)
         if not calls:
             if sites is not None and target.name not in self._asked:
@@ -194,7 +194,7 @@ class Structure:
         return uses
 
     def _made_outside(self, given: Tensor) -> Site | None:
-        """Who wrote what a module reads that the training loop calls by itself (Lightning's `training_step`)."""
+        """The writer of the input of a module that the training loop calls directly (Lightning's `training_step`)."""
         node = given.grad_fn
         while node is not None and node not in self._outputs:
             before = [each for each, _ in node.next_functions if each is not None]
@@ -203,7 +203,7 @@ class Structure:
         return Site(name) if width == given.shape[-1] else None
 
     def forget_outputs(self) -> None:
-        """The look has ended: hold nothing of anybody's graph of gradients."""
+        """End the refresh: release all references to autograd graphs."""
         self._outputs.clear()
 
     def mask(self, uses: Uses, here: Tensor) -> Tensor | None:
@@ -220,12 +220,12 @@ class Structure:
 
     @property
     def writers(self) -> dict[str, str]:
-        """The writer of what each weight reads, where it is the first to read it; of several the last."""
+        """The writer of each weight's input, where the weight is its first reader; the last writer of several."""
         found = [pair for sites in self._known.values() for pair in sites.uses.items()]
         return {name: uses.read.writer for name, calls in found for uses in calls if uses.read is not None}
 
     def offsets(self) -> dict[str, float]:
-        """What norms add to their gains, as far as they have run."""
+        """The numbers that norms add to their gains, for norms that have run."""
         return {name: value for sites in self._known.values() for name, value in sites.offsets.items()}
 
 
@@ -236,7 +236,7 @@ def _parameters(model: nn.Module) -> list[Tensor]:
 def _by_name(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """The arguments of a call by their names, as far as they have one, and the others."""
+    """The arguments of a call by name, and those without a name."""
     parameters = list(inspect.signature(module.forward).parameters.values())
     named: dict[str, Any] = dict(kwargs)
     for number, value in enumerate(args):

@@ -1,4 +1,4 @@
-"""Sites: where quantizers sit, and which weight writes the channels of each, read off a model's graph.
+"""Sites: the places of quantizers, and the weight that writes the channels of each, found in a model's graph.
 
 A site is the input of a linear layer, or an operand of attention's products. Its outlier channels are shrunk in the
 weight that writes them: a norm's gain, the values of an attention, the linear factor of a gate, fc1 before GELU. A sum
@@ -27,11 +27,11 @@ _WRITES = ("product", "gain", "embedding", "convolution")
 
 @dataclass(frozen=True)
 class Site:
-    """What one weight writes.
+    """The channels that one weight writes.
 
     Attributes:
         writer: Name of the target.
-        rows: Which of its rows (or gains) makes each channel; None: one for one. Grouped-query attention repeats rows.
+        rows: The row (or gain) that makes each channel; None: one to one. Grouped-query attention repeats rows.
     """
 
     writer: str
@@ -40,7 +40,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Placed:
-    """A mask of the tokens that a call sees: which input of the model it is, and whether rows come after tokens."""
+    """A mask of a call's tokens: the model input that holds it, and whether the batch dimension follows the tokens."""
 
     key: str
     turned: bool
@@ -48,9 +48,9 @@ class Placed:
 
 @dataclass
 class Uses:
-    """One call of a target's module: the site that it reads, the sites that are watched where it writes them, its mask.
+    """One call of a target's module: the site that it reads, the sites observed at its output, its mask.
 
-    Of several weights that read the same tensor the first one looks at it.
+    Where several weights read the same tensor, it is observed at the first one.
     """
 
     read: Site | None = None
@@ -60,11 +60,11 @@ class Uses:
 
 @dataclass
 class Sites:
-    """What a graph says of the targets.
+    """The targets in a graph.
 
     Attributes:
         uses: By target, the calls of its module in order.
-        offsets: What a norm adds to its gain; not a number where its output is no linear function of it.
+        offsets: The number that a norm adds to its gain; NaN where its output is no linear function of the gain.
         masks: Inputs of the model that mask tokens.
     """
 
@@ -77,8 +77,8 @@ def sites_of(graph: Graph, targets: Sequence[Target], prefix: str = "") -> Sites
     """Read a graph.
 
     Args:
-        graph: Of the model, or of one of its modules.
-        targets: The model's.
+        graph: Graph of the model, or of one of its modules.
+        targets: Targets of the model.
         prefix: Path of the module that was traced, empty for the model.
     """
     return _Reading(graph, targets, prefix).sites()
@@ -164,7 +164,7 @@ class _Reading:
         for exactness in wanted:
             for writer in found:
                 rows = self._rows(call.input, writer, width) if writer.exactness == exactness else None
-                if rows is not None:  # if it is no target, nobody else is shrunk in its place
+                if rows is not None:  # if the writer is no target, no other weight is shrunk in its place
                     return self._on_target(writer.call, rows), writer.call
         base = self._under_adapters(found)
         rows = None if base is None else self._rows(call.input, base, width)
@@ -182,7 +182,7 @@ class _Reading:
         return base if len(layers) == 1 else None
 
     def _rows(self, node: int, writer: Writer, width: int) -> tuple[int, ...] | None:
-        """Which output channel of a writer each channel of a node is; None where that cannot be told."""
+        """The output channel of a writer for each channel of a node; None where that is not known."""
         call, dims = writer.call, self.graph.nodes[node].dims
         if writer.rows is not None and len(rows := writer.rows.indices()) == width:
             return tuple(rows)
@@ -193,7 +193,7 @@ class _Reading:
                 step = digit.stride if digit.axis == call.features else 0  # others repeat what is there
                 rows = [row + i * step for row in rows for i in range(digit.size)]
         elif found is None and writer.rows is None and self.divided and call.output_shape[-1] == width:
-            rows = list(range(width))  # a rank's part of the channels, which are not followed through its views
+            rows = list(range(width))  # this rank's part of the channels; its views are not followed
         else:
             return None
         return tuple(rows) if len(rows) == width else None
@@ -237,7 +237,7 @@ class _Reading:
         order = [axes[d.axis].same_as for dim in self.graph.nodes[call.input].dims for d in dim]
         places = [order.index(axes[axis].same_as) for axis in mask.axes]
         turned = places != sorted(places)
-        # Torch's own attention turns its inputs itself; what is looked at is what it is given.
+        # Torch's own attention transposes its inputs itself; its arguments are observed.
         module = next(target.module for target in self.targets if target.name == name)
         return Placed(mask.key, not module.batch_first if isinstance(module, nn.MultiheadAttention) else turned)
 
@@ -251,7 +251,7 @@ def _part(target: Target) -> tuple[int, int]:
 
 
 def _offset(calls: Iterable[Call]) -> float:
-    """What is added to a gain before it multiplies."""
+    """The number added to a gain before it multiplies."""
     forms = {call.applied for call in calls if call.kind == "gain"}
     if len(forms) != 1 or (form := next(iter(forms))) in ("other", ""):
         return math.nan

@@ -1,1 +1,1 @@
-"""Several processes: which one this is, what part of a tensor it holds, sums over all of them."""
+"""Distributed training: the rank of this process, its part of a tensor, sums over all ranks."""

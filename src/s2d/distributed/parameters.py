@@ -1,4 +1,4 @@
-"""What of a parameter and of its gradient lies on this rank, whatever divides them."""
+"""This rank's part of a parameter and of its gradient, for any kind of sharding."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from s2d.distributed.sharding import Groups, is_dtensor
 
 
 def stored_part(parameter: Tensor) -> Tensor:
-    """What of a parameter lies on this rank."""
+    """This rank's part of a parameter."""
     return cast(Any, parameter).to_local() if is_dtensor(parameter) else parameter
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:
-    """A parameter's gradient, divided as the parameter is: under tensor parallelism it may lie otherwise."""
+    """A parameter's gradient, sharded as the parameter. Under tensor parallelism its own sharding may differ."""
     gradient: Any = parameter.grad
     if gradient is None or not is_dtensor(gradient):
         return gradient
@@ -25,7 +25,7 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
 
 
 def shard_groups(parameter: Tensor) -> Groups:
-    """Over whose ranks a parameter is divided, along whichever dimension; empty where this rank holds all of it."""
+    """The groups over which a parameter is divided, along any dimension; empty where this rank holds all of it."""
     if not is_dtensor(parameter):
         return ()
     whole = cast(Any, parameter)

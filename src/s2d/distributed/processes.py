@@ -1,6 +1,6 @@
-"""The processes that torchrun started, and which of them this one is. A process that was started alone is the first.
+"""The processes that torchrun started, and the rank of this one. A process that was started alone has rank 0.
 
-All of them run the same command. They train together; the first one alone writes, prints and measures.
+All of them run the same command. They train together; only the first one writes, prints and measures.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Any
 
 from s2d.optional import require
 
-# The others wait for what the first one does alone (evaluating, quantizing), which may take hours. torchrun ends all
+# The others wait while the first one works alone (evaluation, quantization), which may take hours. torchrun ends all
 # when one fails.
 _PATIENCE = timedelta(days=7)
 
-# What the backends and the store say of a connection that broke.
+# Error messages of the backends and the store for a broken connection.
 _BROKEN = ("gloo/transport", "NCCL", "DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The rank of this process, from 0."""
     return 0 if count() == 1 else int(os.environ.get("RANK", "0"))
 
 
@@ -35,13 +35,13 @@ def leads() -> bool:
 
 
 def meet(cpu: bool) -> None:
-    """Let the processes find each other, if there are several and they have not yet."""
+    """Join the process group, if there are several processes and this has not happened yet."""
     if count() > 1:
         require("accelerate", "hf").PartialState(cpu=cpu, timeout=_PATIENCE)
 
 
 def as_first(content: Any) -> Any:
-    """A picklable object as the first process has it; the others wait for it. `meet` comes before."""
+    """The first process's value of a picklable object; the others wait for it. Call `meet` first."""
     if count() == 1:
         return content
     import torch.distributed
@@ -52,7 +52,7 @@ def as_first(content: Any) -> Any:
 
 
 def inside(model: Any) -> Any:
-    """The model that torch's DistributedDataParallel holds; any other one itself."""
+    """The model inside torch's DistributedDataParallel; any other model itself."""
     from torch.nn.parallel import DistributedDataParallel
 
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -67,7 +67,7 @@ def lost_another(error: BaseException) -> bool:
 
 
 def part() -> None:
-    """The work is done, and no process needs another any more."""
+    """Leave the process group when the work is done."""
     if count() > 1:
         import torch.distributed
 

@@ -1,10 +1,10 @@
-"""Matrices of which every rank holds a part, and sums over ranks: tensors and process groups, nothing else.
+"""Sharded matrices and sums over ranks, on tensors and process groups.
 
-A weight that FSDP2 (``fully_shard``) or tensor parallelism has divided is a DTensor: each rank holds a block of it,
-some rows and some columns, perhaps none. Nothing here ever puts a whole weight together. What the decay needs of one is
-a product with a few vectors, which every rank can make from its block; the parts then add up in a small all-reduce.
+A weight that FSDP2 (``fully_shard``) or tensor parallelism has divided is a DTensor. Each rank holds a block of it:
+some rows and some columns, perhaps none. Nothing here gathers a whole weight. The decay needs only products of the
+weight with a few vectors. Every rank multiplies its block, and a small all-reduce adds the parts.
 
-Sums come out the same, bit by bit, on every rank that took part, so that decisions taken from them agree.
+Sums are bit-identical on every rank of a group, so that decisions based on them agree.
 
 Shapes: O rows and I columns of the whole matrix, o and i of the block of this rank, p vectors, E numbers.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Groups: TypeAlias = "tuple[ProcessGroup, ...]"
 
-# The digits of a non-negative float32: where each begins and how many bits it has.
+# The digits of a non-negative float32: first bit and number of bits of each.
 _DIGITS = ((21, 10), (10, 11), (0, 10))
 
 
@@ -39,8 +39,8 @@ class Block:
     Attributes:
         local: ``[o, i]``; shares the memory of the weight.
         shape: ``(O, I)``.
-        rows: Which rows of the whole these are.
-        columns: Which columns.
+        rows: The rows of the whole matrix that lie here.
+        columns: The columns that lie here.
         row_groups: The ranks that hold the other rows.
         column_groups: The ranks that hold the other columns.
     """
@@ -54,7 +54,7 @@ class Block:
 
     @staticmethod
     def of(weight: Tensor | Block) -> Block:
-        """The block of a weight: of a plain tensor all of it, of a DTensor what lies here.
+        """The block of a weight: all of a plain tensor, this rank's part of a DTensor.
 
         Args:
             weight: ``[O, I]``, ``[O, I, *kernel]`` (kernels are flattened into the columns), or a vector ``[O]``, which
@@ -83,7 +83,7 @@ class Block:
 
     @property
     def groups(self) -> Groups:
-        """Over whose ranks the matrix is divided; empty where this block is the whole."""
+        """The groups over which the matrix is divided; empty where this block is the whole."""
         return self.row_groups + self.column_groups
 
     def take(self, rows: slice) -> Block:
@@ -96,7 +96,7 @@ class Block:
         return replace(self, local=local, shape=shape, rows=slice(start, start + len(local)))
 
     def between(self, U: Tensor, V: Tensor) -> Tensor:
-        """``u_k^T W v_k`` ``[K]`` as far as this part tells (U ``[O, K]``, V ``[I, K]``); add up over `groups`."""
+        """This part's share of ``u_k^T W v_k`` ``[K]`` (U ``[O, K]``, V ``[I, K]``); sum it over `groups`."""
         return ((self.local.to(U.dtype) @ V[self.columns]) * U[self.rows]).sum(0)
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class Part:
 
     Attributes:
         width: D of the whole.
-        columns: Which of the columns are here; None for all.
+        columns: The columns that lie here; None for all.
         row_groups: The ranks with other rows: other data.
         column_groups: The ranks with other columns of the same rows (tensor parallel).
     """
@@ -130,7 +130,7 @@ class Part:
         return 0 if self.columns is None else self.columns.start
 
     def widened(self, x: Tensor, dim: int = -1) -> Tensor:
-        """Put columns that are here among zeros for those that are not; summed over `column_groups`, it is whole."""
+        """This rank's columns, with zeros for all others; the sum over `column_groups` is the whole."""
         if self.columns is None:
             return x
         shape = list(x.shape)
@@ -140,7 +140,7 @@ class Part:
         return wide
 
     def narrowed(self, x: Tensor, dim: int = -1) -> Tensor:
-        """The columns that are here, of a whole; a view."""
+        """This rank's columns of a whole activation; a view."""
         return x if self.columns is None else x.narrow(dim, self.first, self.columns.stop - self.first)
 
 
@@ -158,13 +158,13 @@ class Parts:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, told without importing ``torch.distributed.tensor``, which takes a second."""
+    """Whether a tensor is a DTensor, without importing ``torch.distributed.tensor``, which takes a second."""
     kind = type(tensor)
     return kind is not Tensor and kind is not nn.Parameter and any(b.__name__ == "DTensor" for b in kind.__mro__)
 
 
 def ranks_in(groups: Groups) -> int:
-    """Over how many ranks something is divided, this one included."""
+    """The number of ranks of the groups, this one included."""
     return math.prod(group.size() for group in groups)
 
 
@@ -200,7 +200,7 @@ def all_reduce_many(tensors: Sequence[Tensor], groups: Sequence[Groups], op: str
 def all_reduce_floats(
     values: Sequence[float], groups: Sequence[Groups], devices: Sequence[torch.device]
 ) -> list[float]:
-    """`all_reduce_many` of numbers, each carried over its device."""
+    """`all_reduce_many` of numbers, each sent through its device."""
     if not any(groups):
         return list(values)
     told = [
@@ -210,7 +210,7 @@ def all_reduce_floats(
 
 
 def whole_vector(vector: Tensor) -> Tensor:
-    """All entries of a vector (a gain, a bias), wherever they lie."""
+    """All entries of a vector (a gain, a bias), gathered from all ranks."""
     if not is_dtensor(vector):
         return vector.detach()
     block = Block.of(vector)
@@ -218,14 +218,14 @@ def whole_vector(vector: Tensor) -> Tensor:
 
 
 def kth_largest(values: Sequence[Tensor], counts: Sequence[int], groups: Groups) -> list[Tensor]:
-    """For each of many sets of numbers spread over ranks: the k-th largest, without bringing the numbers together.
+    """The k-th largest number of each of many sets that are spread over ranks, without gathering the numbers.
 
-    Non-negative floats are ordered like their bits, so the k-th is found digit by digit from histograms, whose sum over
-    ranks is all that is exchanged: three messages for any number of sets, whatever the number of ranks.
+    Non-negative floats are ordered like their bits, so the k-th is found digit by digit from histograms. Only the sums
+    of the histograms are exchanged: three messages for any number of sets and any number of ranks.
 
     Args:
         values: For each set the non-negative finite numbers of this rank ``[E]``, any number of them.
-        counts: For each set, which; more than there are numbers is the smallest.
+        counts: For each set, k. If k exceeds the number of values, the smallest value is returned.
         groups: The ranks.
 
     Returns:
@@ -254,13 +254,13 @@ def kth_largest(values: Sequence[Tensor], counts: Sequence[int], groups: Groups)
 
 
 def agreed(numbers: Tensor, groups: Groups) -> Tensor:
-    """Where all ranks of the groups hold the same numbers ``[E]``: a mask."""
+    """A mask of the entries ``[E]`` that are equal on all ranks of the groups."""
     both = all_reduce(torch.cat([numbers, -numbers]), groups, "max")
     return both[: len(numbers)] == -both[len(numbers) :]
 
 
 def require_same(names: Iterable[str], groups: Groups, device: torch.device) -> None:
-    """Refuse ranks that have run different modules, before they wait for each other's sums for ever.
+    """Refuse ranks that have run different modules, before they wait for each other's sums forever.
 
     Raises:
         InputError: On every rank.
@@ -276,7 +276,7 @@ def require_same(names: Iterable[str], groups: Groups, device: torch.device) -> 
 
 
 def from_first(content: Any, groups: Groups) -> Any:
-    """A picklable object as the first rank of the groups has it."""
+    """The first rank's value of a picklable object."""
     box = [content]
     for group in groups:
         if group.size() > 1:
@@ -285,7 +285,7 @@ def from_first(content: Any, groups: Groups) -> Any:
 
 
 def in_common(names: Iterable[str], groups: Groups) -> list[str]:
-    """The names that every rank has, in the order of this one's, which should be that of all."""
+    """The names that every rank has, in this rank's order, which should be the same on all ranks."""
     mine = list(names)
     for group in groups:
         lists: list[Any] = [None] * group.size()
@@ -295,10 +295,10 @@ def in_common(names: Iterable[str], groups: Groups) -> list[str]:
 
 
 def data_groups(model: nn.Module) -> Groups:
-    """The ranks that train on other data than this one, for weights that do not say so themselves.
+    """The ranks that train on other data than this one, for weights whose own sharding does not show it.
 
-    Those of the wrapper where the model is in ``DistributedDataParallel``; with tensor parallelism all that hold the
-    same parts as this rank; otherwise all. Empty where nothing is distributed. Every rank has to call it.
+    In ``DistributedDataParallel`` these are the ranks of the wrapper. With tensor parallelism they are all ranks that
+    hold the same parts as this one. Otherwise all. Empty where nothing is distributed. Every rank has to call it.
 
     Raises:
         InputError: The weights are sharded as one flat vector (FSDP1, DeepSpeed ZeRO-3), which has no rows.
@@ -321,7 +321,7 @@ def data_groups(model: nn.Module) -> Groups:
 
 
 def all_ranks(model: nn.Module) -> Groups:
-    """All ranks that train a model together, whatever they hold of it; empty where nothing is distributed."""
+    """All ranks that train a model together, whatever part they hold; empty where nothing is distributed."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ()
     if isinstance(model, nn.parallel.DistributedDataParallel) and model.process_group is not None:
@@ -337,13 +337,13 @@ def is_fsdp_module(module: nn.Module) -> bool:
 
 
 def data_groups_of(stored: Tensor, running: Tensor, otherwise: Groups) -> Groups:
-    """The ranks that train on other data than this one, as a weight tells them.
+    """The ranks that train on other data than this one, derived from a weight.
 
     Args:
         stored: The parameter as the optimizer holds it.
-        running: As the forward pass uses it: FSDP2 has gathered it over the ranks with other data by then, so that
+        running: The parameter in the forward pass. FSDP2 has then gathered it over the ranks with other data, so that
             only dimensions of tensor parallelism remain.
-        otherwise: Of the model as a whole, see `data_groups`: for weights that FSDP2 does not manage.
+        otherwise: The ranks for the model as a whole, see `data_groups`: for weights that FSDP2 does not manage.
     """
     if not is_dtensor(stored):
         return otherwise
@@ -353,7 +353,7 @@ def data_groups_of(stored: Tensor, running: Tensor, otherwise: Groups) -> Groups
 
 
 def local_part(activation: Tensor) -> Tensor:
-    """What of an activation lies on this rank."""
+    """This rank's part of an activation."""
     if not is_dtensor(activation):
         return activation
     whole = _dtensor(activation)
@@ -377,7 +377,7 @@ def _dtensor(tensor: Tensor) -> DTensor:
 
 
 def _dtensor_part(weight: Tensor) -> tuple[Tensor, torch.Size, Sequence[int], tuple[Groups, Groups]]:
-    """Local tensor, whole shape, where it begins, and the groups that divide its rows and its columns."""
+    """Local tensor, whole shape, its offset, and the groups that divide its rows and its columns."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     whole = _dtensor(weight)

@@ -1,1 +1,1 @@
-"""Files: written atomically, and where results come from."""
+"""Files: atomic writes, and provenance of results."""

@@ -25,12 +25,12 @@ JSON = dict[str, Any]
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> Path:
-    """Give `write` a file that takes the place of `path` once it is complete and on the disk; folders are made.
+    """Call `write` with a file that replaces `path` once it is complete and on the disk; folders are made.
 
-    What is no regular file (``/dev/stdout``, a pipe) is written into as it is.
+    A `path` that is no regular file (``/dev/stdout``, a pipe) is written to directly.
 
     Raises:
-        InputError: The disk is full or does not let us write; what stood at `path` is untouched.
+        InputError: The disk is full or not writable; the old content of `path` is untouched.
     """
     target = Path(path)
     temporary: str | None = None
@@ -62,13 +62,13 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
 
 @contextlib.contextmanager
 def in_place_of(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path for a file or a folder that takes the place of `path` once it is complete and on the disk.
+    """A path for a file or a folder that replaces `path` once it is complete and on the disk.
 
-    It lies in a folder of its own. What is written beside it there takes its own place beside `path`, and before it,
-    because `path` may name it.
+    It lies in a folder of its own. Files that are written beside it are moved beside `path` first, because `path` may
+    refer to them.
 
     Raises:
-        InputError: The disk is full or does not let us write; what stood at `path` is untouched.
+        InputError: The disk is full or not writable; the old content of `path` is untouched.
     """
     target = Path(path)
     try:
@@ -105,7 +105,7 @@ def _put(new: Path, target: Path) -> None:
 
 def _not_written(target: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or first_line(error)
-    if "inline_container" in reason:  # torch's archive, which does not say what the disk said
+    if "inline_container" in reason:  # torch's archive writer hides the disk's error
         reason = "the file did not become whole, perhaps the disk is full"
     return InputError(
         f"could not write {target}: {reason}; nothing was changed there; free some space or choose another place"
@@ -122,7 +122,7 @@ def _sync(folder: Path) -> None:
 
 
 def sweep(folder: Path, *, age: float = 3600.0) -> None:
-    """Remove what killed writes left in a folder: temporary files and folders that nobody touched for `age` seconds."""
+    """Remove the remains of killed writes: temporary files and folders in a folder, unchanged for `age` seconds."""
     for path in list(folder.rglob(".*-????????")):
         with contextlib.suppress(OSError):
             newest = max(part.lstat().st_mtime for part in [path, *path.rglob("*")])
@@ -146,7 +146,7 @@ def json_text(content: object) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says; whatever is wrong with it is a ValueError (too deep a nesting, or numbers too long)."""
+    """The data of a JSON text. Every fault is a ValueError (also too deep nesting, or numbers too long)."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -154,7 +154,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_any_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds.
+    """The data of a JSON file.
 
     Raises:
         InputError: It is not there, cannot be read, or is no JSON.
@@ -171,7 +171,7 @@ def read_json(path: str | os.PathLike[str]) -> JSON:
     """A JSON object from a file.
 
     Raises:
-        InputError: As `read_any_json`, or it is something else.
+        InputError: As `read_any_json`, or the data are no object.
     """
     content = read_any_json(path)
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""One process works in a folder at a time; the system lets go of the lock when the process ends, however it ends."""
+"""A lock: one process works in a folder at a time. The system releases it when the process ends, for any reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def locked(folder: Path) -> Iterator[None]:
     """While active, no other process can lock this folder, which is made if needed.
 
     Raises:
-        InputError: Another one has; or the folder cannot be written.
+        InputError: Another process holds the lock, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def _take(handle: int) -> bool:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except PermissionError:  # what Windows says of a lock that is taken
+    except PermissionError:  # Windows's error for a lock that is taken
         return False
     except OSError:  # a file system without locks
         return True

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, machine, seconds, peak memory, digests of data and code."""
+"""Provenance of a result: versions, commit, machine, seconds, peak memory, digests of data and code."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def digest(content: object) -> str:
-    """12 hexadecimal digits that tell two JSON-like values apart, whatever the order of their keys."""
+    """A hash of a JSON-like value, 12 hexadecimal digits. The order of keys does not matter."""
     text = json.dumps(_plain(content), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
 def code_digest(*rooms: str) -> str:
-    """12 hexadecimal digits of what these folders of s2d compute; comments and docstrings do not count.
+    """A hash of the code in these folders of s2d, 12 hexadecimal digits. Comments and docstrings do not count.
 
     Args:
         rooms: Files or folders of the package, such as ``"writers.py"`` and ``"quant"``.
@@ -49,7 +49,7 @@ def code_digest(*rooms: str) -> str:
 
 @functools.cache
 def _meaning(file: Path, changed: int) -> str:
-    """A hash of what a Python file says; every stage of a run asks for the same files."""
+    """A hash of a Python file's code, cached, as every stage of a run needs the same files."""
     tree = ast.parse(file.read_bytes())
     pending: list[Any] = [tree]
     while pending:
@@ -64,11 +64,11 @@ def _meaning(file: Path, changed: int) -> str:
 
 @dataclass
 class Cost:
-    """What a stage took.
+    """Time and memory of a stage.
 
     Attributes:
         seconds: Wall-clock time.
-        peak_mb: Largest memory in use, in MB: of the accelerator where one is used, otherwise of the process.
+        peak_mb: Peak memory in MB: of the accelerator where one is used, otherwise of the process.
     """
 
     seconds: float = 0.0
@@ -106,7 +106,7 @@ def _peak_mb() -> float:
 
 
 def run_metadata(**more: Any) -> JSON:
-    """Versions, the machine in general words, the command, and whatever a stage adds: the "run" part of a results file.
+    """The "run" part of a results file: versions, the machine in general words, the command, and a stage's additions.
 
     Names of people and places stay out: paths in the command are relative or start with ``~``.
     """
@@ -132,7 +132,7 @@ def run_metadata(**more: Any) -> JSON:
 
 
 def command_line() -> str:
-    """The command that runs, without the folders of this machine."""
+    """The command line, without the folders of this machine."""
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
     places = {str(Path.cwd()): ".", str(Path.home()): "~"}
     words = []

@@ -1,4 +1,4 @@
-"""Which class of a model is which class of the data: by name, whatever the order, the case and the punctuation."""
+"""Match the classes of a model to those of the data by name; order, case and punctuation do not matter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _letters(name: str) -> str:
     return "".join(character for character in name.casefold() if character.isalnum())
 
 
-# The strictest reading that finds every name decides, and a name that could be two classes is none: "C" and "C++".
+# The strictest comparison that finds every name is used. A name that fits two classes matches none: "C" and "C++".
 _READINGS: tuple[Callable[[str], str], ...] = (str, lambda name: " ".join(name.casefold().split()), _letters)
 
 
@@ -35,7 +35,7 @@ def match(wanted: Sequence[str], known: Sequence[str]) -> list[int] | None:
 
 
 def only_numbered(names: Sequence[str]) -> bool:
-    """Whether names say no more than a position: numbers, or the codes of WordNet that ImageNet's folders are."""
+    """Whether names carry no meaning: numbers, or WordNet codes, as in ImageNet's folder names."""
     return all(re.fullmatch(r"\d+|n\d{8}", name.strip()) for name in names)
 
 
@@ -45,7 +45,7 @@ def places_of(wanted: Sequence[str], known: Sequence[str], count: int) -> list[i
     Args:
         wanted: Classes of the data.
         known: Names of the model's classes; empty where it has none.
-        count: How many classes the model tells apart.
+        count: Number of classes of the model.
     """
     found = match(wanted, known) if known else None
     if found is None and len(wanted) == count and (not known or only_numbered(known) or only_numbered(wanted)):
@@ -54,7 +54,7 @@ def places_of(wanted: Sequence[str], known: Sequence[str], count: int) -> list[i
 
 
 def both_lists(wanted: Sequence[str], known: Sequence[str], count: int) -> str:
-    """For people: the classes of the data and of the model."""
+    """Text for messages: the classes of the data and of the model."""
     model = _listed(known) if known else f"{count} without names"
     return f"classes of the data: {_listed(wanted)}; classes of the model: {model}"
 

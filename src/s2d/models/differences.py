@@ -1,8 +1,8 @@
-"""What a model has that its library does not build of its name: other heads, pooling, activations, ties, buffers.
+"""Differences of a model from what its library builds by its name: other heads, pooling, activations, ties, buffers.
 
-A constructor's arguments are not kept by the models it makes, so a model is compared with what its description builds,
-module by module: class, plain attributes, shapes, children. What differs is written down as plain data and put back on
-loading. Nothing of it is code: classes are modules of torch.nn, timm and open_clip, which are filled, not constructed.
+Models do not store their constructor's arguments. So a model is compared with the one that its description builds,
+module by module: class, plain attributes, shapes, children. The differences are stored as plain data and restored on
+loading. They contain no code: classes are modules of torch.nn, timm and open_clip, which are filled, not constructed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ JSON = dict[str, Any]
 _LIBRARIES = ("torch.nn.", "timm.", "open_clip.")
 _FUNCTIONS = ("torch.nn.functional", "torch._C._nn", "timm.layers.")
 _INTERNAL = frozenset({*nn.Module().__dict__, "forward"})
-_ADDED = ("left", "right", "smooth", "down", "up", "enter", "leave")  # by methods, see quant/online.py
-# What a library notes of where weights came from; nothing is computed with it.
+_ADDED = ("left", "right", "smooth", "down", "up", "enter", "leave")  # added by methods, see quant/online.py
+# A library's notes on the origin of weights; no computation uses them.
 _NOTES = frozenset({"pretrained_cfg", "default_cfg", "config", "generation_config", "feature_info"})
 
 
@@ -32,14 +32,14 @@ class _OpaqueError(Exception):
 
 
 def changes(model: nn.Module, built: nn.Module) -> JSON:
-    """Which modules of ``model`` are not as in ``built``, and how.
+    """The modules of ``model`` that differ from ``built``, with the differences.
 
     Args:
-        model: Plain or quantized; quantizers and what methods add are no part of it.
-        built: Of the same description; may be on the meta device.
+        model: Plain or quantized; quantizers and modules added by methods are ignored.
+        built: A model built from the same description; may be on the meta device.
 
     Raises:
-        InputError: A difference that cannot be written down; the module and the attribute are named.
+        InputError: A difference that cannot be stored; the module and the attribute are named.
     """
     theirs = dict(built.named_modules())
     return {
@@ -50,10 +50,10 @@ def changes(model: nn.Module, built: nn.Module) -> JSON:
 
 
 def apply(model: nn.Module, written: Mapping[str, JSON]) -> nn.Module:
-    """Put what `changes` wrote down into what the description builds, in place; new tensors are empty.
+    """Apply the result of `changes` to the model that the description builds, in place; new tensors are empty.
 
     Raises:
-        InputError: A module or value that is none of those `changes` writes.
+        InputError: A module or value that `changes` never writes.
     """
     for name in sorted(written, key=lambda name: (name.count(".") if name else -1, name)):
         entry = written[name]
@@ -94,7 +94,7 @@ def ties(model: nn.Module) -> list[list[str]]:
 
 
 def tie(model: nn.Module, wanted: list[list[str]]) -> None:
-    """Make just these parameters one tensor each, in place: others are untied."""
+    """Tie exactly these groups of parameters, in place; all others are untied."""
     shared = {name: group[0] for group in wanted for name in group}
     seen: dict[int, str] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -114,7 +114,7 @@ def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def put_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Give a model the buffers of `unsaved_buffers`; those that it does not have are left alone."""
+    """Restore the buffers of `unsaved_buffers`; those that the model does not have are skipped."""
     for name, value in buffers.items():
         parent, _, last = name.rpartition(".")
         if _has(model, parent) and last in (module := model.get_submodule(parent))._buffers:

@@ -1,12 +1,12 @@
-"""Dimensions followed by what they index, not by their size: 4 rows, 4 heads and 4 tokens are not mixed up.
+"""Dimensions tracked by their meaning, not by their size: 4 rows, 4 heads and 4 tokens are not confused.
 
 A dimension is a tuple of digits, the outermost first; its size is the product of theirs. A digit says which positions
 of an *axis* (a dimension of an input of the model, or the output channels of one product) it counts through:
 
     position on the axis = sum over its digits of (offset + digit * stride)
 
-So a view that takes ``[B, T, 3 H D]`` to ``[B, T, 3, H, D]`` splits one digit into three, a merge puts them together
-again, a slice moves the offset, and windows of an image keep their rows and columns. Axis 0 is "nothing known".
+So a view from ``[B, T, 3 H D]`` to ``[B, T, 3, H, D]`` splits one digit into three, and a merge joins them again. A
+slice moves the offset. Windows of an image keep their rows and columns. Axis 0 is "nothing known".
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def known(dim: Dim) -> bool:
 
 
 def merged(digits: Sequence[Digit]) -> Dim:
-    """Digits side by side, with neighbours that are one put together."""
+    """A sequence of digits, with adjacent digits merged where they form one."""
     out: list[Digit] = []
     for digit in digits:
         if digit.size == 1:
@@ -85,7 +85,7 @@ def reshaped(dims: Dims, shape: Sequence[int]) -> Dims:
 
 
 def sliced(dim: Dim, start: int, count: int, step: int = 1) -> Dim | None:
-    """A part of a dimension; None where it is no part of an axis that can be told."""
+    """A part of a dimension; None where it cannot be described as part of an axis."""
     if not dim or (start == 0 and count == size_of(dim) and step == 1):
         return dim
     first, inner = dim[0], size_of(dim[1:])
@@ -100,7 +100,7 @@ def sliced(dim: Dim, start: int, count: int, step: int = 1) -> Dim | None:
 
 
 def carried(dims: Dims, axis: int, offset: int) -> Dims:
-    """An offset of a digit that is gone, given to another digit of the same axis."""
+    """The offset of a removed digit, moved to another digit of the same axis."""
     for i, dim in enumerate(dims):
         for j, digit in enumerate(dim):
             if digit.axis == axis:

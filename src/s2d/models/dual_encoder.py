@@ -35,7 +35,7 @@ class DualEncoder(nn.Module):
         return getattr(self.encoder, "logit_bias", None) is not None
 
     def tokenize(self, tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
-        """Texts as the model's own training had them: open_clip's and SigLIP's padded to a fixed length without mask.
+        """Texts in the format of the model's training: for open_clip and SigLIP padded to a fixed length without mask.
 
         Returns:
             Keywords of `text`, each `[texts, tokens]`.
@@ -63,7 +63,7 @@ class DualEncoder(nn.Module):
         return F.normalize(_tensor(encoder.get_text_features(input_ids, attention_mask=attention_mask)), dim=-1)
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """How well each image goes with each text: scaled (and shifted) cosines `[images, texts]`."""
+        """The similarity of each image and text: scaled (and shifted) cosines `[images, texts]`."""
         encoder: Any = self.encoder
         scores = self.image(pixel_values) @ self.text(input_ids, attention_mask).T * encoder.logit_scale.exp()
         return scores + encoder.logit_bias if self.sigmoid else scores

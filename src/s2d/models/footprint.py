@@ -25,7 +25,7 @@ from s2d.optional import require
 Shapes = dict[str, tuple[int, ...]]
 
 FLOAT = 4  # bytes of a number: weights are loaded in fp32
-LIBRARIES = 800 * 2**20  # torch, transformers and accelerate, imported and at work: what was left of a measured peak
+LIBRARIES = 800 * 2**20  # torch, transformers and accelerate in use: the remainder of a measured peak
 # Numbers that a Linear keeps for its backward pass and its surroundings (norm, activation, residual) for theirs, as a
 # share of its inputs and outputs.
 _SURROUNDINGS = 2
@@ -38,7 +38,7 @@ _SCORES, _SCORED = 6, 256  # tensors of scores at a time, for so many tokens
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by what they are for."""
+    """Bytes by purpose."""
 
     parts: dict[str, int]
 
@@ -53,7 +53,7 @@ class Footprint:
 
 
 def shapes_of(source: str | os.PathLike[str]) -> Shapes | None:
-    """The tensors of a model's files by name, read from their headers; None where there is nothing here to read.
+    """The shapes of the tensors in a model's files by name, read from their headers; None without local files.
 
     Args:
         source: As for `s2d.models.load`: a folder, a safetensors or GGUF file, or an installed package.
@@ -77,7 +77,7 @@ def shapes_of(source: str | os.PathLike[str]) -> Shapes | None:
 
 
 def introduction(source: str) -> str | None:
-    """A model's name and size, as far as files tell without loading it; None where there is nothing here to read."""
+    """A model's name and size, read from its files without loading it; None without local files."""
     shapes = shapes_of(source)
     if shapes is not None:
         return f"{source}: {size_text(_numbers(shapes))}"
@@ -92,18 +92,18 @@ def size_text(numbers: int) -> str:
 
 
 def to_load(shapes: Shapes, copies: int) -> Footprint:
-    """What it takes to hold a model so many times."""
+    """The memory for a number of copies of a model."""
     return Footprint({"weights": copies * _numbers(shapes) * FLOAT, "libraries": LIBRARIES})
 
 
 def to_train(shapes: Shapes, tokens: int, *, quantized: bool = False) -> Footprint:
-    """What it takes to train a model with AdamW and the decay, and to hold it as it was beside it.
+    """The memory to train a model with AdamW and the decay, with a copy of the original model.
 
     Args:
-        shapes: Of its tensors.
-        tokens: Of one batch.
-        quantized: Whether quantizers are in place. Then inputs are kept twice, whole and rounded, and beside the model
-            are the one that it was made from and the one that the task compares it with.
+        shapes: Shapes of its tensors.
+        tokens: Tokens of one batch.
+        quantized: Whether quantizers are in place. Then inputs are stored twice, exact and rounded. The source model
+            and the task's teacher are in memory too.
     """
     weights = _numbers(shapes) * FLOAT
     matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and not _is_table(name)]
@@ -125,12 +125,12 @@ def to_train(shapes: Shapes, tokens: int, *, quantized: bool = False) -> Footpri
 
 
 def to_train_blocks(shapes: Shapes, tokens: int, batches: int) -> Footprint:
-    """What it takes to condition a model block by block (see `s2d.training.blockwise`).
+    """The memory to condition a model block by block (see `s2d.training.blockwise`).
 
     Args:
-        shapes: Of its tensors.
-        tokens: Of one batch.
-        batches: So many are held.
+        shapes: Shapes of its tensors.
+        tokens: Tokens of one batch.
+        batches: Number of batches that are held.
     """
     blocks: dict[str, Shapes] = {}
     for name, shape in shapes.items():
@@ -149,16 +149,16 @@ def to_train_blocks(shapes: Shapes, tokens: int, batches: int) -> Footprint:
 
 
 def refuse_too_little(doing: str, model: str, device: str, needed: Callable[[Shapes], Footprint] | None = None) -> None:
-    """Refuse what does not fit, before the model is loaded.
+    """Refuse a job that does not fit into memory, before the model is loaded.
 
     Args:
-        doing: Such as ``"conditioning"``, for the message.
-        model: As for `shapes_of`; where there are no shapes to read, nothing is refused.
-        device: Where it is to be done.
-        needed: What it takes; by default two copies, the loaded one and the one that is worked on.
+        doing: Name of the job for the message, such as ``"conditioning"``.
+        model: As for `shapes_of`; without shapes nothing is refused.
+        device: Device of the job.
+        needed: Memory needed; by default two copies, the loaded model and the working copy.
 
     Raises:
-        InputError: There is less than that; the message holds both numbers and what takes most.
+        InputError: There is less memory; the message holds both numbers and the largest part.
     """
     if (shapes := shapes_of(model)) is None or (free := available(device)) is None:
         return
@@ -171,7 +171,7 @@ def refuse_too_little(doing: str, model: str, device: str, needed: Callable[[Sha
 
 
 def available(device: str = "cpu") -> int | None:
-    """Bytes that can still be had: of the machine, within the limit of a container, or of an accelerator."""
+    """Free bytes: of the machine, within the limit of a container, or of an accelerator."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0]
     if device != "cpu":

@@ -1,6 +1,6 @@
 """Models with random weights: ``new:NAME`` builds one from a packaged configuration, ``new:FILE`` from one's own.
 
-For training from scratch, and for trying a whole recipe offline with a tiny model of the same architecture. A
+They serve for training from scratch, and for an offline test of a recipe with a tiny model of the same architecture. A
 configuration is a JSON file: ``config`` is transformers' own (with ``model_type`` and ``architectures``), ``image`` the
 preprocessing (a transformers image processor's settings), and ``bytes: true`` asks for a tokenizer whose tokens are the
 bytes of the text. ``new:NAME?seed=1`` draws other weights; ``new:NAME?tower=FOLDER`` takes the weights of the image

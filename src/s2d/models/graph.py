@@ -1,14 +1,14 @@
-"""A model known once: what every weight does, who writes what it reads, where attention, norms and blocks are.
+"""The graph of a model: the use of every weight, the writers of its inputs, attentions, norms and blocks.
 
-`trace(model, batch)` runs one forward of two rows and returns a `Graph`, which is data: it prints, compares and saves.
-Nothing in it comes from names of classes or attributes, or from correlations: it is what the operations did.
+`trace(model, batch)` runs one forward of two rows and returns a `Graph`. A graph is plain data, to print, compare and
+save. It is derived from the operations alone, not from names of classes or attributes, or from correlations.
 
     graph.calls_of("encoder.0.fc1.weight")   every use of a weight, in order
     graph.writers(call)                      the weights that write what a call reads, and how well a scale moves there
     graph.attentions, graph.norms            products, heads, masks; gains with all their readers
     graph.blocks                             repeated blocks: nested, shared, interleaved
     graph.tokens(call), graph.mask_of(call, batch)
-    graph.unused, graph.unseen, graph.unknown    what read no weight, what did not run, what nobody understands
+    graph.unused, graph.unseen, graph.unknown    weights not read, modules that did not run, unknown operations
 
 A graph belongs to a structure (`Graph.fingerprint`): tying weights, LoRA or a new branch make it stale. What does not
 run in the traced batch (a routed expert, a dropped layer) is in `unseen`.
@@ -129,7 +129,7 @@ class Graph:
     # -- walks ---------------------------------------------------------------------------------------------------------
 
     def writers(self, call: Call) -> list[Writer]:
-        """The weights that write the channels that a call reads; empty if none can be told."""
+        """The weights that write the channels that a call reads; empty if none is known."""
         from s2d.models.walks import writers_of
 
         return [] if call.input is None else writers_of(self, call.input)
@@ -237,7 +237,7 @@ class Graph:
         return isinstance(other, Graph) and self.to_json() == other.to_json()
 
     def __str__(self) -> str:
-        """A table for people."""
+        """A table as text."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:

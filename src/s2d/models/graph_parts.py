@@ -1,4 +1,4 @@
-"""What a graph is made of: calls, the tensors between them, writers, readers, attentions, norms, blocks, masks."""
+"""The parts of a graph: calls, the tensors between them, writers, readers, attentions, norms, blocks, masks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Axis:
         name: The batch's key, the parameter that makes the channels, or the operation that changed the positions.
         dimension: Which dimension of the input.
         source: The axis that a derived one was made from.
-        same_as: The first of the axes that are one with this: a mask's tokens are the tokens that it masks.
+        same_as: The first of the axes equal to this one: a mask's tokens are the tokens that it masks.
     """
 
     kind: str
@@ -99,7 +99,7 @@ class Call:
         applied: For a gain: ``"w"``; with a number added first ``"1+w"`` (scaling moves to w + 1); ``"other"``.
         input: Node that is read beside the weight; None if there is none.
         output: Node that is made.
-        side: Whether the weight is the ``"left"`` or the ``"right"`` factor of a product.
+        side: The weight's factor in a product, ``"left"`` or ``"right"``.
     """
 
     module: str
@@ -213,7 +213,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads a value: a call, or another operation (an unknown one, a residual sum, the model's output)."""
+    """A reader of a value: a call, or another operation (an unknown one, a residual sum, the model's output)."""
 
     op: str
     kind: str
@@ -287,7 +287,7 @@ class Mask:
         padding = self.padding if self.padding is not None else 0.0
         if mask.dtype == torch.bool:
             real = mask if padding == 0 else ~mask
-            # Of unknown sense: a mask does not hide everything.
+            # The meaning of the values is unknown: a mask does not hide everything.
             return real if self.padding is not None or bool(real.any()) else ~real
         if self.padding is None and mask.is_floating_point() and not bool((mask == 1).any()):
             return mask > -1e3  # one that is added to the scores, of a batch that showed no padding

@@ -33,7 +33,7 @@ def offline() -> bool:
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """While the hub is out of reach, its client looks only at what was downloaded before, and at once."""
+    """While the hub cannot be reached, its client uses only earlier downloads, without waiting."""
     hub: ModuleType = require("huggingface_hub", "hf")
     before = hub.constants.HF_HUB_OFFLINE
     hub.constants.HF_HUB_OFFLINE = offline()

@@ -151,7 +151,7 @@ def _model_class(transformers: Any, config: Any, *, of_gguf: bool) -> tuple[Any,
 
 
 def _check_folder(folder: Path, weights: Path | None) -> None:
-    """What can be said before transformers reads the folder, in better words than its own."""
+    """Check a folder before transformers reads it, with clearer error messages than its own."""
     read_json(folder / "config.json")
     if weights is not None:
         return
@@ -272,7 +272,7 @@ def _one_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-_ATTENTION = ("eager", "sdpa")  # they differ in the last bits
+_ATTENTION = ("eager", "sdpa")  # their results differ in the last bits
 
 
 def _describe_transformers(model: Any) -> JSON:

@@ -52,7 +52,7 @@ def image_features(encoder: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def pooled_features(found: Any) -> Tensor:
-    """The same, of what an encoder gave."""
+    """The pooled features in an encoder's output."""
     if isinstance(found, Tensor):
         return found
     pooled = getattr(found, "pooler_output", None)
@@ -110,7 +110,7 @@ def reads_images(model: nn.Module) -> bool:
 
 
 def number_of_classes(model: nn.Module) -> int:
-    """How many classes a model's own head tells apart; 0 without one."""
+    """The number of classes of a model's own head; 0 without one."""
     if isinstance(model, ImageClassifier):
         return len(model.labels)
     if type(model).__module__.startswith("timm."):
@@ -121,7 +121,7 @@ def number_of_classes(model: nn.Module) -> int:
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """What a model's own head calls its classes; empty where it has no real names."""
+    """The class names of a model's own head; empty where it has no real names."""
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     found = tuple(str(names[index]) for index in sorted(names))
     return () if all(name == f"LABEL_{index}" for index, name in enumerate(found)) else found

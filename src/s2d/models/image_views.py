@@ -21,9 +21,9 @@ class ImageView:
 
     Attributes:
         embedding: The pooled features before any head, of two towers the image's vector in their common space,
-            `[images, width]`. None of an exported classifier, which says no more than its scores.
-        tokens: What the last layer says, as rows `[n, width]`; the embedding where a model shows nothing else.
-        scores: Of the model's own classes `[images, classes]`; None where they were not asked for.
+            `[images, width]`. None for an exported classifier, which returns only its scores.
+        tokens: Outputs of the last layer, as rows `[n, width]`; the embedding where a model gives nothing else.
+        scores: Scores of the model's own classes `[images, classes]`; None where they were not asked for.
     """
 
     embedding: Tensor | None
@@ -32,7 +32,7 @@ class ImageView:
 
 
 def view_images(model: nn.Module, inputs: dict[str, Tensor], *, scores: bool) -> ImageView:
-    """Run a model on images, and note what is said on the way.
+    """Run a model on images, and record its features and tokens.
 
     Args:
         model: One that reads images alone, or a `DualEncoder`; distributed or exported, too.

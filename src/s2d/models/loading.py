@@ -35,8 +35,8 @@ class Loaded:
 
     Attributes:
         model: In evaluation mode, on the device asked for.
-        family: What its parts are called.
-        source: What was asked for.
+        family: Family of the model, with the names of its parts.
+        source: The source as the user gave it.
         tokenizer: For models that read text, else None.
         processor: What prepares images (transformers' image processor, timm's data configuration, open_clip's
             transform), else None; also None when the imaging libraries it needs are not installed.
@@ -54,11 +54,11 @@ class Loaded:
 
     @property
     def origin(self) -> tuple[str, str]:
-        """Which published model this is at heart, and what was done to its weights before they were quantized.
+        """The published model that this one is made from, and how its weights were conditioned before quantization.
 
         Returns:
-            The model's name, and ``"none"`` or ``"s2d (FOLDER)"``, after the conditioned checkpoint: two of one model
-            are two things.
+            The model's name, and ``"none"`` or ``"s2d (FOLDER)"``. The folder is the conditioned checkpoint, as one
+            model may have several.
         """
         model = str((self.notes.get("quantized") or {}).get("model") or self.source)
         if conditioned := self.notes.get("conditioned"):

@@ -25,7 +25,7 @@ _CANNOT_TELL = ""
 
 
 class _Whose:
-    """Whose mask is whose, asked of a graph once."""
+    """The mask of each module and value, computed from a graph once."""
 
     def __init__(self, graph: Graph | None) -> None:
         self.graph = graph

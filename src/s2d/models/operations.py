@@ -1,6 +1,6 @@
-"""What the operations of torch do, as the graph needs to know it: a table from an aten operation to its kind.
+"""The kinds of torch's operations for the graph: a table from an aten operation to its kind.
 
-An operation that is in no set here is "unknown": walks over the graph end there, and nothing is folded over it.
+An operation that is in no set here is "unknown": walks over the graph end there, and no scale is folded across it.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def is_transformers_folder(folder: Path) -> bool:
     try:
         content = parse_json(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return True  # let the loader say what is wrong with it
+        return True  # the loader will report what is wrong with it
     names_a_model = isinstance(content, dict) and ("model_type" in content or "architectures" in content)
     return names_a_model and any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir())
 

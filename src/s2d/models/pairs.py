@@ -1,6 +1,6 @@
 """An image encoder and a frozen text encoder in one space: ``pair:IMAGE+TEXT``, trained as SigLIP is.
 
-The text tower stays as it is and the image tower learns to meet it: locked tuning (LiT, arXiv 2111.07991, with the
+The text tower is frozen and the image tower is trained to match it: locked tuning (LiT, arXiv 2111.07991, with the
 other tower locked) under the pairwise sigmoid loss (SigLIP, arXiv 2303.15343). IMAGE and TEXT are anything that
 `s2d.load` takes; a head on the image encoder is left out. The text vector is the mean over real tokens.
 """

@@ -25,7 +25,7 @@ _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "
 
 
 def upright(image: Image) -> Image:
-    """An image turned as its camera noted (EXIF), which viewers do and decoders do not."""
+    """An image rotated by its EXIF orientation, as viewers do and decoders do not."""
     from PIL import ImageOps
 
     return ImageOps.exif_transpose(image)
@@ -64,11 +64,11 @@ class Preprocessing:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def __call__(self, image: Image) -> Tensor:
-        """What the model reads of one image, `[3, height, width]`."""
+        """The model's input for one image, `[3, height, width]`."""
         return self.normalize(self.pixels(image))
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Bytes `[..., 3, height, width]` to what the model reads, on their device, float32."""
+        """Bytes `[..., 3, height, width]` to the model's input, on their device, float32."""
         mean, std = (torch.tensor(x, device=pixels.device).view(-1, 1, 1) for x in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
@@ -103,7 +103,7 @@ def preprocessing_of(processor: Any, source: str) -> Preprocessing:
         source: The model's name, for the error.
 
     Raises:
-        InputError: There is no processor, or it does not say what is needed.
+        InputError: There is no processor, or it lacks a needed setting.
     """
     if processor is None:
         raise InputError(

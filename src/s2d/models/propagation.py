@@ -17,7 +17,7 @@ _MASKS = (torch.bool, torch.uint8)
 
 
 class Axes:
-    """The axes seen so far, and which of them are one.
+    """The axes seen so far, and which of them are equal.
 
     An axis is ``(kind, name, dimension, source)``: a dimension of an input, the output channels of a product
     ("features"), or positions made from another axis ("derived", e.g. patches of pixels). Two axes of inputs that meet

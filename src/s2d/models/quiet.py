@@ -39,7 +39,7 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_log(name: str, level: int) -> Iterator[None]:
-    """A logger (the root one for ``""``) lets through only what is that serious."""
+    """A logger (the root one for ``""``) passes only messages of at least this level."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(level)
@@ -51,7 +51,7 @@ def quiet_log(name: str, level: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """No search for reference cycles: it doubles the time of code that makes millions of objects and no cycles."""
+    """No garbage collection: it doubles the time of code that makes millions of objects and no reference cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

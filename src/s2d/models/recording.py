@@ -304,7 +304,7 @@ class Tracer(Memory):
             factors = [i for i in range(len(inputs)) if i != added][:2]
             a, b = (list(dims[i]) for i in factors)
             used = {i for i, what in calls if what == "product"}
-            # The weight names nothing but the channels that it makes.
+            # The weight names only the channels that it makes.
             if features and factors[1] in used:
                 b = [*(unknown(n) for n in inputs[factors[1]].shape[:-1]), whole(features, shape[-1])]
             elif features and factors[0] in used:
@@ -362,7 +362,7 @@ class Tracer(Memory):
         return tuple(made)
 
     def _see_padding(self, name: str, outs: list[Tensor], made: list[Node], mask: Tensor | None) -> None:
-        """Which value of a mask marks padding: the one at the tokens that no query looks at."""
+        """The value of a mask that marks padding: the value at the tokens that no query attends to."""
         if mask is not None:
             node, closed = self._seen(mask), (~mask if mask.dtype == torch.bool else mask < -1e3)
         else:

@@ -101,7 +101,7 @@ _OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
 
 
 def main_output(output: Any) -> Tensor:
-    """The tensor that counts in what a module returns."""
+    """The main tensor of a module's output."""
     for name in _OUTPUTS:
         found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
         if isinstance(found, Tensor):

@@ -42,7 +42,7 @@ _TYPE, _VERSION = "s2d_model", 1
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one kind of model is written down as plain data and built again from it (without its weights).
+    """How one kind of model is described as plain data and built again from it (without its weights).
 
     Where a tokenizer cannot be saved because it belongs to the architecture, `tokenizer` makes it.
     """
@@ -163,7 +163,7 @@ def save_parts(folder: Path, *parts: Any) -> None:
 
 
 def _refuse_foreign_state(model: nn.Module, description: JSON) -> None:
-    """What the description builds must hold exactly the model's tensors, or the file could not be loaded again."""
+    """Check that the description builds exactly the model's tensors; otherwise the file could not be loaded again."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in rebuild(description).state_dict().items()}
     actual = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -203,7 +203,7 @@ def load_saved(folder: Path) -> nn.Module:
         model = rebuild(description)
     except InputError:
         raise
-    except Exception as error:  # a library's constructor, given anything, raises anything
+    except Exception as error:  # a library's constructor may raise any exception
         raise InputError(f"{folder / CONFIG_NAME} does not describe a model: {first_line(error)}") from error
     try:
         if "ties" in config:
@@ -297,7 +297,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise
     except pickle.UnpicklingError as error:
         raise InputError(explain_unpickling(path, error)) from error
-    except Exception as error:  # an unpickler of bytes from anywhere raises anything
+    except Exception as error:  # unpickling untrusted bytes may raise any exception
         raise InputError(f"{path} is damaged or not a PyTorch file: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -308,7 +308,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def refuse_compressed(path: Path) -> None:
-    """PyTorch stores tensors as they are; a compressed archive would unfold to any size in memory.
+    """Refuse a compressed archive: PyTorch stores tensors uncompressed, and an archive may unpack to any size.
 
     Raises:
         InputError: It is such an archive.
@@ -331,7 +331,7 @@ def explain_unpickling(path: Path | str, error: pickle.UnpicklingError) -> str:
 
 
 def refuse_foreign_code(config: Any, shown: str) -> None:
-    """A transformers configuration may name attention code on the hub, which transformers would fetch and run.
+    """Refuse a transformers configuration that names attention code on the hub, which would be fetched and run.
 
     Raises:
         InputError: This one does.

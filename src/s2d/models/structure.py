@@ -1,4 +1,4 @@
-"""What a recorded forward adds up to: attentions, norms, blocks, masks, and what did not run."""
+"""The structure of a recorded forward: attentions, norms, blocks, masks, and modules that did not run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_STEPS = 60
 
 
 def finish(tracer: Tracer, given: dict[str, Tensor]) -> Graph:
-    """The graph of what a tracer saw."""
+    """The graph of a tracer's records."""
     called = {name for call in tracer.calls for name in call.parameters}
     unseen_modules = _unseen(tracer, called)
     below = tuple(f"{path}." for path in unseen_modules)
@@ -294,7 +294,7 @@ def _normalised(graph: Graph, number: int) -> tuple[str, int] | None:
 
 
 def _before_mean(graph: Graph, node: Node) -> int:
-    """What a mean was taken off; the node itself if none was."""
+    """The node before the subtraction of its mean; the node itself without one."""
     made = source_of(graph, node.id)
     operation = graph.nodes[made].operation
     if (
@@ -368,7 +368,7 @@ def _kind(tracer: Tracer, run: int) -> tuple[str, frozenset[str]]:
 
 
 def _alike(a: tuple[str, dict[str, tuple[int, ...]]], b: tuple[str, dict[str, tuple[int, ...]]]) -> bool:
-    """Of one class, and equal in what both have: the first of them may hold a table more, or a norm less."""
+    """Whether both have one class and equal common parts: the first block may have an extra table or lack a norm."""
     common = a[1].keys() & b[1].keys()
     return a[0] == b[0] and bool(common) and all(a[1][name] == b[1][name] for name in common)
 
@@ -376,7 +376,7 @@ def _alike(a: tuple[str, dict[str, tuple[int, ...]]], b: tuple[str, dict[str, tu
 def _interleaved(
     tracer: Tracer, sequences: list[tuple[tuple[str, ...], list[int]]]
 ) -> list[tuple[tuple[str, ...], list[int]]]:
-    """Lists beside one another whose members take turns are one sequence."""
+    """Merge sibling lists whose members run alternately into one sequence."""
     out: list[tuple[tuple[str, ...], list[int]]] = []
     for names, runs in sequences:
         for place, (others, theirs) in enumerate(out):

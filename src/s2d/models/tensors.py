@@ -1,4 +1,4 @@
-"""Telling tensors apart while a model runs: by storage, version and geometry, never by address or `id`."""
+"""Identify tensors while a model runs: by storage, version and geometry, never by address or `id`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Geometry = tuple[Any, ...]
 
 @dataclass
 class _Storage:
-    """What is known of a piece of memory; the weak reference keeps its address from being given to another."""
+    """The record of a piece of memory; the weak reference keeps its address from being reused."""
 
     reference: Any
     version: int = 0
@@ -48,7 +48,7 @@ class Run:
 
 
 class Memory(TorchDispatchMode):
-    """Which tensor is what: parameters, buffers and inputs by name, every other one by the operation that made it."""
+    """The identity of tensors: parameters, buffers and inputs by name, all others by the operation that made them."""
 
     # Without this torch refuses flex_attention and cond; with it they arrive whole, as unknown operations.
     supports_higher_order_operators = True
@@ -233,7 +233,7 @@ class Memory(TorchDispatchMode):
     def _put(self, value: Tensor, node: Node) -> None:
         if not has_storage(value):
             self._objects[value] = node
-            value = _block_of(value)  # what a rank holds stands for the whole, when it is taken out
+            value = _block_of(value)  # a rank's part represents the whole tensor when it is taken out
             if value is None:
                 return
         storage = self._storage(value)
@@ -287,7 +287,7 @@ class Memory(TorchDispatchMode):
         return None if rest else (begin, begin + value.numel() // per_row)
 
     def _reread(self, value: Tensor, storage: _Storage, geometry: Geometry) -> Node:
-        """A view that nobody made in the open, or one of memory that was written to since."""
+        """A view that no recorded operation made, or a view of memory that was written to since."""
         before = storage.stale.get(geometry)
         sources = [n for n in (before or storage.base, *storage.writes) if n is not None]
         dims = next((n.dims for n in reversed(sources) if n.shape == tuple(value.shape)), None)
@@ -357,7 +357,7 @@ def written_by(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
 
 
 def has_storage(value: Tensor) -> bool:
-    """Whether memory tells a tensor; wrapper subclasses and sparse tensors are told by object."""
+    """Whether memory identifies a tensor; wrapper subclasses and sparse tensors are identified by object."""
     if type(value) in (Tensor, nn.Parameter):
         return value.layout == torch.strided
     return not is_traceable_wrapper_subclass(value) and value.layout == torch.strided

@@ -22,7 +22,7 @@ ROWS = 2
 
 
 def trace(model: nn.Module, batch: Any) -> Graph:
-    """What a model does with its weights, seen in one forward of two rows of a batch.
+    """The graph of a model's use of its weights, from one forward of two rows of a batch.
 
     Wrappers (`DistributedDataParallel`, `torch.compile`) are looked through; names are those of the module inside.
 
@@ -40,7 +40,7 @@ def trace(model: nn.Module, batch: Any) -> Graph:
 def trace_call(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, as_it_trains: bool = False
 ) -> Graph:
-    """As `trace`, for a call that somebody is about to make, of a model or of one of its modules.
+    """As `trace`, for a coming call of a model or of one of its modules.
 
     Args:
         module: What is called.
@@ -52,7 +52,7 @@ def trace_call(
     Raises:
         InputError: As `trace`.
     """
-    with torch.no_grad():  # what is copied here is no part of anybody's graph of gradients
+    with torch.no_grad():  # the copies made here belong to no autograd graph
         if as_it_trains:
             return _traced(module, *_copied(args, kwargs), training=True)
         short_args, short_kwargs, cut = _two_rows(args, kwargs)
@@ -100,8 +100,8 @@ def _arguments(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[
 def _two_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
     """Two rows of everything that has as many rows as the first tensor; a single row is doubled.
 
-    Of the rows those with most and least padding; without padding one token of the copy is made padding, as models
-    leave out a mask that masks nothing, and then nobody sees whose it is.
+    The rows are those with most and least padding. Without padding, one token of the copy is made padding: models skip
+    a mask that masks nothing, and then the graph cannot show to which tokens it belongs.
     """
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
     rows = len(tensors[0]) if tensors else 0

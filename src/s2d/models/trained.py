@@ -1,4 +1,4 @@
-"""Models that come with s2d, trained: ``trained:NAME``. Small, real, and with the outliers that four bits suffer from.
+"""Trained models that come with s2d: ``trained:NAME``. They are small and have outliers that hurt 4-bit quantization.
 
 Each is a folder beside this file, saved by s2d with half-precision weights; its README.md says how it was trained.
 """

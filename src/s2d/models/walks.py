@@ -195,7 +195,7 @@ def source_of(graph: Graph, number: int) -> int:
 
 
 def _channel_operand(graph: Graph, operation: Operation, since: int) -> int | None:
-    """Of two activations that are multiplied the one whose channels the reader has; the right one if none can tell."""
+    """The factor of a product of activations whose channels the reader has; the right one if that is not known."""
     factors = [i for i in operation.inputs if graph.nodes[i].state == "activation"][-2:]
     if len(factors) < 2:
         return factors[0] if factors else None

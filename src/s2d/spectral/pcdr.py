@@ -1,13 +1,13 @@
-"""PCDR: the share of a weight's outlier activations that its leading components make.
+"""PCDR: the share of a weight's outlier activations that comes from its leading components.
 
 The principal component dominance ratio of a weight ``W`` with singular triplets ``(sigma_r, u_r, v_r)`` over its
 outputs ``A_ij = sum_r sigma_r u_ri (v_r . x_j)`` is, from "Selective Spectral Decay" (arXiv 2602.14432),
 
     PCDR_k = sum over outliers of |sum_{r<=k} sigma_r u_ri (v_r . x_j)|  /  sum over outliers of |A_ij|.
 
-Which activations count as outliers is our choice, as averaging over all entries divides by outputs near zero and says
-nothing: the top fraction (1e-5) of ``|A|``, at least 16 entries, of every batch. The denominator is the activation
-itself, so the leading triplets suffice. Values above 1 are meant: the leading components overshoot and others cancel.
+Which activations count as outliers is our choice: the top fraction (1e-5) of ``|A|``, at least 16 entries, of every
+batch. An average over all entries would divide by outputs near zero. The denominator is the activation itself, so the
+leading triplets suffice. Values above 1 are possible: the leading components overshoot and others cancel them.
 
 Shapes: N tokens (rows), O outputs, I inputs, K components, E outlier entries.
 """
@@ -32,7 +32,7 @@ class Dominance:
 
     Attributes:
         triplets: The leading triplets of the weight, K of them.
-        fraction: Which share of each batch's activations are outliers.
+        fraction: The share of each batch's activations that are outliers.
     """
 
     triplets: Triplets
@@ -43,7 +43,7 @@ class Dominance:
         self._total = torch.zeros((), dtype=self.triplets.S.dtype, device=self.triplets.S.device)
 
     def update(self, X: Tensor, Y: Tensor, mask: Tensor | None = None) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
             X: Inputs of the weight, ``[..., I]``.
@@ -57,7 +57,7 @@ class Dominance:
         self.add(X_NI[row_E], Y_NO[row_E, column_E], column_E)
 
     def add(self, X_EI: Tensor, value_E: Tensor, column_E: Tensor) -> None:
-        """Take in outlier entries that are already known: their inputs, values and output channels."""
+        """Add outlier entries that are already known: their inputs, values and output channels."""
         dtype = self.triplets.S.dtype
         part_EK = (X_EI.to(dtype) @ self.triplets.V) * self.triplets.S * self.triplets.U[column_E]
         self._explained += part_EK.cumsum(-1).abs().sum(0)
@@ -85,11 +85,11 @@ def pcdr(
         X: Inputs ``[..., I]``.
         k: How many leading components.
         mask: ``[...]``, true for real tokens.
-        fraction: Which share of ``|X W^T|`` are outliers (at least 16 entries).
+        fraction: The share of ``|X W^T|`` that are outliers (at least 16 entries).
         triplets: The leading triplets of ``W``, if they are known.
 
     Returns:
-        ``[k]``. 1 means that the first k components make the outliers alone.
+        ``[k]``. 1 means that the first k components alone make the outliers.
 
     Raises:
         InputError: The shapes do not fit, or an input is not finite.
@@ -126,18 +126,18 @@ def principal_components(
 ) -> tuple[Tensor, Tensor]:
     """Leading directions of the outputs: left singular vectors of ``W C^(1/2)``, C the second moment of the inputs.
 
-    ``W C W^T`` is the second moment of the outputs, so no C is formed: each step is two skinny products with ``Y``,
-    taken in one pass, and what it gives is decomposed, which sorts the directions.
+    ``W C W^T`` is the second moment of the outputs, so no C is formed. Each step is two skinny products with ``Y``,
+    taken in one pass. A decomposition of the result sorts the directions.
 
     Args:
         Y_NO: Outputs of a weight.
         k: How many directions.
         warm: Directions ``[O, k]`` of an earlier batch, to continue from.
         steps: Power steps; one is enough when warm.
-        seed: Of the random start.
+        seed: Seed of the random start.
         bias: ``[O]``, subtracted from the outputs first.
-        kept: Indices of the rows to look at, see `kept_rows`; all by default.
-        part: Which part of the outputs these are; by default all. The directions are those of the whole, and all its
+        kept: Indices of the rows to use, see `kept_rows`; all by default.
+        part: Which part of the outputs these are; all by default. The directions are those of the whole, and all its
             ranks must call this.
 
     Returns:
@@ -179,16 +179,16 @@ def projections(
 
 
 def outlier_shares(part_EK: Tensor, value_E: Tensor, groups: Groups = ()) -> Tensor:
-    """Which share of the outlier entries each output direction makes.
+    """The share of the outlier entries that each output direction makes.
 
     Args:
-        part_EK: What each direction contributes to each entry, ``(u . y) u_o`` for an orthonormal ``u``.
+        part_EK: The contribution of each direction to each entry, ``(u . y) u_o`` for an orthonormal ``u``.
         value_E: The entries.
         groups: Ranks with further entries.
 
     Returns:
-        ``[K]``: sum of ``sign(A) * (component's part of A)`` over ``sum |A|``; the cumulative sum is PCDR in the
-        metric of the data.
+        ``[K]``: sum of ``sign(A) * (component's part of A)`` over ``sum |A|``. The cumulative sum is PCDR in the metric
+        of the data.
     """
     made, total = (part_EK * value_E.sign()[:, None]).sum(0), value_E.abs().sum()[None]
     made, total = all_reduce(torch.cat([made, total]), groups).split([len(made), 1])

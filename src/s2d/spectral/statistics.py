@@ -20,10 +20,10 @@ class Sums:
     """Statistics of the channels of one activation.
 
     Attributes:
-        channel_max: ``max_n |x_nd|``, ``[D]`` (of the channels that are here).
+        channel_max: ``max_n |x_nd|``, ``[D]`` (of this rank's channels).
         channel_squares: ``sum_n x_nd^2``, ``[D]``.
-        rows: How many.
-        part: Which part of the activation they are of.
+        rows: Number of rows.
+        part: The part of the activation that the statistics cover.
     """
 
     channel_max: Tensor
@@ -37,10 +37,10 @@ class Sums:
 
 
 def add(sums: dict[str, Sums], name: str, x_ND: Tensor, kept: Tensor | None, part: Part) -> None:
-    """Take in the rows of index `kept` (None: all).
+    """Add the rows of index `kept` (None: all).
 
-    Nothing is taken in where there are no rows, or one holds NaN or Inf: half precision overflowed, and the gradient
-    scaler will skip the step. Where other ranks may have seen something, that is noted as no rows.
+    Nothing is added where there are no rows, or where one holds NaN or Inf: half precision overflowed, and the gradient
+    scaler will skip the step. Where other ranks may have seen rows, zero rows are recorded.
     """
     rows = len(x_ND) if kept is None else len(kept)
     channel_max, channel_squares = channel_sums(x_ND, kept)
@@ -56,7 +56,7 @@ def add(sums: dict[str, Sums], name: str, x_ND: Tensor, kept: Tensor | None, par
 
 
 def reduced(sums: dict[str, Sums]) -> dict[str, Sums]:
-    """What all ranks saw together; the same on each of them. Activations without any rows are left out."""
+    """The statistics of all ranks together, equal on each of them. Activations without any rows are left out."""
     names, groups = list(sums), [each.part.groups for each in sums.values()]
     if not any(groups):
         return sums
@@ -82,10 +82,10 @@ class Peaks:
     """Statistics of one activation as a whole, in one forward pass.
 
     Attributes:
-        row_max: ``max_d |x_nd|`` of all rows that are here, padding included.
-        largest: Of the rows that count.
+        row_max: ``max_d |x_nd|`` of all rows of this rank, padding included.
+        largest: Largest magnitude of the rows that count.
         squares: The sum of their squares.
-        entries: How many entries they have.
+        entries: The number of their entries.
     """
 
     row_max: Tensor
@@ -100,10 +100,10 @@ class Peaks:
 
 
 def peaks(x_ND: Tensor, kept: Tensor | None, groups: Groups = ()) -> Peaks | None:
-    """Look at the rows of index `kept` (None: all), together with the ranks of `groups`.
+    """Measure the rows of index `kept` (None: all), together with the ranks of `groups`.
 
     Returns:
-        None where `add` would take nothing in, on any rank.
+        None where `add` would add nothing, on any rank.
     """
     row_max, row_squares = row_sums(x_ND)
     among, squares = (row_max, row_squares) if kept is None else (row_max[kept], row_squares[kept])
@@ -149,12 +149,12 @@ def kept_rows(mask: Tensor) -> Tensor | None:
 def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Largest magnitude and sum of squares of every channel, in one pass over the activation.
 
-    torch's norms along the first dimension are ten times slower than that, and would read it twice. No reading of a
-    part of the rows is offered: outliers sit on few tokens, which a sample would miss.
+    torch's norms along the first dimension are ten times slower, and would read it twice. Sampling rows is not offered:
+    outliers sit on few tokens, which a sample would miss.
 
     Args:
         x_ND: Activations of any floating dtype, not modified.
-        kept: Indices ``[M]`` of the rows to look at, see `kept_rows`; all by default.
+        kept: Indices ``[M]`` of the rows to use, see `kept_rows`; all by default.
 
     Returns:
         ``max_n |x_nd|`` and ``sum_n x_nd^2``, ``[D]`` each, float32; zeros without rows.
@@ -172,8 +172,8 @@ def channel_sums(x_ND: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tens
 def row_sums(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Largest magnitude and sum of squares of every row.
 
-    Along rows torch's own reductions are fast (but for the norm of order infinity), and rows of padding can be dropped
-    from the sums instead of from the activation.
+    Along rows torch's own reductions are fast (except the norm of order infinity). Rows of padding can be dropped from
+    the sums instead of from the activation.
 
     Args:
         x_ND: Activations of any floating dtype, not modified.
@@ -190,7 +190,7 @@ def row_sums(x_ND: Tensor) -> tuple[Tensor, Tensor]:
 def _pieces(x_ND: Tensor, kept: Tensor | None = None, offset_D: Tensor | None = None) -> Iterator[Tensor]:
     """The rows that count, less an offset, in float32 and cache-sized pieces.
 
-    A piece may be a view of the activation, or of memory that the next piece overwrites: neither modify nor keep it.
+    A piece may be a view of the activation, or of memory that the next piece overwrites: do not modify or keep it.
     """
     x_ND = x_ND.detach()
     count, width = len(x_ND) if kept is None else len(kept), x_ND.shape[1]
@@ -209,8 +209,8 @@ def _pieces(x_ND: Tensor, kept: Tensor | None = None, offset_D: Tensor | None = 
             yield torch.sub(piece, offset_D, out=shifted[: last - first])
 
 
-# One pass reduces this many bytes of an activation at a time, so that they stay in the cache; an accelerator gets the
-# activation in one piece, as launches cost more there.
+# One pass reduces this many bytes of an activation at a time, so that they stay in the cache. On an accelerator kernel
+# launches cost more, so it gets the activation in one piece.
 _PIECE_BYTES_CPU = 1 << 20
 
 
@@ -227,17 +227,17 @@ def outlier_entries(
     kept: Tensor | None = None,
     among: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Where the largest activations are.
+    """The positions of the largest activations.
 
-    The E largest entries lie in the E rows of largest maximum, and of these in the E columns of largest maximum, so
-    one reduction over the batch and a small top-k replace a top-k over all activations.
+    The E largest entries lie in the E rows of largest maximum, and there in the E columns of largest maximum. So one
+    reduction over the batch and a small top-k replace a top-k over all activations.
 
     Args:
         Y_NO: Activations.
         fraction: Share of the entries that count as outliers; never fewer than 16 entries.
         row_max: ``max_o |Y|`` of every row ``[N]``, if it is known; see `row_sums`.
-        kept: Indices of the rows to look at, see `kept_rows`; all by default.
-        among: Of how many entries the outliers are to be a share, where these are a part; by default of these.
+        kept: Indices of the rows to use, see `kept_rows`; all by default.
+        among: The number of entries that `fraction` refers to, where these are a part; by default that of these.
 
     Returns:
         Row and column indices into ``Y_NO``, ``[E]`` each, largest first.
@@ -255,5 +255,5 @@ def outlier_entries(
 
 
 def outlier_count(entries: int, fraction: float = OUTLIER_FRACTION) -> int:
-    """How many of so many activations count as outliers, where there are that many."""
+    """How many activations count as outliers among a given number of them."""
     return max(math.ceil(fraction * entries), FEWEST_OUTLIERS)

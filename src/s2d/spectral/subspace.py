@@ -1,9 +1,9 @@
 """Block subspace iteration on a weight, or on the part of it that this rank holds.
 
-A weight is read by one function, `power_steps`, as two products with a few vectors; everything else here is small
-and dense. A sharded weight (see `s2d.distributed.sharding`) adds a sum over ranks of these two products.
+One function, `power_steps`, reads a weight: two products with a few vectors. Everything else here is small and dense.
+A sharded weight (see `s2d.distributed.sharding`) adds a sum over ranks of these two products.
 
-Sources and deviations: see `s2d.spectral.svd`, which holds what is called from outside.
+Sources and deviations: see `s2d.spectral.svd`, which holds the public functions.
 
 Shapes: B matrices of a group, m rows, n columns, p columns of the block, k triplets asked for. A block of p vectors is
 stored as *rows* ([p, n], contiguous): a matrix product with a skinny operand is up to ten times faster that way than
@@ -21,16 +21,16 @@ from torch import Tensor
 from s2d.distributed.sharding import Block, all_reduce
 
 # A power step takes this many bytes of the weight at a time, so that its second product finds them in the cache. On an
-# accelerator launches cost more than memory traffic.
+# accelerator kernel launches cost more than memory traffic.
 _PIECE_BYTES_CPU = 3 << 19
 _PIECE_BYTES_ACCELERATOR = 64 << 20
 
-# Gram matrices: columns in float64 at a time; ratio of the block's smallest to largest singular value that they stand.
+# Gram matrices: columns in float64 at a time; smallest ratio of the block's smallest to largest singular value allowed.
 _GRAM_COLUMNS = 768
 _GRAM_CONDITION = 1e-2
 
-# The Chebyshev filter: singular values above this multiple of the block's smallest converge fast enough by themselves;
-# the others are amplified at most so much in one go (fp32 resolves 1e7), by a polynomial of at most this degree.
+# The Chebyshev filter. Singular values above this multiple of the block's smallest converge fast enough by themselves.
+# The others are amplified at most this much at a time (fp32 resolves 1e7), by a polynomial of at most this degree.
 _FILTER_LEAD = 4.0
 _FILTER_GAIN = 1e4
 _FILTER_DEGREE = 12
@@ -39,8 +39,8 @@ _FILTER_DEGREE = 12
 def power_steps(Ws: Sequence[Block], V: Tensor) -> tuple[Tensor, Tensor]:
     """Both skinny products of a power step, Y = V W^T and Z = Y W, in one pass over each W.
 
-    Where the weights are divided over ranks, each makes the products with its block, which are then summed: one message
-    for the whole group where only rows or only columns are divided, of ``B p (m + n)`` numbers.
+    Where the weights are divided over ranks, each rank multiplies by its block, and the products are summed. Where only
+    rows or only columns are divided, this is one message for the whole group, of ``B p (m + n)`` numbers.
 
     Args:
         Ws: B weights of one shape, dtype and placement.
@@ -59,7 +59,7 @@ def power_steps(Ws: Sequence[Block], V: Tensor) -> tuple[Tensor, Tensor]:
         return Y, Z
     message = V.new_zeros(B * p * (m + n))
     Y, Z = message[: B * p * m].view(B, p, m), message[B * p * m :].view(B, p, n)
-    if not first.column_groups:  # its rows of Y are whole here, so that Z can follow at once
+    if not first.column_groups:  # the rows of Y are complete here, so Z can be computed at once
         for row, W in enumerate(Ws):
             own = V.new_empty(p, len(W.local))
             _power_step(W.local, V[row], own, Z[row])
@@ -86,7 +86,7 @@ def power_step(W: Block, V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _power_step(W: Tensor, V: Tensor, Y: Tensor, Z: Tensor) -> None:
-    """Y = V W^T and Z = Y W of what lies here.
+    """Y = V W^T and Z = Y W of this rank's part.
 
     W ``[m, n]`` of any floating dtype is converted piece by piece to that of the blocks V ``[p, n]``, Y ``[p, m]`` and
     Z ``[p, n]``, of which the last two are overwritten.
@@ -124,8 +124,8 @@ def _gram(X: Tensor, dtype: torch.dtype) -> Tensor:
 def rayleigh_ritz(V: Tensor, Y: Tensor, Z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Singular triplets of W restricted to the left space span(Y), from the products alone.
 
-    With Q = T Y orthonormal, W^T Q = T Z; the singular values of that are the Ritz values. Everything p x p is done
-    in float64, because a Gram matrix squares the condition number.
+    With Q = T Y orthonormal, W^T Q = T Z; its singular values are the Ritz values. All p x p matrices are in float64,
+    because a Gram matrix squares the condition number.
 
     Takes V ``[B, p, n]`` with orthonormal rows, Y ``[B, p, m]`` = V W^T and Z ``[B, p, n]`` = Y W. Returns U
     ``[B, k, m]``, S ``[B, p]``, the new V ``[B, p, n]``, the residual ``[B]`` of the Ritz pairs of the old V (relative
@@ -134,7 +134,7 @@ def rayleigh_ritz(V: Tensor, Y: Tensor, Z: Tensor, k: int) -> tuple[Tensor, Tens
     wide = torch.float32 if V.device.type == "mps" else torch.float64  # Apple GPUs have no float64
     values, P = torch.linalg.eigh(_gram(Y, wide))
     D, P = values.clamp_min(0).sqrt().flip(-1), P.flip(-1)
-    tiny = torch.finfo(wide).tiny ** 0.5  # only where there is nothing but zeros
+    tiny = torch.finfo(wide).tiny ** 0.5  # matters only where everything is zero
     well = D[:, -1] > _GRAM_CONDITION * D[:, 0]
     T = P.mT / D.maximum(1e-9 * D[:, :1] + tiny)[..., None]
 
@@ -171,10 +171,10 @@ def rayleigh_ritz_qr(W: Block, V: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def filter_degree(S: Sequence[float], k: int, residual: float, tol: float) -> int:
-    """Degree of the Chebyshev filter that should bring the k-th triplet to ``tol``; below 2, none is worth it."""
+    """Degree of the Chebyshev filter that should bring the k-th triplet to ``tol``. Below 2 a filter does not pay."""
     bound = S[-1]
     if bound <= 1e-6 * S[0]:
-        return 0  # rounding noise: the block holds all there is
+        return 0  # rounding noise: the block already holds the whole space
 
     def rate(s: float) -> float:  # a Chebyshev polynomial of degree d amplifies s by cosh(d * rate)
         return math.acosh(max(2 * (s / bound) ** 2 - 1, 1 + 1e-6))
@@ -189,8 +189,8 @@ def filter_degree(S: Sequence[float], k: int, residual: float, tol: float) -> in
 def filtered(W: Block, V: Tensor, S: Tensor, degree: int) -> Tensor:
     """Apply the Chebyshev polynomial in W^T W of a degree, small on [0, s_p^2] and growing fastest above.
 
-    The far-leading rows would drown the others; they are kept out, and projected out of the others. V ``[p, n]`` and
-    S ``[p]`` are the Ritz vectors and values; returns ``[p, n]`` with orthonormal rows.
+    The far-leading rows would dominate the others; they are not filtered, and are projected out of the others. V
+    ``[p, n]`` and S ``[p]`` are the Ritz vectors and values; returns ``[p, n]`` with orthonormal rows.
     """
     lead = int((S / S[-1] > _FILTER_LEAD).sum())
     leading, before = V[:lead], V[lead:]

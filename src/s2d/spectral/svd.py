@@ -1,15 +1,15 @@
 """Leading singular triplets of weight matrices: exact, randomized, and warm-started from the last ones.
 
-The regulariser looks at the same weights again and again, and they move little between two looks. So the last block of
-right singular vectors is kept and taken one power step further, which reads the weight about once.
+The decay needs the triplets of the same weights again and again, and the weights change little in between. So the last
+block of right singular vectors is kept and taken one power step further, which reads the weight about once.
 
 Sources: randomized range finder with power iterations, Halko, Martinsson, Tropp (2011), arXiv 0909.4061, algorithms
 4.4 and 5.1; block subspace iteration with Rayleigh-Ritz, Saad, "Numerical Methods for Large Eigenvalue Problems",
 chapter 5; its Chebyshev filter, Zhou, Saad, Tiago, Chelikowsky (2006), J. Comput. Phys. 219, algorithm 4.3.
 Deviations: both skinny products of a power step are taken in one pass over the weight; bases are orthonormalised from
-their Gram matrices, in float64 (Householder QR where those are too ill-conditioned); the filter leaves far-leading
-directions alone; the last column of a warm block is stirred with noise, so that a direction growing outside is found;
-the search restarts where the last one can no longer vouch for the order.
+their Gram matrices, in float64 (Householder QR where those are too ill-conditioned); the filter does not change
+far-leading directions; noise is added to the last column of a warm block, so that a direction growing outside is found;
+the search restarts where the last one can no longer guarantee the order.
 
 Shapes: B matrices of a group, m rows, n columns, p columns of the block, k triplets asked for. Inside this module a
 block of p vectors is stored as *rows* ([p, n], contiguous): a matrix product with a skinny operand is up to ten times
@@ -38,10 +38,10 @@ _EXACT_UP_TO_WARM = 32
 
 _GROUP_SIZE = 32  # larger groups are split, which bounds their memory
 
-# Relative size of the noise stirred into the last column of a warm block.
+# Relative size of the noise added to the last column of a warm block.
 _STIR = 0.3
 
-# Products of this size or not: outside, sigma^2 might leave float32, and the weight is looked at (real ones never are).
+# Safe range of the products. Outside it sigma^2 might leave float32, and the weight is checked (never for real ones).
 _SAFE_PRODUCT = (1e-15, 1e15)
 
 
@@ -72,9 +72,9 @@ def top_singular(
             ``tol * s_1 / gap`` of the true one, gap being the distance to the next singular value; singular values
             are far closer than ``tol``, as their error goes with the square of that angle.
         max_iterations: Power steps before a matrix falls back to the exact SVD (``Triplets.fallbacks``).
-        oversample: Extra columns carried along, which buy faster convergence.
-        seed: Of the random start. The same call gives the same bits; the global generator is not touched.
-        name: What error messages call ``W``.
+        oversample: Extra columns of the block, for faster convergence.
+        seed: Seed of the random start. The same call gives the same bits; the global generator is not touched.
+        name: Name of ``W`` in error messages.
 
     Returns:
         The triplets, with the batch dimensions of ``W``.
@@ -118,8 +118,9 @@ def top_singular_many(
 ) -> list[Triplets]:
     """Compute the k leading triplets of many matrices; those of equal shape share their small dense work.
 
-    The weights themselves are never stacked or copied (but for an exact SVD, and 1.5 MB at a time for half precision):
-    a warm refresh needs at most three times the skinny blocks, ``(m + n) * (k + oversample)`` numbers per matrix.
+    The weights themselves are never stacked or copied (except for an exact SVD, and 1.5 MB at a time for half
+    precision). A warm refresh needs at most three times the skinny blocks, ``(m + n) * (k + oversample)`` numbers per
+    matrix.
 
     Args:
         Ws: Matrices ``[m, n]``, of any mix of shapes, dtypes and devices. Of a DTensor, or a `Block`, only the
@@ -128,8 +129,8 @@ def top_singular_many(
         k: As in `top_singular`, for every matrix.
         warm: One earlier result (or None) per matrix.
         method: As in `top_singular`, like ``tol``, ``max_iterations`` and ``oversample``.
-        seed: Of the random start, which is the one that every matrix would get alone.
-        names: What error messages call the matrices; ``weight 0``, ``weight 1``, ... by default.
+        seed: Seed of the random start. Every matrix gets the same start as it would alone.
+        names: Names of the matrices in error messages; ``weight 0``, ``weight 1``, ... by default.
 
     Returns:
         One result per matrix, in order.
@@ -215,11 +216,11 @@ class _Group:
         self.dtype, self.device = _work_dtype(Ws[0].local.dtype), Ws[0].local.device
         self.width = min(k + oversample, self.m, self.n)
         self.steps = [0] * len(Ws)
-        self.edges: dict[int, Tensor] = {}  # of those that continue from a warm start
+        self.edges: dict[int, Tensor] = {}  # for matrices that continue from a warm start
         self.done: dict[int, Triplets] = {}
 
     def solve(self, starts: list[Triplets] | None) -> list[Triplets]:
-        """Iterate from the last triplets, or from a random block (None); what does not converge is solved exactly."""
+        """Iterate from the last triplets, or from a random block (None). Unconverged matrices get an exact SVD."""
         self.edges = {} if starts is None else {i: start.edge.to(self.device) for i, start in enumerate(starts)}
         active = list(range(len(self.Ws)))
         V = self._random_block(self.width).repeat(len(active), 1, 1) if starts is None else self._warm_block(starts)
@@ -245,18 +246,18 @@ class _Group:
         return [self.done[i] for i in range(len(self.Ws))]
 
     def _out_of_range(self, active: list[int], Y: Tensor) -> list[int]:
-        """Rows whose weight only LAPACK, which scales first, can do; refuses NaN and Inf, which reach the products."""
+        """Rows whose weight needs LAPACK, which scales first. Refuses NaN and Inf, which show in the products."""
         refused = []
         for row, size in enumerate(torch.linalg.vector_norm(Y, dim=(1, 2)).tolist()):
             if not _SAFE_PRODUCT[0] < size < _SAFE_PRODUCT[1]:
                 W, name = self.Ws[active[row]], self.names[active[row]]
                 largest = _require_finite(W.local, name, W.groups)
-                if largest > 0 or not math.isfinite(size):  # a zero weight is no trouble, a damaged warm start is
+                if largest > 0 or not math.isfinite(size):  # a zero weight is fine, a damaged warm start is not
                     refused.append(row)
         return refused
 
     def _continue(self, active: list[int], U: Tensor, S: Tensor, V: Tensor, residual: Tensor) -> list[int]:
-        """Record what has converged or has had its steps, filter the others (in V); returns their rows."""
+        """Record the matrices that converged or used up their steps, filter the others (in V); returns their rows."""
         fix_signs(U, V[:, : self.k])
         left: list[int] = []
         for row, (i, rest) in enumerate(zip(active, residual.tolist(), strict=True)):
@@ -275,7 +276,7 @@ class _Group:
                 )
                 continue
             left.append(row)
-            if converged:  # on singular triplets, but larger ones may have been outside all along
+            if converged:  # these are singular triplets, but larger ones may lie outside the block
                 V[row] = self._random_block(self.width)
                 del self.edges[i]
             elif edge is None or self.steps[i] > 1:
@@ -284,7 +285,7 @@ class _Group:
                 if degree > 1:
                     V[row] = filtered(self.Ws[i], V[row], S[row], degree)
                     self.steps[i] += degree
-            # else: a move of the weight errs in all directions, and one more plain step clears most of that
+            # else: a change of the weight causes errors in all directions; one more plain step removes most of them
         return left
 
     def _exactly(self, i: int) -> Triplets:
@@ -304,14 +305,14 @@ class _Group:
         return torch.linalg.qr(rows.mT).Q.mT.to(self.device, self.dtype).contiguous()
 
     def _warm_block(self, starts: list[Triplets]) -> Tensor:
-        """The blocks the last results ended with, ``[B, width, n]``; their last row is stirred."""
+        """The final blocks of the last results, ``[B, width, n]``, with noise added to their last row."""
         V = torch.stack([start.basis.mT[: self.width].to(self.device, self.dtype) for start in starts])
         if self.width in (self.k, self.n):
             return V  # no spare row, or the block is the whole space
-        # Signs from the state make every refresh stir differently, and the same call the same.
+        # The signs depend on the state: every refresh gets other noise, and the same call gets the same.
         noise = torch.copysign(self._random_block(1), V[:, -1:].roll(1, dims=-1))
         kept = V[:, :-1]
-        noise = noise - (noise @ kept.mT) @ kept  # off the others, so that converged rows stay converged
+        noise = noise - (noise @ kept.mT) @ kept  # orthogonal to the others, so that converged rows stay converged
         last = V[:, -1:] + _STIR * noise
         V[:, -1:] = last / torch.linalg.vector_norm(last, dim=-1, keepdim=True)
         return V
@@ -350,7 +351,7 @@ def _full_precision(matrices: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _require_finite(W: Tensor, name: str, groups: Groups = ()) -> float:
-    """The largest magnitude in W, after refusing NaN and Inf; where others hold more of it, on each of the ranks."""
+    """The largest magnitude in W, after refusing NaN and Inf. Of a sharded W, that of all ranks."""
     low, high = (float(x) for x in torch.aminmax(W)) if W.numel() else (0.0, 0.0)
     sound = math.isfinite(low) and math.isfinite(high)
     told = torch.tensor([max(-low, high) if sound else 0.0, float(not sound)], device=W.device)

@@ -14,21 +14,21 @@ class Triplets:
     """The k leading singular triplets of a matrix, or of a batch of matrices: W ~ U diag(S) V^T.
 
     Attributes:
-        U: Left singular vectors as columns, ``[..., m, k]``. float32, or float64 for float64 weights, like all others.
-            Orthonormal to 1e-6; to 1e-3 at worst, where the block spans singular values a hundred times apart.
+        U: Left singular vectors as columns, ``[..., m, k]``. Like all others float32, or float64 for float64 weights.
+            Orthonormal to 1e-6; to 1e-3 at worst, where singular values of the block differ by a factor of 100.
         S: Singular values in descending order, ``[..., k]``.
         V: Right singular vectors as columns, ``[..., n, k]``. The entry of largest magnitude of each is positive.
         residual: ``max_i ||W^T u_i - s_i v_i|| / s_1`` over the k pairs *before* the last half step (for these,
-            ``W v_i = s_i u_i`` holds by construction), ``[...]``. What is returned is half a power step closer. By
+            ``W v_i = s_i u_i`` holds by construction), ``[...]``. The returned pairs are half a power step closer. By
             Weyl's theorem every s_i is within ``residual * s_1`` of a singular value. 0 for an exact SVD.
         iterations: Power steps taken (applications of W^T W to the block), each reading the weight about once; the
             largest of a batch. 0 where an exact SVD was chosen from the start.
         exact: An exact SVD was used, by request, because the matrix is small, or as the fall-back.
-        fallbacks: How many matrices did not converge and fell back to an exact SVD. Sum it to count them.
+        fallbacks: Number of matrices that did not converge and fell back to an exact SVD.
         basis: The right block that the next warm start continues from, ``[..., n, p]`` with p >= k: V (a view of it)
             and the oversampling columns.
-        edge: The last singular value of the block when it was last found from scratch, ``[...]``; about the largest
-            that may hide outside. A warm start whose s_k has sunk below it searches from scratch again.
+        edge: The last singular value of the block when it was last found from scratch, ``[...]``. It estimates the
+            largest singular value outside the block. A warm start whose s_k falls below it searches from scratch.
     """
 
     U: Tensor

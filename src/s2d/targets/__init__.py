@@ -1,4 +1,4 @@
-"""Targets: a target is a weight (parameter name, slice), not a module; selection by pattern, LoRA, who calls it."""
+"""Targets: a target is a weight (parameter name, slice), not a module. Selection by pattern, LoRA, calls."""
 
 from s2d.targets.weights import Kind, Selector, Target, find_targets
 

@@ -34,11 +34,12 @@ def parts_of(target: Target, stored: Tensor, x: Tensor, y: Tensor, data: Groups)
     """Which parts of a call's input and output this rank sees.
 
     Args:
-        target: Whose module was called.
+        target: The target of the module that was called.
         stored: Its parameter as it is between steps.
-        x: What of the input is here, as `call_views` gives it.
-        y: What of the output is here.
-        data: The ranks with other data, where the weight does not tell; see `s2d.distributed.sharding.data_groups`.
+        x: This rank's part of the input, as `call_views` gives it.
+        y: This rank's part of the output.
+        data: The ranks with other data, where the weight does not show them; see
+            `s2d.distributed.sharding.data_groups`.
     """
     running = target.parameter
     rows = data_groups_of(stored, running, data)
@@ -51,12 +52,12 @@ def parts_of(target: Target, stored: Tensor, x: Tensor, y: Tensor, data: Groups)
 
 
 def _part(here: int, width: int, columns: slice, rows: Groups, divided: Groups) -> Part:
-    """Columns are divided like the weight's, unless the module has brought them together already."""
+    """The columns of an activation: divided as the weight's, unless the module has gathered them already."""
     return Part(width, columns, rows, divided) if divided and here != width else Part(here, row_groups=rows)
 
 
 def refuse_unreadable(target: Target, x: Tensor, y: Tensor) -> None:
-    """Refuse what tensor parallelism may do to a call that hides which tokens and channels belong together.
+    """Refuse calls under tensor parallelism whose tokens and channels cannot be matched.
 
     Raises:
         InputError: Sequence parallelism, or a fused projection.
@@ -78,9 +79,9 @@ def refuse_unreadable(target: Target, x: Tensor, y: Tensor) -> None:
 
 
 def projection_input(target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """What a projection multiplies that is a bare parameter of an attention module, ``[..., I]``.
+    """The input ``[..., I]`` of a projection that is a bare parameter of an attention module.
 
-    Torch's own attention is given queries, keys and values apart; other classes are given one tensor.
+    Torch's own attention receives queries, keys and values separately; other classes receive one tensor.
     """
     if isinstance(module, nn.MultiheadAttention):
         bound = _ATTENTION.bind(module, *args, **kwargs).arguments
@@ -91,9 +92,9 @@ def projection_input(target: Target, module: nn.Module, args: tuple[Any, ...], k
 def projection_views(
     target: Target, attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """As `call_views`, for a projection of torch's own attention; its output is computed, as no module returns it."""
+    """As `call_views`, for a projection of torch's own attention. No module returns its output, so it is computed."""
     x = projection_input(target, attention, args, kwargs)
-    assert x is not None  # torch's own attention cannot be called without
+    assert x is not None  # torch's own attention cannot be called without it
     W = target.matrix()
     return x, nn.functional.linear(x.detach().to(W.dtype), W, bias_of(target))
 
@@ -131,7 +132,7 @@ def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 
 
 def modules_with_mask(model: nn.Module) -> list[nn.Module]:
-    """Those that are given a mask of padding."""
+    """Modules that receive a padding mask."""
     return [
         m
         for m in model.modules()
@@ -140,5 +141,5 @@ def modules_with_mask(model: nn.Module) -> list[nn.Module]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Some of its modules are compiled, as far as can be seen from inside."""
+    """Whether some of its modules are compiled, as far as the modules show it."""
     return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules())

@@ -1,8 +1,8 @@
-"""LoRA: the weight that runs is W + s B A, a sum that is stored nowhere; here it is a target like any other.
+"""LoRA: the effective weight is the sum W + s B A, which is not stored. Here it is a target like any other.
 
-Factors are recognised as PEFT stores them, on the layer that stands in the place of the adapted Linear. Components are
-those of the sum. What is shrunk of it is taken out of the frozen W, which holds for every component: for W + D the
-adapters' D, (W + D) - change = (W - change) + D. The factors are left to the optimizer that trains them.
+Factors are recognised as PEFT stores them, on the layer that replaces the adapted Linear. Components are those of the
+sum. A change of the sum is applied to the frozen W. This is exact for every component: with the adapters' part D,
+(W + D) - change = (W - change) + D. The optimizer alone changes the factors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from s2d.targets.weights import Target
 
 @dataclass(frozen=True, eq=False)
 class AdaptedTarget(Target):
-    """A weight under adapters. `module` is the adapters' layer: what it reads and makes is what the sum does."""
+    """A weight under adapters. `module` is the adapters' layer: its input and output are those of the sum."""
 
     @property
     def owner(self) -> nn.Module:
@@ -34,11 +34,11 @@ class AdaptedTarget(Target):
         return self.view(total)
 
     def block(self, tensor: Tensor | None = None) -> Block:
-        """Of the sum, or of a tensor shaped like W."""
+        """The view of the sum, or of a tensor shaped like W."""
         return Block.of(self.matrix()) if tensor is None else super().block(tensor)
 
     def edit(self, change: Callable[[Block], None]) -> None:
-        """Let `change` write to the sum, and take over into W what it did."""
+        """Let `change` write to the sum, and apply the same change to W."""
         merged = self.matrix()
         wanted = merged.clone()
         change(Block.of(wanted))
@@ -46,14 +46,14 @@ class AdaptedTarget(Target):
 
 
 def active_adapters(layer: Any) -> list[str]:
-    """The adapters that a layer adds to its frozen weight now; those that were merged are part of it already."""
+    """The adapters that a layer adds to its frozen weight now. Merged adapters are already part of the weight."""
     if layer.merged or layer.disable_adapters:
         return []
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def with_adapters(model: nn.Module, targets: Iterable[Target]) -> list[Target]:
-    """The targets, those that stand below LoRA adapters as what runs."""
+    """The targets; a weight below LoRA adapters becomes a target for the sum."""
     layers = {id(m.base_layer): m for m in model.modules() if "lora_A" in m._modules and "base_layer" in m._modules}
     return [_adapted(target, layers.get(id(target.module))) for target in targets]
 

@@ -1,4 +1,4 @@
-"""Which tokens of a call are real: masks as models are given them."""
+"""Which tokens of a call are real: the padding masks that models receive."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 MASKS = frozenset({"attention_mask", "src_key_padding_mask", "key_padding_mask"})
-# What is added to the scores of a hidden token is far below any score, whatever a model takes for it.
+# The number added to the scores of a hidden token is far below any score, in every model.
 _HIDDEN = -1e3
 
 
 def real_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Which tokens a call says are real, ``[B, T]`` boolean; None when it does not say.
+    """The real tokens of a call by its mask, ``[B, T]`` boolean; None without a mask.
 
     An ``attention_mask`` is non-zero at real tokens; a floating-point one without any 1 is added to the scores. Torch's
     own ``src_key_padding_mask`` and ``key_padding_mask`` are True at padding, or added to the scores.
@@ -29,7 +29,7 @@ def real_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[st
         multiplied = not shown.is_floating_point() or bool(((shown == 0) | (shown == 1)).all() & shown.any())
         return shown.bool() if multiplied else shown > _HIDDEN
     hidden = given.get("src_key_padding_mask")
-    # Behind a query of its own the mask is that of other tokens.
+    # In cross-attention the mask belongs to other tokens.
     if hidden is None and given.get("query") is given.get("key"):
         hidden = given.get("key_padding_mask")
     if not isinstance(hidden, Tensor) or hidden.ndim != 2:
@@ -38,7 +38,7 @@ def real_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[st
 
 
 def given_mask(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call has some mask, of any layout, or is of an attention, whose model may have one."""
+    """Whether a call has a mask of any layout, or is a call of an attention, whose model may have one."""
     names = [name for name in ("attention_mask", "src_key_padding_mask") if name in signature.parameters]
     with suppress(TypeError):
         kwargs = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
@@ -48,7 +48,7 @@ def given_mask(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
 def without_first(
     real: Tensor | None, signature: inspect.Signature, args: Any, kwargs: Any, count: int
 ) -> Tensor | None:
-    """The real tokens but the first ``count`` of every sequence; of a call without a mask by its ids or embeddings."""
+    """The real tokens except the first ``count`` of a sequence. Without a mask, ids or embeddings give the shape."""
     if real is None:
         with suppress(TypeError):
             kwargs = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}

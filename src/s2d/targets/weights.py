@@ -28,7 +28,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUSED_QKV = frozenset({"qkv", "Wqkv", "qkv_proj", "query_key_value", "in_proj_weight", "c_attn"})
-# In these the rows of q, k and v alternate head by head, so no row slice holds one of them; the weight stays whole.
+# In these models the rows of q, k and v alternate head by head. No row slice holds one of them, so it stays whole.
 _INTERLEAVED_QKV = ("GPTNeoX", "Bloom", "Falcon")
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -43,11 +43,11 @@ class Target:
         module_name: Dotted name of the module that owns the parameter, without wrappers.
         module: That module.
         parameter_name: Attribute of the module that holds the parameter, mostly ``"weight"``.
-        rows: Which outputs of the parameter, ``None`` for all.
+        rows: The outputs of the parameter that belong to the target, ``None`` for all.
         kind: ``"linear"``, ``"conv"``, ``"embedding"`` (one row per entry) or ``"norm"`` (a gain ``[d]``).
         transposed: The parameter is stored ``[in, out]`` (transformers' ``Conv1D``).
-        offset: Of a norm: what is added to the weight before it multiplies (1 in Gemma); not a number where the output
-            is no linear function of the weight.
+        offset: For a norm: the number added to the weight before it multiplies (1 in Gemma); NaN where the output is no
+            linear function of the weight.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The whole parameter, of which `rows` may be a part. Looked up each time, so a replaced one is seen."""
+        """The whole parameter, of which `rows` may be a part. It is looked up each time, as it may be replaced."""
         return getattr(self.owner, self.parameter_name)
 
     @property
     def owner(self) -> nn.Module:
-        """The module that holds the parameter; `module` but where adapters stand on top of it."""
+        """The module that holds the parameter: `module`, except where adapters wrap it."""
         return self.module
 
     @property
@@ -104,7 +104,7 @@ class Target:
     def block(self, tensor: Tensor | None = None) -> Block:
         """The part of the matrix that this rank holds, in the weight or in a tensor shaped like it; see `view`.
 
-        A norm gain is one column. Nothing but DTensors is divided.
+        A norm gain is one column. Only DTensors are divided.
 
         Raises:
             InputError: The weight is divided along other dimensions than rows and columns of a matrix.
@@ -137,8 +137,8 @@ def find_targets(
         include: ``"all-linear"`` for every weight of `kinds`; an fnmatch pattern or ``"re:..."`` (searched) over the
             target's name, the parameter's name or the module's name; several of these; or a callable
             ``(module, module_name) -> bool``.
-        exclude: The same, taken away afterwards. It may match nothing.
-        kinds: Which kinds of weight are considered.
+        exclude: The same, removed afterwards. It may match nothing.
+        kinds: Kinds of weight considered.
 
     Raises:
         InputError: Nothing is selected (close names are listed), a regular expression is broken, a kind is unknown, or

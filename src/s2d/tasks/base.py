@@ -24,7 +24,7 @@ from s2d.registry import Registry
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a model made of each example, from which the primary metric follows.
+    """The results of a model on each example; the primary metric follows from them.
 
     The metric is ``scale * sum(values) / sum(weights)``, or its exponential.
 
@@ -57,7 +57,7 @@ class Outcomes:
 
     @staticmethod
     def joined(parts: Sequence[Outcomes]) -> Outcomes:
-        """Those of successive batches."""
+        """The results of successive batches."""
         first = parts[0]
         values, weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "weights"))
         return Outcomes(values, weights, first.scale, first.exponential, first.hits)
@@ -66,18 +66,18 @@ class Outcomes:
 class Task(ABC):
     """Data, loss and metric of one job. Everything a task yields is determined by its data, its options and the seeds.
 
-    A task is made with its data options, then meets a model: `build` (or `prepare`, when the model is already whole)
-    tokenizes the data once with that model's tokenizer; afterwards batches cost indexing only.
+    A task is made with its data options. Then `build` (or `prepare`, when the model is already complete) tokenizes the
+    data once with a model's tokenizer. After that, batches cost only indexing.
 
     Attributes:
         name: The name it is registered under.
-        primary: The metric that matters, a key of what `evaluate` returns.
-        higher_is_better: Of the primary metric, and of all others but those in `opposed`.
-        opposed: Metrics of which the opposite is true.
+        primary: The main metric, a key of the result of `evaluate`.
+        higher_is_better: True for the primary metric, and for all others except those in `opposed`.
+        opposed: Metrics with the opposite direction.
         adds_head: `build` puts new, untrained outputs on the model.
         separable: The mean of the losses of a batch's parts is the loss of the batch, so that processes can share it.
-        ragged: Examples differ in length, so that batches of like length save time.
-        new_head: Which outputs the last `build` made anew, at random, and why, for people; empty when it made none.
+        ragged: Examples differ in length, so that batches of similar length save time.
+        new_head: Text: which outputs the last `build` initialised at random, and why; empty when it made none.
     """
 
     name: ClassVar[str]
@@ -105,7 +105,7 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, loaded: Loaded) -> None:
-        """Make the data ready for a model (tokenize); nothing is done when that has happened already."""
+        """Prepare the data for a model (tokenize), unless that has happened already."""
 
     @abstractmethod
     def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
@@ -127,7 +127,7 @@ class Task(ABC):
         """
 
     def notes(self) -> list[str]:
-        """What the user should know about the data, one line each, such as files that were left out."""
+        """Messages about the data for the user, one line each, such as files that were left out."""
         return []
 
     def prefers_higher(self, metric: str) -> bool:
@@ -136,18 +136,18 @@ class Task(ABC):
 
     @abstractmethod
     def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """What a model is called with for a batch, one dictionary of keywords per call: for calibration and audit."""
+        """The keywords of a model for a batch, one dictionary per call, for calibration and audit."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The training loss, a scalar; the batch is moved to the model's device."""
 
     def result(self, model: nn.Module) -> nn.Module:
-        """What `s2d condition` saves of a model from `build`: itself, unless the user's own is within."""
+        """The part of a model from `build` that `s2d condition` saves: the user's own model inside, else all of it."""
         return model
 
     def outcomes(self, model: nn.Module, batch: Batch) -> Outcomes:
-        """What the model makes of each example of a batch, for comparisons of two models on the same examples.
+        """The model's results on each example of a batch, for comparisons of two models on the same examples.
 
         Raises:
             InputError: The task's metric is no mean over examples.
@@ -166,8 +166,8 @@ _TASKS: Registry[type[Task]] = Registry("task", "s2d.tasks")
 def from_all_ranks(rows: Tensor) -> Tensor:
     """The rows ``[n, D]`` of every process's share of a batch, in order, for losses that compare examples.
 
-    Gradients flow back to where the rows come from, so that the mean of the processes' gradients is that of the loss
-    over the whole batch.
+    Gradients flow back to the process of each row, so that the mean of the processes' gradients is the gradient of the
+    loss over the whole batch.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or not torch.is_grad_enabled():
         return rows
@@ -218,7 +218,7 @@ def create(name: str, **options: Any) -> Task:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are; the CPU for a model without any."""
+    """The device of a model's parameters; the CPU for a model without any."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 

@@ -28,7 +28,7 @@ from s2d.tasks.image_base import ImageRows
 _OBJECTS = ("objects", "annotations", "object")
 _BOXES = ("bbox", "boxes", "bboxes")
 _CATEGORIES = ("category", "categories", "category_id", "label", "labels", "class_labels")
-_MOST = 100  # detections of an image that COCO's measure looks at
+_MOST = 100  # detections per image that COCO's metric uses
 _METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
@@ -105,9 +105,9 @@ class Detection(ImageRows):
         super().prepare(replace(loaded, processor=stretched))
 
     def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
-        """A copy of the detector; its classifier is kept when it knows these classes by name, else its end is new.
+        """A copy of the detector. It keeps its classifier if that has these classes by name; else the head is new.
 
-        Where one side only numbers them, it is kept when it tells enough of them apart.
+        Where one side only numbers the classes, the classifier is kept if it has enough of them.
         """
         self.prepare(loaded)
         model: Any = copy.deepcopy(loaded.model)
@@ -132,7 +132,7 @@ class Detection(ImageRows):
         return model.train()
 
     def beside(self, split: Split, rows: Tensor) -> Batch:
-        """``row`` alone; boxes differ in number and are looked up by it."""
+        """Only ``row``; boxes differ in number and are looked up by it."""
         return {"row": rows, "trained": torch.full_like(rows, int(split == "train"))}
 
     def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:
@@ -140,7 +140,7 @@ class Detection(ImageRows):
         return [{"pixel_values": self.normalize(batch["pixels"])}]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """DETR's, on training rows."""
+        """DETR's loss, on training rows."""
         batch = to_device(batch, device_of(model))
         labels = []
         for row in batch["row"].tolist():
@@ -195,7 +195,7 @@ def average_precision(
     """COCO's average precision, by pycocotools.
 
     Args:
-        truth: Of each image its boxes `[objects, 4]` as x, y, width, height in pixels, and their classes `[objects]`.
+        truth: For each image its boxes `[objects, 4]` as x, y, width, height in pixels, and their classes `[objects]`.
         found: ``image_id``, ``category_id``, ``bbox`` and ``score`` of each detection.
         labels: Names of the classes.
 

@@ -163,7 +163,7 @@ def ranks(scores: Tensor) -> Tensor:
         `[n]` integers.
     """
     own = scores.diagonal().unsqueeze(1)
-    return (~(scores < own)).sum(1)  # its own column is never below itself, so it counts once
+    return (~(scores < own)).sum(1)  # a row's own column is never below itself, so it counts once
 
 
 def _embed(model: nn.Module, table: TokenTable, batch_size: int) -> Tensor:

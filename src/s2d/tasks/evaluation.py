@@ -57,7 +57,7 @@ def model_for(loaded: Loaded, task: Task) -> nn.Module:
 
 
 def is_bare(loaded: Loaded, task: Task) -> bool:
-    """Whether a checkpoint is an encoder alone, that a task would put a head on; the task is made ready for it."""
+    """Whether a checkpoint is only an encoder, which needs a head for the task. It prepares the task."""
     model = loaded.model
     if encoder_of(model) is not model or number_of_classes(model) or hasattr(model, "get_text_features"):
         return False
@@ -68,7 +68,7 @@ def is_bare(loaded: Loaded, task: Task) -> bool:
 
 
 def encoder_inputs(encoder: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    """What a task's model is called with, for its encoder alone: timm's do not name their images as transformers do.
+    """The keywords of a task's model, renamed for its encoder alone: timm and transformers name images differently.
 
     Raises:
         InputError: Several inputs, not all of which the encoder knows by name.

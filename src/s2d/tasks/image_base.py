@@ -1,4 +1,4 @@
-"""What tasks on images share: the data, their batches, accuracy, and what is said about images left out."""
+"""Shared code of tasks on images: the data, their batches, accuracy, and messages about images left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from s2d.tasks.base import Task, device_of
 
 
 class ImageRows(Task):
-    """A task on images and what stands beside them; images that stand in several rows are decoded once."""
+    """A task on images and their annotations. An image that occurs in several rows is decoded once."""
 
     ragged = False
     augment = False  # where training images are changed at random
@@ -48,12 +48,12 @@ class ImageRows(Task):
 
     @staticmethod
     def text_of(row: ImageRow) -> str:
-        """What the fingerprint takes of what stands beside an image."""
+        """The annotations of an image, for the fingerprint."""
         return str(row.cells)
 
     @property
     def fingerprint(self) -> str:
-        """Short SHA-256 of all splits: images and what stands beside them."""
+        """Short SHA-256 of all splits: images and their annotations."""
         return self._fingerprint
 
     def sizes(self) -> dict[str, int]:
@@ -98,15 +98,15 @@ class ImageRows(Task):
 
     @abstractmethod
     def beside(self, split: Split, rows: Tensor) -> Batch:
-        """What a batch holds beside the pixels, for rows by index `[batch]`."""
+        """The other entries of a batch beside the pixels, for rows by index `[batch]`."""
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """What the model reads."""
+        """The model's input."""
         assert self._preprocessing is not None
         return self._preprocessing.normalize(pixels)
 
     def training_pixels(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """What the model reads of bytes while it is trained: flipped and shifted at random, where that is asked for."""
+        """The model's input in training, made from bytes: flipped and shifted at random, if that is enabled."""
         return self.normalize(augment(pixels) if self.augment and model.training else pixels)
 
     def _readable(self, split: Split) -> Tensor:
@@ -116,7 +116,7 @@ class ImageRows(Task):
 
 
 class LabelledImages(ImageRows):
-    """A task on labelled images; subclasses say what a model makes of them."""
+    """A task on labelled images; subclasses define the model's output."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class LabelledImages(ImageRows):
         with evaluating(model):
             for batch in self.batches(split, batch_size=batch_size):
                 scores = scores_of(self.normalize(batch["pixels"].to(device))).float().cpu()
-                # NaN scores are no answer; ranking would take them for the largest.
+                # NaN scores are no answer; a ranking would treat them as the largest.
                 ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == batch["labels"].unsqueeze(1)
                 ranked &= scores.isfinite().all(1, keepdim=True)
                 first, fifth, seen = first + int(ranked[:, 0].sum()), fifth + int(ranked.sum()), seen + len(ranked)

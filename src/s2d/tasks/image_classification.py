@@ -60,8 +60,8 @@ class ImageClassification(LabelledImages):
     def build(self, loaded: Loaded, seed: int = 0) -> ImageClassifier:
         """A classifier on a copy of the model.
 
-        A trained head for these classes (by name, in any order, or more of them) is kept, and the task takes its
-        classes over.
+        A trained head for these classes (by name, in any order, or more of them) is kept. The task then uses its
+        classes.
         """
         self.prepare(loaded)
         model, wanted = loaded.model, self._own_labels

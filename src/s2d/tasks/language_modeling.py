@@ -50,8 +50,8 @@ class LanguageModeling(Task):
         bos: Begin each window with the tokenizer's beginning-of-sequence token; `window` counts it.
         loss: What training minimizes: ``text``, the mean negative log-likelihood of the text, or ``original``, without
             anything to learn from the text: KL(original || model) of the next token, averaged over all tokens.
-        original: The model that teaches with ``loss=original``. None: what the first model that the task builds on was
-            made from, as a conditioned folder of s2d knows, else that model itself.
+        original: The teacher with ``loss=original``. None: the model from which the task's first model was made, as
+            noted in a conditioned folder of s2d; else that first model itself.
     """
 
     primary = "perplexity"
@@ -154,7 +154,7 @@ class LanguageModeling(Task):
         return total / max(count, 1)
 
     def _check_original(self, loaded: Loaded) -> None:
-        """Find the teacher, unless it is known, and see that its vocabulary is the model's."""
+        """Find the teacher, unless it is known, and check that its vocabulary is the model's."""
         if self._teacher is None:
             found = find_original(
                 loaded, self.original, lambda each: require_tokenizer(each, self.name).get_vocab(), "tokenizers"
@@ -190,7 +190,7 @@ class LanguageModeling(Task):
     def _negative_log_likelihood(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         """Sum over the scored tokens, and their number."""
         batch = to_device(batch, device_of(model))
-        logits = model(**self.inputs(batch)[0]).logits[:, :-1]  # what position t says about token t + 1
+        logits = model(**self.inputs(batch)[0]).logits[:, :-1]  # position t predicts token t + 1
         labels = batch["labels"][:, 1:]
         total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return total, int((labels != IGNORED).sum())
@@ -202,7 +202,7 @@ class LanguageModeling(Task):
 
 
 def _vocabulary(model: nn.Module) -> int:
-    """Scores that a model says for each token."""
+    """The scores of a model for each token."""
     head = head_of(model)
     return 0 if head is None else len(head.get_parameter("weight"))
 

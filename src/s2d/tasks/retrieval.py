@@ -132,8 +132,8 @@ def recalls(scores: Tensor, own: list[list[int]]) -> dict[str, float]:
     """Recall both ways.
 
     Args:
-        scores: `[images, texts]`, larger is nearer; what is no number is no answer.
-        own: Of each image, the numbers of its texts. Texts that no image has are candidates all the same.
+        scores: `[images, texts]`, larger is nearer; NaN is no answer.
+        own: For each image, the numbers of its texts. Texts of no image are candidates too.
 
     Returns:
         ``mean_r1`` and ``image_to_text_rN``, ``text_to_image_rN`` for N of 1, 5 and 10, in points.
@@ -147,7 +147,7 @@ def recalls(scores: Tensor, own: list[list[int]]) -> dict[str, float]:
         asked = right.any(1)
         table, right = table[asked], right[asked]
         best = table.masked_fill(~right, -torch.inf).max(1).values
-        # How many wrong ones are at least as near: a tie is no hit.
+        # The number of wrong ones that are at least as near: a tie is no hit.
         before = ((table >= best.unsqueeze(1)) & ~right).sum(1)
         for rank in _RANKS:
             found[f"{way}_r{rank}"] = 100 * float((before < rank).double().mean())

@@ -1,4 +1,4 @@
-"""The published model as the teacher: which model it is, and the distance of another from it.
+"""The published model as the teacher: how it is found, and the distance of another model from it.
 
 Sources: knowledge distillation (arXiv 1503.02531) at temperature 1, on the distributions of tokens or classes; for
 encoders the teacher's embedding and its last features, as in MiniLM-style and sentence-embedding distillation (arXiv
@@ -32,10 +32,10 @@ def find_original(loaded: Loaded, original: str, reads: Callable[[Loaded], objec
 
     Args:
         loaded: The student, or the model to compare.
-        original: What was named, as `s2d.load` takes it; empty for the model that the loaded one was made from, where
-            its folder says so, else for the loaded model itself.
-        reads: How a model reads its data, such as its vocabulary: equal for both, or there is nothing to compare.
-        called: What that is called, for messages.
+        original: The teacher's name, as `s2d.load` takes it. Empty: the model from which the loaded one was made, if
+            its folder notes it, else the loaded model itself.
+        reads: A key for how a model reads its data, such as its vocabulary. It must be equal for both.
+        called: Noun for that key, for messages.
 
     Raises:
         InputError: None is named and this model is none; it cannot be loaded; or they do not read alike.
@@ -84,7 +84,7 @@ class Teacher:
         self._original, self._part, self._kind = original, part, kind
         self._reads, self._called = reads, called
         self._model: nn.Module | None = None
-        self.notes: list[str] = []  # which one it is, where nobody named it
+        self.notes: list[str] = []  # which model it is, if the user named none
 
     @property
     def model(self) -> nn.Module:
@@ -117,8 +117,8 @@ class Teacher:
 class FeatureLoss:
     """How far an encoder is from the original: ``embedding * (1 - cos) + features * distance``.
 
-    The first is the mean over examples for the pooled embeddings, the second the mean squared distance of the last
-    layer's tokens as a share of the original's variance.
+    The first term is the mean over examples of the pooled embeddings' distance. The second is the mean squared distance
+    of the last layer's tokens as a share of the original's variance.
 
     Attributes:
         embedding: Weight of an embedding's distance.
@@ -136,13 +136,13 @@ class FeatureLoss:
             )
 
     def __call__(self, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> Tensor:
-        """A scalar, of the embeddings `[batch, width]` and the tokens `[n, width]` of the model and of the original."""
+        """The loss, a scalar, from embeddings `[batch, width]` and tokens `[n, width]` of model and original."""
         distance = 1 - F.cosine_similarity(found[0].float(), wanted[0].float(), dim=-1).mean()
         return self.embedding * distance + self.features * variance_share(found[1], wanted[1])
 
 
 def variance_share(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared distance of vectors `[n, D]` as a share of the wanted ones' variance, a scalar in fp32."""
+    """Mean squared distance of vectors `[n, D]` as a share of the teacher's variance, a scalar in fp32."""
     found, wanted = found.float(), wanted.float()
     spread = (wanted - wanted.mean(0)).square().mean()
     return (found - wanted).square().mean() / spread.clamp(min=1e-12)
@@ -157,8 +157,7 @@ def divergence(
 ) -> tuple[Tensor, Tensor]:
     """KL(original || model) of the next-token distributions, and where both have the same most likely token.
 
-    The scores over the vocabulary exist for `chunk` tokens at a time, in the backward pass too, where they are computed
-    again.
+    The scores over the vocabulary exist for `chunk` tokens at a time. The backward pass computes them again.
 
     Args:
         found: The model's last hidden states `[tokens, width]`.
@@ -196,7 +195,7 @@ def mean_divergence(model: nn.Module, original: nn.Module, batch: Batch) -> Tens
 
 
 def hidden_states(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
-    """What the head sees, `[batch, tokens, width]`; the head itself sees only one token of each text."""
+    """The hidden states before the head, `[batch, tokens, width]`; the head is run on one token of each text only."""
     notes: list[Tensor] = []
 
     def shorten(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

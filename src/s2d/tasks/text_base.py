@@ -1,4 +1,4 @@
-"""What tasks on one text an example share: the texts of each split, tokenized once for each tokenizer."""
+"""Shared code of tasks with one text per example: the texts of each split, tokenized once for each tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from s2d.tasks.base import Task
 
 
 class TokenizedTexts(Task):
-    """A task on texts, each cut to `max_length` tokens; subclasses say what a model makes of them."""
+    """A task on texts, each cut to `max_length` tokens; subclasses define the model's output."""
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length

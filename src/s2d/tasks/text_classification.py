@@ -31,7 +31,7 @@ from s2d.tasks.text_base import TokenizedTexts
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text, and where it stands."""
+    """One labelled text, and its location."""
 
     text: str
     label: str
@@ -79,8 +79,8 @@ class TextClassification(TokenizedTexts):
     def build(self, loaded: Loaded, seed: int = 0) -> TextClassifier:
         """A classifier on a copy of the encoder.
 
-        One that was loaded with this task's classes (by name, in any order, or more of them) keeps its head, and the
-        task takes its classes over.
+        A model that was loaded with this task's classes (by name, in any order, or more of them) keeps its head. The
+        task then uses the model's classes.
         """
         self.prepare(loaded)
         model, wanted = loaded.model, self._own_labels
@@ -121,7 +121,7 @@ class TextClassification(TokenizedTexts):
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         with evaluating(model):
             scores = model(input_ids=ids, attention_mask=mask).float().cpu()
-        # NaN scores are no answer; argmax would take them for the largest.
+        # NaN scores are no answer; argmax would treat them as the largest.
         return Outcomes.of_hits((scores.argmax(1) == batch["labels"]) & scores.isfinite().all(1))
 
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
@@ -150,7 +150,7 @@ class TextClassification(TokenizedTexts):
 
 
 def _splits(data: Path, text: str | None, label: str | None) -> dict[Split, list[Example]]:
-    """The examples of every split, those without a file carved out of train."""
+    """The examples of every split. A split without a file is taken out of train."""
     files = split_files(data, TABLE_SUFFIXES)
     if "train" not in files:
         raise InputError(f"{data} has no train file ({' or '.join('train' + suffix for suffix in TABLE_SUFFIXES)})")
@@ -191,7 +191,7 @@ def _class_names(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def _carve(examples: list[Example], share: float, split: Split, path: Path) -> tuple[list[Example], list[Example]]:
-    """What stays and what is taken."""
+    """The examples that stay and those that are taken."""
     stay, taken = carve([example.label for example in examples], [example.text.encode() for example in examples], share)
     if not taken:
         raise InputError(f"{path} has too few rows to take a {split} split out of it; add a {split} file")

@@ -1,6 +1,6 @@
 """Conditioning without labels: images, and the published model as the teacher.
 
-What is held near the original, and after whom: `s2d.tasks.teacher`.
+The distance from the original, and its sources: `s2d.tasks.teacher`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class UnlabelledImages(ImageRows):
 
     Args:
         data: A folder with images or Parquet files at any depth, one Parquet file, or ``datasets:NAME``.
-        original: The model that teaches, as `s2d.load` takes it. None: what the first model that the task meets was
-            made from, as a conditioned or quantized folder of s2d knows, else that model itself.
-        image: Of tables, the column with the images; found by usual names when None.
+        original: The teacher, as `s2d.load` takes it. None: the model from which the task's first model was made, as
+            noted in a conditioned or quantized folder of s2d; else that first model itself.
+        image: The image column of tables; found by usual names when None.
         embedding: Weight of the pooled features' distance.
         features: Weight of the distance of the last layer's tokens.
         scores: Weight of the distance of a classifier's scores.
@@ -96,7 +96,7 @@ class UnlabelledImages(ImageRows):
 
     def prepare(self, loaded: Loaded) -> None:
         """Decode the images to the model's size; tokenize docstrings where a model has a text tower."""
-        image_tower(loaded.model)  # what reads no images at all is told so
+        image_tower(loaded.model)  # refuses a model that reads no images
         super().prepare(loaded)
         whole = _whole(loaded.model)
         self._keyword = next(iter(inspect.signature(whole.forward).parameters))
@@ -126,11 +126,11 @@ class UnlabelledImages(ImageRows):
         return model.train()
 
     def result(self, model: nn.Module) -> nn.Module:
-        """What was given to `build`: the model of two towers itself."""
+        """The model that was given to `build`: the model of two towers itself."""
         return model.encoder if isinstance(model, DualEncoder) else model
 
     def beside(self, split: Split, rows: Tensor) -> Batch:
-        """Nothing stands beside the images."""
+        """Nothing: images have no annotations here."""
         return {}
 
     def inputs(self, batch: Batch) -> list[dict[str, Tensor]]:

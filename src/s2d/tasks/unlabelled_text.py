@@ -1,6 +1,6 @@
 """Conditioning without labels: texts, and the published model as the teacher.
 
-What is held near the original, and after whom: `s2d.tasks.teacher`.
+The distance from the original, and its sources: `s2d.tasks.teacher`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class UnlabelledText(TokenizedTexts):
 
     Args:
         data: A file, or a folder with such files.
-        original: The model that teaches, as `s2d.load` takes it. None: what the first model that the task meets was
-            made from, as a conditioned or quantized folder of s2d knows, else that model itself.
-        column: Of tables, the one with the texts; None for the one named text, or the only one.
+        original: The teacher, as `s2d.load` takes it. None: the model from which the task's first model was made, as
+            noted in a conditioned or quantized folder of s2d; else that first model itself.
+        column: The text column of tables; None for the column named text, or the only column.
         max_length: Texts are cut to so many tokens.
         embedding: Weight of an embedding's distance.
         features: Weight of the distance of the last layer's tokens.
@@ -184,7 +184,7 @@ def _embed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _model_of(loaded: Loaded) -> nn.Module:
-    """What is compared: the causal language model as it is, or the encoder with mean pooling."""
+    """The compared part: the causal language model as it is, or the encoder with mean pooling."""
     if head_of(loaded.model) is not None:
         return loaded.model
     return SentenceEncoder(encoder_of(loaded.model))

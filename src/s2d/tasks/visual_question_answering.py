@@ -26,7 +26,7 @@ _QUESTIONS = ("question", "query", "questions")
 _ANSWERS = ("answers", "answer", "label", "multiple_choice_answer")
 PROMPT = "USER: <image>\n{question}\nAnswer the question using a single word or phrase. ASSISTANT:"
 _MARK = "<image>"
-_IGNORED = -100  # of cross-entropy: no answer stands here
+_IGNORED = -100  # label that cross-entropy ignores: no answer here
 
 
 @register("visual-question-answering")
@@ -78,7 +78,7 @@ class VisualQuestionAnswering(ImageRows):
         self._image_tokens: list[int] = []
 
     def prepare(self, loaded: Loaded) -> None:
-        """Decode the images; learn how many tokens one takes."""
+        """Decode the images; find out how many tokens one takes."""
         model = loaded.model
         if getattr(getattr(model, "config", None), "image_token_id", None) is None or not hasattr(model, "generate"):
             raise InputError(
@@ -142,7 +142,7 @@ class VisualQuestionAnswering(ImageRows):
 
     @torch.no_grad()
     def answer(self, model: nn.Module, pixels: Tensor, questions: Sequence[str]) -> list[str]:
-        """What a model says of images `[batch, 3, height, width]` (bytes)."""
+        """The model's answers to questions about images `[batch, 3, height, width]` (bytes)."""
         ids, mask = self._padded([self._prompt(question) for question in questions])
         generate: Any = model.generate
         found = generate(

@@ -1,4 +1,4 @@
-"""Answers in words, and how right they are: exact match, VQA accuracy, ANLS, yes or no."""
+"""Metrics of answers in words: exact match, VQA accuracy, ANLS, yes or no."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from s2d.errors import InputError
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(number) for number, word in enumerate(_WORDS)}
 _ARTICLES = {"a", "an", "the"}
-_ANLS_LEAST = 0.5  # Biten et al. 2019: what is less alike counts nothing
+_ANLS_LEAST = 0.5  # Biten et al. 2019: a smaller similarity counts as 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What people answered to one question.
+    """The answers of people to one question.
 
     Attributes:
-        texts: As they stand in the data.
+        texts: The answers as in the data.
     """
 
     texts: tuple[str, ...]
 
     @property
     def common(self) -> str:
-        """The one that most gave; the earlier of equals."""
+        """The most frequent answer; the earlier one of a tie."""
         return Counter(self.texts).most_common(1)[0][0]
 
 
@@ -60,8 +60,8 @@ def score_answers(said: Sequence[str], right: Sequence[Answer]) -> dict[str, flo
     """Points from 0 to 100.
 
     Args:
-        said: One text a question.
-        right: What people answered.
+        said: One text per question.
+        right: The answers of people.
 
     Returns:
         ``vqa_accuracy``: an answer counts in full when three others gave it, averaged over leaving each person out

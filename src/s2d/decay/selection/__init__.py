@@ -1,17 +1,17 @@
 """Selection: which components of a model's weights make outliers.
 
-Three metrics answer the question "component of what?". They see the same forward passes and give the same kind of
-answer, `Components`, which `s2d.decay` then shrinks.
+Three metrics define the components in different ways. All see the same forward passes and return `Components`, which
+`s2d.decay` then shrinks.
 
-- ``"weight"``: singular components of W, selected by PCDR (the paper, arXiv 2602.14432, its selection rule).
+- ``"weight"``: singular components of W, selected by PCDR (the selection rule of the paper, arXiv 2602.14432).
 - ``"data"``: components of W C^(1/2), C the second moment of the inputs: principal directions u of the outputs.
 - ``"site"``: where a quantizer will sit (inputs of linear layers, attention's operands), the channels whose maximum
-  exceeds a multiple of the site's RMS. A per-tensor grid is stretched by channels, so the directions are the coordinate
-  axes e_j; what is shrunk is whatever *writes* channel j: a row of the linear layer before, or a norm's gain
-  (diag(gamma) has the singular values |gamma_j| and the singular vectors e_j).
+  exceeds a multiple of the site's RMS. Single channels stretch a per-tensor grid, so the directions are the coordinate
+  axes e_j. The decay shrinks what *writes* channel j: a row of the linear layer before, or a norm's gain (diag(gamma)
+  has the singular values |gamma_j| and the singular vectors e_j).
 
-Norm gains have coordinate components in every metric. Where ranks see other data or hold other parts of a weight, each
-metric adds up what they saw, and all select the same.
+Norm gains have coordinate components in every metric. Ranks may see different data or hold different parts of a weight.
+Each metric sums over ranks, so all ranks select the same components.
 """
 
 from __future__ import annotations

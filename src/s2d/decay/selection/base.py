@@ -16,22 +16,22 @@ from s2d.distributed.sharding import Groups, Part, Parts, ranks_in, whole_vector
 from s2d.spectral.statistics import Peaks, Sums, kept_rows, outlier_entries, reduced, token_rows
 from s2d.targets.weights import Target
 
-# Largest activation over RMS that is an outlier's, for the metrics that have no better limit of their own.
+# Largest activation over RMS from which it is an outlier, for the metrics that have no better limit of their own.
 FIXED_RATIO = 8.0
 # How far a component's share of the outliers, or a site's outlier ratio, must fall below the value that selects it
 # before it is released. Without the gap a component at the limit flickers from batch to batch.
 RELEASE = 0.7
 # Overlap |u.u'| from which a refreshed component counts as the tracked one.
 SAME_COMPONENT = 0.7
-# The same for a channel. Its limit moves with the RMS of the site, which falls as channels are shrunk: a wide gap would
-# hold channels that were never outliers, until nearly all are shrunk together and the ratio never falls.
+# The same for a channel. Its limit moves with the RMS of the site, which falls as channels are shrunk. A wide gap would
+# hold channels that were never outliers; nearly all would be shrunk together, and the ratio would never fall.
 RELEASE_CHANNEL = 0.9
 # For the same reason at most this share of a site's channels is shrunk at a time, the largest ones.
 MOST_CHANNELS = 0.25
-# A rank keeps so many times its share of the outliers until those of all ranks are known. Exact on as many ranks; on
-# more only a rank that holds more than that of them may lose some.
+# A rank keeps this many times its share of the outliers until the outliers of all ranks are known. The result is exact
+# on as many ranks. On more ranks, only a rank that holds more outliers than that may lose some.
 SKEW = 4
-# Extra components looked at beyond max_rank, so that one that lost its rank is still found.
+# Extra components computed beyond max_rank, so that a component that lost its rank is still found.
 SPARE = 3
 
 
@@ -42,7 +42,7 @@ class Components:
     Attributes:
         S: Their singular values in the metric, ``[K]``.
         U: Output directions ``[O, K]``, orthonormal; None for coordinate components.
-        V: ``[I, K]``: right singular vectors (weight metric), or ``C W^T u`` (data metric), of use to a gradient.
+        V: ``[I, K]``: right singular vectors (weight metric), or ``C W^T u`` (data metric), used by the gradient.
         channels: Indices of coordinate components, ``[K]``; None otherwise.
     """
 
@@ -61,7 +61,7 @@ class Components:
 
 @dataclass
 class Finding:
-    """What a refresh saw at one weight: a row of the history, and the selection."""
+    """The result of a refresh for one weight: a row of the history, and the selection."""
 
     sigma: list[float]
     pcdr: list[float]
@@ -90,13 +90,13 @@ class Metric:
         Args:
             targets: The weights to look at.
             threshold: Share of the outliers (PCDR) that selects.
-            max_rank: At most so many components per weight.
-            outlier_ratio: Largest activation over RMS from which an activation is an outlier; 0 for always, None for
-                what the metric finds itself (`s2d.decay.selection.limits`), or `FIXED_RATIO` where it finds none.
+            max_rank: Most components per weight.
+            outlier_ratio: Largest activation over RMS from which an activation is an outlier; 0 for always. None for
+                the metric's own limit (`s2d.decay.selection.limits`), or `FIXED_RATIO` where it has none.
             track: Keep following a selected component until its outlier is gone, whatever its rank.
-            seed: Of random starts.
-            gradients: Find what only the gradient of the penalty needs as well (coupled mode, data metric).
-            everyone: All ranks that train the model, whatever they hold of it.
+            seed: Seed of random starts.
+            gradients: Also compute what only the gradient of the penalty needs (coupled mode, data metric).
+            everyone: All ranks that train the model, whatever part they hold.
         """
         self.targets = targets
         self.threshold = threshold
@@ -123,15 +123,15 @@ class Metric:
         parts: Parts | None = None,
         uses: Uses | None = None,
     ) -> None:
-        """See one call of a target's module: its input ``[..., I]`` and its output ``[..., O]``.
+        """Observe one call of a target's module: its input ``[..., I]`` and its output ``[..., O]``.
 
         Args:
-            target: Whose module was called.
+            target: The target of the module that was called.
             x: Its input.
             y: Its output.
             mask: True for real tokens; None for all.
             parts: Which parts of input and output these are; by default the whole.
-            uses: What the model's graph says of this call.
+            uses: Information of the model's graph about this call.
         """
         raise NotImplementedError
 
@@ -140,17 +140,17 @@ class Metric:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What a bit-exact continuation needs, beside `selected`."""
+        """The state that a bit-exact continuation needs, beside `selected`."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave."""
+        """Restore the state from `state`."""
 
     def _rows(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """All rows ``[N, D]`` of an activation, and the indices of the real tokens (None: all are).
 
-        Padding is left out by index, as copying the other rows would cost as much as looking at them. All layers of a
-        forward pass share a mask, whose indices are found once.
+        Padding is left out by index, as copying the other rows would cost as much as reading them. All layers of a
+        forward pass share a mask, so its indices are computed once.
         """
         rows = token_rows(x.detach())
         if mask is None or mask.numel() != len(rows):
@@ -160,7 +160,7 @@ class Metric:
         return rows, self._kept[1]
 
     def _select(self, findings: dict[str, Finding], channels: dict[str, Sums]) -> dict[str, Finding]:
-        """Add the findings of coordinate components, in the order of the targets, and take over the selection."""
+        """Add the findings of coordinate components, in the order of the targets, and store the selection."""
         sums, found = reduced(channels), dict(findings)
         for target in self.targets:
             if target.name in sums:
@@ -180,11 +180,11 @@ def coordinate_finding(
     """Select the channels whose maximum exceeds ``outlier_ratio`` times the RMS of the whole activation.
 
     Args:
-        sums: Of this refresh.
-        target: Which weight; a gain's singular values are its magnitudes.
+        sums: The sums of this refresh.
+        target: The weight; a gain's singular values are its magnitudes.
         outlier_ratio: See `Metric`.
-        selected: The last selection, held until its maximum falls below ``RELEASE_CHANNEL`` of the limit.
-        rows: Which channels of the weight the sums are of, ascending; None: all.
+        selected: The last selection. A channel is held until its maximum falls below ``RELEASE_CHANNEL`` of the limit.
+        rows: The channels of the weight that the sums cover, ascending; None: all.
     """
     channel_max = sums.channel_max
     rms = sums.rms()
@@ -204,7 +204,7 @@ def coordinate_finding(
     peak = sums.channel_max.max().item()
     return Finding(
         sigma[top].tolist(),
-        [],  # no PCDR: a coordinate makes its own outliers alone
+        [],  # no PCDR: a channel alone makes its own outliers
         peak,
         peak / rms.item() if rms > 0 else 0.0,
         Components(sigma[channels].clone(), channels=channels if rows is None else rows[channels])
@@ -214,7 +214,7 @@ def coordinate_finding(
 
 
 def largest_here(y_NO: Tensor, found: Peaks | None, kept: Tensor | None, part: Part) -> tuple[Tensor, Tensor]:
-    """Rows and columns ``[E]`` of the entries that may be outliers of the whole activation: enough of the largest."""
+    """Rows and columns ``[E]`` of the largest entries, enough of them to hold the outliers of the whole activation."""
     entries = (len(y_NO) if kept is None else len(kept)) * y_NO.shape[1]
     if found is None or entries == 0:
         nothing = torch.zeros(0, dtype=torch.long, device=y_NO.device)

@@ -42,7 +42,7 @@ class DataMetric(Metric):
         parts: Parts | None = None,
         uses: Uses | None = None,
     ) -> None:
-        """Judge one pass: its principal directions and their shares of the outliers."""
+        """Measure one pass: its principal directions and their shares of the outliers."""
         parts = Parts.whole(x, y) if parts is None else parts
         rows, kept = self._rows(y, mask)
         if target.kind == "norm":
@@ -54,7 +54,7 @@ class DataMetric(Metric):
         ratio = found.largest / found.rms if found.rms > 0 else 0.0
         known = self._findings.get(target.name)
         if known is not None and known.outlier_ratio >= ratio:
-            return  # of several forward passes the one with the largest outlier is judged
+            return  # of several forward passes the one with the largest outlier is used
         finding = self._findings[target.name] = Finding([], [], found.largest, ratio)
         if ratio < self._gate(target.name):
             return  # healthy: no directions are computed
@@ -72,7 +72,7 @@ class DataMetric(Metric):
         value_E = Y_EO.gather(1, column_E[:, None])[:, 0]
 
         def shares(U_OK: Tensor) -> Tensor:
-            # Where columns are divided, others need the projections of rows whose outliers are not theirs.
+            # Where columns are divided, other ranks need the projections of rows whose outliers lie here.
             divided = bool(parts.y.column_groups)
             along_EK = projections(rows, U_OK, bias, part=parts.y)[row_E] if divided else Y_EO.to(U_OK.dtype) @ U_OK
             return outlier_shares(along_EK * U_OK[column_E + parts.y.first], value_E, parts.y.groups)
@@ -97,8 +97,8 @@ class DataMetric(Metric):
     def _followed(self, U: Tensor, share: Tensor, is_chosen: Tensor, old: Tensor, old_share: Tensor) -> Tensor:
         """The chosen directions and the tracked ones that still make outliers, orthonormal.
 
-        Of a tracked direction and its refreshed form the one stays that makes more of the outliers: while a direction
-        sinks through the others, a power step mixes them.
+        Of a tracked direction and its refreshed form, the one that makes more of the outliers stays. The reason: while
+        a direction's energy falls to that of the others, a power step mixes them.
         """
         limit = RELEASE * self.threshold
         overlap, index = (old.mT @ U).abs().max(1)
@@ -121,13 +121,13 @@ class DataMetric(Metric):
         return all_reduce(part.widened(token_rows(x.detach(), mask).float().mT @ along_NK, 0), part.groups)
 
     def finish(self) -> dict[str, Finding]:
-        """Select what the judged passes found."""
+        """Select from the measured passes."""
         return self._select(self._findings, self._norms)
 
     def state(self) -> dict[str, Any]:
-        """What a bit-exact continuation needs, beside `selected`."""
+        """The state that a bit-exact continuation needs, beside `selected`."""
         return {"directions": dict(self.directions)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave."""
+        """Restore the state from `state`."""
         self.directions = dict(state["directions"])

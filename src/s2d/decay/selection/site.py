@@ -22,7 +22,7 @@ from s2d.targets.weights import Target
 class SiteMetric(Metric):
     """Coordinate components where quantizers sit, shrunk in the weights that write them.
 
-    Which weight writes a site is known from the model's graph, see `s2d.decay.written_sites`.
+    The model's graph tells which weight writes a site, see `s2d.decay.written_sites`.
     """
 
     def __init__(self, targets: list[Target], **settings: Any) -> None:
@@ -43,7 +43,7 @@ class SiteMetric(Metric):
         parts: Parts | None = None,
         uses: Uses | None = None,
     ) -> None:
-        """Sum up the site that this module reads, and those that are watched where it writes them."""
+        """Sum up the site that this module reads, and the sites observed at its output."""
         parts = Parts.whole(x, y) if parts is None else parts
         if uses is None:
             return
@@ -82,7 +82,7 @@ class SiteMetric(Metric):
 
 
 def _by_row(sums: Sums, rows: tuple[int, ...]) -> tuple[Sums, Tensor]:
-    """The same of the rows that write the channels: the largest maximum, the mean square. And which rows they are."""
+    """The sums over the rows that write the channels (the largest maximum, the mean square), and these rows."""
     index = torch.tensor(rows, device=sums.channel_max.device)
     present, place, count = index.unique(return_inverse=True, return_counts=True)
     largest = sums.channel_max.new_zeros(len(present)).scatter_reduce_(0, place, sums.channel_max, "amax")
@@ -91,7 +91,7 @@ def _by_row(sums: Sums, rows: tuple[int, ...]) -> tuple[Sums, Tensor]:
 
 
 def _together(one: Finding | None, other: Finding) -> Finding:
-    """Of two sites that one weight writes: the numbers of the worse, the channels of both."""
+    """Merge two sites that one weight writes: the numbers of the worse one, the channels of both."""
     if one is None:
         return other
     worse, better = (one, other) if one.outlier_ratio >= other.outlier_ratio else (other, one)

@@ -47,7 +47,7 @@ class _Seen:
     columns: list[Tensor] = field(default_factory=list)
 
     def keep(self, number: int, among: int, kept: Tensor) -> None:
-        """Reduce pass `number` to the entries of a mask, which are outliers among so many entries of all ranks."""
+        """Reduce pass `number` to the entries of a mask: the outliers among this number of entries of all ranks."""
         self.entries[number] = among
         for entries in (self.inputs, self.sizes, self.values, self.columns):
             entries[number] = entries[number][kept]
@@ -116,7 +116,7 @@ class WeightMetric(Metric):
         return self._select(findings, self._norms)
 
     def _keep_largest(self) -> None:
-        """Of the outliers of every pass keep those that are among the largest of all ranks together."""
+        """Keep the outliers of every pass that are among the largest of all ranks together."""
         calls: dict[Groups, list[tuple[_Seen, int]]] = {}
         for seen in self._seen.values():
             if seen.parts.y.groups:
@@ -130,7 +130,7 @@ class WeightMetric(Metric):
                 seen.keep(number, each, size >= limit)
 
     def _judge(self, matrices: list[Target]) -> dict[str, Finding]:
-        """The findings of all weights, what ranks have seen being added up in a few messages for all together."""
+        """The findings of all weights. Sums over ranks take a few messages for all weights together."""
         seen, found = [self._seen[t.name] for t in matrices], [self.triplets[t.name] for t in matrices]
         values, columns = [torch.cat(s.values) for s in seen], [torch.cat(s.columns) for s in seen]
         groups = [s.parts.y.groups for s in seen]
@@ -201,11 +201,11 @@ class WeightMetric(Metric):
         return all_reduce_many(along, groups)
 
     def state(self) -> dict[str, Any]:
-        """What a bit-exact continuation needs, beside `selected`."""
+        """The state that a bit-exact continuation needs, beside `selected`."""
         return {"triplets": {name: vars(t).copy() for name, t in self.triplets.items()}, "fallbacks": self.fallbacks}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave."""
+        """Restore the state from `state`."""
         self.triplets = {name: Triplets(**fields) for name, fields in state["triplets"].items()}
         self.fallbacks = state["fallbacks"]
 
@@ -221,9 +221,9 @@ def _as_linear(target: Target) -> Tensor | Block:
 
 
 def _followed(old: Components, found: Triplets, k: int) -> tuple[Tensor, Tensor]:
-    """What the components selected last have become, but for those among the first k: U and V.
+    """The present U and V of the components selected last, without those among the first k.
 
-    One that is still among the triplets found takes over their vectors; one that left them keeps its own.
+    A component that is still among the triplets found takes their vectors. A component that is not keeps its own.
     """
     assert old.U is not None and old.V is not None
     overlap = (old.U.mT @ found.U).abs() * (old.V.mT @ found.V).abs()

@@ -47,7 +47,7 @@ OPEN_CLIP = register_family(
     )
 )
 
-_NAME = "_s2d_open_clip_name"  # open_clip models do not remember what they are
+_NAME = "_s2d_open_clip_name"  # open_clip models do not store their architecture's name
 
 
 @register_loader("open_clip")
