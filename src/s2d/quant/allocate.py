@@ -178,8 +178,7 @@ def allocate(
         A spec for `quantize`: the most common width, the others as overrides by module name.
 
     Raises:
-        InputError: An impossible budget or width; a base whose weights are not integers; anything that `quantize`
-            refuses.
+        InputError: An impossible budget or width; weights that are not integers; anything that `quantize` refuses.
     """
     bits = affordable(budget, choices)  # before the measurement, which takes time
     found = sensitivity(
