@@ -1,4 +1,4 @@
-"""The calls of a target in a forward pass: its input, output and bias as rows, and the padding mask."""
+"""The calls of a target in a forward pass: its input, output and bias as rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from s2d.distributed.sharding import Groups, Part, Parts, data_groups_of, is_divided_by_rows, is_dtensor, local_part
 from s2d.errors import InputError
-from s2d.targets.padding import MASKS
 from s2d.targets.weights import Target
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -129,15 +128,6 @@ def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     for d, (size, stride, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
         x = x.unfold(first + d, gap * (size - 1) + 1, stride)[..., ::gap]
     return x.movedim(first - 1, -1 - dims).flatten(-1 - dims)
-
-
-def modules_with_mask(model: nn.Module) -> list[nn.Module]:
-    """Modules that receive a padding mask."""
-    return [
-        m
-        for m in model.modules()
-        if type(m).__name__ != "OptimizedModule" and not MASKS.isdisjoint(inspect.signature(m.forward).parameters)
-    ]
 
 
 def is_compiled(model: nn.Module) -> bool:

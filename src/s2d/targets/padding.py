@@ -15,15 +15,20 @@ MASKS = frozenset({"attention_mask", "src_key_padding_mask", "key_padding_mask"}
 _HIDDEN = -1e3
 
 
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call by name; the named ones alone where the call does not fit the signature."""
+    with suppress(TypeError):
+        return {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+    return kwargs
+
+
 def real_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The real tokens of a call by its mask, ``[B, T]`` boolean; None without a mask.
 
     An ``attention_mask`` is non-zero at real tokens; a floating-point one without any 1 is added to the scores. Torch's
     own ``src_key_padding_mask`` and ``key_padding_mask`` are True at padding, or added to the scores.
     """
-    given: Mapping[str, Any] = kwargs
-    with suppress(TypeError):
-        given = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+    given = _by_name(signature, args, kwargs)
     shown = given.get("attention_mask")
     if isinstance(shown, Tensor) and shown.ndim == 2:
         multiplied = not shown.is_floating_point() or bool(((shown == 0) | (shown == 1)).all() & shown.any())
@@ -40,9 +45,8 @@ def real_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[st
 def given_mask(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call has a mask of any layout, or is a call of an attention, whose model may have one."""
     names = [name for name in ("attention_mask", "src_key_padding_mask") if name in signature.parameters]
-    with suppress(TypeError):
-        kwargs = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
-    return not names or any(kwargs.get(name) is not None for name in names)
+    given = _by_name(signature, args, kwargs)
+    return not names or any(given.get(name) is not None for name in names)
 
 
 def without_first(
@@ -50,9 +54,8 @@ def without_first(
 ) -> Tensor | None:
     """The real tokens except the first ``count`` of a sequence. Without a mask, ids or embeddings give the shape."""
     if real is None:
-        with suppress(TypeError):
-            kwargs = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
-        tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+        given = _by_name(signature, args, kwargs).values()
+        tensors = [value for value in given if isinstance(value, Tensor)]
         tokens = [t for t in tensors if (t.ndim == 2 and not t.is_floating_point()) or t.ndim == 3]
         if not tokens:
             return None
