@@ -21,7 +21,7 @@ pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip ins
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family = tiny_families.one_block(tiny_families.build("bert"))
+    family = tiny_families.build("bert")
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
     s2d.export(
         s2d.quantize(family.model, "w4a8", calibration=family.batches), path, example=family.batches[0], time_it=False

@@ -34,7 +34,7 @@ from s2d.checkpoint import load, save
 from s2d.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "num_heads": 3, "num_classes": 5, "depth": 2}
+SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 IMAGES = {"x": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
 
 
@@ -97,12 +97,12 @@ ODD: dict[str, Any] = {
     "average": lambda: tiny_timm(change=average, **SMALL),
     "no-head": lambda: tiny_timm(change=no_head, **SMALL),
     "activation": lambda: tiny_timm(act_layer="silu", **SMALL),
-    "depth-and-mlp": lambda: tiny_timm(mlp_ratio=2.5, **{**SMALL, "depth": 3}),
-    "deeper": lambda: tiny_timm(qkv_bias=False, **{**SMALL, "depth": 14}),
+    "depth-and-mlp": lambda: tiny_timm(depth=3, mlp_ratio=2.5, **SMALL),
+    "deeper": lambda: tiny_timm(depth=14, qkv_bias=False, **SMALL),
     "norm": lambda: tiny_timm(norm_layer="rmsnorm", init_values=0.3, qk_norm=True, **SMALL),
     "pool": lambda: tiny_timm(global_pool="avg", class_token=False, fc_norm=True, **SMALL),
     "another-head": lambda: tiny_timm(change=other_head, **SMALL),
-    "cut": lambda: tiny_timm(change=shorter, **{**SMALL, "depth": 4}),
+    "cut": lambda: tiny_timm(change=shorter, **SMALL),
     "tied": lambda: tiny_timm(change=tied_blocks, **SMALL),
     "swin": lambda: tiny_timm(
         "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=24, depths=(1, 1), num_heads=(2, 4)
