@@ -19,8 +19,8 @@ columns, in the order of the file. Records of one cell (seeds) are averaged. Fur
     gain=yes            a last column with the last value less the first
     spread=yes          the standard deviation of the averaged values behind each (n - 1)
 
-A page without data has a line near its top that begins with "No data file:" and says why. Its tables may have their
-comments already: they stay as they are until the command that the page names has written the file.
+A page some of whose tables have no data has a line near its top that begins with "No data file:" and says why. Such
+tables may have their comments already: they stay as they are until the command that the page names has written the file.
 """
 
 from __future__ import annotations
@@ -51,15 +51,16 @@ def filled(text: str, folder: Path) -> str:
     """A page with its tables made anew from the data in a folder.
 
     Raises:
-        PageError: A file, a field or a record is missing, or the page says that a file that is there is not.
+        PageError: A file, a field or a record is missing, or the page says so although all are there.
     """
     waits = is_without(text)
-    if waits and any((folder / found[1]).is_file() for found in TABLE.finditer(text)):
+    files = [folder / found[1] for found in TABLE.finditer(text)]
+    if waits and files and all(file.is_file() for file in files):
         raise PageError(f"its data are there; remove the line that begins with {WITHOUT!r}")
 
     def table(found: re.Match[str]) -> str:
         file, words, _ = found.groups()
-        if waits:
+        if waits and not (folder / file).is_file():
             return found[0]
         try:
             records = json.loads((folder / file).read_text(encoding="utf-8"))["records"]
@@ -74,7 +75,7 @@ def filled(text: str, folder: Path) -> str:
 
 
 def is_without(text: str) -> bool:
-    """Whether a page says near its top that it has no data."""
+    """Whether a page says near its top that tables have no data."""
     return any(line.startswith(WITHOUT) for line in text.splitlines()[:6])
 
 
