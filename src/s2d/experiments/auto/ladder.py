@@ -73,27 +73,29 @@ def forms(runtime: Runtime, narrow: bool = False) -> list[QuantSpec]:
     """
     found: list[QuantSpec] = []
     for layer in runtime.layers:
-        bits = _weight_bits(layer, runtime, narrow)
-        if bits is None:
+        stored = _weight_format(layer, runtime, narrow)
+        if stored is None:
             continue
         granularity = "channel" if "channel" in layer.weights.granularity else layer.weights.granularity[0]
         size = f"-{layer.weights.groups[0]}" if granularity == "group" and layer.weights.groups else ""
-        weight: dict[str, Any] = {"bits": bits, "granularity": f"{granularity}{size}", "observer": "mse"}
+        weight: dict[str, Any] = {"format": stored, "granularity": f"{granularity}{size}", "observer": "mse"}
         for kind in [None] if layer.inputs is None else layer.inputs.granularity:
             activation: Any = "keep"
             if layer.inputs is not None:
-                activation = {"bits": max(get_format(name).bits for name in layer.inputs.formats), "granularity": kind}
+                widest = max(layer.inputs.formats, key=lambda name: get_format(name).bits)
+                activation = {"format": widest, "granularity": kind}
             spec = QuantSpec.parse({"weight": weight, "activation": activation, "attention": "keep"})
             if spec not in found:
                 found.append(spec)
     return found
 
 
-def _weight_bits(layer: Layer, runtime: Runtime, narrow: bool) -> int | None:
-    """The widest, or the narrowest, stored width that a product takes; None where its weights are no integers."""
+def _weight_format(layer: Layer, runtime: Runtime, narrow: bool) -> str | None:
+    """The widest, or the narrowest, stored integers that a product takes; None where its weights are no integers."""
     known = [each for name in layer.weights.formats if isinstance(each := get_format(name), IntFormat)]
-    bits = [each.bits for each in known if each.bits in runtime.weight_bits]
-    return (min if narrow else max)(bits, default=None)
+    stored = [each for each in known if each.bits in runtime.weight_bits]
+    found = (min if narrow else max)(stored, key=lambda each: each.bits, default=None)
+    return None if found is None else found.name
 
 
 def _kind(spec: QuantSpec) -> str:
