@@ -278,7 +278,9 @@ def _lower_attention(module: QuantizedAttention, form: Form) -> None:
             codes = Codes(integer_weight(parameter, quantizer), integer=False)
             setattr(holder, operand, codes)
         else:
-            setattr(holder, operand, _lowered(quantizer, form))
+            # onnxruntime 1.32 fails where it moves a QuantizeLinear to INT8 through a Transpose.
+            signed = quantizer.format.symmetric and quantizer.format.bits <= MAX_BITS
+            setattr(holder, operand, _lowered(quantizer, "qdq" if signed else form))
 
 
 def _lowered(quantizer: Quantizer, form: Form) -> nn.Module:

@@ -2,12 +2,12 @@
 
 A format knows nothing about ranges found in data; `quantizer.py` turns a range and a format into scale and zero point.
 
-Integers. Signed formats of up to 8 bits leave out the most negative two's-complement code (the *restricted* range, -7..7 at 4 bits):
-the grid is symmetric around zero, `-x` quantizes to minus what `x` does, and products fit the int8 kernels of CPUs.
-It costs 1/16 of the codes at 4 bits and makes int2 ternary. Unsigned formats use every code; with a zero point they
-hold any range that contains zero. Weights have 2 to 8 bits. Activations may also be int16 or uint16, which NPUs compute
-with, on all codes; a width of 16 in a spec is not that: it keeps full precision. Every signed width also exists with scales that are
-powers of two (``int8-pow2``), for NPUs that shift instead of multiplying.
+Integers. Signed formats of up to 8 bits leave out the most negative two's-complement code (the *restricted* range,
+-7..7 at 4 bits): the grid is symmetric around zero, `-x` quantizes to minus what `x` does, and products fit the int8
+kernels of CPUs. It costs 1/16 of the codes at 4 bits and makes int2 ternary. Unsigned formats use every code; with a
+zero point they hold any range that contains zero. Weights have 2 to 8 bits. Activations may also be int16 or uint16,
+which NPUs compute with, on all codes; a width of 16 in a spec is not that: it keeps full precision. Every signed width
+also exists with scales that are powers of two (``int8-pow2``), for NPUs that shift instead of multiplying.
 
 Floating point. IEEE-like grids without infinities: values beyond the largest are clipped, halves round to even, as
 torch's casts do inside the range (`float8_e4m3fn`, `float8_e5m2`).
