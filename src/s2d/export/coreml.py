@@ -110,17 +110,21 @@ def with_codes(model: nn.Module) -> nn.Module:
 
 def read_back(path: Path) -> tuple[dict[str, int], list[np.ndarray]]:
     """The operators of a package by kind, and its weights as coremltools unpacks them."""
-    tools = require("coremltools", "coreml")
+    tools: Any = require("coremltools", "coreml")
+    from coremltools.converters.mil.frontend.milproto.load import load  # pyright: ignore[reportMissingImports]
+
+    kinds: dict[str, int] = {}
+    weights = []
     with _quiet():
         held = tools.models.MLModel(os.fspath(path), skip_model_load=True)
-        kinds: dict[str, int] = {}
-        for function in held.get_spec().mlProgram.functions.values():
-            for block in function.block_specializations.values():
-                for operation in block.operations:
-                    kinds[operation.type] = kinds.get(operation.type, 0) + 1
-        plain = tools.optimize.coreml.decompress_weights(held)
-        weights = tools.optimize.coreml.get_weights_metadata(plain, weight_threshold=1)
-    return kinds, [np.asarray(each.val) for each in weights.values()]
+        spec = held.get_spec()
+        program: Any = load(spec, spec.specificationVersion, file_weights_dir=held.weights_dir)
+    for function in program.functions.values():
+        for operation in function.operations:
+            kinds[operation.op_type] = kinds.get(operation.op_type, 0) + 1
+            if operation.op_type.startswith("constexpr"):
+                weights.append(operation.materialized_val_inference())
+    return kinds, weights
 
 
 def _convert(model: nn.Module, example: Mapping[str, Tensor], path: Path) -> None:

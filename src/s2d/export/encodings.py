@@ -22,7 +22,7 @@ from s2d.errors import InputError
 from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport, give_back, judge_layers
 from s2d.export.lowering import lower
-from s2d.export.onnx import OnnxModel, tensors_of, write_onnx
+from s2d.export.onnx import TWO_GB, OnnxModel, tensors_of, write_onnx
 from s2d.export.parity import compare_layers
 from s2d.export.plain_layers import plain_layers
 from s2d.io.files import in_place_of
@@ -32,6 +32,8 @@ from s2d.quant.modules.record import remove
 NAME = "the encodings file"
 SUFFIX = ".encodings"
 VERSION = "1.0.0"
+# Types of ONNX: the width of their codes, and whether they are signed.
+_BITS = {21: (4, False), 22: (4, True), 2: (8, False), 3: (8, True), 4: (16, False), 5: (16, True)}
 SAME = 1e-4  # of the largest output: float32 in another order of sums
 
 
@@ -57,6 +59,8 @@ def export_encodings(
                 f"{layer.name}: {NAME} has static ranges for inputs, and a scale a channel or a tensor for weights; "
                 "the nearest spec is w8a8"
             )
+    if (size := sum(each.numel() for each in model.parameters()) * 4) > TWO_GB:
+        raise InputError(f"{type(model).__name__} has {size / 1e9:.1f} GB in float32, and one ONNX file holds 2 GB")
     report.embeddings = 0
     with in_place_of(target) as made:
         traced = made.with_suffix(".traced.onnx")
@@ -102,23 +106,28 @@ def take_out(model: Any) -> tuple[Any, dict[str, Any]]:
     onnx = require("onnx", "export")
     graph = model.graph
     held = {each.name: each for each in graph.initializer}
-    values = {name: onnx.numpy_helper.to_array(each) for name, each in held.items() if each.data_type != 0}
+    known = dict(held)
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
-            values[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
-        elif node.op_type == "Cast" and node.input[0] in values:  # the zero point of a 4-bit grid
-            values[node.output[0]] = values[node.input[0]]
+            known[node.output[0]] = node.attribute[0].t
+    cast = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}  # zero points of 4-bit grids
+
+    def value(name: str) -> np.ndarray:
+        return onnx.numpy_helper.to_array(known[cast[name].input[0] if name in cast else name])
+
+    def bits_of(name: str) -> tuple[int, bool]:
+        return _BITS[cast[name].attribute[0].i if name in cast else known[name].data_type]
+
     made_by = {output: node for node in graph.node for output in node.output}
     weights, activations, gone, renamed = [], {}, set(), {}
-    for node in graph.node:
+    for node in list(graph.node):
         if node.op_type != "DequantizeLinear":
             continue
-        scale = values[node.input[1]]
+        scale = value(node.input[1])
         if node.input[0] in held:
-            codes = values[node.input[0]]
+            codes = value(node.input[0])
             name = node.input[0].removesuffix("_codes.codes").removesuffix(".codes")
-            kind = held[node.input[0]].data_type
-            weights.append(_weight(name, 4 if kind == onnx.TensorProto.INT4 else 8, scale))
+            weights.append(_entry(name, *bits_of(node.input[0]), scale))
             graph.initializer.append(onnx.numpy_helper.from_array(codes.astype(np.float32) * scale, name))
             renamed[node.output[0]] = name
             gone.add(node.input[0])
@@ -130,7 +139,7 @@ def take_out(model: Any) -> tuple[Any, dict[str, Any]]:
                 source = clip.input[0]
                 graph.node.remove(clip)
             typed = next(each for each in (pair.input[2], node.input[2]) if each)
-            found = _activation(source, values[typed], scale, made_by.get(typed))
+            found = _entry(source, *bits_of(typed), scale, -int(value(typed)))
             if activations.setdefault(source, found) != found:
                 raise InputError(f"{source} is rounded in two ways, and {NAME} holds one a tensor")
             renamed[node.output[0]] = source
@@ -138,13 +147,17 @@ def take_out(model: Any) -> tuple[Any, dict[str, Any]]:
     kept = [node for node in graph.node if node.op_type != "DequantizeLinear"]
     for node in kept:
         node.input[:] = [_final(each, renamed) for each in node.input]
-    read = {name for node in kept for name in node.input}
-    kept = [node for node in kept if node.op_type not in ("Constant", "Cast") or set(node.output) & read]
-    graph.ClearField("node")
-    graph.node.extend(kept)
-    left = [each for each in graph.initializer if each.name not in gone and each.name in read]
-    graph.ClearField("initializer")
-    graph.initializer.extend(left)
+    read: set[str] = set()
+    while (now := {name for node in kept for name in node.input} | {each.name for each in graph.output}) != read:
+        read = now
+        kept = [node for node in kept if set(node.output) & read]  # what only the codes needed goes with them
+    outputs = {name for node in kept for name in node.output}
+    for index in range(len(graph.node) - 1, -1, -1):
+        if not set(graph.node[index].output) & outputs:
+            del graph.node[index]
+    for index in range(len(graph.initializer) - 1, -1, -1):
+        if graph.initializer[index].name in gone or graph.initializer[index].name not in read:
+            del graph.initializer[index]
     graph.ClearField("value_info")
     return model, {
         "version": VERSION,
@@ -161,17 +174,8 @@ def _final(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-def _weight(name: str, bits: int, scale: np.ndarray) -> dict[str, Any]:
-    return _entry(name, bits, True, scale, -(2 ** (bits - 1)))
-
-
-def _activation(name: str, zero: np.ndarray, scale: np.ndarray, cast: Any) -> dict[str, Any]:
-    bits = 4 if cast is not None and cast.op_type == "Cast" else zero.dtype.itemsize * 8
-    signed = zero.dtype.kind == "i"
-    return _entry(name, bits, signed, scale, -(2 ** (bits - 1)) if signed else -int(zero))
-
-
-def _entry(name: str, bits: int, symmetric: bool, scale: np.ndarray, offset: int) -> dict[str, Any]:
+def _entry(name: str, bits: int, symmetric: bool, scale: np.ndarray, offset: int = 0) -> dict[str, Any]:
+    """One encoding; of a symmetric range the offset is that of the specification."""
     scales = [float(each) for each in scale.reshape(-1)]
     return {
         "name": name,
@@ -180,7 +184,7 @@ def _entry(name: str, bits: int, symmetric: bool, scale: np.ndarray, offset: int
         "enc_type": "PER_CHANNEL" if scale.ndim else "PER_TENSOR",
         "is_sym": symmetric,
         "scale": scales,
-        "offset": [offset] * len(scales),
+        "offset": [-(2 ** (bits - 1)) if symmetric else offset] * len(scales),
     }
 
 
