@@ -10,7 +10,8 @@ For each architecture, against truths that know nothing of the graph:
                products on both sides; formulas for the grouped products of experts, which torch's counter lacks)
     unlisted   matrices (parameters of 2 or 3 dimensions) that are no row of the plan, are no table, and whose change
                shows in the output
-    folds      scales that may move: how many, and how far the output is off after all were moved by random factors
+    folds      scales that may move: how many, and how far the output of the model, or of the worst block, is off after
+               all were moved by random factors
     method     quantize, save, load: 1 if the outputs are finite and the loaded model's those in memory, bit for bit;
                a method that refuses a model says why in one line, which is kept
 
@@ -61,6 +62,21 @@ def run(model: nn.Module, batch: Any) -> Any:
 def output(model: nn.Module, batch: Any) -> Tensor:
     """Everything that a model returns, as one vector."""
     return torch.cat([leaf.flatten().double() for leaf in _leaves(run(model, batch)) if leaf.is_floating_point()])
+
+
+def outputs(model: nn.Module, batch: Any, graph: Graph) -> list[Tensor]:
+    """The output of a model, and that of each of its blocks: a head of small weights can hide what they do."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, made: Any) -> None:
+        found.append(_leaves(made)[0].detach().double().clone())
+
+    blocks = dict.fromkeys(path for one in graph.blocks if not one.inside for path, _ in one.members)
+    hooks = [model.get_submodule(path).register_forward_hook(keep) for path in blocks]
+    found.append(output(model, batch))
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def _leaves(found: Any) -> list[Tensor]:
@@ -150,7 +166,8 @@ def _unlisted(model: nn.Module, batch: Any, graph: Graph, listed: set[str]) -> t
 def folds(model: nn.Module, batch: Any) -> dict[str, Any]:
     """All scales that may move, moved by random factors at once."""
     model = copy.deepcopy(model)
-    before, graph = output(model, batch), trace(model, batch)
+    graph = trace(model, batch)
+    before = outputs(model, batch, graph)
     draw = torch.Generator().manual_seed(2)
 
     def scale(size: int) -> Tensor:
@@ -162,7 +179,11 @@ def folds(model: nn.Module, batch: Any) -> dict[str, Any]:
         apply_norm_fold(model, fold, scale(len(model.get_submodule(fold.norm).get_parameter("weight"))))
     for pair in pairs:
         apply_value_fold(model, pair, scale(pair.rows[1] - pair.rows[0]))
-    return {"folds": len(norms) + len(pairs), "fold error": apart(output(model, batch), before)}
+    after = outputs(model, batch, graph)
+    return {
+        "folds": len(norms) + len(pairs),
+        "fold error": max(apart(found, wanted) for found, wanted in zip(after, before, strict=True)),
+    }
 
 
 def method_row(model: nn.Module, batch: Any, method: str) -> tuple[float | None, str]:
@@ -190,7 +211,10 @@ def look(make: Callable[[], nn.Module], batch: Any, methods: Sequence[str]) -> d
     """All about one architecture; what breaks is a row of its own."""
     found: dict[str, Any] = {"failures": {}, "refused": {}}
     started = time.process_time()
-    model = made(make)
+    try:
+        model = made(make)
+    except Exception as error:  # an older library, or one that lacks a part
+        return found | {"refused": {"model": f"cannot be built here: {_told(error)}"}, "seconds": 0.0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for check in (graph_and_plan, folds):
@@ -275,7 +299,7 @@ def main() -> int:
         if name in found or (options.names and not any(part in name for part in options.names)):
             continue
         row = found[name] = look(make, batch, methods) | {"code": digest}
-        same = sum(row[method] == 1.0 for method in methods)
+        same = sum(row.get(method) == 1.0 for method in methods)
         print(
             f"{name:34} flops {row.get('flops', float('nan')):.3f}  unlisted {row.get('unlisted', '?')}  folds "
             f"{row.get('folds', '?')} off {row.get('fold error', float('nan')):.0e}  methods {same} of {len(methods)}, "

@@ -96,13 +96,22 @@ def weight_of(model: nn.Module, what: str) -> str | None:
     """The first weight of this kind in the second block, or in any."""
     for place in PLACES[what]:
         found = [name for name, p in model.named_parameters() if f".{name}".endswith(f".{place}.weight")
-                 and p.ndim == (1 if what == "gain" else 2)]  # fmt: skip
+                 and (p.ndim == 1 if what == "gain" else p.ndim == 2 or p.shape[2:] == (1, 1))]  # fmt: skip
         owners = [model.get_submodule(name.rpartition(".")[0]) for name in found]
-        linear = [isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" or what == "gain" for m in owners]
-        inside = [n for n, fits in zip(found, linear, strict=True) if fits and any(p.isdigit() for p in n.split("."))]
+        kinds = (nn.Linear, nn.Conv2d)
+        fits = [isinstance(m, kinds) or type(m).__name__ == "Conv1D" or what == "gain" for m in owners]
+        inside = [n for n, fit in zip(found, fits, strict=True) if fit and any(p.isdigit() for p in n.split("."))]
+        # Where a model has both, those whose channels come last: linear layers read them.
+        inside = [n for n in inside if not channels_first(model.get_submodule(n.rpartition(".")[0]))] or inside
         if inside:
             return inside[len(inside) // 2]
     return None
+
+
+def channels_first(module: nn.Module) -> bool:
+    """Whether a module makes ``[B, D, H, W]``."""
+    kinds = (nn.Conv2d, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, kinds) or "2d" in type(module).__name__
 
 
 def run(model: nn.Module, batch: Any) -> None:
@@ -169,7 +178,11 @@ class LeavingOut(SelectiveSpectralDecay):
 def condition(make: Any, batch: Any, what: str, limit: float) -> dict[str, Any]:
     """One planted outlier."""
     torch.manual_seed(0)
-    model = make().train()
+    try:
+        model = make().train()
+    except Exception as error:  # an older library, or one that lacks a part
+        told = (str(error).splitlines() or [""])[0]
+        return {"weight": None, "ok": None, "why": f"cannot be built here: {type(error).__name__}: {told[:100]}"}
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -178,6 +191,8 @@ def condition(make: Any, batch: Any, what: str, limit: float) -> dict[str, Any]:
     name = weight_of(model, what)
     if name is None:
         return {"weight": None, "ok": None, "why": "no weight of such a name"}
+    if channels_first(model.get_submodule(name.rpartition(".")[0])):
+        return {"weight": name, "ok": None, "why": "only convolutions read it, and the plan keeps convolutions"}
     channel = plant(model, name, what, batch, limit)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():

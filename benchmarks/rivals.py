@@ -249,7 +249,7 @@ class Stand:
 
 def worst_ratio(model: nn.Module, inputs: Sequence[dict[str, Tensor]]) -> float:
     """The largest |input| of a Linear inside a block over the RMS of all that this Linear reads; the worst Linear's."""
-    inside = tuple(f"{name}." for name in blocks_of(model))
+    inside = tuple(f"{name}." for name in blocks_of(model, trace(model, inputs[0])))
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)}
     largest, squares, entries = dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0.0), dict.fromkeys(linears, 0)
 

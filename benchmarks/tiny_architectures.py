@@ -124,14 +124,13 @@ def rows() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
         "dual": {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels},
     }
     for kind, model_class, config_class, options in TRANSFORMERS:
-        if hasattr(transformers, model_class):
-            yield (
-                model_class,
-                lambda m=model_class, c=config_class, o=options: getattr(transformers, m)(
-                    getattr(transformers, c)(**copy.deepcopy(o))
-                ),
-                batches[kind],
-            )
+        yield (
+            model_class,
+            lambda m=model_class, c=config_class, o=options: getattr(transformers, m)(
+                getattr(transformers, c)(**copy.deepcopy(o))
+            ),
+            batches[kind],
+        )
     for name, options in TIMM:
         size = options.get("img_size", 64 if "levit" not in name and "efficientformer" not in name else 224)
         yield (

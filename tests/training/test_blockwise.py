@@ -135,6 +135,17 @@ def test_an_interrupted_call_goes_on_behind_its_last_block(encoder: Loaded, task
         condition_blocks(copy.deepcopy(encoder.model), task, SETTINGS, batches=3, resume=tmp_path / "kept")
 
 
+class Table(nn.Module):
+    """A model of one part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50_000, 4)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.table(input_ids)
+
+
 def test_what_has_no_meaning_block_by_block(encoder: Loaded, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(match: str, model: nn.Module | None = None, decay: object = None, **settings: object) -> None:
         with pytest.raises(InputError, match=match):
@@ -144,7 +155,7 @@ def test_what_has_no_meaning_block_by_block(encoder: Loaded, task: Task, monkeyp
     refuse("train.distill", distill=1.0)
     refuse("train.check_every", check_every=3)
     refuse("decay.include", decay={"include": "*.query"})
-    refuse("no blocks that are known", nn.Linear(3, 3))
+    refuse("no blocks that repeat", Table())
     batches = [next(task.batches("train", batch_size=8))]
     refuse("quantized", quantize(copy.deepcopy(encoder.model), "w8a8", calibration=batches))
     monkeypatch.setenv("WORLD_SIZE", "2")

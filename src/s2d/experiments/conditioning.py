@@ -20,7 +20,6 @@ from s2d.experiments.watcher import Silent, Watcher
 from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
 from s2d.models import footprint, save_model
-from s2d.models.blocks import blocks_of
 from s2d.report import held_back, write_card
 from s2d.tasks import create
 from s2d.tasks.teacher import head_of
@@ -113,10 +112,11 @@ def condition_model(
         watch.stage("training", recipe.train.steps)
         done = train(model, task, recipe.train, seed=seed, decay=decay, state=held / "state.pt", on_step=note)
     else:
-        watch.stage("training block by block", recipe.train.steps * len(blocks_of(model)))
+        begin = partial(watch.stage, "training block by block")
         done = condition_blocks(
-            model, task, recipe.train, batches=blockwise, seed=seed, decay=decay, resume=held / "blocks", on_step=note
-        )
+            model, task, recipe.train, batches=blockwise, seed=seed, decay=decay, resume=held / "blocks", on_step=note,
+            on_total=begin,
+        )  # fmt: skip
     processes.part()
     notes = {"conditioned": recipe.model_dump(include={"model", "task", "train", "arms"}), "seed": seed}
     about = run_metadata(data_hash=task.fingerprint, model_fingerprint=loaded.fingerprint, **notes)

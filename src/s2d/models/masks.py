@@ -113,6 +113,10 @@ class Padding:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
 
+    def learn(self, graph: Graph) -> None:
+        """From the next forward on, take every mask as that of its own tokens in this graph."""
+        self.whose = _Whose(graph)
+
     def __call__(self, module: str = "", where: Where = "input") -> Tensor | None:
         """The mask ``[B, T]`` of the tokens that a module reads, or returns; None if they are all real."""
         keys = self.whose.keys(module, where)

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ __all__ = [
     "plan",
     "planned",
     "quantize",
+    "quantize_loaded",
     "record",
     "refuse_undivided",
     "remove",
@@ -81,7 +82,8 @@ def quantize(
         seed: Seed of all random numbers in the method.
         resume: A folder that keeps every finished block, for methods that go block by block. The same call with the
             same folder continues an interrupted one; the result is bit-identical.
-        inplace: Quantize this very model instead of a copy. A failed call leaves it as it was.
+        inplace: Quantize this very model instead of a copy. A failed call leaves it as it was (for which methods
+            that change weights hold a copy of them).
         shared: Under torchrun: every rank calls this with the same model and its own share of the calibration batches,
             and gets the same quantized model. The statistics of the data (extremes, counts, Hessians) are reduced over
             the ranks.
@@ -93,6 +95,42 @@ def quantize(
     Raises:
         InputError: The model, the spec or the data cannot be used; the message names the fault and the remedy.
     """
+    return _quantize(
+        model, spec, calibration, method, observer, protocol, seed, resume, "snapshot" if inplace else "copy", shared,
+        progress,
+    )  # fmt: skip
+
+
+@outside_inference_mode()
+def quantize_loaded(
+    model: nn.Module,
+    spec: str | Mapping[str, Any] | QuantSpec,
+    *,
+    calibration: Iterable[Any],
+    method: str = "rtn",
+    protocol: str = "own",
+    seed: int = 0,
+    resume: str | os.PathLike[str] | None = None,
+    shared: bool = False,
+    progress: bool = False,
+) -> nn.Module:
+    """`quantize` in place, for a model that nobody needs after a failed call: no copy of the weights is held."""
+    return _quantize(model, spec, calibration, method, None, protocol, seed, resume, "nothing", shared, progress)
+
+
+def _quantize(
+    model: nn.Module,
+    spec: str | Mapping[str, Any] | QuantSpec,
+    calibration: Iterable[Any],
+    method: str,
+    observer: str | None,
+    protocol: str,
+    seed: int,
+    resume: str | os.PathLike[str] | None,
+    held: Literal["copy", "snapshot", "nothing"],
+    shared: bool,
+    progress: bool,
+) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"quantize needs a torch module, not {type(model).__name__}; load the model first")
     if protocol not in get_args(Protocol):
@@ -110,8 +148,8 @@ def quantize(
     graph = traced(model, batches)
     decided = planned(model, parsed, batches, graph)
     store = None if resume is None else Store(resume, _belongs(model, parsed, batches, name, protocol, seed))
-    snapshot = Snapshot(model) if inplace and name != "rtn" else None
-    if not inplace:
+    snapshot = Snapshot(model) if held == "snapshot" and name != "rtn" else None
+    if held == "copy":
         model = copy.deepcopy(model)
     quantizers = insert(model, decided)
     job = Job(

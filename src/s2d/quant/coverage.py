@@ -8,7 +8,7 @@ so that each product at full precision is listed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,12 @@ from s2d.models.graph_parts import Call
 from s2d.models.tracing import unwrapped
 from s2d.quant.calibration.observe import Batches, traced
 from s2d.quant.modules.products import KEPT, attention_flops, other_products
-from s2d.quant.modules.sites import Site, plan, refuse_quantized, weight_name
+from s2d.quant.modules.sites import MORE, TURNED, Site, plan, refuse_quantized, weight_name
 from s2d.quant.spec import QuantSpec
 
-# The share of unplanned products above which a warning is given.
+# The share of products that cannot be quantized above which a warning is given.
 TELLING = 0.1
+_STUCK = ("no quantizer can sit", "would never run", "already", KEPT, MORE, TURNED)  # in the reasons of such sites
 PRODUCTS = ("product", "convolution")
 
 
@@ -50,7 +51,9 @@ def planned(
 
 
 def covered(model: nn.Module, sites: Sequence[Site], graph: Graph) -> list[Site]:
-    """A plan with the sites that would never run kept, and the products without a site listed, each with its reason."""
+    """A plan with the sites that would never run kept, and the products without a site listed, each with its reason
+    and its share of the products.
+    """
     owners = {weight_name(model, site): site.module for site in sites if site.what == "weight" and site.shape}
     calls = [call for call in graph.calls if call.kind in PRODUCTS]
     bypassed = {
@@ -72,13 +75,23 @@ def covered(model: nn.Module, sites: Sequence[Site], graph: Graph) -> list[Site]
     for name in others:
         what = f"{type(model.get_submodule(name)).__name__} multiplies two activations in what is no attention"
         found.append(Site(name, "input", None, "", "", f"{what}; no quantizer can sit there yet"))
-    left = {call.parameter: 0 for call in (*bypassed.values(), *unknown.values())}
-    for call in calls:
-        if call.parameter in left:
-            left[call.parameter] += call.flops
-    kept = {site.module for site in sites if KEPT in site.reason}
-    _tell(graph.flops, left | {name: attention_flops(graph, name) for name in kept} | others)
-    return found
+    flops = {site: _flops(graph, site, others) for site in found if site.format is None}
+    _tell(graph.flops, {site.module: n for site, n in flops.items() if n and any(why in site.reason for why in _STUCK)})
+    return [_with_share(site, flops.get(site, 0), graph.flops) for site in found]
+
+
+def _flops(graph: Graph, site: Site, others: Mapping[str, int]) -> int:
+    """Floating-point operations of the products that a kept site keeps; those of an attention are at its ``q``."""
+    if site.what == "q":
+        return attention_flops(graph, site.module)
+    if site.what != "weight":
+        return others.get(site.module, 0) if "no quantizer" in site.reason else 0
+    names = {f"{site.module}{end}".lstrip(".") for end in ("", ".weight", ".in_proj_weight")}
+    return sum({c.operation: c.flops for c in graph.products if not names.isdisjoint(c.parameters)}.values())
+
+
+def _with_share(site: Site, flops: int, total: int) -> Site:
+    return replace(site, reason=f"{site.reason} ({flops / total:.1%} of the products)") if flops else site
 
 
 def _kept(site: Site, reason: str) -> Site:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -60,6 +60,7 @@ def condition_blocks(
     decay: Mapping[str, Any] | None = None,
     resume: Path | None = None,
     on_step: OnStep | None = None,
+    on_total: Callable[[int], None] | None = None,
 ) -> Training:
     """Condition every block of a model in place; it ends in evaluation mode.
 
@@ -75,6 +76,7 @@ def condition_blocks(
         decay: Keywords of `SelectiveSpectralDecay`; None to train without.
         resume: A folder that keeps finished blocks; where it holds some, they are not trained again.
         on_step: Called with the number of steps taken, over all blocks, and the last loss.
+        on_total: Called once with the number of steps to take, over all blocks.
 
     Raises:
         InputError: A quantized model or one without known blocks, settings that have no meaning here, several
@@ -91,6 +93,11 @@ def condition_blocks(
     calls = [each for batch in chosen for each in task.inputs(batch)]
     # A job that rounds nothing: the walk gives each block's tokens behind the conditioned blocks before it.
     job = Job(model, QuantSpec(), [], {}, Batches(calls), seed, progress=False, stage="transform")
+    blocks = blocks_of(model, job.graph)
+    if not blocks:
+        raise InputError(f"{type(model).__name__} has no blocks that repeat; condition it as a whole")
+    if on_total is not None:
+        on_total(settings.steps * len(blocks))
     done = Training(0, 0.0, 0.0, [], precision=precision)
     started = time.monotonic()
     with measured() as cost:
@@ -193,8 +200,6 @@ def _refuse(model: nn.Module, settings: TrainSettings, batches: int, decay: Mapp
         raise InputError("this model is quantized; condition the one that it was made from")
     if has_two_towers(getattr(model, "encoder", model)):
         raise InputError(f"{type(model).__name__} has two towers, and the data are of one; condition it as a whole")
-    if not blocks_of(model):
-        raise InputError(f"{type(model).__name__} has no blocks that are known; condition it as a whole")
     for name, without in _WHOLE.items():
         if getattr(settings, name) != without:
             raise InputError(f"train.{name} has no meaning block by block; leave it out, or condition it as a whole")

@@ -68,7 +68,7 @@ def enable(job: Job, on: bool, prefix: str = "") -> None:
 def test_inputs_are_those_behind_quantized_blocks(case: Case) -> None:
     """Against whole forwards of the model, with the quantizers of the blocks before switched on by hand."""
     job = with_ranges(job_of(case))
-    names = list(blocks_of(case.model))
+    names = list(blocks_of(case.model, trace(case.model, case.batches[0])))
     assert len(names) == 2
     full = seen_by(case.model, names, case.batches)
     enable(job, True, names[0])
@@ -109,7 +109,7 @@ def test_one_pass_over_the_data_where_blocks_follow_each_other(
 def test_during_transforms_the_inputs_are_those_of_the_plain_model(make: Callable[[str], Case]) -> None:
     case = make("bert-sdpa")
     job = job_of(case, stage="transform")
-    names = list(blocks_of(case.model))
+    names = list(blocks_of(case.model, trace(case.model, case.batches[0])))
     full = seen_by(case.model, names, case.batches)
     for block in walk(job):
         for ours, whole in zip(hidden(block), full[block.name], strict=True):
@@ -175,7 +175,7 @@ def test_blocks_that_do_not_follow_each_other(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     case = Case(kind().eval(), [{"x": torch.randn(2, 8, 16)} for _ in range(2)])
     job = with_ranges(job_of(case))
-    names = list(blocks_of(case.model))
+    names = list(blocks_of(case.model, trace(case.model, case.batches[0])))
     full = seen_by(case.model, names, case.batches)
     done: list[str] = []
     for block in walk(job, reference=True):
@@ -281,12 +281,12 @@ def test_leaving_the_walk_early_switches_everything_off(make: Callable[[str], Ca
     assert all(module.training for module in job.model.modules())
 
 
-def test_models_of_no_family() -> None:
-    encoder = nn.Module()
-    encoder.stack = nn.ModuleList(PlainBlock(16, "sdpa") for _ in range(3))
-    encoder.heads = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
-    assert list(blocks_of(encoder)) == ["stack.0", "stack.1", "stack.2"]
-    assert blocks_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))) == {}
+def test_blocks_of_models_that_no_family_names() -> None:
+    model, x = PlainTransformer().eval(), torch.randn(2, 5, 16)
+    model.blocks = nn.ModuleList(PlainBlock(16, "sdpa") for _ in range(3))
+    assert list(blocks_of(model, trace(model, x))) == ["blocks.0", "blocks.1", "blocks.2"]
+    mlp = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    assert blocks_of(mlp, trace(mlp, x)) == {}
 
 
 @pytest.mark.parametrize("reference", [False, True])

@@ -1,12 +1,10 @@
-"""Transforms: statistics of a layer's input channels, and the check that the full-precision function is kept."""
+"""Transforms: statistics of a layer's input channels, and rounding to nearest on trial."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.progress import track
@@ -19,12 +17,6 @@ from s2d.quant.calibration.observe import Job, set_weight_range, watch_inputs
 from s2d.quant.modules.sites import Site
 from s2d.quant.numerics.observers import make_observer
 from s2d.quant.numerics.quantizer import Quantizer, affine_parameters, fake_quantize
-
-# Allowed change of the outputs through rounding in the weights' own type, relative to their norm.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-HALF_TOLERANCE = 0.1
-# Parts of an output that hold the residual stream between blocks; a rotation may change their basis.
-_INNER = ("hidden_states", "attentions", "past_key_values")
 
 
 @dataclass
@@ -88,52 +80,6 @@ def channel_statistics(job: Job, names: Sequence[str]) -> dict[str, ChannelStati
         raise InputError(
             f"the calibration data never reached {missed[0]}; feed data that does, or override it with keep"
         )
-    return found
-
-
-@contextmanager
-def function_kept(job: Job, method: str) -> Iterator[None]:
-    """While active, the model's weights may change, but its function may not; the first batch checks it.
-
-    Raises:
-        InputError: The model's output changed: the model differs from what its family describes.
-    """
-    before = _outputs(job)
-    yield
-    after = _outputs(job)
-    for path, reference in before.items():
-        dtype = reference.dtype
-        error = (after[path].double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-12)
-        if not float(error) <= TOLERANCE.get(dtype, HALF_TOLERANCE):
-            raise InputError(
-                f"{method} would change what {type(job.model).__name__} computes ({path or 'its output'} by "
-                f"{float(error):.1%}): its blocks are not built as its family says; use a method that folds nothing"
-            )
-
-
-def _outputs(job: Job) -> dict[str, Tensor]:
-    """Every floating-point tensor in the model's output for the first batch, by path."""
-    found: dict[str, Tensor] = {}
-
-    def collect(value: Any, path: str) -> None:
-        if isinstance(value, Tensor):
-            if value.is_floating_point():
-                finite = torch.isfinite(value)
-                found[path] = value.detach().masked_fill(~finite, 0.0)
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                if key not in _INNER:
-                    collect(item, f"{path}.{key}".lstrip("."))
-        elif isinstance(value, (tuple, list)):
-            for index, item in enumerate(value):
-                collect(item, f"{path}[{index}]")
-
-    hook = job.model.register_forward_hook(lambda module, args, output: collect(output, ""))
-    try:
-        with evaluating(job.model):
-            run(job.model, job.batches.first)
-    finally:
-        hook.remove()
     return found
 
 

@@ -38,6 +38,9 @@ KEPT_ROLES = {
     "patch_embed": "patch embedding: the first layer stays at full precision",
     "embedding": "embedding: the first layer stays at full precision",
 }
+# Why a weight cannot be quantized, whatever the spec asks for.
+MORE = "computes more than a"
+TURNED = "a Conv1D is not quantized"
 COMPUTED = "its weight is computed from others (a parametrization), and no quantizer can sit in between yet"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FAST_PATHS = (
@@ -119,7 +122,7 @@ def decide(model: nn.Module, spec: QuantSpec, graph: Graph | None = None) -> lis
             sites += _conv_sites(name, module, spec, role(name))
         elif type(module).__name__ == "Conv1D":  # of transformers: a Linear with its weight transposed
             weight = module.get_parameter("weight")
-            sites.append(Site(name, "weight", None, "", "", "a Conv1D is not quantized", tuple(weight.shape)))
+            sites.append(Site(name, "weight", None, "", "", TURNED, tuple(weight.shape)))
     unknown = () if graph is not None else [f"{n}.{what}" for n, _ in model.named_modules() for what in OPERANDS]
     _check_overrides(spec, sites, unknown)
     return sites
@@ -249,7 +252,7 @@ def _linear_sites(name: str, module: nn.Linear, spec: QuantSpec, role: str | Non
         kept = "outside the encoder's blocks; an override that names it quantizes it"
     forced = ""
     if type(module).forward is not nn.Linear.forward:
-        forced = f"{type(module).__name__} computes more than a Linear"
+        forced = f"{type(module).__name__} {MORE} Linear"
     elif "weight" not in module._parameters:
         forced = COMPUTED
     elif not module.weight.is_floating_point():
@@ -261,7 +264,7 @@ def _conv_sites(name: str, module: nn.Module, spec: QuantSpec, role: str | None)
     kind = type(module).__name__
     kept = KEPT_ROLES.get(role or "", f"a {kind}; an override that names it quantizes it")
     plain = next(cls for cls in CONVOLUTIONS if isinstance(module, cls))
-    forced = "" if type(module).forward is plain.forward else f"{kind} computes more than a convolution"
+    forced = "" if type(module).forward is plain.forward else f"{kind} {MORE} convolution"
     if "weight" not in module._parameters:
         forced = COMPUTED
     shape = tuple(getattr(module, "weight").shape)  # noqa: B009 (a tensor, computed or not)

@@ -24,12 +24,8 @@ from torch import Tensor
 from s2d.models.blocks import blocks_of
 from s2d.models.running import real_tokens
 from s2d.quant.calibration.observe import Job, least_error
-from s2d.quant.calibration.transforms import (
-    ChannelStatistics,
-    channel_statistics,
-    function_kept,
-    rounded_weight,
-)
+from s2d.quant.calibration.transforms import ChannelStatistics, channel_statistics, rounded_weight
+from s2d.quant.calibration.unchanged import function_kept
 from s2d.quant.calibration.walk import Block, walk
 from s2d.quant.modules.folding import matrix
 from s2d.quant.modules.online import refuse_low_rank

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError
 from s2d.models.running import real_tokens
 from s2d.quant.calibration.observe import Job, observe, set_weight_range
+from s2d.quant.calibration.unchanged import refuse_changed
 from s2d.quant.calibration.walk import Block, Call, observe_block, observe_outside, outside, walk
 from s2d.quant.modules.folding import NormFold, apply_norm_fold, matrix, norm_folds
 from s2d.quant.modules.sites import Site
@@ -226,6 +227,9 @@ def reparametrise_block(job: Job, block: Block, calls: Sequence[Call]) -> Fitted
 
     Returns:
         The ranges of the readers' inputs; `Fitted.restore` sets them.
+
+    Raises:
+        InputError: The data reached no reader, or the block computes something else than before.
     """
     folds = [(fold, _targets(job, fold)) for fold in norm_folds(job.model, job.graph) if not fold.residual]
     folds = [(fold, targets) for fold, targets in folds if targets and f"{fold.norm}.".startswith(f"{block.name}.")]
@@ -233,9 +237,7 @@ def reparametrise_block(job: Job, block: Block, calls: Sequence[Call]) -> Fitted
     try:
         for site, parts in seen.items():
             job.quantizers[site].watch = _collector(block, site, parts)
-        if seen:
-            for _ in block.stream(calls):
-                pass
+        before = [output for index, output in enumerate(block.stream(calls)) if index == 0] if seen else []
     finally:
         for site in seen:
             job.quantizers[site].watch = None
@@ -250,6 +252,8 @@ def reparametrise_block(job: Job, block: Block, calls: Sequence[Call]) -> Fitted
         found = _reparametrisation(job, fold, site, channels)
         apply_reparametrisation(job.model, fold, found)
         ranges.update(dict.fromkeys(targets.values(), found))
+    for output in before:
+        refuse_changed(job, job.method, block.name, output, next(block.stream(calls)))
     return Fitted(ranges)
 
 

@@ -34,7 +34,7 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.quant.calibration.observe import Job, least_error
-from s2d.quant.calibration.transforms import function_kept
+from s2d.quant.calibration.unchanged import function_kept
 from s2d.quant.modules.folding import (
     AttentionParts,
     attention_parts,
@@ -48,6 +48,7 @@ from s2d.quant.modules.folding import (
 )
 from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.modules.online import OnlineLinear, make_online, rotate_stream
+from s2d.quant.modules.stream_check import refuse_contradicted
 from s2d.quant.numerics.hadamard import factors, random_rotation
 from s2d.quant.ptq import register
 
@@ -73,7 +74,7 @@ def rotation(job: Job) -> None:
     if any(isinstance(module, OnlineLinear) for module in job.model.modules()):
         raise InputError("rotation comes before methods that scale or split layers; write rotation first")
     post = is_post_norm(job.model)
-    with function_kept(job, "rotation"):
+    with function_kept(job, "rotation") as bases:
         if post:
             warnings.warn(
                 f"{type(job.model).__name__} is post-norm: its residual stream cannot be rotated (R1); the inputs of "
@@ -81,21 +82,32 @@ def rotation(job: Job) -> None:
                 stacklevel=2,
             )
         else:
-            rotate_residual(job)
+            bases.update(rotate_residual(job))
         rotate_heads(job)
         readers = [reader for fold in norm_folds(job.model, job.graph) if fold.residual for reader in fold.readers]
         rotate_inputs(job, readers + second_linears(job.model))
 
 
-def rotate_residual(job: Job) -> None:
-    """R1, in place: every residual stream in a rotated basis, with the products that lead into and out of it."""
-    for stream in streams(job.model, "rotation"):
+def rotate_residual(job: Job) -> dict[str, torch.Tensor]:
+    """R1, in place: every residual stream in a rotated basis, with the products that lead into and out of it.
+
+    Returns:
+        The rotation ``[D, D]`` of each block's output, but for the last of a stream, whose output has its own basis.
+
+    Raises:
+        InputError: The graph of a forward shows another reader of a stream than the names of its parts tell.
+    """
+    found, bases = streams(job.model, "rotation"), {}
+    refuse_contradicted(found, job.graph, "rotation")
+    for stream in found:
         Q = random_rotation(stream.width, job.generator(f"rotation {stream.blocks[0]}"), keep_ones=stream.centred)
         for branch in stream.branches:
             merge_norm(job.model, branch)
         Q = Q.to(next(job.model.parameters()).device)
         change_basis(job.model, stream, Q)
         rotate_stream(job.model, stream.blocks[0], stream.blocks[-1], Q)
+        bases |= dict.fromkeys(stream.blocks[:-1], Q)
+    return bases
 
 
 def rotate_heads(job: Job) -> None:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from s2d.quant.calibration.observe import Job, least_error
-from s2d.quant.calibration.transforms import ChannelStatistics, channel_statistics, function_kept
+from s2d.quant.calibration.transforms import ChannelStatistics, channel_statistics
+from s2d.quant.calibration.unchanged import function_kept
 from s2d.quant.modules.folding import (
     NormFold,
     PairFold,

@@ -29,7 +29,8 @@ from s2d.errors import InputError
 from s2d.models.masks import token_mask
 from s2d.models.running import evaluating, run
 from s2d.quant.calibration.observe import Job, least_error, watch_inputs
-from s2d.quant.calibration.transforms import function_kept, rounded_input, rounded_weight
+from s2d.quant.calibration.transforms import rounded_input, rounded_weight
+from s2d.quant.calibration.unchanged import function_kept
 from s2d.quant.calibration.walk import outside, walk
 from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.modules.online import make_online, refuse_low_rank
