@@ -51,9 +51,9 @@ def refuse_without_product(model: nn.Module) -> None:
     require("torchao", "executorch")
     for layer in plain_layers(model, NAME):
         activation = layer.activation
-        if activation is None or activation.format.bits != 8 or (activation.dynamic and activation.format.signed):
+        if activation is None or activation.format.bits != 8 or activation.format.signed:
             raise InputError(
-                f"{layer.name}: {NAME} runs inputs of 8 bits, static or unsigned for every token; "
+                f"{layer.name}: {NAME} runs inputs of 8 bits, unsigned, static or with a range for every token; "
                 f"the nearest spec is {_SPEC}"
             )
         if not activation.dynamic:
