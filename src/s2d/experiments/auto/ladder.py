@@ -152,7 +152,10 @@ def _mixed(view: View) -> list[Candidate]:
     """Mixed widths by the exact knapsack, at a few average widths."""
     widths = sorted(view.runtime.weight_bits)
     best = view.best(widths[0], "tensor") or view.best(widths[0], "token") or view.best(widths[0])
-    if best is None or len(widths) < 2:
+    if best is None:
+        return []
+    widths = _widths(view.runtime, best.candidate.spec)
+    if len(widths) < 2:
         return []
     found = view.sensitivity(best.candidate.spec, widths)
     budgets = [bits for bits in BUDGETS if widths[0] < bits < widths[-1]]
@@ -160,13 +163,28 @@ def _mixed(view: View) -> list[Candidate]:
     return [replace(best.candidate, spec=spec, rung="mixed widths") for spec in specs.values()]
 
 
+def _widths(runtime: Runtime, spec: QuantSpec) -> list[int]:
+    """The stored widths, ascending, that weights may have with the inputs of a spec."""
+    assert spec.weight is not None
+    widths = set()
+    for layer in runtime.layers:
+        inputs = spec.activation
+        if inputs is None or layer.inputs is None:
+            fits = inputs is None and layer.inputs is None
+        else:
+            fits = inputs.format.name in layer.inputs.formats and inputs.granularity in layer.inputs.granularity
+        if fits and spec.weight.granularity in layer.weights.granularity:
+            widths |= {get_format(name).bits for name in layer.weights.formats}
+    return sorted(widths & set(runtime.weight_bits))
+
+
 def _kept(view: View) -> list[Candidate]:
     """Inputs of the most sensitive layers in floating point, where the runtime lets layers differ."""
     best = view.best(max(view.runtime.weight_bits), "tensor")
-    if best is None or not any(layer.inputs is None for layer in view.runtime.layers):
+    widest = max(view.runtime.weight_bits)
+    if best is None or widest not in _widths(view.runtime, replace(best.candidate.spec, activation=None)):
         return []
     spec = best.candidate.spec
-    widest = max(view.runtime.weight_bits)
     found = view.sensitivity(spec, [widest])
     worst = sorted(found.layers, key=lambda layer: -layer.errors[widest])
     kept = QuantSpec(weight=spec.weight)
