@@ -118,8 +118,11 @@ def upper_factor(hessian: Tensor) -> Tensor | None:
         stop = min(start + COLUMNS, len(factor))
         unit = factor.new_zeros(stop, stop - start)
         unit[start:].fill_diagonal_(1.0)
-        factor[:stop, start:stop] = torch.linalg.solve_triangular(factor[:stop, :stop], unit, upper=True)
-    return factor if bool(torch.isfinite(factor).all()) else None
+        columns = torch.linalg.solve_triangular(factor[:stop, :stop], unit, upper=True)
+        if not bool(torch.isfinite(columns).all()):
+            return None
+        factor[:stop, start:stop] = columns
+    return factor
 
 
 def _reverse(matrix: Tensor) -> None:
