@@ -198,7 +198,9 @@ def main() -> int:
         text += ["No data file: every cell is a sentence, and stands here.", ""]
         made = "`python benchmarks/exports.py --json build/exports.json --markdown docs/results/exports.md`"
         text += [f"Made by {made}, which goes on where it stopped.", ""]
-        text += [f"{len(found)} cells were run, {missing} were not; {faults} faults. {RIGHT}", "", *table(found), ""]
+        each = ", ".join(f"{suffix} {sum(key.endswith(f'| {suffix}') for key in found)}" for suffix in EXPORTERS)
+        text += [f"{len(found)} cells were run ({each}), {missing} were not; {faults} faults. {RIGHT}", ""]
+        text += [*table(found), ""]
         chosen.markdown.write_text("\n".join(text), encoding="utf-8")
     return int(faults > 0)
 

@@ -94,6 +94,22 @@ def rows(name: str, model: nn.Module, arguments: argparse.Namespace) -> Iterator
                     }
 
 
+def records_of(row: JSON) -> Iterator[JSON]:
+    """A number each, for the tables of the docs."""
+    where = {key: row[key] for key in ("model", "spec", "length", "threads", "batch")}
+    about = {"task": "speed", "conditioning": "exported", **where, "split": "none"}
+    times = row["p50_ms"]
+    for runtime in ("onnxruntime", "openvino"):
+        if (ours := times.get(f"{TABLES[0]} {runtime}")) is not None:
+            yield {**about, "metric": f"{runtime}, ms", "value": ours, "higher_is_better": False}
+            for rival, name in ((f"fp32 {runtime}", "its fp32"), ("plain torch", "torch")):
+                yield {**about, "metric": f"{runtime}, times {name}", "value": times[rival] / ours}
+    for bits in TABLES:
+        if (size := row.get(f"file_mb_{bits}")) is not None:
+            yield {**about, "metric": f"MB, tables of {bits} bits", "value": size, "higher_is_better": False}
+            yield {**about, "metric": f"times smaller, {bits} bits", "value": row["plain_mb"] / size}
+
+
 def line(row: JSON) -> str:
     """A row of the Markdown table."""
     times = row["p50_ms"]
@@ -143,7 +159,9 @@ def main() -> int:
         print(f"speed.py: {error}", file=sys.stderr)
         return 2
     if arguments.json is not None:
-        write_json(arguments.json, {"run": run_metadata(), "records": found})
+        write_json(
+            arguments.json, {"run": run_metadata(), "records": [each for row in found for each in records_of(row)]}
+        )
     return 0
 
 

@@ -19,7 +19,8 @@ columns, in the order of the file. Records of one cell (seeds) are averaged. Fur
     gain=yes            a last column with the last value less the first
     spread=yes          the standard deviation of the averaged values behind each (n - 1)
 
-A page without such a table has a line near its top that begins with "No data file:" and says why.
+A page without data has a line near its top that begins with "No data file:" and says why. Its tables may have their
+comments already: they stay as they are until the command that the page names has written the file.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any
 
 PAGES = Path(__file__).resolve().parent / "results"
 TABLE = re.compile(r"^<!-- table: (\S+) (.*?) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+WITHOUT = "No data file: "
 OPTIONS = ("rows", "columns", "head", "names", "digits", "gain", "spread")
 
 Records = list[dict[str, Any]]
@@ -49,11 +51,16 @@ def filled(text: str, folder: Path) -> str:
     """A page with its tables made anew from the data in a folder.
 
     Raises:
-        PageError: A file, a field or a record is missing.
+        PageError: A file, a field or a record is missing, or the page says that a file that is there is not.
     """
+    waits = is_without(text)
+    if waits and any((folder / found[1]).is_file() for found in TABLE.finditer(text)):
+        raise PageError(f"its data are there; remove the line that begins with {WITHOUT!r}")
 
     def table(found: re.Match[str]) -> str:
         file, words, _ = found.groups()
+        if waits:
+            return found[0]
         try:
             records = json.loads((folder / file).read_text(encoding="utf-8"))["records"]
             lines = table_of(records, dict(word.split("=", 1) for word in shlex.split(words)))
@@ -64,6 +71,11 @@ def filled(text: str, folder: Path) -> str:
         return "\n".join([f"<!-- table: {file} {words} -->", *lines, "<!-- end -->"])
 
     return TABLE.sub(table, text)
+
+
+def is_without(text: str) -> bool:
+    """Whether a page says near its top that it has no data."""
+    return any(line.startswith(WITHOUT) for line in text.splitlines()[:6])
 
 
 def table_of(records: Records, options: dict[str, str]) -> list[str]:

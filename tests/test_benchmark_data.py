@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,16 @@ pytest.importorskip("pycocotools")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def test_boxes_are_around_the_garments_and_nothing_is_outside(tmp_path: Path) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *given: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *given])
+    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+
+
+def test_boxes_are_around_the_garments_and_nothing_is_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = make_idx(tmp_path / "garments", {"train": 5300, "t10k": 30}, (28, 28))
-    command = [sys.executable, str(BENCHMARKS / "fashion_boxes.py"), str(data), "--out", str(tmp_path / "boxes")]
     counts = {"train": 8, "validation": 4, "test": 6}
     given = [part for split, count in counts.items() for part in (f"--{split}", str(count))]
-    subprocess.run([*command, *given], check=True, capture_output=True, timeout=120)
+    run(monkeypatch, "fashion_boxes.py", str(data), "--out", str(tmp_path / "boxes"), *given)
     task = create("detection", data=tmp_path / "boxes")
     assert task.sizes() == counts
     for split in counts:
@@ -40,10 +44,12 @@ def test_boxes_are_around_the_garments_and_nothing_is_outside(tmp_path: Path) ->
             assert not pixels.any()
 
 
-def test_a_detector_starts_with_the_encoders_blocks(tmp_path: Path) -> None:
-    script, out = BENCHMARKS / "yolos_from_vit.py", tmp_path / "start"
-    command = [sys.executable, str(script), "trained:vit-fashion", "new:yolos-fashion", "--out", str(out)]
-    assert "69 of 72 tensors" in subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+def test_a_detector_starts_with_the_encoders_blocks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "start"
+    run(monkeypatch, "yolos_from_vit.py", "trained:vit-fashion", "new:yolos-fashion", "--out", str(out))
+    assert "69 of 72 tensors" in capsys.readouterr().out
     made: Any = load(str(out)).model
     given: Any = load("trained:vit-fashion").model
     x = torch.linspace(-1, 1, 5 * 128).view(1, 5, 128)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 import s2d
+from s2d import quant
 
 pytestmark = pytest.mark.gpu
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -64,13 +67,42 @@ def test_a_step_of_every_form_of_adamw(device: str, kind: dict[str, bool], amp: 
     decay.remove()
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "smoothquant", "awq", "adaround"])
-def test_a_quantized_model_stays_on_its_device(device: str, method: str) -> None:
-    model, x = made(device).eval(), batch(device)
-    quantized = s2d.quantize(model, {"base": "w4a8", "attention": "keep"}, calibration=[x], method=method)
+def test_parameters_on_two_devices_are_shrunk_alike(device: str) -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = made("cpu"), made(device)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x).sum() + self.second(x.to(device)).sum().cpu()
+
+    model = Split()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decay = s2d.SelectiveSpectralDecay(model, optimizer, mode="decoupled", strength=0.05, outlier_ratio=3.0)
+    for _ in range(5):
+        (model(batch("cpu")) * 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for part in (model.first, model.second):
+        assert part[0].weight[5].item() == pytest.approx(40 * math.exp(-0.25), rel=1e-5)  # type: ignore[operator]
+    decay.remove()
+
+
+@pytest.mark.parametrize("method", list(s2d.methods()))
+def test_a_quantized_model_stays_on_its_device_and_comes_back_from_disk(
+    device: str, method: str, tmp_path: Path
+) -> None:
+    layer = nn.TransformerEncoderLayer(72, 4, 80, batch_first=True, dropout=0.0)  # svdquant needs more than 64
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(device).eval()
+    x = torch.randn(1, 16, 72, generator=torch.Generator().manual_seed(1)).to(device)
+    quantized = s2d.quantize(model, "w4a8", calibration=[x], method=method)
     with torch.no_grad():
         y = quantized(x)
     assert y.device.type == device and torch.isfinite(y).all()
+    quant.save(quantized, tmp_path / "q")
+    again = quant.load(tmp_path / "q", copy.deepcopy(model))
+    with torch.no_grad():
+        assert torch.equal(again(x), y)
 
 
 def test_attention_and_training_on_the_grid(device: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+Thing = TypeVar("Thing")
 
 
 class Registry(Generic[T]):
@@ -28,6 +30,17 @@ class Registry(Generic[T]):
         assert name not in self._found, f"{self._kind} {name} is registered twice"
         self._found[name] = thing
         return thing
+
+    def register(self, name: str) -> Callable[[Thing], Thing]:
+        """A decorator that makes a function or a class known; a class is told its name."""
+
+        def decorate(thing: Thing) -> Thing:
+            if isinstance(thing, type):
+                thing.name = name  # pyright: ignore[reportAttributeAccessIssue]
+            self.add(name, thing)  # pyright: ignore[reportArgumentType]
+            return thing
+
+        return decorate
 
     def drop(self, name: str) -> None:
         """Forget a thing; for tests that add their own."""

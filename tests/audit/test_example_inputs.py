@@ -262,6 +262,12 @@ def test_folders_without_images_and_broken_images_are_named(pictures: Path, tmp_
     (pictures / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.png is not an image"):
         audit_batches(loaded, pictures)
+    # A kind that PIL would start a program for.
+    (pictures / "broken.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EndProlog\n"
+    )
+    with pytest.raises(InputError, match=r"broken\.png is not an image that can be read: cannot identify"):
+        audit_batches(loaded, pictures)
 
 
 def test_texts_fit_the_positions_of_a_model_of_both(pictures: Path) -> None:

@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip ins
 
 
 def quantized(name: str, spec: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    family = tiny_families.build(name)
+    family = tiny_families.one_block(tiny_families.build(name))
     batches = [{key: value for key, value in batch.items() if isinstance(value, Tensor)} for batch in family.batches]
     return s2d.quantize(family.model, spec, calibration=batches), batches[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.quant import tiny_families
+from tests.quant.tiny_families import Family, build, one_block, outlying
 from tests.tiny_text import make_data, make_model
 from torch import Tensor, nn
 
@@ -28,17 +28,8 @@ onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s
 pytest.importorskip("onnxscript", reason='onnxscript is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "s2d[export]"')
 
-FAMILIES = (
-    "vit-classifier",
-    "clip",
-    "siglip-vision",
-    "llama",
-    "bert",
-    "plain",
-    "torch-pre-norm",
-    "timm-vit",
-    "open-clip",
-)
+ONE_BLOCK = ("vit-classifier", "clip", "siglip-vision", "llama")  # for time; the others have two
+FAMILIES = (*ONE_BLOCK, "bert", "plain", "torch-pre-norm", "timm-vit", "open-clip")
 INTEGER = {"MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeMatMul"}
 
 
@@ -46,20 +37,34 @@ def tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
-def case(name: str, spec: Any = "w4a4", method: str = "rtn") -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    family = tiny_families.outlying() if name == "outlying" else tiny_families.build(name)
+def case(family: Family, spec: Any = "w4a4", method: str = "rtn") -> tuple[nn.Module, list[dict[str, Tensor]]]:
     batches = [tensors(batch) for batch in family.batches]
     return s2d.quantize(family.model, spec, calibration=batches, method=method), batches
 
 
 @pytest.fixture(scope="module")
 def bert() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    return case("bert")
+    return case(one_block(build("bert")))
+
+
+@pytest.fixture(scope="module")
+def lowered(bert: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """The file of `bert` as it is traced, and what was traced."""
+    made, path = lower(bert[0]), tmp_path_factory.mktemp("lowered") / "model.onnx"
+    write_onnx(made, bert[1][0], path)
+    return path, made
+
+
+@pytest.fixture(scope="module")
+def exported(bert: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    s2d.export(bert[0], path, example=bert[1][0], embeddings=0, time_it=False)
+    return path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_of_every_family_computes_the_same_with_integer_kernels(name: str, tmp_path: Path) -> None:
-    model, batches = case(name)
+    model, batches = case(one_block(build(name)) if name in ONE_BLOCK else build(name))
     report = s2d.export(model, tmp_path / "model.onnx", example=batches[0], embeddings=0, time_it=False)
     linears = sum(site.what == "weight" and site.format is not None for site in s2d.quant.record(model).sites)  # type: ignore[attr-defined]
     bare = sum(isinstance(module, nn.MultiheadAttention) for module in model.modules())
@@ -87,17 +92,16 @@ def test_every_layer_of_every_family_computes_the_same_with_integer_kernels(name
     ids=["w8a8", "w4a16", "ends", "signed", "signed-token", "token", "group", "rotation+svdquant", "repq"],
 )
 def test_every_kind_of_spec_and_method_computes_the_same(spec: Any, method: str, tmp_path: Path) -> None:
-    model, batches = case("outlying", spec, method)
+    model, batches = case(one_block(outlying()), spec, method)
     report = s2d.export(model, tmp_path / "model.onnx", example=batches[0], time_it=False)
     assert report.passed and report.layers
 
 
-def test_codes_are_four_bits_wide_on_disk_and_hold_the_weights(bert: Any, tmp_path: Path) -> None:
-    model, batches = bert
-    write_onnx(lower(model), batches[0], tmp_path / "model.onnx")
-    stored = {each.name: each for each in onnx.load(tmp_path / "model.onnx").graph.initializer}
+def test_codes_are_four_bits_wide_on_disk_and_hold_the_weights(bert: Any, lowered: Any) -> None:
+    model, _ = bert
+    stored = {each.name: each for each in onnx.load(lowered[0]).graph.initializer}
     codes = {name: each for name, each in stored.items() if name.endswith(".codes")}
-    assert len(codes) == 12 and {each.data_type for each in codes.values()} == {onnx.TensorProto.INT4}
+    assert len(codes) == 6 and {each.data_type for each in codes.values()} == {onnx.TensorProto.INT4}
     layer = model.get_submodule("encoder.layer.0.intermediate.dense")
     name = "model.encoder.layer.0.intermediate.dense.weight_codes"
     values = onnx.numpy_helper.to_array(stored[f"{name}.codes"]).astype("float32")
@@ -106,10 +110,9 @@ def test_codes_are_four_bits_wide_on_disk_and_hold_the_weights(bert: Any, tmp_pa
     assert len(codes[f"{name}.codes"].raw_data) * 2 == layer.weight.numel()  # type: ignore[union-attr,operator,arg-type]
 
 
-def test_batch_and_length_are_free(bert: Any, tmp_path: Path) -> None:
-    model, batches = bert
-    s2d.export(model, tmp_path / "model.onnx", example=batches[0], embeddings=0, time_it=False)
-    runner = open_exported(tmp_path / "model.onnx")
+def test_batch_and_length_are_free(bert: Any, exported: Path) -> None:
+    model, _ = bert
+    runner = open_exported(exported)
     for rows, length in ((1, 4), (7, 20)):
         inputs = {
             "input_ids": torch.randint(3, 64, (rows, length)),
@@ -121,15 +124,11 @@ def test_batch_and_length_are_free(bert: Any, tmp_path: Path) -> None:
         assert cosine(runner(**inputs), expected) > 0.99
 
 
-def test_exact_products_are_asked_for_where_they_would_overflow(
-    bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, batches = bert
-    write_onnx(lower(model), tensors(batches[0]), tmp_path / "m.onnx")
+def test_exact_products_are_asked_for_where_they_would_overflow(lowered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("s2d.export.onnx")
     for answer in (True, False):
         monkeypatch.setattr(module, "overflows", lambda answer=answer: answer)
-        options = session(tmp_path / "m.onnx").get_session_options()
+        options = session(lowered[0]).get_session_options()
         if answer:
             assert options.get_session_config_entry(EXACT[0]) == EXACT[1]
         else:
@@ -148,7 +147,7 @@ def test_embedding_tables_shrink_and_the_reference_has_the_same_ones(bits: int, 
 
 
 def test_tables_that_are_tied_to_a_head_stay() -> None:
-    model, _ = case("llama-tied")
+    model, _ = case(build("llama-tied"))
     assert round_embeddings(model, 8) == []
 
 
@@ -160,26 +159,25 @@ def test_a_layer_that_computes_something_else_is_found_and_no_file_is_left(
 
     def tampered(*arguments: Any, **options: Any) -> nn.Module:
         made = honest(*arguments, **options)
-        codes = made.get_submodule("encoder.layer.1.output.dense.weight_codes").codes
+        codes = made.get_submodule("encoder.layer.0.output.dense.weight_codes").codes
         codes[0] = -codes[0]  # type: ignore[index,operator]
         return made
 
     monkeypatch.setattr(importlib.import_module("s2d.export.graphs"), "lower", tampered)
-    with pytest.raises(InputError, match=r"not written: 1 of 12 layers differ; worst encoder\.layer\.1\.output\.dense"):
+    with pytest.raises(InputError, match=r"not written: 1 of 6 layers differ; worst encoder\.layer\.0\.output\.dense"):
         s2d.export(model, tmp_path / "model.onnx", example=batches[0], time_it=False)
     assert list(tmp_path.iterdir()) == []
     report = s2d.export(model, tmp_path / "model.onnx", example=batches[0], time_it=False, force=True)
     assert not report.passed and (tmp_path / "model.onnx").is_file()
 
 
-def test_a_flipped_code_is_told_from_a_wrong_layer(bert: Any, tmp_path: Path) -> None:
+def test_a_flipped_code_is_told_from_a_wrong_layer(bert: Any, lowered: Any) -> None:
     model, batches = bert
-    lowered = lower(model)
-    write_onnx(lowered, batches[0], tmp_path / "model.onnx")
-    rows, missing = compare_layers(tmp_path / "model.onnx", lowered, model, batches[0])
+    path, made = lowered
+    rows, missing = compare_layers(path, made, model, batches[0])
     assert not missing and all(row.passed and row.error < 1e-6 for row in rows)
-    counts, held = kernels(tmp_path / "model.onnx")
-    assert sum(counts.get(kind, 0) for kind in INTEGER) == 16 and held > 0
+    counts, held = kernels(path)
+    assert sum(counts.get(kind, 0) for kind in INTEGER) == 8 and held > 0
 
 
 def test_two_rows_on_the_other_side_of_a_tie_are_none_too_many_in_a_small_batch() -> None:
@@ -188,10 +186,9 @@ def test_two_rows_on_the_other_side_of_a_tie_are_none_too_many_in_a_small_batch(
     assert not LayerParity("x", 2e-5, 0.0, 32).passed
 
 
-def test_openvino_runs_the_same_file_and_its_own(bert: Any, tmp_path: Path) -> None:
+def test_openvino_runs_the_same_file_and_its_own(bert: Any, exported: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason='openvino is not installed: pip install "s2d[openvino]"')
     model, batches = bert
-    s2d.export(model, tmp_path / "model.onnx", example=batches[0], embeddings=0, time_it=False)
     report = s2d.export(model, tmp_path / "own.xml", example=batches[0], embeddings=0, time_it=False)
     assert report.passed and {each.name for each in tmp_path.glob("own*")} == {"own.xml", "own.bin", "own.json"}
     assert any("I8" in kind for kind in report.openvino)
@@ -199,19 +196,17 @@ def test_openvino_runs_the_same_file_and_its_own(bert: Any, tmp_path: Path) -> N
     assert report.file_mb == pytest.approx(written / 1e6)
     with torch.no_grad():
         expected = model(**batches[0])
-    for runner in (open_exported(tmp_path / "own.xml"), open_exported(tmp_path / "model.onnx", runtime="openvino")):
+    for runner in (open_exported(tmp_path / "own.xml"), open_exported(exported, runtime="openvino")):
         assert cosine(runner(**batches[0]), expected) > 0.95
 
 
-def test_ctrl_c_is_no_crash_after_models_of_openvino_closed_in_any_order(bert: Any, tmp_path: Path) -> None:
+def test_ctrl_c_is_no_crash_after_models_of_openvino_closed_in_any_order(lowered: Any) -> None:
     pytest.importorskip("openvino", reason='openvino is not installed: pip install "s2d[openvino]"')
-    model, batches = bert
-    write_onnx(lower(model), batches[0], tmp_path / "model.onnx")
     code = f"""
 import os, signal
 from s2d.export import OpenVinoModel
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs in the background has it ignored
-first, second = OpenVinoModel({str(tmp_path / "model.onnx")!r}), OpenVinoModel({str(tmp_path / "model.onnx")!r})
+first, second = OpenVinoModel({str(lowered[0])!r}), OpenVinoModel({str(lowered[0])!r})
 del first
 del second
 try:
@@ -226,7 +221,7 @@ except KeyboardInterrupt:
 def test_bad_input(bert: Any, tmp_path: Path) -> None:
     model, batches = bert
     assert set(exporters()) == {".onnx", ".xml", ".gguf", ".pte", ""} and all(exporters().values())
-    plain = tiny_families.build("bert").model
+    plain = build("bert").model
     for arguments, message in (
         ((plain, "m.onnx", batches[0]), "not quantized; run s2d quantize first"),
         ((model, "m.tflite", batches[0]), "unknown kind of file; name it NAME.onnx, NAME.xml"),

@@ -164,6 +164,16 @@ def build(name: str) -> Family:
     return FAMILIES[name]()
 
 
+def one_block(family: Family) -> Family:
+    """The same with the first of its blocks alone, where each costs time and one shows it all."""
+    for module in list(family.model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len({type(block) for block in child}) == 1:
+                setattr(module, name, child[:1])
+    family.model.config.num_hidden_layers = 1  # type: ignore[union-attr]
+    return family
+
+
 def job(case: Case, spec: str | dict[str, Any] = "w4a4", seed: int = 0) -> Job:
     """What a method gets: a copy of the case's model with its quantizers in place and off."""
     model, batches, parsed = copy.deepcopy(case.model), Batches(case.batches), QuantSpec.parse(spec)

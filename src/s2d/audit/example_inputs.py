@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from s2d.data.docstring_corpus import STDLIB, collect
 from s2d.data.idx import idx_in, placed_images
 from s2d.data.image_rows import IMAGE_SUFFIXES, tables_in
+from s2d.data.image_table import opened
 from s2d.data.split_files import split_files
 from s2d.data.tables import TABLE_SUFFIXES, Table, read_table
 from s2d.data.tokens import TokenTable, check_max_length, most_tokens, require_tokenizer, tokenize
@@ -220,21 +220,22 @@ def _prepared(loaded: Loaded, images: list[Any]) -> Tensor:
 
 def _images(path: Path) -> Iterator[Any]:
     """Images as RGB pictures of PIL; at least one."""
-    pil = require("PIL.Image", "timm")
     if not path.exists():
         raise InputError(f"there is no folder or file {str(path)!r} with images")
     found = False
-    for place, content in _image_contents(path):
+    for place, source in _image_sources(path):
         try:
-            yield upright(pil.open(content)).convert("RGB")
-        except OSError as error:
+            with opened(source) as picture:
+                image = upright(picture).convert("RGB")
+        except (OSError, ValueError) as error:
             raise InputError(f"{place} is not an image that can be read: {error}") from error
         found = True
+        yield image
     if not found:
         raise InputError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES[:3])}, ...); name a folder that does")
 
 
-def _image_contents(path: Path) -> Iterator[tuple[str, Any]]:
+def _image_sources(path: Path) -> Iterator[tuple[str, Path | bytes]]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
@@ -243,7 +244,7 @@ def _image_contents(path: Path) -> Iterator[tuple[str, Any]]:
                 yield from _parquet_images(read_table(table))
             packed = idx_in(path)
             for file, _ in [packed[split] for split in _SPLITS if split in packed][:1]:
-                yield from ((place, io.BytesIO(content)) for place, content in placed_images(file))
+                yield from placed_images(file)
         # Files are taken at even distances, so that a folder sorted by class gives more than its first class.
         step = max(1, len(files) // IMAGES)
         yield from ((str(file), file) for start in range(step) for file in files[start::step])
@@ -253,7 +254,7 @@ def _image_contents(path: Path) -> Iterator[tuple[str, Any]]:
         yield str(path), path
 
 
-def _parquet_images(table: Table) -> Iterator[tuple[str, Any]]:
+def _parquet_images(table: Table) -> Iterator[tuple[str, bytes]]:
     def encoded(cell: Any) -> bytes | None:
         cell = cell.get("bytes") if isinstance(cell, dict) else cell
         return cell if isinstance(cell, bytes) else None
@@ -264,4 +265,4 @@ def _parquet_images(table: Table) -> Iterator[tuple[str, Any]]:
     for number, cell in enumerate(table.column(named[0]), table.first_line):
         content = encoded(cell)
         if content is not None:
-            yield f"{table.path}, row {number}", io.BytesIO(content)
+            yield f"{table.path}, row {number}", content

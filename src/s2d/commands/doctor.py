@@ -87,12 +87,14 @@ def _file(file: Path, fix: Path | None, json_file: Path | None, quiet: bool) -> 
 # extra of s2d -> its packages (name to import, name to install)
 _EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (("transformers", "transformers"), ("accelerate", "accelerate"), ("gguf", "gguf")),
+    "parquet": (("pyarrow", "pyarrow"),),
     "vision": (("PIL", "pillow"), ("datasets", "datasets")),
     "timm": (("timm", "timm"),),
     "openclip": (("open_clip", "open_clip_torch"),),
     "export": (("onnx", "onnx"), ("onnxscript", "onnxscript"), ("onnxruntime", "onnxruntime")),
     "openvino": (("openvino", "openvino"),),
     "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
+    "coreml": (("coremltools", "coremltools"),),
     "executorch": (("executorch", "executorch"), ("torchao", "torchao")),
     "report": (("jinja2", "jinja2"),),
 }

@@ -8,10 +8,12 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,21 +92,33 @@ class ImageTable:
 
     def _one(self, row: int) -> Tensor | None:
         image = require("PIL.Image", "vision")
-        source = self._sources[row]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PIL's about large images and odd metadata
-                file = io.BytesIO(source) if isinstance(source, bytes) else _regular(source)
-                with image.open(file, formats=FORMATS) as opened:
-                    if opened.width * opened.height > MAX_PIXELS:
-                        raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
-                    return self._preprocessing.pixels(opened)
+            with opened(self._sources[row]) as picture:
+                return self._preprocessing.pixels(picture)
         except image.UnidentifiedImageError:
             self.unreadable[row] = f"not an image of a known kind ({', '.join(FORMATS)}), or damaged"
             return None
         except Exception as error:  # a decoder of bytes from anywhere raises anything
             self.unreadable[row] = first_line(error, 120)
             return None
+
+
+@contextmanager
+def opened(source: Path | bytes) -> Iterator[Any]:
+    """An image as PIL opens it.
+
+    Raises:
+        ValueError: It has too many pixels, or is no regular file.
+        OSError: It cannot be read, or is of another kind than `FORMATS`.
+    """
+    image = require("PIL.Image", "vision")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's about large images and odd metadata
+        file = io.BytesIO(source) if isinstance(source, bytes) else _regular(source)
+        with image.open(file, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+            yield picture
 
 
 def _regular(path: Path) -> Path:

@@ -103,8 +103,8 @@ def _has_images(file: Path) -> bool:
     """Whether a table has an image column, judged by column names; False for a file that is no table."""
     if file.suffix.lower() != _TABLE:
         return False
-    parquet = require("pyarrow.parquet", "hf")
-    arrow = require("pyarrow", "hf")
+    parquet = require("pyarrow.parquet", "parquet")
+    arrow = require("pyarrow", "parquet")
     try:
         names = parquet.read_schema(file).names
     except (OSError, arrow.ArrowException, ValueError) as error:

@@ -154,8 +154,8 @@ def _read_json_lines(path: Path, named: tuple[str, ...], pick: Pick | None) -> T
 
 
 def _read_parquet(path: Path, named: tuple[str, ...], pick: Pick | None) -> Table:
-    parquet = require("pyarrow.parquet", "hf")
-    arrow = require("pyarrow", "hf")
+    parquet = require("pyarrow.parquet", "parquet")
+    arrow = require("pyarrow", "parquet")
     try:
         wanted = None if pick is None else list(dict.fromkeys(pick(parquet.read_schema(path).names)))
         table = parquet.read_table(path, columns=wanted)

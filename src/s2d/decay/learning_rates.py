@@ -31,8 +31,8 @@ class PeakRates:
         self._peak: dict[tuple[int, int], float] = {}
         self._scheduled: dict[int, tuple[float, ...]] = {}
         self._whole: set[int] = set()  # whose schedules were seen from their first step
-        # The rate that the optimizer was built with counts as well: a manual warm-up begins below it.
-        self._built = {key: _rate(group) for key, group in self._groups()}
+        # The rate that the optimizer was built with counts as well: a warm-up, by hand or its own, begins below it.
+        self._built = {key: float(group["lr"]) for key, group in self._groups()}
         self.look()
 
     def _groups(self) -> Iterable[tuple[tuple[int, int], dict[str, Any]]]:

@@ -46,6 +46,7 @@ from s2d.decay.closed_forms import (
 from s2d.decay.eligibility import eligible, no_matrices, sort_out
 from s2d.decay.learning_rates import PeakRates
 from s2d.decay.refresh_hooks import Eager, Watch, is_recomputed, is_transformed
+from s2d.decay.schedule_free import moving_together
 from s2d.decay.selection import METRICS, Components, Finding
 from s2d.decay.settings import PRESETS, MetricName, Mode
 from s2d.decay.steps import OutermostSteps
@@ -284,7 +285,8 @@ class SelectiveSpectralDecay:
             ) -> None:
                 self.shrink(t, W.mT if t.kind == "embedding" else W, c, amount, bias, along, along_bias)
 
-            target.edit(change)
+            with moving_together(optimizer, [target.parameter, bias_parameter(target)]):
+                target.edit(change)
             if target.name in self._frozen:
                 self._changed.add(target.name)
 

@@ -171,7 +171,7 @@ def _quantized(
     """The quantized model, and the notes on its training."""
     recipe = order.recipe
     if recipe is None or task is None or recipe.qat is None:
-        quantized = quant.quantize(
+        quantized = quant.quantize_loaded(
             model,
             spec,
             calibration=inputs,
@@ -179,7 +179,6 @@ def _quantized(
             protocol=order.protocol,
             seed=order.seed,
             resume=order.resume,
-            inplace=True,
             shared=processes.count() > 1,
             progress=order.progress,
         )

@@ -108,6 +108,11 @@ class Family:
 _FAMILIES: Registry[Family] = Registry("family", "s2d.models")
 _LOADERS: Registry[Loader] = Registry("loader", "s2d.models")
 _MAKERS: Registry[Maker] = Registry("maker", "s2d.models")
+# ``@register_loader(PREFIX)``: ``load("PREFIX:NAME")`` calls the function with the name after the colon and a
+# dictionary with ``revision`` and ``trust_remote_code``. It returns the model, its tokenizer or None, and its image
+# processor or None. ``@register_random(PREFIX)`` is the same for ``load("new:PREFIX:NAME")``, a library's model with
+# random weights; the function gets the name after the second colon alone.
+register_loader, register_random = _LOADERS.register, _MAKERS.register
 FALLBACK = "generic"
 
 
@@ -116,31 +121,6 @@ def register_family(family: Family) -> Family:
     unknown = {role for _, role in family.roles} - set(ROLES)
     assert not unknown, f"family {family.name} uses unknown roles {unknown}"
     return _FAMILIES.add(family.name, family)
-
-
-def register_loader(prefix: str) -> Callable[[Loader], Loader]:
-    """Let ``load("PREFIX:NAME")`` call the decorated function.
-
-    It receives the name after the colon and a dictionary with ``revision`` and ``trust_remote_code``, and returns the
-    model, its tokenizer or None, and its image processor or None.
-    """
-
-    def register(loader: Loader) -> Loader:
-        return _LOADERS.add(prefix, loader)
-
-    return register
-
-
-def register_random(prefix: str) -> Callable[[Maker], Maker]:
-    """Let ``load("new:PREFIX:NAME")`` call the decorated function: a library's model with random weights.
-
-    It receives the name after the second colon, and returns what a loader returns.
-    """
-
-    def register(maker: Maker) -> Maker:
-        return _MAKERS.add(prefix, maker)
-
-    return register
 
 
 def makers() -> dict[str, Maker]:

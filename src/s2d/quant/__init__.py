@@ -6,8 +6,9 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import nn
 
 from s2d.distributed.sharding import Groups, all_ranks, in_common, is_dtensor
@@ -22,6 +23,8 @@ from s2d.quant.estimate import Estimate, estimate
 from s2d.quant.modules.record import Record, record, remove, switch_on
 from s2d.quant.modules.sites import Site, decide, describe, insert, is_quantized, plan, refuse_quantized
 from s2d.quant.modules.storage import load, save
+from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.quantizer import Quantizer
 from s2d.quant.ptq import Entry, get_methods, methods, refuse_undivided
 from s2d.quant.spec import QuantSpec
 
@@ -39,6 +42,7 @@ __all__ = [
     "plan",
     "planned",
     "quantize",
+    "quantize_loaded",
     "record",
     "refuse_undivided",
     "remove",
@@ -78,7 +82,8 @@ def quantize(
         seed: Seed of all random numbers in the method.
         resume: A folder that keeps every finished block, for methods that go block by block. The same call with the
             same folder continues an interrupted one; the result is bit-identical.
-        inplace: Quantize this very model instead of a copy. A failed call leaves it as it was.
+        inplace: Quantize this very model instead of a copy. A failed call leaves it as it was (for which methods
+            that change weights hold a copy of them).
         shared: Under torchrun: every rank calls this with the same model and its own share of the calibration batches,
             and gets the same quantized model. The statistics of the data (extremes, counts, Hessians) are reduced over
             the ranks.
@@ -90,6 +95,42 @@ def quantize(
     Raises:
         InputError: The model, the spec or the data cannot be used; the message names the fault and the remedy.
     """
+    return _quantize(
+        model, spec, calibration, method, observer, protocol, seed, resume, "snapshot" if inplace else "copy", shared,
+        progress,
+    )  # fmt: skip
+
+
+@outside_inference_mode()
+def quantize_loaded(
+    model: nn.Module,
+    spec: str | Mapping[str, Any] | QuantSpec,
+    *,
+    calibration: Iterable[Any],
+    method: str = "rtn",
+    protocol: str = "own",
+    seed: int = 0,
+    resume: str | os.PathLike[str] | None = None,
+    shared: bool = False,
+    progress: bool = False,
+) -> nn.Module:
+    """`quantize` in place, for a model that nobody needs after a failed call: no copy of the weights is held."""
+    return _quantize(model, spec, calibration, method, None, protocol, seed, resume, "nothing", shared, progress)
+
+
+def _quantize(
+    model: nn.Module,
+    spec: str | Mapping[str, Any] | QuantSpec,
+    calibration: Iterable[Any],
+    method: str,
+    observer: str | None,
+    protocol: str,
+    seed: int,
+    resume: str | os.PathLike[str] | None,
+    held: Literal["copy", "snapshot", "nothing"],
+    shared: bool,
+    progress: bool,
+) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"quantize needs a torch module, not {type(model).__name__}; load the model first")
     if protocol not in get_args(Protocol):
@@ -107,8 +148,8 @@ def quantize(
     graph = traced(model, batches)
     decided = planned(model, parsed, batches, graph)
     store = None if resume is None else Store(resume, _belongs(model, parsed, batches, name, protocol, seed))
-    snapshot = Snapshot(model) if inplace and name != "rtn" else None
-    if not inplace:
+    snapshot = Snapshot(model) if held == "snapshot" and name != "rtn" else None
+    if held == "copy":
         model = copy.deepcopy(model)
     quantizers = insert(model, decided)
     job = Job(
@@ -119,6 +160,7 @@ def quantize(
         for entry in entries:
             job.stage = entry.stage
             entry.method(job)
+        _check_powers(quantizers, name)
     except BaseException:
         remove(model)
         if snapshot is not None:
@@ -126,6 +168,16 @@ def quantize(
         raise
     switch_on(model, Record(parsed, name, tuple(decided)))
     return model
+
+
+def _check_powers(quantizers: Mapping[Site, Quantizer], method: str) -> None:
+    """Refuse a method that multiplies scales by what is no power of two where the format has no others."""
+    for site, quantizer in quantizers.items():
+        powers = isinstance(quantizer.format, IntFormat) and quantizer.format.power_of_two and not quantizer.dynamic
+        if powers and bool((torch.frexp(quantizer.scale).mantissa != 0.5).any()):
+            raise InputError(
+                f"{site.name}: {method} finds scales off the powers of two of {quantizer.format.name}; use rtn"
+            )
 
 
 def _ranks(model: nn.Module, entries: Sequence[Entry], resume: str | os.PathLike[str] | None) -> Groups:

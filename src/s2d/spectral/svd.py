@@ -176,21 +176,6 @@ def top_singular_many(
     return [results[i] for i in range(len(matrices))]
 
 
-def stable_rank(W: Tensor) -> Tensor:
-    """``||W||_F^2 / sigma_1^2``, between 1 and the rank: how many directions share the energy.
-
-    Args:
-        W: ``[..., m, n]``, as in `top_singular`, whose errors it raises.
-
-    Returns:
-        ``[...]``; 0 for a zero matrix.
-    """
-    largest = top_singular(W, 1).S[..., 0]
-    # Dividing before squaring keeps tiny and huge weights inside the floating-point range.
-    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-    return torch.linalg.vector_norm(W.detach().to(largest.dtype) / scale[..., None, None], dim=(-2, -1)).square()
-
-
 def singular_values(W: Tensor) -> Tensor:
     """All singular values, largest first, from an exact decomposition: not for a training loop.
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -159,8 +159,8 @@ class Task(ABC):
         """All metrics of a split, in points from 0 to 100 unless the task says otherwise; the model's mode is kept."""
 
 
-TaskClass = TypeVar("TaskClass", bound=type[Task])
 _TASKS: Registry[type[Task]] = Registry("task", "s2d.tasks")
+register = _TASKS.register  # a task's class; its docstring's first line describes it
 
 
 def from_all_ranks(rows: Tensor) -> Tensor:
@@ -174,17 +174,6 @@ def from_all_ranks(rows: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(rows.contiguous()))
-
-
-def register(name: str) -> Callable[[TaskClass], TaskClass]:
-    """Make a task class known by name; its docstring's first line describes it."""
-
-    def decorate(task: TaskClass) -> TaskClass:
-        task.name = name
-        _TASKS.add(name, task)
-        return task
-
-    return decorate
 
 
 def tasks() -> dict[str, str]:

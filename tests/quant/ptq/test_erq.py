@@ -17,7 +17,6 @@ from s2d.quant.numerics.formats import FORMATS
 from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer, affine_parameters, fake_quantize
 from s2d.quant.ptq.erq import (
     Moments,
-    activation_correction,
     refine_rounding,
     ridge_solve,
     round_halves,
@@ -44,6 +43,13 @@ def moments(rounded: Tensor, x: Tensor, parts: int = 3) -> Moments:
     for a, b in zip(rounded.chunk(parts), x.chunk(parts), strict=True):
         found.add(a, b)
     return found
+
+
+def activation_correction(weight: Tensor, square: Tensor, cross: Tensor, ridge: float = 0.01) -> Tensor:
+    """Equation 8: what to add to the weight and, in the last column, to its bias."""
+    solution = ridge_solve(square, cross @ weight.double().T, ridge)
+    assert solution is not None
+    return solution.T
 
 
 def grid_of(weight: Tensor) -> tuple[WeightQuantizer, Grid]:

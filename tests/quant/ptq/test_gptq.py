@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from s2d.quant import quantize
 from s2d.quant.modules.sites import quantizers_of
 from s2d.quant.numerics.observers import weight_range
 from s2d.quant.numerics.quantizer import WeightQuantizer, fake_quantize
-from s2d.quant.ptq.gptq import Grid, Moments, gptq_round, round_columns, upper_factor
+from s2d.quant.ptq.gptq import Compensation, Grid, Moments, compensation, gptq_round, round_columns, upper_factor
 from s2d.quant.spec import QuantSpec
 
 Array = NDArray[np.float64]
@@ -55,6 +56,20 @@ def error(x: Tensor, weight: Tensor, rounded: Tensor) -> float:
     return float((x @ (weight - rounded).t()).double().norm())
 
 
+def rounded_for(weight: Tensor, hessian: Tensor, grid: Grid, **options: Any) -> Tensor:
+    inputs = compensation(hessian, **options)
+    assert inputs is not None
+    return gptq_round(weight, inputs, grid)
+
+
+def inputs_of(x: Tensor, reference: Tensor | None = None, **options: Any) -> Compensation:
+    moments = Moments("w")
+    moments.add(x, reference)
+    found = moments.compensation(**options)
+    assert found is not None
+    return found
+
+
 def by_least_squares(
     weight: Tensor, x: Tensor, scale: Tensor, limit: int, damping: float, reference: Tensor | None = None
 ) -> Array:
@@ -84,8 +99,7 @@ def by_least_squares(
 def test_equal_to_least_squares_after_every_column(bits: int) -> None:
     weight, x = layer()
     quantizer = quantizer_of(weight, f"w{bits}a16")
-    rounded = gptq_round(weight, hessian_of(x), Grid.of(quantizer, weight), damping=0.01, act_order=False)
-    assert rounded is not None
+    rounded = rounded_for(weight, hessian_of(x), Grid.of(quantizer, weight), damping=0.01, act_order=False)
     wanted = by_least_squares(weight, x, quantizer.scale, 2 ** (bits - 1) - 1, 0.01)
     assert np.abs(rounded.numpy() - wanted).max() < 1e-5
 
@@ -97,16 +111,9 @@ def test_gptaq_equal_to_least_squares_after_every_column() -> None:
     moments = Moments("w")
     moments.add(x[:90], clean[:90])
     moments.add(x[90:], clean[90:])
-    rounded = gptq_round(
-        weight,
-        moments.hessian(),
-        Grid.of(quantizer, weight),
-        damping=0.1,
-        act_order=False,
-        cross=moments.drift(),
-        alpha=1.0,
-    )
-    assert rounded is not None
+    inputs = moments.compensation(damping=0.1, act_order=False, alpha=1.0)
+    assert inputs is not None
+    rounded = gptq_round(weight, inputs, Grid.of(quantizer, weight))
     wanted = by_least_squares(weight, x, quantizer.scale, 7, 0.1, clean)
     assert np.abs(rounded.numpy() - wanted).max() < 1e-5
 
@@ -120,8 +127,7 @@ def test_near_the_best_of_all_roundings() -> None:
         scale = float(quantizer.scale)
         every = torch.tensor(list(itertools.product(range(-3, 4), repeat=5))) * scale
         best = float(((weight - every) @ x.t()).norm(dim=1).min())
-        rounded = gptq_round(weight, hessian_of(x), Grid.of(quantizer, weight), damping=1e-6)
-        assert rounded is not None
+        rounded = rounded_for(weight, hessian_of(x), Grid.of(quantizer, weight), damping=1e-6)
         ours, nearest = error(x, weight, rounded), error(x, weight, quantizer.fake_quantize(weight))
         assert ours >= best * (1 - 1e-5)
         ratios.append((ours / best, nearest / best))
@@ -147,8 +153,7 @@ def test_near_the_best_of_all_roundings() -> None:
 def test_on_the_grid_and_better_than_nearest(spec: str | dict[str, object], act_order: bool) -> None:
     weight, x = layer(outputs=16, inputs=320, tokens=900)
     quantizer = quantizer_of(weight, spec)
-    rounded = gptq_round(weight, hessian_of(x), Grid.of(quantizer, weight), act_order=act_order)
-    assert rounded is not None
+    rounded = rounded_for(weight, hessian_of(x), Grid.of(quantizer, weight), act_order=act_order)
     assert torch.equal(quantizer.fake_quantize(rounded), rounded)
     assert error(x, weight, rounded) < 0.9 * error(x, weight, quantizer.fake_quantize(weight))
 
@@ -157,36 +162,46 @@ def test_gptaq_is_closer_to_the_full_precision_output() -> None:
     weight, clean = layer(outputs=32, inputs=48, tokens=600)
     x = clean + 0.3 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1)) * clean.abs()
     quantizer = quantizer_of(weight)
-    moments = Moments("w")
-    moments.add(x, clean)
     grid = Grid.of(quantizer, weight)
 
-    def distance(rounded: Tensor | None) -> float:
-        assert rounded is not None
+    def distance(rounded: Tensor) -> float:
         return float((clean @ weight.t() - x @ rounded.t()).norm())
 
-    plain = distance(gptq_round(weight, moments.hessian(), grid))
-    whole = distance(gptq_round(weight, moments.hessian(), grid, cross=moments.drift(), alpha=1.0))
-    quarter = distance(gptq_round(weight, moments.hessian(), grid, cross=moments.drift()))
+    plain = distance(gptq_round(weight, inputs_of(x), grid))
+    whole = distance(gptq_round(weight, inputs_of(x, clean, alpha=1.0), grid))
+    quarter = distance(gptq_round(weight, inputs_of(x, clean), grid))
     assert whole < quarter < plain < distance(quantizer.fake_quantize(weight))
 
 
 def test_lazy_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = layer(inputs=50)
-    grid, moments = Grid.of(quantizer_of(weight), weight), Moments("w")
-    moments.add(x, x * 1.1)
-    whole = gptq_round(weight, moments.hessian(), grid, cross=moments.drift())
+    grid, inputs = Grid.of(quantizer_of(weight), weight), inputs_of(x, x * 1.1)
+    whole = gptq_round(weight, inputs, grid)
     for size in (1, 7, 25, 50):
         monkeypatch.setattr("s2d.quant.ptq.gptq.LAZY_BLOCK", size)
-        lazy = gptq_round(weight, moments.hessian(), grid, cross=moments.drift())
-        assert whole is not None and lazy is not None and torch.allclose(whole, lazy, atol=1e-6)
+        assert torch.allclose(whole, gptq_round(weight, inputs, grid), atol=1e-6)
+
+
+def test_sums_and_factors_in_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, x = layer(inputs=50)
+    whole = inputs_of(x, x * 1.1)
+    for size in (1, 7, 49):
+        monkeypatch.setattr("s2d.quant.ptq.gptq.COLUMNS", size)
+        monkeypatch.setattr("s2d.quant.calibration.corrections.ROWS", size)
+        parts = inputs_of(x, x * 1.1)
+        assert torch.equal(parts.order, whole.order) and parts.drift is not None and whole.drift is not None
+        assert torch.allclose(parts.factor, whole.factor, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(parts.drift, whole.drift, rtol=1e-4, atol=1e-6)
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
     _, x = layer()
     hessian = hessian_of(x)
     factor = upper_factor(hessian)
-    assert factor is not None and torch.equal(factor, factor.triu())
+    by_columns = hessian.t().contiguous().t()
+    in_place = upper_factor(by_columns)
+    assert in_place is by_columns and torch.equal(hessian, hessian_of(x))  # rows are not overwritten
+    assert factor is not None and torch.equal(factor, factor.triu()) and torch.equal(factor, in_place)
     assert torch.allclose(factor.t() @ factor, torch.linalg.inv(hessian))
     assert torch.allclose(factor, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True))
     assert upper_factor(-hessian) is None and upper_factor(torch.full_like(hessian, torch.nan)) is None
@@ -205,8 +220,7 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     weight, x = layer()
     x[:, [0, 7, 23]] = 0.0
     quantizer = quantizer_of(weight)
-    rounded = gptq_round(weight, hessian_of(x), Grid.of(quantizer, weight))
-    assert rounded is not None
+    rounded = rounded_for(weight, hessian_of(x), Grid.of(quantizer, weight))
     nearest = quantizer.fake_quantize(weight)
     assert torch.equal(rounded[:, [0, 7, 23]], nearest[:, [0, 7, 23]])
     assert error(x, weight, rounded) < error(x, weight, nearest)
@@ -215,17 +229,17 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
 def test_fewer_tokens_than_inputs() -> None:
     weight, x = layer(tokens=5)
     quantizer = quantizer_of(weight)
-    rounded = gptq_round(weight, hessian_of(x), Grid.of(quantizer, weight))
-    assert rounded is not None and error(x, weight, rounded) < 0.5 * error(x, weight, quantizer.fake_quantize(weight))
+    rounded = rounded_for(weight, hessian_of(x), Grid.of(quantizer, weight))
+    assert error(x, weight, rounded) < 0.5 * error(x, weight, quantizer.fake_quantize(weight))
 
 
 def test_the_scale_of_the_inputs_does_not_matter() -> None:
     weight, x = layer()
     grid = Grid.of(quantizer_of(weight), weight)
-    first = gptq_round(weight, hessian_of(x), grid)
+    first = rounded_for(weight, hessian_of(x), grid)
     for times in (1e-6, 1e6):
-        other = gptq_round(weight, hessian_of(x * times), grid)
-        assert first is not None and other is not None and torch.allclose(first, other)
+        other = rounded_for(weight, hessian_of(x * times), grid)
+        assert torch.allclose(first, other)
 
 
 # In models
@@ -359,7 +373,7 @@ def test_more_damping_before_falling_back(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("s2d.quant.ptq.gptq.upper_factor", third_time)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert gptq_round(weight, hessian_of(x), Grid.of(quantizer_of(weight), weight)) is not None
+        rounded_for(weight, hessian_of(x), Grid.of(quantizer_of(weight), weight))
     mean = float(hessian_of(x).diagonal().mean())
     assert tried == pytest.approx([1.01 * mean, 1.1 * mean, 2.0 * mean])
 

@@ -133,6 +133,12 @@ class Metric:
             parts: Which parts of input and output these are; by default the whole.
             uses: Information of the model's graph about this call.
         """
+        self._observe(target, x, y, mask, Parts.whole(x, y) if parts is None else parts, uses)
+
+    def _observe(
+        self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts, uses: Uses | None
+    ) -> None:
+        """`observe`, with the parts known: what each metric does in its own way."""
         raise NotImplementedError
 
     def finish(self) -> dict[str, Finding]:

@@ -33,17 +33,10 @@ class DataMetric(Metric):
         """Forget the sums of the last refresh."""
         self._findings, self._norms = {}, {}
 
-    def observe(
-        self,
-        target: Target,
-        x: Tensor,
-        y: Tensor,
-        mask: Tensor | None,
-        parts: Parts | None = None,
-        uses: Uses | None = None,
+    def _observe(
+        self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts, uses: Uses | None
     ) -> None:
         """Measure one pass: its principal directions and their shares of the outliers."""
-        parts = Parts.whole(x, y) if parts is None else parts
         rows, kept = self._rows(y, mask)
         if target.kind == "norm":
             add(self._norms, target.name, rows, kept, parts.y)

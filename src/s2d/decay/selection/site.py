@@ -34,17 +34,10 @@ class SiteMetric(Metric):
         """Forget the sums of the last refresh."""
         self._sums, self._sites = {}, {}
 
-    def observe(
-        self,
-        target: Target,
-        x: Tensor,
-        y: Tensor,
-        mask: Tensor | None,
-        parts: Parts | None = None,
-        uses: Uses | None = None,
+    def _observe(
+        self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts, uses: Uses | None
     ) -> None:
         """Sum up the site that this module reads, and the sites observed at its output."""
-        parts = Parts.whole(x, y) if parts is None else parts
         if uses is None:
             return
         if uses.read is not None:

@@ -67,17 +67,10 @@ class WeightMetric(Metric):
         """Forget the sums of the last refresh."""
         self._seen, self._norms = {}, {}
 
-    def observe(
-        self,
-        target: Target,
-        x: Tensor,
-        y: Tensor,
-        mask: Tensor | None,
-        parts: Parts | None = None,
-        uses: Uses | None = None,
+    def _observe(
+        self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts, uses: Uses | None
     ) -> None:
         """Keep the inputs and values of the largest outputs."""
-        parts = Parts.whole(x, y) if parts is None else parts
         y_NO, kept = self._rows(y, mask)
         if target.kind == "norm":
             add(self._norms, target.name, y_NO, kept, parts.y)

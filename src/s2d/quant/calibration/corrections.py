@@ -17,6 +17,7 @@ from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, g
 
 # Factors on the damping, tried in turn while a system cannot be factored.
 MORE_DAMPING = (1.0, 10.0, 100.0)
+ROWS = 512  # of a sum at a time
 
 # Says of a layer why it is rounded to nearest, in the method's own words.
 Warn = Callable[[Layer, str], None]
@@ -38,18 +39,30 @@ class Moments:
     square: Tensor | None = None
     cross: Tensor | None = None
 
-    def take(self, count: int, square: Tensor, cross: Tensor | None) -> None:
-        """Add the sums over some more tokens.
+    def take(self, x: Tensor, cross: tuple[Tensor, Tensor] | None) -> None:
+        """Add ``x^T x`` over some more tokens ``[N, d]``, and the product of the pair to ``cross``.
 
         Raises:
             InputError: The sums hold NaN or infinity, so some token's input does.
         """
-        if not all(bool(torch.isfinite(part).all()) for part in (square, cross) if part is not None):
-            raise InputError(f"{self.name} received NaN or infinite values; check the weights and the calibration data")
-        self.count += count
-        self.square = square if self.square is None else self.square.add_(square)
+        self.count += len(x)
+        self.square = self._add(self.square, x, x)
         if cross is not None:
-            self.cross = cross if self.cross is None else self.cross.add_(cross)
+            self.cross = self._add(self.cross, *cross)
+
+    def _add(self, total: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+        """Products in float32, sums in float64, some rows at a time: a matrix of inputs by inputs can be large."""
+        if total is None:  # on CPU where the device has no float64
+            device = "cpu" if x.device.type == "mps" else x.device
+            total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=device)
+        for start in range(0, x.shape[1], ROWS):
+            product = x[:, start : start + ROWS].t() @ y
+            if not bool(torch.isfinite(product).all()):
+                raise InputError(
+                    f"{self.name} received NaN or infinite values; check the weights and the calibration data"
+                )
+            total[start : start + ROWS] += product.to(total)
+        return total
 
 
 def dampings(diagonal: Tensor, share: float) -> Iterator[Tensor]:

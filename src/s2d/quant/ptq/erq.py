@@ -79,48 +79,38 @@ class Moments(corrections.Moments):
         """
         rounded, x = rounded.float(), x.float()
         extended = torch.cat([rounded, rounded.new_ones(len(rounded), 1)], dim=1)
-        self.take(len(x), (extended.T @ extended).double(), (extended.T @ (x - rounded)).double())
+        self.take(extended, (extended, x - rounded))
 
     def normalised(self, bias: bool) -> tuple[Tensor, Tensor]:
-        """Both sums divided by the tokens, without the constant if there is no bias to take it."""
+        """Both sums divided by the tokens, in place, without the constant if there is no bias to take it."""
         assert self.square is not None and self.cross is not None
+        if self.count > 1:
+            self.square.div_(self.count)
+            self.cross.div_(self.count)
+            self.count = 1
         size = len(self.square) if bias else len(self.square) - 1
-        return self.square[:size, :size] / self.count, self.cross[:size] / self.count
+        return self.square[:size, :size], self.cross[:size]
 
 
-def ridge_solve(square: Tensor, right: Tensor, ridge: float) -> Tensor | None:
+def ridge_solve(square: Tensor, right: Tensor, ridge: float = RIDGE) -> Tensor | None:
     """``(square + ridge * mean(diag) * I)^-1 right``, with more damping if that fails; None when all fails.
 
     Args:
         square: ``[n, n]`` float64, symmetric, positive semi-definite.
         right: ``[n, o]`` float64.
-        ridge: Relative to the mean of the diagonal.
+        ridge: lambda / N, relative to the mean of the diagonal.
     """
-    damped = square.clone()
     for diagonal in dampings(square.diagonal(), ridge):
-        damped.diagonal().copy_(diagonal)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower = square.t().clone(memory_format=torch.contiguous_format).t()
+        lower.diagonal().copy_(diagonal)
+        info = lower.new_empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))  # stored by columns, it is done in place
         if int(info) == 0:
-            solution = torch.cholesky_solve(right, lower)
+            solution = torch.linalg.solve_triangular(lower, right, upper=False)
+            solution = torch.linalg.solve_triangular(lower.t(), solution, upper=True, out=solution)
             if bool(torch.isfinite(solution).all()):
                 return solution
     return None
-
-
-def activation_correction(weight: Tensor, square: Tensor, cross: Tensor, ridge: float = RIDGE) -> Tensor | None:
-    """Aqer: what to add to a weight, and in the last column to its bias, so that it undoes its inputs' errors.
-
-    Args:
-        weight: ``[o, d]``.
-        square: ``X^^T X^ / N``, ``[n, n]`` with n = d, or d + 1 with a bias.
-        cross: ``X^^T (X - X^) / N``, ``[n, d]``.
-        ridge: lambda / N, relative to the mean of the diagonal of ``square``.
-
-    Returns:
-        ``[o, n]`` float64, or None when the system cannot be solved.
-    """
-    delta = ridge_solve(square, cross @ weight.double().T, ridge)
-    return None if delta is None else delta.T
 
 
 def refine_rounding(
@@ -289,22 +279,31 @@ def _round_group(job: Job, group: Group, tokens: Iterable[tuple[int, Tensor, Ten
     for part, rounded, x in tokens:
         moments[part].add(rounded, x)
     for layer in group.layers:
-        _round_layer(job, layer, moments)
+        _round_layer(job, layer, moments, last=layer is group.layers[-1])
 
 
 @torch.no_grad()
-def _round_layer(job: Job, layer: Layer, moments: list[Moments]) -> None:
-    """Both steps for one layer; where it has three inputs, each third of its rows on its own."""
+def _round_layer(job: Job, layer: Layer, moments: list[Moments], *, last: bool) -> None:
+    """Both steps for one layer; where it has three inputs, each third of its rows on its own.
+
+    The ``last`` layer of a group leaves no more of the moments than it still needs: they can be larger than its weight.
+    """
     weight, bias = layer.weight.detach().flatten(1).float(), _bias(layer)
     weights = list(weight.chunk(len(moments)))
     biases: list[Tensor | None] = [None] * len(moments) if bias is None else list(bias.detach().chunk(len(moments)))
-    sums = [moment.normalised(bias is not None) for moment in moments]
-    for index, (square, cross) in enumerate(sums):
-        delta = activation_correction(weights[index], square, cross)
-        if delta is None:
+    width, squares = weight.shape[1], []
+    for index, moment in enumerate(moments):
+        square, cross = moment.normalised(bias is not None)
+        missing = cross @ weights[index].double().T
+        del cross
+        if last:
+            moment.cross = None
+        solved = ridge_solve(square, missing)  # eq. 8
+        if solved is None:
             to_nearest(layer, _UNSOLVED, _warn)
             return
-        width = weight.shape[1]
+        delta = solved.T
+        squares.append(square)
         weights[index] = (weights[index].double() + delta[:, :width]).float()
         if (old := biases[index]) is not None:
             biases[index] = old.double() + delta[:, width]
@@ -313,7 +312,8 @@ def _round_layer(job: Job, layer: Layer, moments: list[Moments]) -> None:
     layer.weight.copy_(corrected.view(layer.weight.shape))
     set_weight(job, layer.site, layer.quantizer, WEIGHT_PERCENTILES)
     grid, first = Grid.of(layer.quantizer, corrected), 0
-    for index, (square, _) in enumerate(sums):
+    del missing, solved, delta
+    for index, square in enumerate(squares):
         rows = slice(first, first + len(weights[index]))
         found = round_halves(weights[index], biases[index], square, grid.select(rows=rows))
         if found is None:

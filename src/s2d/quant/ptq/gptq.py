@@ -18,8 +18,9 @@ full-precision model (rows are tokens):
 
 Ranges are set before the loop, per row or per group, from the weights as they were. Where this file differs from the
 papers: U comes from one Cholesky factorisation of H with its columns reversed and one triangular inverse, in float64,
-without forming H^-1; inputs that are always zero are rounded to nearest, not set to zero; the later columns of GPTAQ
-see w_i as it was when it was rounded, whether they are in the same lazy block or not.
+in the memory of H and once for all layers that read an input; inputs that are always zero are rounded to nearest, not
+set to zero; the later columns of GPTAQ see w_i as it was when it was rounded, whether they are in the same lazy block
+or not.
 
 Shapes: o outputs, d inputs, N tokens.
 """
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +46,7 @@ from s2d.quant.numerics.quantizer import Quantizer, block_scales, fake_quantize,
 from s2d.quant.ptq import register
 
 LAZY_BLOCK = 128
+COLUMNS = 256  # of U at a time
 DAMPING = 0.01  # section 3.3, step 3
 GPTAQ_DAMPING = 0.10  # the released code for vision transformers
 # The released code for vision transformers. The derivation has 1, which is better on one layer alone; through MiniLM's
@@ -98,37 +101,110 @@ def upper_factor(hessian: Tensor) -> Tensor | None:
     """The upper triangular U with ``H^-1 = U^T U``, or None when H is not positive definite to working precision.
 
     With J the reversal of the order, ``J H J = L L^T``; then ``R = J L J`` is upper triangular, ``H = R R^T`` and
-    ``U = R^-1``.
+    ``U = R^-1``, whose last columns need none of those before them.
 
     Args:
-        hessian: ``[d, d]`` symmetric; float64 is advised.
+        hessian: ``[d, d]`` symmetric; float64 is advised. Stored by columns, its memory becomes that of U; a d of
+            some thousand inputs leaves no room for a second matrix.
     """
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    factor = hessian if hessian.t().is_contiguous() else hessian.t().contiguous().t()
+    _reverse(factor)
+    info = torch.empty((), dtype=torch.int32, device=factor.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     if int(info) != 0:
         return None
-    upper = lower.flip(0, 1)
-    del lower
-    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    factor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return factor if bool(torch.isfinite(factor).all()) else None
+    _reverse(factor)
+    for start in reversed(range(0, len(factor), COLUMNS)):
+        stop = min(start + COLUMNS, len(factor))
+        unit = factor.new_zeros(stop, stop - start)
+        unit[start:].fill_diagonal_(1.0)
+        columns = torch.linalg.solve_triangular(factor[:stop, :stop], unit, upper=True)
+        if not bool(torch.isfinite(columns).all()):
+            return None
+        factor[:stop, start:stop] = columns
+    return factor
 
 
-def damped_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor | None:
+def _reverse(matrix: Tensor) -> None:
+    """Turn the order of rows and columns round in place: that of all entries in memory."""
+    entries, step = matrix.t().view(-1), 1 << 20
+    for start in range(0, len(entries) // 2, step):
+        stop = min(start + step, len(entries) // 2)
+        first, last = entries[start:stop], entries[len(entries) - stop : len(entries) - start]
+        turned = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(turned)
+
+
+def damped_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:
     """`upper_factor` of ``H + damping * mean(diag H) * I``, with more damping when that fails; None when all fails.
 
     Args:
-        hessian: ``[d, d]``; its diagonal is overwritten.
-        dead: ``[d]``, which inputs are always zero.
+        hessian: ``[d, d]``; an input that is always zero counts as 1.
+        order: ``[d]``, the order in which columns are rounded; that of the factor.
         damping: See above.
     """
-    diagonal = hessian.diagonal()
-    diagonal[dead] = 1.0
-    for damped in dampings(diagonal.clone(), damping):
-        diagonal.copy_(damped)
-        factor = upper_factor(hessian)
+    diagonal = hessian.diagonal()[order]
+    for damped in dampings(diagonal.where(diagonal != 0, 1.0), damping):
+        ordered = hessian.t()[order[:, None], order].t()
+        ordered.diagonal().copy_(damped)
+        factor = upper_factor(ordered)
         if factor is not None:
             return factor
     return None
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What the rounding of a column does to those after it: the same for all weights that read an input.
+
+    Attributes:
+        order: ``[d]``, the order in which columns are rounded.
+        factor: U, ``[d, d]`` float32, upper triangular.
+        drift: P of GPTAQ, ``[d, d]`` float32, strictly upper triangular; None for GPTQ.
+    """
+
+    order: Tensor
+    factor: Tensor
+    drift: Tensor | None = None
+
+
+def compensation(
+    hessian: Tensor,
+    *,
+    damping: float = DAMPING,
+    act_order: bool = True,
+    cross: Tensor | None = None,
+    alpha: float = GPTAQ_ALPHA,
+) -> Compensation | None:
+    """What the inputs behind a Hessian ask for; None when it cannot be factored even with more damping.
+
+    Args:
+        hessian: ``2/N X^T X``, ``[d, d]`` float64, undamped.
+        damping: Share of the mean diagonal that is added to the diagonal.
+        act_order: Round the columns with the largest inputs first.
+        cross: GPTAQ's D, ``2/N (X~ - X)^T X``, ``[d, d]``; None for GPTQ.
+        alpha: How much of the drift GPTAQ corrects.
+    """
+    order = torch.arange(len(hessian), device=hessian.device)
+    if act_order:
+        sizes = hessian.diagonal()
+        order = sizes.where(sizes != 0, -1.0).argsort(descending=True, stable=True)
+    factor = damped_factor(hessian, order, damping)
+    del hessian  # the factor is as large
+    if factor is None:
+        return None
+    return Compensation(order, factor.float(), None if cross is None else _drift(cross, factor, order, alpha))
+
+
+def _drift(cross: Tensor, factor: Tensor, order: Tensor, alpha: float) -> Tensor:
+    """GPTAQ's P, some rows at a time."""
+    drift = torch.empty(factor.shape, dtype=torch.float32, device=factor.device)
+    for start in range(0, len(order), COLUMNS):
+        here = order[start : start + COLUMNS]
+        later = (alpha * (cross[here][:, order] @ factor.t())).triu(1 + start)
+        drift[start : start + COLUMNS] = later @ factor
+    return drift
 
 
 def round_columns(weight: Tensor, grid: Grid, factor: Tensor, drift: Tensor | None = None) -> Tensor:
@@ -175,51 +251,23 @@ def round_columns(weight: Tensor, grid: Grid, factor: Tensor, drift: Tensor | No
     return rounded.t().contiguous()
 
 
-def gptq_round(
-    weight: Tensor,
-    hessian: Tensor,
-    grid: Grid,
-    *,
-    damping: float = DAMPING,
-    act_order: bool = True,
-    cross: Tensor | None = None,
-    alpha: float = GPTAQ_ALPHA,
-) -> Tensor | None:
-    """Round a weight for the inputs that its Hessian stands for.
+def gptq_round(weight: Tensor, inputs: Compensation, grid: Grid) -> Tensor:
+    """Round a weight for the inputs that it reads.
 
     Args:
         weight: ``[o, d]``.
-        hessian: ``2/N X^T X``, ``[d, d]`` float64, undamped.
+        inputs: What they ask for.
         grid: What the entries can be.
-        damping: Share of the mean diagonal that is added to the diagonal.
-        act_order: Round the columns with the largest inputs first.
-        cross: GPTAQ's D, ``2/N (X~ - X)^T X``, ``[d, d]``; None for GPTQ.
-        alpha: How much of the drift GPTAQ corrects.
 
     Returns:
-        ``[o, d]`` float32, on the grid; None when the Hessian cannot be factored even with more damping.
+        ``[o, d]`` float32, on the grid.
     """
-    dead = hessian.diagonal() == 0
-    order = torch.arange(len(hessian), device=hessian.device)
-    if act_order:
-        order = torch.where(dead, -1.0, hessian.diagonal()).argsort(descending=True, stable=True)
-    factor = damped_factor(hessian[order[:, None], order], dead[order], damping)
-    if factor is None:
-        return None
-    drift = None
-    if cross is not None:
-        drift = (alpha * (cross[order][:, order] @ factor.t()).triu(1) @ factor).float().to(weight.device)
-    order = order.to(weight.device)
-    factor = factor.float().to(weight.device)
+    order, factor = inputs.order.to(weight.device), inputs.factor.to(weight.device)
+    drift = None if inputs.drift is None else inputs.drift.to(weight.device)
     rounded = round_columns(weight.float()[:, order], grid.select(columns=order), factor, drift)
     back = torch.empty_like(rounded)
     back[:, order] = rounded
     return back
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float64; on CPU where the device has none."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
 class Moments(corrections.Moments):
@@ -232,8 +280,7 @@ class Moments(corrections.Moments):
             InputError: NaN or infinity in them.
         """
         x = x.float()
-        cross = None if reference is None else _wide((reference.float() - x).t() @ x)
-        self.take(len(x), _wide(x.t() @ x), cross)
+        self.take(x, None if reference is None else (reference.float() - x, x))
 
     def add_up(self, groups: Groups) -> None:
         """Add the sums of other ranks, which saw other tokens of the same layer."""
@@ -245,14 +292,13 @@ class Moments(corrections.Moments):
         if self.cross is not None:
             all_reduce(self.cross, groups)
 
-    def hessian(self) -> Tensor:
-        """``2/N X^T X``, float64."""
-        assert self.square is not None
-        return self.square * (2.0 / self.count)
-
-    def drift(self) -> Tensor | None:
-        """``2/N (X~ - X)^T X``, float64, or None without a reference."""
-        return None if self.cross is None else self.cross * (2.0 / self.count)
+    def compensation(self, **options: Any) -> Compensation | None:
+        """`compensation` of the inputs; the sums are given up for it."""
+        square, cross = self.square, self.cross
+        assert square is not None
+        self.square = self.cross = None
+        square.mul_(2.0 / self.count)
+        return compensation(square, cross=None if cross is None else cross.mul_(2.0 / self.count), **options)
 
 
 @register(
@@ -311,8 +357,9 @@ def _round_layers(job: Job, layers: list[Layer], runs: BlockRuns | ModelRuns, da
         moments = _moments(group, runs)
         for moment in moments:
             moment.add_up(job.ranks)
+        inputs = [moment.compensation(damping=damping) for moment in moments]
         for layer in group.layers:
-            _round_layer(layer, moments, damping)
+            _round_layer(layer, inputs)
 
 
 def _moments(group: Group, runs: BlockRuns | ModelRuns) -> list[Moments]:
@@ -323,21 +370,18 @@ def _moments(group: Group, runs: BlockRuns | ModelRuns) -> list[Moments]:
     return moments
 
 
-def _round_layer(layer: Layer, moments: list[Moments], damping: float) -> None:
+def _round_layer(layer: Layer, inputs: list[Compensation | None]) -> None:
     """Round one weight; where it has three inputs, each third of its rows on its own."""
     weight = layer.weight.detach().flatten(1)
     grid = Grid.of(layer.quantizer, weight)
-    size = len(weight) // len(moments)
+    size = len(weight) // len(inputs)
     parts = []
-    for index, moment in enumerate(moments):
-        rows = slice(index * size, (index + 1) * size)
-        rounded = gptq_round(
-            weight[rows], moment.hessian(), grid.select(rows=rows), damping=damping, cross=moment.drift()
-        )
-        if rounded is None:
+    for index, each in enumerate(inputs):
+        if each is None:
             to_nearest(layer, "has inputs whose Hessian cannot be factored, even with more damping", _warn)
             return
-        parts.append(rounded)
+        rows = slice(index * size, (index + 1) * size)
+        parts.append(gptq_round(weight[rows], each, grid.select(rows=rows)))
     write(layer, torch.cat(parts))
 
 
