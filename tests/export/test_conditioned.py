@@ -21,7 +21,8 @@ onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s
 runtime = pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "s2d[export]"')
 
 import s2d  # noqa: E402  (after the libraries that it needs)
-from s2d.export.conditioned import export_conditioned, find_compiler, parse_shape, stack  # noqa: E402
+from s2d.export.conditioned import export_conditioned, find_compiler, stack  # noqa: E402
+from s2d.export.fixed_shapes import parse_shape  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from s2d.export.gate import cosine
 NEEDS = 'executorch is not installed: pip install "s2d[executorch]"'
 
 
+STATIC: dict[str, Any] = {"weight": {"bits": 8}, "activation": {"bits": 8}, "attention": False}
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}  # 32 divides it
 
 
@@ -55,6 +56,16 @@ def test_the_file_computes_what_the_simulated_model_does(name: str, bits: int, t
             assert cosine(runner(**shorter), model(**shorter)) > 0.99
 
 
+def test_static_ranges_go_in_as_decomposed_operators(tmp_path: Path) -> None:
+    pytest.importorskip("executorch.runtime", reason=NEEDS)
+    model, batches = quantized("vit", STATIC)
+    report = s2d.export(model, tmp_path / "model.pte", example=batches[0], time_it=False)
+    assert report.passed and len(report.layers) == 12 and any("of 12 layers to 8 bits" in line for line in report.label)
+    assert report.placement is not None
+    pairs = {name: count for name, count in report.placement.fallen.items() if "quantize" in name}
+    assert not pairs and report.placement.placed  # every pair, and its Linear, went to XNNPACK
+
+
 def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("executorch.runtime", reason=NEEDS)
     from s2d.export import executorch
@@ -76,8 +87,15 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("w4a16", "rounded to 8 bits for every token.*nearest spec is weight: {bits: 4}, activation"),
-        ({"weight": {"bits": 8}, "activation": {"bits": 8}, "attention": False}, "for every token"),
+        (
+            "w4a16",
+            "inputs of 8 bits, unsigned, static or with a range for every token; the nearest spec is weight",
+        ),
+        ({"weight": {"bits": 8}, "activation": {"bits": 6}, "attention": False}, "inputs of 8 bits"),
+        (
+            {**STATIC, "weight": {"bits": 4, "granularity": "group-32"}},
+            "no product of a static input with groups of weights; the nearest spec is .*granularity: token",
+        ),
         ("w4a8", "operands of attention"),
         ({**token(4), "weight": {"bits": 4, "granularity": "group-16"}}, "multiple of 32.*granularity: group-32"),
     ],

@@ -49,7 +49,7 @@ def test_four_bit_activations_are_refused_where_they_buy_nothing() -> None:
         found = complaint(name, "w4a4")
         assert found is not None and "uint4" in found and "--spec '{base: w8a8, attention: false}'" in found
         assert complaint(name, "w4a8") is None and complaint(name, "w8a8-token") is None
-    assert complaint("executorch", "w4a8") is not None, "static ranges have no product there"
+    assert complaint("executorch", "w4aint16") is not None, "static inputs have 8 bits there"
 
 
 def test_sizes_that_do_not_divide_are_named() -> None:

@@ -67,6 +67,17 @@ def test_unknown_texts_come_with_examples(text: str) -> None:
         QuantSpec.parse(text)
 
 
+@pytest.mark.parametrize("text", ["w8aint16", "w4auint16"])
+def test_sixteen_bits_are_integers_where_they_are_named(text: str) -> None:
+    spec = QuantSpec.parse(text)
+    assert spec.activation and spec.activation == spec.attention and spec.activation.format.name == text[3:]
+    assert spec.weight and spec.weight.format.name == f"int{text[1]}"
+    assert str(spec) == text and QuantSpec.parse(spec.to_dict()) == spec
+    assert QuantSpec.parse("w8a16").activation is None
+    with pytest.raises(InputError, match="weight: int16 is for activations; weights have 2 to 8 bits"):
+        QuantSpec.parse({"base": text, "weight": {"format": "int16"}})
+
+
 @pytest.mark.parametrize("text", ["w1a4", "w9a8", "w4a32", "w4a0"])
 def test_impossible_widths(text: str) -> None:
     with pytest.raises(InputError, match="bits is not possible; use 2 to 8"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s2d.errors import InputError
 from s2d.io.files import JSON
-from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.formats import MAX_BITS, IntFormat
 from s2d.quant.numerics.observers import Percentile, make_observer, weight_range
 from s2d.quant.numerics.quantizer import Quantizer
 from s2d.quant.spec import QuantSpec, TensorSpec
@@ -192,7 +192,8 @@ class Judgement:
         format = quantizer.format
         if not isinstance(format, IntFormat):
             return None
-        codes = torch.arange(format.qmin, format.qmax + 1)
+        # Levels of 16 bits are closer together than a bin is wide.
+        codes = torch.arange(format.qmin, format.qmax + 1 if format.bits <= MAX_BITS else format.qmin)
         levels = (codes - quantizer.zero_point.cpu()) * quantizer.scale.cpu()
         assert self._picture.lo is not None and self._picture.hi is not None
         ends = self._picture.lo.item(), self._picture.hi.item()

@@ -25,7 +25,8 @@ def write_calibration_set(
     quiet: bool,
 ) -> None:
     """Load, take examples of the training split (or what an audit takes), write the folder, say what is in it."""
-    from s2d.export.conditioned import export_conditioned, find_compiler, parse_shape
+    from s2d.export.conditioned import export_conditioned, find_compiler
+    from s2d.export.fixed_shapes import parse_shape
 
     if runtime is None:
         raise InputError("which compiler is the set for? add --for any, or its name")

@@ -94,6 +94,7 @@ _EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
     "export": (("onnx", "onnx"), ("onnxscript", "onnxscript"), ("onnxruntime", "onnxruntime")),
     "openvino": (("openvino", "openvino"),),
     "compressed-tensors": (("compressed_tensors", "compressed-tensors"),),
+    "coreml": (("coremltools", "coremltools"),),
     "executorch": (("executorch", "executorch"), ("torchao", "torchao")),
     "report": (("jinja2", "jinja2"),),
 }

@@ -44,15 +44,22 @@ def export(
         bool, typer.Option("--calibration-set", help="A plain model and its calibration inputs, for --for: see below.")
     ] = False,
     shape: Annotated[
-        str | None, typer.Option(metavar="SIZES", help="Of that set: batch=1,tokens=128 fixes sizes.")
+        str | None, typer.Option(metavar="SIZES", help="Sizes that an ONNX file fixes: batch=1,tokens=128.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Examples in that set.")] = 128,
     embeddings: Annotated[
         int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to keep them in full precision.")
     ] = 8,
     form: Annotated[
-        str, typer.Option(help="ONNX operators: qdq, integer (MatMulInteger) or types (INT4, UINT4).")
-    ] = "qdq",
+        str | None,
+        typer.Option(help="ONNX operators: qdq, integer (MatMulInteger) or types (INT4, UINT4); as --for reads them."),
+    ] = None,
+    provider: Annotated[
+        str | None, typer.Option(metavar="NAME", help="List the nodes that run on this device, and those that do not.")
+    ] = None,
+    no_fallback: Annotated[
+        bool, typer.Option("--no-fallback", help="Fail if a node of the file does not run on that device.")
+    ] = False,
     split: Annotated[str, typer.Option(help="Data split on which the metric is compared.")] = "validation",
     time_it: Annotated[bool, typer.Option("--time/--no-time", help="Measure latency against fp32.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Keep the file even if it does not compute the same.")] = False,
@@ -88,8 +95,6 @@ def export(
             quiet=quiet,
         )
         return
-    if shape is not None:
-        raise InputError("--shape goes with --calibration-set")
     if out is None:
         raise InputError("where should the exported model go? add --out NAME.onnx")
     (check_file if out.suffix else check_folder)(out)
@@ -100,7 +105,10 @@ def export(
     from s2d.commands.terminal import Watch
     from s2d.export import RUNNABLE, example_of
     from s2d.export import export as write
-    from s2d.export.runtime import find_runtime
+    from s2d.export.fixed_shapes import parse_shape
+    from s2d.export.operators import FORMS
+    from s2d.export.placement import provider_name
+    from s2d.export.runtime import device_of, find_runtime, sizes_for
     from s2d.export.towers import export_towers
     from s2d.models.dual_encoder import DualEncoder
     from s2d.models.saved import save_parts
@@ -109,8 +117,11 @@ def export(
     from s2d.tasks.evaluation import model_for
 
     runtime = None if for_ is None else find_runtime(for_)
+    sizes = parse_shape(shape)
+    device = None if provider is None else provider_name(provider) if out.suffix == ".onnx" else provider
     if runtime is not None:
         runtime.check_file(out)
+        device, sizes = device or device_of(runtime, out, no_fallback), sizes_for(runtime, out, sizes)
     recipe = settings(model, task, data, o) if task is not None or o else None
     wanted = check_split(split)
     with Watch(Console(stderr=True), quiet=quiet) as watch:
@@ -135,7 +146,10 @@ def export(
         options: dict[str, Any] = {
             "example": example_of(inputs),
             "embeddings": embeddings,
-            "form": form,
+            "form": form or (runtime.form if runtime is not None and out.suffix == ".onnx" else FORMS[0]),
+            "shape": sizes,
+            "provider": device,
+            "fallback": not no_fallback,
             "task": made,
             "split": wanted,
             "time_it": time_it,

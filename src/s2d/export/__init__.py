@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError, choices
-from s2d.export import executorch, layer_formats
+from s2d.export import coreml, encodings, executorch, layer_formats
 from s2d.export.copies import in_float32
+from s2d.export.fixed_shapes import fitted, padding_id, whole_shape
 from s2d.export.gate import Check, ExportReport
 from s2d.export.graphs import export_graph
-from s2d.export.onnx import OnnxModel
+from s2d.export.onnx import CPU, OnnxModel
 from s2d.export.openvino import OpenVinoModel
 from s2d.export.operators import FORMS, Form
 from s2d.export.torch_int import integer_model
@@ -32,6 +33,8 @@ _FORMATS = {
     ".onnx": "ONNX for onnxruntime and OpenVINO",
     ".xml": "OpenVINO's own form, weights in NAME.bin beside it",
     ".gguf": "GGUF for llama.cpp: language models of the Llama kind, weights only",
+    encodings.SUFFIX: "AIMET's encodings, with the float32 model in NAME.onnx beside it, for Qualcomm's tools",
+    coreml.SUFFIX: "Core ML for Apple's devices; read back here, never run",
     ".pte": "ExecuTorch for phones and boards, Linears run by XNNPACK",
     layer_formats.FOLDER: "a folder in the format of compressed-tensors, for transformers and servers like vLLM",
 }
@@ -50,6 +53,7 @@ def export(
     example: Mapping[str, Tensor],
     embeddings: int = 8,
     form: Form = "qdq",
+    shape: Mapping[str, int] | None = None,
     tokenizer: Any = None,
     task: Task | None = None,
     split: Split = "validation",
@@ -57,6 +61,8 @@ def export(
     time_it: bool = True,
     describe: bool = True,
     force: bool = False,
+    provider: str | None = None,
+    fallback: bool = True,
     notes: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Write a quantized model for a runtime, and keep the file if it computes the same there.
@@ -66,12 +72,14 @@ def export(
 
     Args:
         model: From `s2d.quantize` or `s2d.load`, on the CPU.
-        path: ``NAME.onnx``, ``NAME.xml``, ``NAME.pte``, ``NAME.gguf``, or a name without a suffix for a folder of
-            compressed-tensors; ``NAME.json`` beside it will hold the report.
+        path: ``NAME.onnx``, ``NAME.xml``, ``NAME.pte``, ``NAME.gguf``, ``NAME.encodings``, ``NAME.mlpackage``, or a
+            name without a suffix for a folder of compressed-tensors; ``NAME.json`` beside it will hold the report.
         example: Keyword inputs of the model, a batch of two or more; batch size and length stay dynamic in the file.
         embeddings: Bits of the embedding tables (one scale a row at 8, one for 32 columns below), 0 to keep them.
             compressed-tensors always keeps them.
         form: Of ONNX: ``"qdq"``, ``"integer"`` or ``"types"``; see `s2d.export.operators`.
+        shape: Sizes that an ONNX file fixes, for runtimes that compile one shape: ``{"batch": 1, "tokens": 128}``, the
+            batch alone for images. `open_exported` fills inputs up to them.
         tokenizer: Stored in formats that hold one (GGUF, compressed-tensors).
         task: Its metric is compared, on ``split``; without a task, the outputs on the example are compared.
         split: Data of the comparison.
@@ -79,6 +87,9 @@ def export(
         time_it: Measure latency against full precision, which is exported too for that.
         describe: Read back the kernels of ONNX and OpenVINO files; this opens them a few more times.
         force: Keep a file that fails the comparison.
+        provider: List the nodes that the runtime places on this device (a provider of onnxruntime, a device of
+            OpenVINO) and those that fall back. A ``.pte`` always lists them.
+        fallback: Accept nodes that fall back; without it they are an error.
         notes: Receives progress messages.
 
     Returns:
@@ -91,21 +102,30 @@ def export(
     target = Path(path)
     _check_target(target, embeddings, form)
     _check_example(model, example)
+    if shape and target.suffix not in (".onnx", coreml.SUFFIX):
+        raise InputError(f"{target}: fixed sizes are for ONNX (OpenVINO reads it) and Core ML; name it NAME.onnx")
+    sizes, padding = whole_shape(shape, example) if shape else None, padding_id(model, tokenizer)
     if not is_quantized(model):
         raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
     check_unchanged(model)
     kept = record(holder(model))
     model, example = in_float32(model, example, notes)
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
-    check = Check(task, split, batch_size, time_it, describe, force, notes)
+    asked = provider if provider is not None or fallback else CPU
+    check = Check(task, split, batch_size, time_it, describe, force, notes, asked, fallback)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix in layer_formats.FORMATS:
             layer_formats.export_checkpoint(model, target, report, example, tokenizer, check)
         elif target.suffix == executorch.SUFFIX:
             executorch.export_program(model, target, report, example, check)
+        elif target.suffix == coreml.SUFFIX:
+            example = fitted(example, sizes, padding)[0] if sizes else example
+            coreml.export_package(model, target, report, example, check)
+        elif target.suffix == encodings.SUFFIX:
+            encodings.export_encodings(model, target, report, example, check)
         else:
-            export_graph(model, target, report, example, kept.calibrated, form, check)
+            export_graph(model, target, report, example, kept.calibrated, form, check, sizes, padding)
         content = {"run": run_metadata(model_fingerprint=kept.calibrated), "export": report.to_dict()}
         write_json(target.with_name(f"{target.stem}.json"), content)
     except OSError as error:
@@ -123,7 +143,7 @@ def _check_target(target: Path, embeddings: int, form: str) -> None:
         if target.is_file() or (target.is_dir() and any(target.iterdir())):
             raise InputError(f"{target} exists and is not an empty folder; choose another name or remove it")
     elif target.is_dir():
-        raise InputError(f"{target} is a folder; name a file")
+        raise InputError(f"{target} is a folder; name a file, or remove it")
     if embeddings != 0 and not 2 <= embeddings <= 8:
         raise InputError(f"embeddings={embeddings!r} is a number of bits, 2 to 8, or 0 to leave the tables")
     if form not in FORMS:

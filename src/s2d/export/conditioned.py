@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError, first_line
 from s2d.export import onnx_doctor
 from s2d.export.copies import in_float32, shared_copy
+from s2d.export.fixed_shapes import is_sequence, padded, padding_id, whole_shape
 from s2d.export.onnx import TWO_GB, OnnxModel, tensors_of, write_onnx
 from s2d.export.runtime import Compiler, Runtime, find_runtime, runtimes
 from s2d.io.files import in_place_of, write_json
@@ -32,7 +33,6 @@ from s2d.quant.modules.sites import is_quantized
 
 SAME = 1e-5  # of the largest output: float32 in another order of sums; masks alone may move it by 1e-6
 PARITY_ROWS = 16
-_AXES = ("batch", "tokens")
 
 
 @dataclass
@@ -77,23 +77,6 @@ def find_compiler(name: str) -> Runtime:
     return runtime
 
 
-def parse_shape(text: str | None) -> dict[str, int]:
-    """``"batch=1,tokens=128"`` as sizes by name.
-
-    Raises:
-        InputError: Another name, or no size.
-    """
-    sizes: dict[str, int] = {}
-    for part in (text or "").split(","):
-        if not part.strip():
-            continue
-        name, _, size = (each.strip() for each in part.partition("="))
-        if name not in _AXES or not size.isdecimal() or not 1 <= int(size) <= 2**20:
-            raise InputError(f"--shape {text}: sizes are {' and '.join(_AXES)}, as in --shape batch=1,tokens=128")
-        sizes[name] = int(size)
-    return sizes
-
-
 def export_conditioned(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -136,7 +119,7 @@ def export_conditioned(
     if (size := sum(each.numel() for each in model.parameters()) * 4) > TWO_GB:
         raise InputError(f"{type(model).__name__} has {size / 1e9:.1f} GB in float32, and one ONNX file holds 2 GB")
     sizes = _sizes(dict(shape or {}), inputs, compiler)
-    held = stack(inputs, sizes.get("tokens"), _padding(model, tokenizer))
+    held = stack(inputs, sizes.get("tokens"), {"input_ids": padding_id(model, tokenizer)})
     model, held = in_float32(model, held, notes)
     model = shared_copy(model)
     rows = len(next(iter(held.values())))
@@ -183,7 +166,7 @@ def stack(inputs: Sequence[Mapping[str, Tensor]], tokens: int | None, padding: M
     """
     if not inputs:
         raise InputError("no examples to calibrate with; add --data")
-    lengths = {each.shape[1] for batch in inputs for each in batch.values() if _sequence(each)}
+    lengths = {each.shape[1] for batch in inputs for each in batch.values() if is_sequence(each)}
     longest = max(lengths, default=0)
     if tokens is not None and longest > tokens:
         raise InputError(
@@ -197,9 +180,9 @@ def stack(inputs: Sequence[Mapping[str, Tensor]], tokens: int | None, padding: M
     made = {}
     for name in inputs[0]:
         parts = [batch[name] for batch in inputs]
-        if _sequence(parts[0]):
+        if is_sequence(parts[0]):
             value = padding.get(name, 0)
-            parts = [nn.functional.pad(each, (0, length - each.shape[1]), value=value) for each in parts]
+            parts = [padded(each, length, value) for each in parts]
         made[name] = torch.cat(parts)
     return made
 
@@ -231,28 +214,9 @@ def _reads(runtime: Runtime) -> Compiler:
 
 def _sizes(shape: dict[str, int], inputs: Sequence[Mapping[str, Tensor]], compiler: Runtime) -> dict[str, int]:
     """The sizes that the file fixes; checked before any work."""
-    texts = any(_sequence(each) for each in (inputs[0].values() if inputs else ()))
-    if "tokens" in shape and not texts:
-        raise InputError("--shape tokens=... is for texts, and these inputs are none; give batch alone")
     if compiler.shapes == "free" and not shape:
         return {}
-    if texts and "tokens" not in shape:
-        fixed = compiler.shapes == "fixed"
-        why = f"{compiler.name} compiles fixed shapes" if fixed else "a batch alone fixes no length"
-        raise InputError(f"{why}; add --shape batch={shape.get('batch', 1)},tokens=128")
-    return {"batch": shape.get("batch", 1), **({"tokens": shape["tokens"]} if texts else {})}
-
-
-def _padding(model: nn.Module, tokenizer: Any) -> dict[str, int]:
-    found = getattr(tokenizer, "pad_token_id", None)
-    if found is None:
-        told = (getattr(getattr(each, "config", None), "pad_token_id", None) for each in model.modules())
-        found = next((each for each in told if isinstance(each, int)), 0)
-    return {"input_ids": int(found)}
-
-
-def _sequence(value: Tensor) -> bool:
-    return value.ndim == 2 and not value.is_floating_point()
+    return whole_shape(shape, inputs[0] if inputs else {}, compiler.fixes_shapes)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 XNNPACK has two integer products for Linears whose inputs are rounded row by row while the model runs: weights of 4 bits
 (``8da4w``) and of 8. The codes and scales of the quantized model go into the tensors of torchao from which ExecuTorch
-lowers, so nothing is rounded twice. Static ranges of inputs would need rounded outputs too, which s2d does not have.
+lowers, so nothing is rounded twice. Its product for static inputs of 8 bits (``qs8``) is written in the decomposed
+operators of PT2E, and rounds outputs too (see `decomposed`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from torch import Tensor, nn
 from s2d.errors import InputError, first_line
 from s2d.export import gate
 from s2d.export.copies import shared_copy
+from s2d.export.decomposed import StaticLinear, set_output_ranges
 from s2d.export.gate import Check, ExportReport
 from s2d.export.lowering import round_embeddings
 from s2d.export.onnx import Face, named, tensors_of
 from s2d.export.parity import compare_modules
+from s2d.export.placement import Placement, refuse_fallback
 from s2d.export.plain_layers import PlainLayer, plain_layers
 from s2d.io.files import in_place_of
 from s2d.optional import require
@@ -47,12 +51,18 @@ def refuse_without_product(model: nn.Module) -> None:
     require("torchao", "executorch")
     for layer in plain_layers(model, NAME):
         activation = layer.activation
-        if activation is None or not activation.dynamic or activation.format.signed or activation.format.bits != 8:
+        if activation is None or activation.format.bits != 8 or activation.format.signed:
             raise InputError(
-                f"{layer.name}: {NAME} runs inputs that are rounded to 8 bits for every token, unsigned; "
+                f"{layer.name}: {NAME} runs inputs of 8 bits, unsigned, static or with a range for every token; "
                 f"the nearest spec is {_SPEC}"
             )
-        if layer.run % _BLOCK:
+        if not activation.dynamic:
+            if layer.weight.scale.ndim == 2 or activation.scale is None or activation.scale.ndim:
+                raise InputError(
+                    f"{layer.name}: {NAME} has no product of a static input with groups of weights; "
+                    f"the nearest spec is {_GROUPS}"
+                )
+        elif layer.run % _BLOCK:
             raise InputError(
                 f"{layer.name}: {NAME} takes a multiple of {_BLOCK} inputs a scale, not {layer.run}; "
                 f"the nearest spec is {_GROUPS}"
@@ -86,14 +96,24 @@ def export_program(
     prepared = with_codes(reference)
     check.notes("comparing every layer")
     gate.judge_layers(report, *compare_modules(reference, prepared, reference, "", example))
+    static = set_output_ranges(prepared, reference, example)
     with in_place_of(target) as made:
         check.notes("lowering")
-        delegated, left = _write(prepared, example, made)
+        report.placement = replace(_write(prepared, example, made), path=target.name)
+        if not check.fallback:
+            refuse_fallback(report.placement)
+        delegated, left = (sum(each.values()) for each in (report.placement.placed, report.placement.fallen))
         del prepared
+        inputs = "static ranges" if static else "a range for every token"
         report.about = [
-            f"the multiply: XNNPACK, 8-bit inputs (a range for every token) x {widths} weights; "
+            f"the multiply: XNNPACK, 8-bit inputs ({inputs}) x {widths} weights; "
             f"{delegated} operators delegated to it, {left} left to ExecuTorch's portable kernels"
         ]
+        if static:
+            report.about.append(
+                f"outputs: XNNPACK rounds those of {static} layers to 8 bits, which is not simulated; their ranges are "
+                "those of the example"
+            )
         report.file_mb = made.stat().st_size / 1e6
         report.fp32_mb = sum(each.numel() for each in model.parameters()) * 4 / 1e6
         runner = PteModel(made)
@@ -107,10 +127,15 @@ def export_program(
 
 
 def with_codes(model: nn.Module) -> nn.Module:
-    """A copy without quantizers whose Linears hold torchao's tensors of the same codes and scales."""
+    """A copy without quantizers whose Linears hold the same codes and scales: static ones as decomposed operators, all
+    others as torchao's tensors.
+    """
     made = remove(shared_copy(model))
     for layer in plain_layers(model, NAME):
         linear: Any = made.get_submodule(layer.name)
+        if layer.activation is not None and not layer.activation.dynamic:
+            made.set_submodule(layer.name, StaticLinear(layer.weight, layer.activation, linear.bias))
+            continue
         linear.weight = nn.Parameter(_tensor(layer), requires_grad=False)
     return made
 
@@ -131,8 +156,8 @@ def _tensor(layer: PlainLayer) -> Tensor:
     )
 
 
-def _write(model: nn.Module, example: Mapping[str, Tensor], path: Path) -> tuple[int, int]:
-    """Lower a model for one row; return how many operators XNNPACK takes, and how many it leaves."""
+def _write(model: nn.Module, example: Mapping[str, Tensor], path: Path) -> Placement:
+    """Lower a model for one row; return the operators that XNNPACK takes, and those that it leaves."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.devtools.backend_debug import get_delegation_info
     from executorch.exir import to_edge_transform_and_lower
@@ -159,7 +184,10 @@ def _write(model: nn.Module, example: Mapping[str, Tensor], path: Path) -> tuple
         raise
     except Exception as error:  # exporter and partitioner have classes of their own
         raise InputError(f"{type(model).__name__} cannot be lowered for {NAME}: {first_line(error)}") from error
-    return found.num_delegated_nodes, found.num_non_delegated_nodes
+    counts = found.delegation_by_operator.items()
+    placed = {name: each.delegated for name, each in counts if each.delegated}
+    fallen = {name: each.non_delegated for name, each in counts if each.non_delegated}
+    return Placement(path.name, "XNNPACK", placed, fallen)
 
 
 class PteModel(nn.Module):

@@ -32,6 +32,7 @@ from s2d.export.child_process import try_runtime
 from s2d.export.copies import shared_copy
 from s2d.export.onnx import OnnxModel, kernels, tensors_of, write_onnx
 from s2d.export.parity import LayerParity
+from s2d.export.placement import Placement
 from s2d.optional import require
 from s2d.quant.modules.record import remove
 from s2d.tasks import Split, Task
@@ -54,6 +55,8 @@ class Check:
         describe: Read back the kernels and the memory that they hold; without it nothing is timed either.
         force: Keep a file that does not pass.
         notes: Receives progress messages.
+        provider: Ask the runtime which nodes it places on this device; None does not ask.
+        fallback: Accept a file of which some nodes run elsewhere.
     """
 
     task: Task | None = None
@@ -63,6 +66,8 @@ class Check:
     describe: bool = True
     force: bool = False
     notes: Callable[[str], None] = lambda text: None
+    provider: str | None = None
+    fallback: bool = True
 
 
 @dataclass
@@ -84,6 +89,7 @@ class ExportReport:
         fp32_mb: The plain model's parameters.
         latency_ms: By runtime, the median milliseconds of one row on one thread of ``"torch"`` (fp32), ``"fp32"`` (in
             the same runtime) and ``"file"``, timed in turns.
+        placement: Nodes on the device that was asked for, and those that fell back; None where none was.
         about: For files that onnxruntime does not run: where low bits are used, as text.
         note: A message about a runtime that cannot run the file; empty when all that were tried can.
         failures: Why the gate did not pass; empty when it did.
@@ -102,6 +108,7 @@ class ExportReport:
     memory_mb: float = 0.0
     fp32_mb: float = 0.0
     latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)
+    placement: Placement | None = None
     about: list[str] = field(default_factory=list)
     note: str = ""
     failures: list[str] = field(default_factory=list)
@@ -131,6 +138,8 @@ class ExportReport:
             + f"{times['torch'] / times['file']:.2f} times as fast as torch"
             for runtime, times in self.latency_ms.items()
         ]
+        if self.placement is not None:
+            speed.insert(0, f"placed: {self.placement}")
         if self.about:
             return [self._on_disk, *self.about, *speed]
         counted = ", ".join(f"{count} {name}" for name, count in sorted(self.kernels.items()))
@@ -258,8 +267,12 @@ def describe_cost(
     example: Mapping[str, Tensor],
     *,
     time_it: bool = True,
+    fixed: bool = False,
 ) -> None:
-    """Record kernels, bytes and latency, timed in turns with the model at full precision."""
+    """Record kernels, bytes and latency, timed in turns with the model at full precision.
+
+    One row is timed, or where a file has fixed sizes its example.
+    """
     report.kernels, held = kernels(path)
     report.memory_mb = held / 1e6
     report.fp32_mb = sum(each.numel() for each in model.parameters()) * 4 / 1e6
@@ -274,13 +287,13 @@ def describe_cost(
     if not time_it:
         return
     plain = remove(shared_copy(model))
-    one = {name: value[:1] for name, value in example.items()}
+    one = dict(example) if fixed else {name: value[:1] for name, value in example.items()}
     runtimes: dict[str, Callable[[Path], nn.Module]] = {"onnxruntime": OnnxModel}
     if report.openvino:
         runtimes["openvino"] = openvino.OpenVinoModel
     with tempfile.TemporaryDirectory() as folder:
         full = Path(folder) / "fp32.onnx"
-        write_onnx(plain, example, full, beside=True)
+        write_onnx(plain, example, full, beside=True, fixed=fixed)
         give_back()
         for runtime, opened in runtimes.items():  # one at a time, for memory's sake
             runners = {"torch": plain, "fp32": opened(full), "file": opened(path)}

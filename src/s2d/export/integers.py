@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2d.errors import InputError
-from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.formats import MAX_BITS, IntFormat
 from s2d.quant.numerics.log_and_twin import LogSqrt2Quantizer, TwinQuantizer
 from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer, quantize_codes, spread
 
@@ -53,7 +53,7 @@ class IntegerActivation:
 
     @property
     def top(self) -> int:
-        """The last code; signed grids use one code less than there are."""
+        """The last code; signed grids of up to 8 bits use one code less than there are."""
         return int(self.format.qmax - self.format.qmin)
 
     @property
@@ -94,6 +94,11 @@ def integer_activation(quantizer: Quantizer) -> IntegerActivation:
         )
     format = _integers(quantizer)
     if quantizer.granularity in ("token", "span"):
+        if format.bits > MAX_BITS:
+            raise InputError(
+                f"{quantizer.name} is {format.name} with a range for every token, which no runtime computes; use "
+                f"static ranges (w8a{format.name}) or 8 bits (w8a8-token)"
+            )
         return IntegerActivation(format)
     return IntegerActivation(format, quantizer.scale.detach().clone(), quantizer.zero_point.detach() - format.qmin)
 

@@ -23,10 +23,12 @@ from s2d.export.integers import (
     integer_activation,
     integer_weight,
 )
+from s2d.export.operators import Form
 from s2d.quant.modules.attention import QuantizedAttention
 from s2d.quant.modules.linear import QuantizedConv, QuantizedLinear, turn_into
 from s2d.quant.modules.online import OnlineLinear
 from s2d.quant.modules.sites import is_quantized
+from s2d.quant.numerics.formats import MAX_BITS
 from s2d.quant.numerics.log_and_twin import LogSqrt2Quantizer, TwinQuantizer
 from s2d.quant.numerics.quantizer import Quantizer, WeightQuantizer, spread
 
@@ -40,18 +42,26 @@ class Rounded(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, activation: IntegerActivation) -> None:
-        """Hold the scale and zero point of a static activation."""
+    def __init__(self, activation: IntegerActivation, form: Form = "qdq") -> None:
+        """Hold the scale and zero point of a static activation, for a form of the file.
+
+        Its codes begin at 0 and are unsigned, but for symmetric ones of 16 bits or in a file of types.
+        """
         super().__init__()
         assert activation.scale is not None and activation.zero_point is not None
-        self.top = activation.top
+        format, zero = activation.format, activation.zero_point
+        signed = format.signed and (form == "types" or format.bits > MAX_BITS)
+        self.low = format.qmin if signed else 0
+        self.top = activation.top + self.low
+        self.clips = operators.clips(self.low, self.top, form)
         self.axis = HEADS if activation.scale.ndim else -1
+        kind = format.storage if signed or format.bits > MAX_BITS else torch.uint8
         self.register_buffer("scale", activation.scale)
-        self.register_buffer("zero_point", activation.zero_point.to(torch.uint8))
+        self.register_buffer("zero_point", (zero + self.low).to(kind))
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape."""
-        return operators.quantize(x, self.scale, self.zero_point, self.top, self.axis)
+        return operators.quantize(x, self.scale, self.zero_point, self.low, self.top, self.axis)
 
 
 class Codes(nn.Module):
@@ -60,29 +70,35 @@ class Codes(nn.Module):
     codes: Tensor
     weight_scale: Tensor
 
-    def __init__(self, weight: IntegerWeight, *, integer: bool) -> None:
+    def __init__(self, weight: IntegerWeight, *, integer: bool, form: Form = "qdq") -> None:
         """Hold a weight ``[out, in]``, turned over.
 
         Args:
             weight: Its codes and scales.
             integer: Whether the other factor has codes too; groups of inputs need a product in floating point.
+            form: Of the file; in one of types all weights are codes under a DequantizeLinear.
         """
         super().__init__()
-        self.integer = integer and weight.granularity != "group"
+        self.integer = (integer or form == "types") and weight.granularity != "group"
+        self.blocks = form == "types" and weight.granularity == "group"
         self.shape = weight.codes.t().shape
         codes, scale = weight.codes.t(), weight.scale
-        if weight.granularity == "group":  # [groups, inputs of a group, out]
+        if self.blocks:
+            scale = scale.t()
+        elif weight.granularity == "group":  # [groups, inputs of a group, out]
             codes, scale = codes.unflatten(0, (scale.shape[1], -1)), scale.t().unsqueeze(1)
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("weight_scale", scale.contiguous())
 
     def values(self) -> Tensor:
         """``[in, out]`` in floating point."""
+        if self.blocks:
+            return operators.block_weight(self.codes, self.weight_scale)
         return operators.weight(self.codes, self.weight_scale) if self.integer else self._plain()
 
     def forward(self, weight: Tensor) -> Tensor:
         """``[out, in]``, in place of a weight that is cut into parts before its products."""
-        return self._plain().t()
+        return self.values().t()
 
     def _plain(self) -> Tensor:
         return operators.plain_weight(self.codes, self.weight_scale).reshape(self.shape)
@@ -173,12 +189,12 @@ def round_embeddings(model: nn.Module, bits: int) -> list[str]:
     return made
 
 
-def lower(model: nn.Module, *, written_out: bool = False) -> nn.Module:
+def lower(model: nn.Module, form: Form = "qdq") -> nn.Module:
     """A copy of a quantized model in integer operators.
 
     Args:
         model: Quantized, on the CPU; left as it is.
-        written_out: Linears with codes on both sides multiply them in one operator.
+        form: Of the file that it is for; see `s2d.export.operators`.
 
     Raises:
         InputError: It is not quantized, or a site has no integer form; the message names the site.
@@ -188,40 +204,42 @@ def lower(model: nn.Module, *, written_out: bool = False) -> nn.Module:
     made = shared_copy(model)
     for module in list(made.modules()):
         if isinstance(module, QuantizedLinear):
-            _lower_linear(module, written_out)
+            _lower_linear(module, form)
         elif isinstance(module, QuantizedConv):
-            _lower_conv(module)
+            _lower_conv(module, form)
         elif isinstance(module, QuantizedAttention):
-            _lower_attention(module)
+            _lower_attention(module, form)
     return made
 
 
-def _lower_linear(module: Any, written_out: bool) -> None:
+def _lower_linear(module: Any, form: Form) -> None:
     online = isinstance(module, OnlineLinear)
     quantizer = module.input_quantizer
     token = None
     if quantizer is not None:
         activation = integer_activation(quantizer)
         token = activation if activation.dynamic else None
-        module.input_quantizer = None if token else Rounded(activation)
+        module.input_quantizer = None if token else Rounded(activation, form)
     weights: WeightQuantizer | None = module.weight_quantizer
     if weights is None:
         if quantizer is not None:
-            module.input_quantizer = _lowered(quantizer)
+            module.input_quantizer = _lowered(quantizer, form)
         return
     weight = integer_weight(module.weight, weights)
     if token is not None and weight.granularity == "group":
         raise InputError(f"{weights.name}: groups of inputs do not go with scales per token; use per-channel weights")
     turn_into(module, LoweredOnlineLinear if online else LoweredLinear)
-    module.weight_codes, module.token = Codes(weight, integer=module.input_quantizer is not None), token
-    module.written_out = written_out and isinstance(module.input_quantizer, Rounded) and module.weight_codes.integer
+    rounded: Any = module.input_quantizer
+    module.weight_codes, module.token = Codes(weight, integer=rounded is not None, form=form), token
+    narrow = isinstance(rounded, Rounded) and rounded.top <= 255  # MatMulInteger takes codes of 8 bits
+    module.written_out = form == "integer" and narrow and module.weight_codes.integer
     module.weight_quantizer = None
     module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)  # open_clip asks for its type
 
 
-def _lower_conv(module: Any) -> None:
+def _lower_conv(module: Any, form: Form) -> None:
     if module.input_quantizer is not None:
-        module.input_quantizer = _lowered(module.input_quantizer)
+        module.input_quantizer = _lowered(module.input_quantizer, form)
     if module.weight_quantizer is not None:
         module.weight_quantizer = _ConvCodes(integer_weight(module.weight, module.weight_quantizer))
 
@@ -242,7 +260,7 @@ class _ConvCodes(nn.Module):
         return operators.plain_weight(self.codes, self.weight_scale)
 
 
-def _lower_attention(module: QuantizedAttention) -> None:
+def _lower_attention(module: QuantizedAttention, form: Form) -> None:
     holder: Any = module.attention_quantizer
     # Codes are for products of two rounded factors. Where one stays in floating point so does the product, and
     # runtimes move the codes about: OpenVINO ends the whole process on keys rounded before heads are repeated.
@@ -253,23 +271,25 @@ def _lower_attention(module: QuantizedAttention) -> None:
         if quantizer is None:
             continue
         if operand in alone:
-            lowered = _lowered(quantizer)  # which refuses what has no integers
+            lowered = _lowered(quantizer, form)  # which refuses what has no integers
             setattr(holder, operand, _Plain(quantizer) if isinstance(lowered, Rounded) else lowered)
         elif operand == "weight":
             parameter = module.in_proj_weight  # type: ignore[attr-defined]
             codes = Codes(integer_weight(parameter, quantizer), integer=False)
             setattr(holder, operand, codes)
         else:
-            setattr(holder, operand, _lowered(quantizer))
+            # onnxruntime 1.32 fails where it moves a QuantizeLinear to INT8 through a Transpose.
+            signed = quantizer.format.symmetric and quantizer.format.bits <= MAX_BITS
+            setattr(holder, operand, _lowered(quantizer, "qdq" if signed else form))
 
 
-def _lowered(quantizer: Quantizer) -> nn.Module:
+def _lowered(quantizer: Quantizer, form: Form) -> nn.Module:
     # Two grids, a range per token, or a range per head: outside of a Linear these use torch's own operators. (No
     # product takes codes with a scale per head, and onnxruntime's optimizer fails on them.)
     if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
         return _Plain(quantizer)
     activation = integer_activation(quantizer)
-    return _Plain(quantizer) if activation.scale is None or activation.scale.ndim else Rounded(activation)
+    return _Plain(quantizer) if activation.scale is None or activation.scale.ndim else Rounded(activation, form)
 
 
 class _Plain(nn.Module):

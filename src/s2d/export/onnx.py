@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.export import fixed_shapes
 from s2d.export.operators import Form, translations
 from s2d.optional import require
 
@@ -29,6 +30,8 @@ CPU = "CPUExecutionProvider"
 # Asks for exact products where they would overflow (see `overflows`); they take twice as long. It fails where a
 # DequantizeLinear of int8 codes per channel is left over, so convolutions, which run in floating point, have a Mul.
 EXACT = ("session.x64quantprecision", "1")
+# onnxruntime rounds the inputs of weights in blocks to 8 bits, unless it is told to keep them.
+FLOAT_INPUTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 TWO_GB = 2**31 - 2**20
 _BARE = "output"
 _FIRST = ("logits", "image_embeds", "text_embeds", "last_hidden_state", "pooler_output")
@@ -220,6 +223,7 @@ def session(
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # failures are raised as errors as well
+    options.add_session_config_entry(*FLOAT_INPUTS)
     if overflows():
         options.add_session_config_entry(*EXACT)
     if optimized is not None:
@@ -283,6 +287,9 @@ class OnnxModel(nn.Module):
         self._session = session(Path(path), threads, provider=provider)
         self.names = [each.name for each in self._session.get_inputs()]
         self.outputs = [each.name for each in self._session.get_outputs()]
+        told = self._session.get_modelmeta().custom_metadata_map
+        self._padding = int(told.get(fixed_shapes.PADDING, 0))
+        self._along = told.get(fixed_shapes.ALONG_TOKENS, "").split(",")
         # Whether integers, and the sizes; None where any will do.
         self.shapes: dict[str, tuple[bool, tuple[int | None, ...]]] = {
             each.name: ("int" in each.type, tuple(size if isinstance(size, int) else None for size in each.shape))
@@ -290,10 +297,29 @@ class OnnxModel(nn.Module):
         }
 
     def forward(self, **inputs: Tensor) -> Any:
-        """As the exported model's forward; inputs that it does not read are left out."""
-        feed = {name: inputs[name].detach().cpu().numpy() for name in self.names if name in inputs}
-        found = self._session.run(None, feed)
-        return named({name: torch.from_numpy(value) for name, value in zip(self.outputs, found, strict=True)})
+        """As the exported model's forward; inputs that it does not read are left out.
+
+        Where the file has fixed sizes, inputs are cut into its batches and filled up to its length.
+        """
+        read = {name: inputs[name].detach().cpu() for name in self.names if name in inputs}
+        sizes = self.fixed
+        if not sizes:
+            return named(self._run(read))
+        rows = len(next(iter(read.values())))
+        tokens = next((value.shape[1] for value in read.values() if fixed_shapes.is_sequence(value)), None)
+        found = [self._run(each) for each in fixed_shapes.fitted(read, sizes, self._padding)]
+        return named(fixed_shapes.joined(found, rows, tokens, self._along))
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        """The sizes that the file fixes, by name; empty where batch and length are free."""
+        batch = next((shape[0] for _, shape in self.shapes.values() if shape), None)
+        tokens = next((shape[1] for integer, shape in self.shapes.values() if integer and len(shape) == 2), None)
+        return {} if batch is None else {"batch": batch, **({} if tokens is None else {"tokens": tokens})}
+
+    def _run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self._session.run(None, {name: value.numpy() for name, value in feed.items()})
+        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, found, strict=True)}
 
 
 def named(found: dict[str, Tensor]) -> Any:

@@ -1,9 +1,9 @@
 """The operators of a lowered model, and their translation to ONNX.
 
 Torch sees opaque operators, so that no exporter takes them apart: ``s2d::quantize`` (an activation through its codes),
-``s2d::weight`` and ``s2d::plain_weight`` (codes to values), ``s2d::token_product`` (a product whose activation scales
-come with each token), ``s2d::static_product`` (one whose scale does not, written out). Their torch bodies compute the
-same and are the reference.
+``s2d::weight``, ``s2d::plain_weight`` and ``s2d::block_weight`` (codes to values), ``s2d::token_product`` (a product
+whose activation scales come with each token), ``s2d::static_product`` (one whose scale does not, written out). Their
+torch bodies compute the same and are the reference.
 
 What they become depends on the form of the file:
 
@@ -11,7 +11,11 @@ What they become depends on the form of the file:
   the grid; weights stay signed codes under a per-channel DequantizeLinear, stored ``[in, out]`` so that no Transpose
   stands between it and the MatMul.
 - ``"integer"``: products of Linears are MatMulInteger on the codes, whatever the runtime's optimizer does.
-- ``"types"``: codes of 4 bits have 4-bit types (UINT4, INT4), as the standard means it. No CPU runs it fast.
+- ``"types"``: codes have the types of their formats, as the standard means it and NPUs read it: INT4 and UINT4 at 4
+  bits, INT8 with a zero point of 0 where ranges are symmetric, and a DequantizeLinear in blocks for groups of inputs.
+  No CPU runs it fast.
+
+Codes of 16 bits are INT16 or UINT16 in all of them; no CPU multiplies those.
 
 Shapes: I inputs, O outputs.
 """
@@ -29,23 +33,30 @@ from s2d.quant.numerics.quantizer import SMALLEST_SCALE, affine_parameters
 
 Form = Literal["qdq", "integer", "types"]
 FORMS: tuple[Form, ...] = get_args(Form)
-_UINT4_TOP, _UINT4 = 15, 21  # the last code; the number of the type in ONNX
+_NARROW = {(0, 15): 21, (-7, 7): 22}  # ends of the 4-bit grids: the numbers of UINT4 and INT4 in ONNX
+# Grids that end where their types do.
+_WHOLE = ((0, 255), (0, 65535), (-32768, 32767))
+
+
+def clips(low: int, top: int, form: Form) -> bool:
+    """Whether a grid of codes ``low..top`` ends inside its type, so that a Clip stands before the rounding."""
+    return (low, top) not in _WHOLE and not (form == "types" and (low, top) == (0, 15))
 
 
 @torch.library.custom_op("s2d::quantize", mutates_args=())
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
-    """``x`` as its codes 0..top hold it; scale and zero point (uint8) ``[]``, or ``[n]`` along ``axis``."""
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, top: int, axis: int) -> Tensor:
+    """``x`` as its codes low..top hold it; scale and zero point (typed as codes) ``[]``, or ``[n]`` along ``axis``."""
     shape = [1] * x.ndim
     if axis >= 0:
         shape[axis] = -1
         scale, zero_point = scale.view(shape), zero_point.view(shape)
     zero = zero_point.to(x.dtype)
-    codes = torch.clamp(torch.round(x / scale) + zero, 0, top)
+    codes = torch.clamp(torch.round(x / scale) + zero, low, top)
     return (codes - zero) * scale
 
 
 @quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, top: int, axis: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, top: int, axis: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -70,6 +81,17 @@ def plain_weight(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @plain_weight.register_fake
+def _(codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+
+
+@torch.library.custom_op("s2d::block_weight", mutates_args=())
+def block_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (int8) ``[in, out]`` times scales of groups of inputs ``[groups, out]``."""
+    return codes.to(scale.dtype) * scale.repeat_interleave(codes.shape[0] // scale.shape[0], dim=0)
+
+
+@block_weight.register_fake
 def _(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
 
@@ -109,27 +131,29 @@ def translations(form: Form = "qdq") -> dict[Any, Any]:
     """For ``torch.onnx.export(custom_translation_table=...)``: each operator as a function of opset 21."""
     op: Any = require("onnxscript", "export").opset21
 
-    def clipped(x: Any, scale: Any, zero_point: Any, top: int, axis: int) -> Any:
+    def clipped(x: Any, scale: Any, zero_point: Any, first: int, top: int, axis: int) -> Any:
         zero = op.Cast(zero_point, to=1)
-        last = op.Constant(value_float=float(top))
-        low, high = op.Mul(op.Neg(zero), scale), op.Mul(op.Sub(last, zero), scale)
+        low, high = (op.Mul(op.Sub(op.Constant(value_float=float(end)), zero), scale) for end in (first, top))
         if axis >= 0:
             shape = op.Constant(value_ints=[-1, 1, 1])
             return op.Max(op.Min(x, op.Reshape(high, shape)), op.Reshape(low, shape))
         return op.Clip(x, low, high)
 
-    def quantize_onnx(x: Any, scale: Any, zero_point: Any, top: int, axis: int) -> Any:
+    def quantize_onnx(x: Any, scale: Any, zero_point: Any, low: int, top: int, axis: int) -> Any:
         along = max(axis, 0)
-        narrow = form == "types" and top <= _UINT4_TOP
-        if top < (_UINT4_TOP if narrow else 255):
-            x = clipped(x, scale, zero_point, top, axis)
-        if narrow:
-            zero_point = op.Cast(zero_point, to=_UINT4)
+        if clips(low, top, form):
+            x = clipped(x, scale, zero_point, low, top, axis)
+        narrow = next((kind for (a, b), kind in _NARROW.items() if a <= low and top <= b), None)
+        if form == "types" and narrow is not None:
+            zero_point = op.Cast(zero_point, to=narrow)
         codes = op.QuantizeLinear(x, scale, zero_point, axis=along)
         return op.DequantizeLinear(codes, scale, zero_point, axis=along)
 
     def weight_onnx(codes: Any, scale: Any) -> Any:
         return op.DequantizeLinear(codes, scale, axis=1)
+
+    def block_weight_onnx(codes: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=0, block_size=codes.shape[0] // scale.shape[0])
 
     def plain_weight_onnx(codes: Any, scale: Any) -> Any:
         # A placeholder for a Cast: exporters fold a Cast of small codes into a matrix of floats, but keep this one.
@@ -138,7 +162,7 @@ def translations(form: Form = "qdq") -> dict[Any, Any]:
 
     def static_product_onnx(x: Any, scale: Any, zero_point: Any, top: int, codes: Any, weight_scale: Any) -> Any:
         if top < 255:
-            x = clipped(x, scale, zero_point, top, -1)
+            x = clipped(x, scale, zero_point, 0, top, -1)
         products = op.MatMulInteger(op.QuantizeLinear(x, scale, zero_point), codes, zero_point)
         return op.Mul(op.Cast(products, to=1), op.Mul(scale, weight_scale))
 
@@ -166,6 +190,7 @@ def translations(form: Form = "qdq") -> dict[Any, Any]:
         torch.ops.s2d.quantize.default: quantize_onnx,
         torch.ops.s2d.weight.default: weight_onnx,
         torch.ops.s2d.plain_weight.default: plain_weight_onnx,
+        torch.ops.s2d.block_weight.default: block_weight_onnx,
         torch.ops.s2d.token_product.default: token_product_onnx,
         torch.ops.s2d.static_product.default: static_product_onnx,
     }

@@ -169,8 +169,7 @@ def _ends(
         before, after = _TOKEN_BEFORE, _TOKEN_AFTER
     else:
         rounded = isinstance(module.input_quantizer, Rounded)
-        full = (15, 255) if form == "types" else (255,)  # grids that the type of the codes ends by itself
-        clipped = rounded and module.input_quantizer.top not in full
+        clipped = rounded and module.input_quantizer.clips
         codes_of = ("QuantizeLinear",) if module.written_out else ("DequantizeLinear", "QuantizeLinear")
         before = (codes_of if rounded else ()) + (("Clip",) if clipped else ())
         after = ("Cast", "Mul") if module.written_out else ()

@@ -1,7 +1,8 @@
-"""Where onnxruntime puts the nodes of a file: on the device that was asked for, or back on the CPU.
+"""Where a runtime puts the nodes of a file: on the device that was asked for, or back on the CPU.
 
-A provider takes the nodes that it has kernels for; all others run on the CPU without a message. The session reports the
-placement (``session.record_ep_graph_assignment_info``, onnxruntime 1.24 and later); nothing is run.
+A provider of onnxruntime takes the nodes that it has kernels for; all others run on the CPU without a message. The
+session reports the placement (``session.record_ep_graph_assignment_info``, onnxruntime 1.24 and later). OpenVINO says
+which nodes a device can run. Nothing is run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Placement:
 
     Attributes:
         path: The file.
-        provider: The execution provider that was asked for.
+        provider: The execution provider, or the device of OpenVINO, that was asked for.
         placed: Its nodes, by operator.
         fallen: The nodes that fell back to the CPU, by operator; empty where the CPU was asked for.
     """
@@ -61,15 +62,17 @@ def provider_name(text: str) -> str:
 
 
 def placement(path: str | os.PathLike[str], provider: str = CPU) -> Placement:
-    """Ask onnxruntime where it would run a file.
+    """Ask the runtime of a file where it would run its nodes.
 
     Args:
-        path: ``NAME.onnx``.
-        provider: An execution provider, such as ``"qnn"``; see `provider_name`.
+        path: ``NAME.onnx``, or OpenVINO's ``NAME.xml``.
+        provider: An execution provider, such as ``"qnn"`` (see `provider_name`), or a device of OpenVINO.
 
     Raises:
-        InputError: No such file or provider; the file cannot be opened.
+        InputError: No such file, provider or device; the file cannot be opened.
     """
+    if Path(path).suffix == ".xml":
+        return _by_openvino(Path(path), "CPU" if provider == CPU else provider)
     runtime = require("onnxruntime", "export", at_least="1.24")
     source, name = Path(path), provider_name(provider)
     if source.suffix != ".onnx" or not source.is_file():
@@ -88,6 +91,21 @@ def placement(path: str | os.PathLike[str], provider: str = CPU) -> Placement:
         counts.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
     placed = counts.pop(name, Counter())
     return Placement(str(source), name, dict(placed), dict(sum(counts.values(), Counter())))
+
+
+def _by_openvino(path: Path, device: str) -> Placement:
+    core: Any = require("openvino", "openvino").Core()
+    known = {each.split(".")[0].lower(): each.split(".")[0] for each in core.available_devices}
+    if device.lower() not in known:
+        raise InputError(f"this OpenVINO finds no device {device!r}; {choices(device, sorted(known))}")
+    if not path.is_file():
+        raise InputError(f"{path} is not there; nodes are listed for files")
+    model = core.read_model(os.fspath(path))
+    able = core.query_model(model, known[device.lower()])
+    kinds = {each.get_friendly_name(): each.get_type_name() for each in model.get_ordered_ops()}
+    placed = Counter(kind for name, kind in kinds.items() if name in able)
+    fallen = Counter(kind for name, kind in kinds.items() if name not in able)
+    return Placement(str(path), known[device.lower()], dict(placed), dict(fallen))
 
 
 def refuse_fallback(found: Placement) -> None:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from s2d.errors import InputError, choices, visible
+from s2d.export.operators import Form
 from s2d.optional import require
 from s2d.quant.modules.sites import Site
 from s2d.quant.numerics.formats import get_format
@@ -132,6 +133,8 @@ class Runtime(_Section):
         name: What users call it: the file's name.
         about: One line.
         files: Suffixes of what s2d writes for it, the best first; empty text is a folder. None: nothing is written.
+        provider: Its execution provider in onnxruntime; None where it has none.
+        form: Form of ONNX that it reads; see `s2d.export.operators`.
         runner: The module of Python that runs the file on this machine; None where none does.
         extra: The extra of s2d that installs it.
         spec: The spec to begin with, as for ``--spec``.
@@ -149,7 +152,9 @@ class Runtime(_Section):
 
     name: str
     about: str
-    files: list[Literal[".onnx", ".xml", ".pte", ".gguf", ""]]
+    files: list[Literal[".onnx", ".xml", ".pte", ".gguf", ".encodings", ".mlpackage", ""]]
+    provider: str | None = None
+    form: Form = "qdq"
     runner: str | None = None
     extra: str | None = None
     spec: str | dict[str, Any] | None = None
@@ -181,6 +186,11 @@ class Runtime(_Section):
     def installed(self) -> bool:
         """Whether a file can be run here."""
         return self.runner is not None and importlib.util.find_spec(self.runner) is not None
+
+    @property
+    def fixes_shapes(self) -> str:
+        """Why a file needs its sizes, in words; empty where they are free."""
+        return f"{self.name} compiles fixed shapes" if self.shapes == "fixed" else ""
 
     def require(self) -> None:
         """Refuse early where the runtime's package is needed and missing.
@@ -302,6 +312,43 @@ class Runtime(_Section):
                 return None
             total, spent = total + size, spent + size * min(times)
         return spent / total if total else None
+
+
+def device_of(runtime: Runtime, path: Path, needed: bool) -> str | None:
+    """The execution provider that a runtime has here, to ask it for a file's nodes; None where it cannot be asked.
+
+    Args:
+        runtime: The runtime.
+        path: The file.
+        needed: The placement is asked for, so a missing provider is an error.
+
+    Raises:
+        InputError: This onnxruntime has none of that name.
+    """
+    if runtime.provider is None or path.suffix != ".onnx":
+        return None
+    installed = require("onnxruntime", "export").get_available_providers()
+    if runtime.provider in installed:
+        return runtime.provider
+    if needed:
+        raise InputError(
+            f"this onnxruntime has no {runtime.provider}, so nobody knows here what {runtime.name} runs; "
+            "leave out --no-fallback, and ask there: s2d bench FILE --provider NAME --no-fallback"
+        )
+    return None
+
+
+def sizes_for(runtime: Runtime, path: Path, sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes of a file for a runtime.
+
+    Raises:
+        InputError: The runtime compiles fixed shapes, and none are given.
+    """
+    if runtime.fixes_shapes and path.suffix in (".onnx", ".mlpackage") and not sizes:
+        raise InputError(
+            f"{runtime.fixes_shapes}; add --shape batch=1,tokens=128 for texts, --shape batch=1 for images"
+        )
+    return sizes
 
 
 def _shown(site: Site) -> str:

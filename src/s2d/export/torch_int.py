@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from s2d.export.lowering import LoweredLinear, LoweredOnlineLinear, Rounded, lower
 from s2d.quant.modules.linear import turn_into
 
-_SHIFT = 128
+_SHIFT, _MOST = 128, 255
 
 
 class _TorchProduct:
@@ -47,8 +47,8 @@ class TorchOnlineLinear(_TorchProduct, LoweredOnlineLinear):
 def integer_model(model: nn.Module) -> nn.Module:
     """A copy of a quantized model whose Linears multiply int8 codes.
 
-    Linears with codes on both sides (per-tensor activations, per-channel or per-tensor weights) do; other sites round
-    in floating point, as they do in the quantized model.
+    Linears with codes of up to 8 bits on both sides (per-tensor activations, per-channel or per-tensor weights) do;
+    other sites round in floating point, as they do in the quantized model.
 
     Args:
         model: From `s2d.quantize` or `s2d.load`; left as it is.
@@ -61,7 +61,9 @@ def integer_model(model: nn.Module) -> nn.Module:
         if not isinstance(module, (LoweredLinear, LoweredOnlineLinear)):
             continue
         rounding = module.input_quantizer
-        if isinstance(rounding, Rounded) and rounding.axis < 0 and module.weight_codes.integer:
+        if not isinstance(rounding, Rounded) or rounding.top > _MOST:
+            continue
+        if rounding.axis < 0 and module.weight_codes.integer:
             online = isinstance(module, LoweredOnlineLinear)
             _turn(module, rounding, TorchOnlineLinear if online else TorchLinear)
     return made

@@ -101,11 +101,14 @@ def export_towers(
     example: Mapping[str, Tensor],
     embeddings: int = 8,
     form: Form = "qdq",
+    shape: Mapping[str, int] | None = None,
     task: Task | None = None,
     split: Split = "validation",
     batch_size: int = 16,
     time_it: bool = True,
     force: bool = False,
+    provider: str | None = None,
+    fallback: bool = True,
     notes: Callable[[str], None] = lambda text: None,
 ) -> dict[str, ExportReport]:
     """Write a quantized CLIP or SigLIP as two files, each checked as `s2d.export` checks one.
@@ -117,11 +120,14 @@ def export_towers(
         example: A batch: ``pixel_values`` of two or more images, and the keywords of two or more texts.
         embeddings: Bits of embedding tables; 0 leaves them.
         form: As for `s2d.export`.
+        shape: As for `s2d.export`; the image tower takes its batch alone.
         task: Zero-shot or retrieval: its metric is compared too, with both files together.
         split: Data of the comparison.
         batch_size: Examples at once.
         time_it: Measure latency against fp32.
         force: Keep files that do not compute the same.
+        provider: As for `s2d.export`.
+        fallback: As for `s2d.export`.
         notes: Receives progress messages.
 
     Returns:
@@ -149,6 +155,9 @@ def export_towers(
                 example=inputs[kind],
                 embeddings=embeddings,
                 form=form,
+                shape={k: v for k, v in (shape or {}).items() if kind == "text" or k == "batch"},
+                provider=provider,
+                fallback=fallback,
                 time_it=time_it,
                 force=force,
                 notes=lambda text, kind=kind: notes(f"{kind}: {text}"),

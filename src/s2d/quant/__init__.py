@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import nn
 
 from s2d.distributed.sharding import Groups, all_ranks, in_common, is_dtensor
@@ -22,6 +23,8 @@ from s2d.quant.estimate import Estimate, estimate
 from s2d.quant.modules.record import Record, record, remove, switch_on
 from s2d.quant.modules.sites import Site, decide, describe, insert, is_quantized, plan, refuse_quantized
 from s2d.quant.modules.storage import load, save
+from s2d.quant.numerics.formats import IntFormat
+from s2d.quant.numerics.quantizer import Quantizer
 from s2d.quant.ptq import Entry, get_methods, methods, refuse_undivided
 from s2d.quant.spec import QuantSpec
 
@@ -157,6 +160,7 @@ def _quantize(
         for entry in entries:
             job.stage = entry.stage
             entry.method(job)
+        _check_powers(quantizers, name)
     except BaseException:
         remove(model)
         if snapshot is not None:
@@ -164,6 +168,16 @@ def _quantize(
         raise
     switch_on(model, Record(parsed, name, tuple(decided)))
     return model
+
+
+def _check_powers(quantizers: Mapping[Site, Quantizer], method: str) -> None:
+    """Refuse a method that multiplies scales by what is no power of two where the format has no others."""
+    for site, quantizer in quantizers.items():
+        powers = isinstance(quantizer.format, IntFormat) and quantizer.format.power_of_two and not quantizer.dynamic
+        if powers and bool((torch.frexp(quantizer.scale).mantissa != 0.5).any()):
+            raise InputError(
+                f"{site.name}: {method} finds scales off the powers of two of {quantizer.format.name}; use rtn"
+            )
 
 
 def _ranks(model: nn.Module, entries: Sequence[Entry], resume: str | os.PathLike[str] | None) -> Groups:

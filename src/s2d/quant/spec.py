@@ -6,7 +6,8 @@ A spec names a format, a granularity and an observer for three groups of sites:
     activation  the input of each of those Linears; unsigned integers with a zero point, one static range per tensor
     attention   the operands of the attention products: q, k, the softmax probabilities, v; as the activations
 
-Short texts are ``wXaY`` with 2 to 8 bits, or 16 to keep; ``fp8`` (e4m3, ranges as for integers); and ``mxfp8``,
+Short texts are ``wXaY`` with 2 to 8 bits, or 16 to keep; ``wXaint16`` and ``wXauint16``, whose activations are 16-bit
+integers (symmetric, or with a zero point), as NPUs compute them; ``fp8`` (e4m3, ranges as for integers); and ``mxfp8``,
 ``mxfp4`` and ``nvfp4``, whose blocks have their own scales. ``wXaYkvZ`` gives the keys and values of attention Z bits
 in the form of a cache (see below). The suffix ``-token`` on either gives every token its own range.
 
@@ -54,7 +55,17 @@ from typing import Any, Literal, get_args
 import yaml
 
 from s2d.errors import InputError
-from s2d.quant.numerics.formats import FORMATS, MAX_BITS, MIN_BITS, BlockFormat, Format, get_format, integer_format
+from s2d.quant.numerics.formats import (
+    FORMATS,
+    MAX_BITS,
+    MIN_BITS,
+    WIDE_BITS,
+    BlockFormat,
+    Format,
+    IntFormat,
+    get_format,
+    integer_format,
+)
 from s2d.quant.numerics.observers import ObserverSpec
 from s2d.quant.numerics.quantizer import Granularity
 
@@ -75,7 +86,7 @@ _NAMED = {"fp8": "fp8_e4m3", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4
 _OWN_RANGE = ("token", "span", "block")
 # Granularities with a size, as they are written.
 _SIZED = {"group": "group-128", "span": "span-32"}
-_SHORT = re.compile(r"w([0-9]{1,4})a([0-9]{1,4})(?:kv([0-9]{1,4}))?(-token)?")
+_SHORT = re.compile(r"w([0-9]{1,4})a(u?int16|[0-9]{1,4})(?:kv([0-9]{1,4}))?(-token)?")
 # What ``kvZ`` stands for, chosen on SmolLM2 at 4 bits (docs/results/smollm2.md): keys by spans lose a sixth of what
 # keys by tokens lose, values by tokens a sixth of what values by channels lose.
 _CACHE: dict[str, str] = {"*.k": "span-32", "*.v": "token"}
@@ -174,7 +185,7 @@ class QuantSpec:
         for text, name in _NAMED.items():
             if all(tensor is not None and tensor.format.name == name for tensor in (self.weight, self.activation)):
                 return text
-        bits = [FULL_BITS if tensor is None else tensor.format.bits for tensor in (self.weight, self.activation)]
+        bits = [_width(tensor) for tensor in (self.weight, self.activation)]
         by_token = self.activation is not None and self.activation.granularity == "token"
         return f"w{bits[0]}a{bits[1]}{self._cache_name()}{'-token' if by_token else ''}"
 
@@ -184,6 +195,14 @@ class QuantSpec:
         held = {overrides[pattern].attention for pattern in _CACHE if pattern in overrides}
         bits = {FULL_BITS if tensor is None else tensor.format.bits for tensor in held}
         return f"kv{bits.pop()}" if len(bits) == 1 and all(pattern in overrides for pattern in _CACHE) else ""
+
+
+def _width(tensor: TensorSpec | None) -> str:
+    """``"8"``, or ``"int16"`` where 16 alone would mean full precision."""
+    if tensor is None:
+        return str(FULL_BITS)
+    name = tensor.format.name.removesuffix("-pow2")
+    return name if isinstance(tensor.format, IntFormat) and tensor.format.bits == WIDE_BITS else str(tensor.format.bits)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -213,7 +232,8 @@ def _from_text(text: str) -> QuantSpec:
     match = _SHORT.fullmatch(text.strip().lower())
     if match is None:
         raise InputError(f"unknown quantization spec {text[:80]!r}; {_EXAMPLES}")
-    weight_bits, activation_bits = int(match[1]), int(match[2])
+    wide = FORMATS[match[2]] if match[2].endswith(str(WIDE_BITS)) and match[2] in FORMATS else None
+    weight_bits, activation_bits = int(match[1]), FULL_BITS if wide is not None else int(match[2])
     cache_bits = None if match[3] is None else int(match[3])
     for bits in (weight_bits, activation_bits, cache_bits):
         if bits is not None and bits != FULL_BITS and not MIN_BITS <= bits <= MAX_BITS:
@@ -224,6 +244,8 @@ def _from_text(text: str) -> QuantSpec:
     activation = None
     if activation_bits != FULL_BITS:
         activation = TensorSpec(integer_format(activation_bits, signed=False), granularity)
+    elif wide is not None:
+        activation = TensorSpec(wide, granularity)
     spec = QuantSpec(weight, activation, activation)
     return spec if cache_bits is None else replace(spec, overrides=_cache(cache_bits, spec))
 
@@ -301,6 +323,8 @@ def _tensor(group: Group, form: Any, base: TensorSpec | None) -> TensorSpec | No
         raise InputError(f"{group}: give bits or format, not both")
     if "format" in form:
         format = get_format(str(form["format"]))
+        if group == "weight" and isinstance(format, IntFormat) and format.bits > MAX_BITS:
+            raise InputError(f"weight: {format.name} is for activations; weights have {MIN_BITS} to {MAX_BITS} bits")
     elif "bits" in form:
         if form["bits"] == FULL_BITS:
             return None

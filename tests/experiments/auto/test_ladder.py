@@ -18,10 +18,10 @@ from s2d.quant.allocate import Sensitivity, sensitivity
 class Net(nn.Module):
     """A table and two Linears."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.table = nn.Embedding(64, 32)
-        self.layers = nn.ModuleList([nn.Linear(32, 64), nn.Linear(64, 32)])
+        self.table = nn.Embedding(64, width)
+        self.layers = nn.ModuleList([nn.Linear(width, 2 * width), nn.Linear(2 * width, width)])
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.layers[1](self.layers[0](self.table(ids)).relu())
@@ -38,7 +38,7 @@ def test_no_rung_proposes_what_is_not_legal(name: str) -> None:
     if not forms(runtime):
         pytest.skip(f"{name} takes no integers")
     torch.manual_seed(0)
-    model, ids = Net(), torch.randint(64, (8, 5))
+    model, ids = Net(128), torch.randint(64, (8, 5))  # groups of 128 divide it
 
     def measured(spec: QuantSpec, choices: tuple[int, ...]) -> Sensitivity:
         return sensitivity(model, calibration=[{"ids": ids}], choices=choices, base=spec, activations="base")

@@ -16,6 +16,7 @@ from s2d.quant.numerics.formats import (
     FP8_E5M2,
     BlockFormat,
     FloatFormat,
+    IntFormat,
     float_codes,
     float_magnitudes,
     float_values,
@@ -28,12 +29,15 @@ FP8 = [(FP8_E4M3, torch.float8_e4m3fn), (FP8_E5M2, torch.float8_e5m2)]
 FLOATS = [FP8_E4M3, FP8_E5M2, FP4_E2M1]
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [*range(2, 9), 16])
 def test_integer_grids(bits: int) -> None:
-    signed, unsigned = integer_format(bits, signed=True), integer_format(bits, signed=False)
+    signed, unsigned = (get_format(f"{sign}int{bits}") for sign in ("", "u"))
+    assert isinstance(signed, IntFormat) and isinstance(unsigned, IntFormat)
+    if bits <= 8:
+        assert (signed, unsigned) == (integer_format(bits, signed=True), integer_format(bits, signed=False))
     assert (unsigned.qmin, unsigned.qmax) == (0, 2**bits - 1)
-    # Restricted range: symmetric around zero, one code short of two's complement.
-    assert (signed.qmin, signed.qmax) == (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1)
+    # Restricted range: symmetric around zero, one code short of two's complement; not at 16 bits.
+    assert (signed.qmin, signed.qmax) == (-(2 ** (bits - 1)) + (bits <= 8), 2 ** (bits - 1) - 1)
     assert signed.symmetric and not unsigned.symmetric
     for format in (signed, unsigned):
         info = torch.iinfo(format.storage)

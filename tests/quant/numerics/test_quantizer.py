@@ -6,6 +6,7 @@ import copy
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -33,6 +34,7 @@ from s2d.quant.numerics.quantizer import (
 )
 
 INTEGERS = {name: format for name, format in FORMATS.items() if isinstance(format, IntFormat)}
+NARROW = {name: format for name, format in INTEGERS.items() if format.bits <= 8}
 BLOCKS = {name: format for name, format in FORMATS.items() if isinstance(format, BlockFormat)}
 TORCHAO = "torchao.prototype.mx_formats"
 
@@ -46,7 +48,7 @@ def fitted(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return affine_parameters(x.min(), x.max(), format, format.symmetric)
 
 
-@pytest.mark.parametrize("format", INTEGERS.values(), ids=INTEGERS)
+@pytest.mark.parametrize("format", NARROW.values(), ids=NARROW)
 def test_per_tensor_equals_torch(format: IntFormat) -> None:
     x = torch.randn(64, 33) * 3 + 0.7
     scale, zero_point = affine_parameters(torch.tensor(-2.3), torch.tensor(4.1), format, format.symmetric)
@@ -54,7 +56,30 @@ def test_per_tensor_equals_torch(format: IntFormat) -> None:
     assert torch.equal(ours, torch.fake_quantize_per_tensor_affine(x, scale, zero_point, format.qmin, format.qmax))
 
 
-@pytest.mark.parametrize("format", INTEGERS.values(), ids=INTEGERS)
+@pytest.mark.parametrize("name", ["int16", "uint16", "int16-pow2"])
+def test_sixteen_bits_are_found_by_dividing_as_runtimes_do(name: str) -> None:
+    x, format = torch.randn(300, 100) * 3 + 0.7, INTEGERS[name]
+    scale, zero_point = affine_parameters(torch.tensor(-9.1), torch.tensor(11.3), format, format.symmetric)
+    codes = np.rint(x.numpy() / scale.numpy()) + zero_point.float().numpy()  # QuantizeLinear of ONNX
+    codes = np.clip(codes, format.qmin, format.qmax)
+    assert np.array_equal(quantize_codes(x, scale, zero_point, format).numpy(), codes.astype(name.partition("-")[0]))
+    found = fake_quantize(x, scale, zero_point, format)
+    assert (
+        np.array_equal(found.numpy(), (codes - zero_point.float().numpy()) * scale.numpy())
+        and found.unique().numel() > 9999
+    )
+
+
+@given(st.floats(2.0**-100, 2.0**100, width=32), st.sampled_from(["int4-pow2", "int8-pow2", "int16-pow2"]))
+def test_scales_that_are_powers_of_two_are_the_next_ones(largest: float, name: str) -> None:
+    format = INTEGERS[name]
+    scale, zero_point = affine_parameters(torch.tensor(-largest), torch.tensor(largest / 3), format, True)
+    wanted = max(Fraction(float(torch.tensor(largest) / format.qmax)), Fraction(SMALLEST_SCALE))
+    assert math.frexp(scale.item())[0] == 0.5 and zero_point == 0
+    assert wanted <= Fraction(scale.item()) < 2 * wanted
+
+
+@pytest.mark.parametrize("format", NARROW.values(), ids=NARROW)
 def test_per_channel_equals_torch(format: IntFormat) -> None:
     x = torch.randn(16, 33) * torch.logspace(-3, 3, 16)[:, None]
     scale, zero_point = affine_parameters(x.amin(1) * 0.7, x.amax(1) * 0.7, format, format.symmetric)

@@ -73,27 +73,29 @@ def forms(runtime: Runtime, narrow: bool = False) -> list[QuantSpec]:
     """
     found: list[QuantSpec] = []
     for layer in runtime.layers:
-        bits = _weight_bits(layer, runtime, narrow)
-        if bits is None:
+        stored = _weight_format(layer, runtime, narrow)
+        if stored is None:
             continue
         granularity = "channel" if "channel" in layer.weights.granularity else layer.weights.granularity[0]
         size = f"-{layer.weights.groups[0]}" if granularity == "group" and layer.weights.groups else ""
-        weight: dict[str, Any] = {"bits": bits, "granularity": f"{granularity}{size}", "observer": "mse"}
+        weight: dict[str, Any] = {"format": stored, "granularity": f"{granularity}{size}", "observer": "mse"}
         for kind in [None] if layer.inputs is None else layer.inputs.granularity:
             activation: Any = "keep"
             if layer.inputs is not None:
-                activation = {"bits": max(get_format(name).bits for name in layer.inputs.formats), "granularity": kind}
+                widest = max(layer.inputs.formats, key=lambda name: get_format(name).bits)
+                activation = {"format": widest, "granularity": kind}
             spec = QuantSpec.parse({"weight": weight, "activation": activation, "attention": "keep"})
             if spec not in found:
                 found.append(spec)
     return found
 
 
-def _weight_bits(layer: Layer, runtime: Runtime, narrow: bool) -> int | None:
-    """The widest, or the narrowest, stored width that a product takes; None where its weights are no integers."""
+def _weight_format(layer: Layer, runtime: Runtime, narrow: bool) -> str | None:
+    """The widest, or the narrowest, stored integers that a product takes; None where its weights are no integers."""
     known = [each for name in layer.weights.formats if isinstance(each := get_format(name), IntFormat)]
-    bits = [each.bits for each in known if each.bits in runtime.weight_bits]
-    return (min if narrow else max)(bits, default=None)
+    stored = [each for each in known if each.bits in runtime.weight_bits]
+    found = (min if narrow else max)(stored, key=lambda each: each.bits, default=None)
+    return None if found is None else found.name
 
 
 def _kind(spec: QuantSpec) -> str:
@@ -150,7 +152,10 @@ def _mixed(view: View) -> list[Candidate]:
     """Mixed widths by the exact knapsack, at a few average widths."""
     widths = sorted(view.runtime.weight_bits)
     best = view.best(widths[0], "tensor") or view.best(widths[0], "token") or view.best(widths[0])
-    if best is None or len(widths) < 2:
+    if best is None:
+        return []
+    widths = _widths(view.runtime, best.candidate.spec)
+    if len(widths) < 2:
         return []
     found = view.sensitivity(best.candidate.spec, widths)
     budgets = [bits for bits in BUDGETS if widths[0] < bits < widths[-1]]
@@ -158,13 +163,28 @@ def _mixed(view: View) -> list[Candidate]:
     return [replace(best.candidate, spec=spec, rung="mixed widths") for spec in specs.values()]
 
 
+def _widths(runtime: Runtime, spec: QuantSpec) -> list[int]:
+    """The stored widths, ascending, that weights may have with the inputs of a spec."""
+    assert spec.weight is not None
+    widths = set()
+    for layer in runtime.layers:
+        inputs = spec.activation
+        if inputs is None or layer.inputs is None:
+            fits = inputs is None and layer.inputs is None
+        else:
+            fits = inputs.format.name in layer.inputs.formats and inputs.granularity in layer.inputs.granularity
+        if fits and spec.weight.granularity in layer.weights.granularity:
+            widths |= {get_format(name).bits for name in layer.weights.formats}
+    return sorted(widths & set(runtime.weight_bits))
+
+
 def _kept(view: View) -> list[Candidate]:
     """Inputs of the most sensitive layers in floating point, where the runtime lets layers differ."""
     best = view.best(max(view.runtime.weight_bits), "tensor")
-    if best is None or not any(layer.inputs is None for layer in view.runtime.layers):
+    widest = max(view.runtime.weight_bits)
+    if best is None or widest not in _widths(view.runtime, replace(best.candidate.spec, activation=None)):
         return []
     spec = best.candidate.spec
-    widest = max(view.runtime.weight_bits)
     found = view.sensitivity(spec, [widest])
     worst = sorted(found.layers, key=lambda layer: -layer.errors[widest])
     kept = QuantSpec(weight=spec.weight)

@@ -2,10 +2,12 @@
 
 A format knows nothing about ranges found in data; `quantizer.py` turns a range and a format into scale and zero point.
 
-Integers. Signed formats leave out the most negative two's-complement code (the *restricted* range, -7..7 at 4 bits):
-the grid is symmetric around zero, `-x` quantizes to minus what `x` does, and products fit the int8 kernels of CPUs.
-It costs 1/16 of the codes at 4 bits and makes int2 ternary. Unsigned formats use every code; with a zero point they
-hold any range that contains zero.
+Integers. Signed formats of up to 8 bits leave out the most negative two's-complement code (the *restricted* range,
+-7..7 at 4 bits): the grid is symmetric around zero, `-x` quantizes to minus what `x` does, and products fit the int8
+kernels of CPUs. It costs 1/16 of the codes at 4 bits and makes int2 ternary. Unsigned formats use every code; with a
+zero point they hold any range that contains zero. Weights have 2 to 8 bits. Activations may also be int16 or uint16,
+which NPUs compute with, on all codes; a width of 16 in a spec is not that: it keeps full precision. Every signed width
+also exists with scales that are powers of two (``int8-pow2``), for NPUs that shift instead of multiplying.
 
 Floating point. IEEE-like grids without infinities: values beyond the largest are clipped, halves round to even, as
 torch's casts do inside the range (`float8_e4m3fn`, `float8_e5m2`).
@@ -28,6 +30,7 @@ from torch import Tensor
 from s2d.errors import InputError
 
 MIN_BITS, MAX_BITS = 2, 8
+WIDE_BITS = 16  # of activations only
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,15 @@ class Format:
 
 @dataclass(frozen=True)
 class IntFormat(Format):
-    """The integers ``qmin..qmax``; signed formats are symmetric (``qmin == -qmax``)."""
+    """The integers ``qmin..qmax``; signed formats of up to 8 bits are symmetric (``qmin == -qmax``).
+
+    Attributes:
+        power_of_two: Scales are powers of two.
+    """
 
     signed: bool
     qmin: int
+    power_of_two: bool = False
 
     @property
     def symmetric(self) -> bool:
@@ -65,6 +73,8 @@ class IntFormat(Format):
     @property
     def storage(self) -> torch.dtype:
         """The smallest torch type that holds a code."""
+        if self.bits > MAX_BITS:
+            return torch.int16 if self.signed else torch.uint16
         return torch.int8 if self.signed else torch.uint8
 
 
@@ -106,12 +116,15 @@ class BlockFormat(Format):
     rule: Literal["floor", "even"] = "floor"
 
 
-def _integer(bits: int, signed: bool) -> IntFormat:
+def _integer(bits: int, signed: bool, power_of_two: bool = False) -> IntFormat:
     if signed:
         limit = 2 ** (bits - 1) - 1
-        return IntFormat(f"int{bits}", bits, limit, True, -limit)
+        name, low = f"int{bits}{'-pow2' if power_of_two else ''}", -limit if bits <= MAX_BITS else -limit - 1
+        return IntFormat(name, bits, limit, True, low, power_of_two)
     return IntFormat(f"uint{bits}", bits, 2**bits - 1, False, 0)
 
+
+_WIDTHS = (*range(MIN_BITS, MAX_BITS + 1), WIDE_BITS)
 
 FP8_E4M3 = FloatFormat("fp8_e4m3", 8, 448.0, 4, 3)
 FP8_E5M2 = FloatFormat("fp8_e5m2", 8, 57344.0, 5, 2)
@@ -120,7 +133,8 @@ FP4_E2M1 = FloatFormat("fp4_e2m1", 4, 6.0, 2, 1)
 FORMATS: dict[str, Format] = {
     entry.name: entry
     for entry in (
-        *(_integer(bits, signed) for signed in (True, False) for bits in range(MIN_BITS, MAX_BITS + 1)),
+        *(_integer(bits, signed) for signed in (True, False) for bits in _WIDTHS),
+        *(_integer(bits, True, power_of_two=True) for bits in _WIDTHS),
         FP8_E4M3,
         FP8_E5M2,
         FP4_E2M1,
@@ -154,6 +168,12 @@ def integer_format(bits: int, *, signed: bool) -> IntFormat:
     format = FORMATS[f"{'int' if signed else 'uint'}{bits}"]
     assert isinstance(format, IntFormat)
     return format
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The smallest powers of two that are not below positive values, the same shape."""
+    mantissa, exponent = torch.frexp(x)  # mantissas are in [0.5, 1), and 0.5 belongs to a power
+    return torch.ldexp(torch.ones_like(x), torch.where(mantissa == 0.5, exponent - 1, exponent))
 
 
 def round_float(x: Tensor, format: FloatFormat) -> Tensor:

@@ -129,7 +129,8 @@ class LearnedQuantizer(Quantizer):
         """Whether it is a quantizer with a static integer range that can be trained."""
         if not isinstance(quantizer, Quantizer) or type(quantizer) not in (Quantizer, WeightQuantizer):
             return False
-        return isinstance(quantizer.format, IntFormat) and quantizer.granularity in ("tensor", "channel")
+        whole = isinstance(quantizer.format, IntFormat) and not quantizer.format.power_of_two
+        return whole and quantizer.granularity in ("tensor", "channel")
 
     @torch.no_grad()
     def restart(self, scale: Tensor, zero_point: Tensor) -> None:

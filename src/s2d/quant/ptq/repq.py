@@ -173,7 +173,8 @@ def begin(job: Job) -> None:
 
 def plain_integer(quantizer: Quantizer) -> bool:
     """Whether this is a static integer quantizer with one range a tensor."""
-    return isinstance(quantizer.format, IntFormat) and quantizer.granularity == "tensor" and quantizer.kind == "affine"
+    whole = isinstance(quantizer.format, IntFormat) and not quantizer.format.power_of_two
+    return whole and quantizer.granularity == "tensor" and quantizer.kind == "affine"
 
 
 def set_weight(job: Job, site: Site, quantizer: Quantizer, published: str = PUBLISHED) -> None:

@@ -1,0 +1,121 @@
+"""What `s2d doctor MODEL.onnx` finds in torch's own exports of encoders that are reported to collapse on NPUs.
+
+    python benchmarks/onnx_causes.py [--json FILE]
+
+Tiny random configurations of the same classes (no checkpoint can be downloaded here), with a padded batch of two. Each
+is exported by torch.onnx.export, examined, and quantized to 8 bits by onnxruntime's `quantize_static` at its defaults,
+from torch's file and from the one that ``--fix`` writes: the cosine of the outputs to full precision on the same batch.
+Weights of trained models have causes of their own (single large channels), which random ones cannot show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2d.errors import first_line
+from s2d.export import onnx_doctor
+from s2d.export.gate import cosine
+from s2d.export.onnx import OnnxModel, write_onnx
+from s2d.io.files import write_json
+from s2d.io.provenance import run_metadata
+from s2d.optional import require
+
+_TEXT = {
+    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 66, "pad_token_id": 0,
+}  # fmt: skip
+_RESNET = {"model_type": "rt_detr_resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+           "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
+_RT_DETR = {
+    "d_model": 32, "encoder_hidden_dim": 32, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "num_queries": 10,
+    "decoder_layers": 2, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
+    "decoder_in_channels": [32, 32, 32], "encoder_in_channels": [16, 24, 32], "num_labels": 4, "eval_size": None,
+}  # fmt: skip
+KINDS = ("mask", "channels", "shared", "opset")
+MODELS: list[tuple[str, str, int, dict[str, Any]]] = [
+    ("RobertaForSequenceClassification", "RobertaConfig", 0, _TEXT),
+    ("DistilBertForSequenceClassification", "DistilBertConfig", 0,
+     {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}),
+    ("ViTForImageClassification", "ViTConfig", 32, {**_TEXT, "image_size": 32, "patch_size": 8}),
+    ("MobileViTForImageClassification", "MobileViTConfig", 64,
+     {"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32],
+      "num_attention_heads": 4}),
+    ("RTDetrForObjectDetection", "RTDetrConfig", 64, _RT_DETR),
+]  # fmt: skip
+
+
+def build(
+    model: str, config: str, side: int, options: dict[str, Any]
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A tiny model, and a batch of two."""
+    library = require("transformers", "hf")
+    torch.manual_seed(0)
+    if config == "RTDetrConfig":
+        backbone = library.AutoConfig.for_model(**_RESNET)
+        options = {**options, "backbone_config": backbone}
+    made = getattr(library, model)(getattr(library, config)(**options)).eval()
+    if side:
+        return made, {"pixel_values": torch.randn(2, 3, side, side)}
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 8:] = 0
+    return made, {"input_ids": torch.randint(3, 99, (2, 12)) * mask, "attention_mask": mask}
+
+
+def static(path: Path, target: Path, batch: dict[str, torch.Tensor]) -> None:
+    """Onnxruntime's static quantizer at its defaults."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Rows(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [{name: value.numpy() for name, value in batch.items()}]
+
+        def get_next(self) -> Any:
+            return self.left.pop() if self.left else None
+
+    quantize_static(path, target, Rows())
+
+
+def main() -> None:
+    """Export, examine, quantize, print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path)
+    target = parser.parse_args().json
+    onnx = require("onnx", "export")
+    records: list[dict[str, Any]] = []
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, config, side, options in MODELS:
+            path = Path(scratch) / f"{name}.onnx"
+            try:
+                model, batch = build(name, config, side, options)
+                write_onnx(model, batch, path, fixed=side > 0)
+                found = onnx_doctor.examine(onnx_doctor.open_file(path))
+                kinds = {
+                    kind: sum(each.kind == kind for each in found) for kind in ("mask", "channels", "shared", "opset")
+                }
+                records += [{"model": name, "what": f"{kind} found", "value": count} for kind, count in kinds.items()]
+                whole = OnnxModel(path)(**batch)
+                mended = path.with_suffix(".fixed.onnx")
+                onnx.save(onnx_doctor.mend(onnx_doctor.open_file(path)), mended)
+                for what, source in (("torch's file", path), ("fixed", mended)):
+                    static(source, path.with_suffix(".int8.onnx"), batch)
+                    value = cosine(OnnxModel(path.with_suffix(".int8.onnx"))(**batch), whole)
+                    if not math.isfinite(value):
+                        raise ValueError(f"{what}: outputs that are not finite")
+                    records.append({"model": name, "what": what, "value": round(value, 4)})
+            except Exception as error:  # exporters and quantizers have classes of their own
+                failed.append(f"{name}: {type(error).__name__}: {first_line(error)}")
+                print(failed[-1], flush=True)
+            print(name, [(each["what"], each["value"]) for each in records if each["model"] == name], flush=True)
+            if target:
+                write_json(target, {"run": run_metadata(failed=failed), "records": records})
+
+
+if __name__ == "__main__":
+    main()
