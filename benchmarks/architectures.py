@@ -45,7 +45,7 @@ from s2d.models.graph import Graph
 from s2d.models.tracing import trace
 from s2d.quant.modules.folding import apply_norm_fold, apply_value_fold, gate_folds, norm_folds, value_folds
 
-SPEC = {"base": "w4a8"}
+SPEC: dict[str, Any] = {"base": "w4a8"}
 TABLES = frozenset(("embedding", "lookup", "inserted", "bias", "gain", "elementwise", "operand"))
 GOAL = 1e-5
 
@@ -116,12 +116,23 @@ def made(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
+def spec_for(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """W4A8; where a model has nothing but convolutions, which are kept by default, with all of them."""
+    try:
+        quant.planned(model, quant.QuantSpec.parse(SPEC), [batch])
+    except InputError as error:
+        if "quantizes nothing" in str(error):
+            return {**SPEC, "overrides": {"*": "w4a8"}}
+    return SPEC
+
+
 def graph_and_plan(model: nn.Module, batch: Any) -> dict[str, Any]:
     """The graph, and the plan, against torch's counter and against changes of parameters."""
+    spec = spec_for(model, batch)
     model = copy.deepcopy(model).requires_grad_(False)  # the counter wants no leaves that learn
     with sdpa_kernel(SDPBackend.MATH):
         graph = trace(model, batch)
-        plan = quant.planned(model, quant.QuantSpec.parse(SPEC), [batch])
+        plan = quant.planned(model, quant.QuantSpec.parse(spec), [batch])
         counted = _counted(model, batch)
         listed = {f"{site.module}{end}".lstrip(".") for site in plan for end in ("", ".weight", ".in_proj_weight")}
         weights = [call for call in graph.calls if call.kind in ("product", "convolution")]
@@ -189,7 +200,7 @@ def folds(model: nn.Module, batch: Any) -> dict[str, Any]:
 def method_row(model: nn.Module, batch: Any, method: str) -> tuple[float | None, str]:
     """1 if a method's model is finite and the same when loaded; None and the reason if the method refuses it."""
     try:
-        quantized = quant.quantize(model, SPEC, calibration=[batch], method=method)
+        quantized = quant.quantize(model, spec_for(model, batch), calibration=[batch], method=method)
     except InputError as error:
         return None, str(error)
     in_memory = output(quantized, batch)

@@ -60,6 +60,43 @@ def test_frozen_weights_and_biases_are_never_touched() -> None:
     assert changed == {"b.first.weight"}
 
 
+class Positions(nn.Embedding):
+    """A table of positions: it reads a mask, as OPT's."""
+
+    def forward(self, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(mask.cumsum(1).long() - 1)
+
+
+class ScaledTable(nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return 3.0 * super().forward(ids)
+
+
+class Placed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.body = ScaledTable(9, 8), Positions(6, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.body(self.words(ids) + self.places(torch.ones_like(ids)))
+
+
+@pytest.mark.parametrize("metric", ["weight", "data"])
+def test_a_table_that_reads_no_row_numbers_is_left_out_by_name(metric: Any) -> None:
+    torch.manual_seed(0)
+    model = Placed()
+    with torch.no_grad():
+        model.words.weight[:, 5] += 30.0
+    optimizer, kinds = sgd(model), ("linear", "embedding")
+    settings: dict[str, Any] = {"metric": metric, "kinds": kinds, "outlier_ratio": 2.0, "threshold": 0.2}
+    with removed(SelectiveSpectralDecay(model, optimizer, **settings)) as decay:
+        still_step(model, optimizer, torch.randint(9, (2, 6)))
+        assert list(decay.skipped) == ["places.weight"] and "positions" in decay.skipped["places.weight"]
+        assert "words.weight" in {target.name for target in decay.targets}
+
+
 def test_tied_weights_are_left_out_by_name() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -620,6 +620,24 @@ def test_the_fingerprint_is_of_the_structure() -> None:
     assert trace(Tower(3), torch.randn(2, 4, 16)).fingerprint() != graph.fingerprint()
 
 
+class AmongChannels(nn.Module):
+    """Attention whose tokens are channels, as in XCiT: each channel of the result mixes those of v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 4, 1)  # [B, heads, channels, tokens]
+        mixed = (q @ k.mT).softmax(-1) @ v
+        return self.proj(mixed.permute(0, 3, 1, 2).flatten(2))
+
+
+def test_values_whose_channels_are_mixed_take_no_scale() -> None:
+    graph = trace(AmongChannels().eval(), torch.randn(2, 9, 16))
+    assert "exact" not in wrote(graph, "proj.weight").values()
+
+
 def test_exact_moves_leave_the_output() -> None:
     torch.manual_seed(0)
     model, x = Tower().double(), torch.randn(2, 4, 16, dtype=torch.float64)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from s2d.distributed.sharding import is_dtensor
 from s2d.errors import InputError
@@ -79,6 +80,25 @@ def no_matrices(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def _reads_ids(module: nn.Module) -> bool:
+    """Whether an embedding gives the rows of the numbers that it reads, in their order, perhaps scaled."""
+    if type(module).forward is nn.Embedding.forward or not isinstance(module, nn.Embedding):
+        return True
+    weight = module.weight
+    if is_dtensor(weight) or module.max_norm is not None or len(weight) < 2 or weight.is_meta:
+        return True
+    with torch.no_grad():
+        try:
+            made = module.forward(torch.tensor([[1, 0]], device=weight.device))
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            return False
+        rows = weight[[1, 0]][None]
+        if not isinstance(made, Tensor) or made.shape != rows.shape:
+            return False
+        scale = made.double().norm() / rows.double().norm().clamp(min=1e-30)
+        return bool((made.double() - scale * rows.double()).norm() <= 0.01 * made.double().norm())
+
+
 def _reason(
     target: Target, owners: dict[int, set[str]], trained: Container[int], coupled: bool, frozen: bool
 ) -> str | None:
@@ -106,6 +126,8 @@ def _reason(
         return "no optimizer passed here holds it"
     if (reason := why_not_a_sum(target)) is not None:
         return reason
+    if target.kind == "embedding" and not _reads_ids(target.owner):
+        return "its rows are not looked up by the numbers that it is given (positions)"
     if getattr(target.owner, "groups", 1) != 1:
         return "a grouped convolution, which is not one matrix"
     if target.kind == "conv" and not parameter.is_contiguous():

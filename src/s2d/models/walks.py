@@ -195,14 +195,19 @@ def source_of(graph: Graph, number: int) -> int:
 
 
 def _channel_operand(graph: Graph, operation: Operation, since: int) -> int | None:
-    """The factor of a product of activations whose channels the reader has; the right one if that is not known."""
+    """The factor of a product of activations whose channels the reader has; the right one if that is not known.
+
+    It keeps the columns of its right factor and the rows of its left one. Channels that it sums over (attention among
+    channels, as in XCiT) are not those of the result.
+    """
     factors = [i for i in operation.inputs if graph.nodes[i].state == "activation"][-2:]
     if len(factors) < 2:
         return factors[0] if factors else None
     last = graph.nodes[since].dims[-1:] or ((),)
     wanted = {digit.axis for digit in last[0] if graph.axes[digit.axis].kind == "features"}
-    for number in (factors[1], factors[0]):
-        if wanted & {digit.axis for dim in graph.nodes[number].dims for digit in dim}:
+    for number, kept in ((factors[1], -1), (factors[0], -2)):
+        dims = graph.nodes[number].dims
+        if len(dims) >= -kept and wanted & {digit.axis for digit in dims[kept]}:
             return number
     return factors[1]
 
