@@ -19,8 +19,8 @@ columns, in the order of the file. Records of one cell (seeds) are averaged. Fur
     gain=yes            a last column with the last value less the first
     spread=yes          the standard deviation of the averaged values behind each (n - 1)
 
-A page some of whose tables have no data has a line near its top that begins with "No data file:" and says why. Such
-tables may have their comments already: they stay as they are until the command that the page names has written the file.
+A page with tables that have no data has a line near its top that begins with "No data file:" and says why. Such tables
+may have their comments already: they stay as they are until the command that the page names has written the file.
 """
 
 from __future__ import annotations
