@@ -41,17 +41,13 @@ def model_for(loaded: Loaded, task: Task) -> nn.Module:
         InputError: The checkpoint would need a new head.
     """
     built = task.build(loaded)
-    if task.new_head:
-        raise InputError(
-            f"{loaded.source} has no trained head for task {task.name} ({task.new_head}); "
-            f"train one first: s2d condition {loaded.source} --task {task.name} --out FOLDER"
-        )
     known = set(loaded.model.state_dict())
-    new = [name for name in built.state_dict() if not name.startswith("encoder.") and name not in known]
-    if new:
+    random = [name for name in built.state_dict() if not name.startswith("encoder.") and name not in known]
+    if task.new_head or random:
         raise InputError(
-            f"{loaded.source} has no trained head for task {task.name} ({new[0]} would be random); "
-            f"train one first: s2d condition {loaded.source} --task {task.name} --out FOLDER"
+            f"{loaded.source} has no trained head for task {task.name} "
+            f"({task.new_head or f'{random[0]} would be random'}); "
+            f"train one first: s2d condition {loaded.source} --task {task.name} --data DATA --out FOLDER"
         )
     return built.eval()
 
