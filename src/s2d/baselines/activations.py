@@ -30,17 +30,23 @@ class Activations:
     """
 
     def __init__(self, model: nn.Module, place: Place) -> None:
-        """Wait for the first forward. It raises InputError if nothing in the model repeats."""
+        """Wait for the first forward, which raises InputError if nothing in the model repeats.
+
+        Raises:
+            InputError: No weight of the model is trained.
+        """
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError(f"no weight of {type(model).__name__} is trained, so a penalty would change none")
         self._place: Place = place
         self._seen: list[Tensor] = []
         self._last: Tensor | None = None
         self._stack = ExitStack()
         # This hook comes before those of the masks, which read the batch with what the graph says.
-        self._begin = model.register_forward_pre_hook(self._look, with_kwargs=True)
+        look: Any = torch.compiler.disable(self._look)  # torch's types take it for a decorator with arguments
+        self._begin = model.register_forward_pre_hook(look, with_kwargs=True)
         self._stack.callback(self._begin.remove)
         self._mask = self._stack.enter_context(token_mask(model))
 
-    @torch.compiler.disable
     def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Trace the coming forward and put hooks in."""
         self._begin.remove()
