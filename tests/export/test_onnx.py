@@ -220,7 +220,9 @@ except KeyboardInterrupt:
 
 def test_bad_input(bert: Any, tmp_path: Path) -> None:
     model, batches = bert
-    assert set(exporters()) == {".onnx", ".xml", ".gguf", ".pte", ".mlpackage", ".encodings", ""} and all(exporters().values())
+    assert set(exporters()) == {".onnx", ".xml", ".gguf", ".pte", ".mlpackage", ".encodings", ""} and all(
+        exporters().values()
+    )
     plain = build("bert").model
     for arguments, message in (
         ((plain, "m.onnx", batches[0]), "not quantized; run s2d quantize first"),
