@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_text import equal, make_model, make_task
+from tests.tiny_text import equal
 from torch import nn
 
 from s2d.errors import InputError
-from s2d.models import Loaded, load
+from s2d.models import Loaded
 from s2d.tasks import Task
 from s2d.training.batching import training_batches
 from s2d.training.early_stopping import EarlyStopping
@@ -34,16 +34,6 @@ DECAYS: dict[str, dict[str, Any] | None] = {
     "penalty": {"baseline": "tweo", "weight": 0.1},
     "control": {"baseline": "random-directions", "refresh_every": 3, "outlier_ratio": 1.5},
 }
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return load(make_model(tmp_path_factory.mktemp("model") / "bert"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory, loaded: Loaded) -> Task:
-    return make_task(tmp_path_factory.mktemp("data") / "words", loaded)
 
 
 # -- schedule, groups, batches -----------------------------------------------------------------------------------------

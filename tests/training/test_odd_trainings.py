@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny_text import equal, make_model, make_task
+from tests.tiny_text import equal
 from torch import nn
 
 from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.errors import InputError
-from s2d.models import Loaded, load
+from s2d.models import Loaded
 from s2d.tasks import Task
 from s2d.training.loop import train
 from s2d.training.train_settings import TrainSettings
@@ -17,16 +17,6 @@ from s2d.training.train_settings import TrainSettings
 pytest.importorskip("accelerate")
 SETTINGS = TrainSettings(steps=8, batch_size=8, lr=1e-3, head_lr=1e-2)
 EAGER = {"outlier_ratio": 1.5, "refresh_every": 2}
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return load(make_model(tmp_path_factory.mktemp("model") / "bert"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory, loaded: Loaded) -> Task:
-    return make_task(tmp_path_factory.mktemp("data") / "words", loaded)
 
 
 def test_behind_a_frozen_encoder_the_head_trains_and_nothing_is_shrunk(loaded: Loaded, task: Task) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_text import equal, make_data, make_model, make_task, make_texts
+from tests.tiny_text import equal, make_data, make_model, make_texts
 from torch import nn
 
 from s2d import checkpoint, quant
@@ -15,7 +15,7 @@ from s2d.errors import InputError
 from s2d.experiments import runner
 from s2d.experiments.recipe import Recipe, make_recipe
 from s2d.experiments.runner import Runner
-from s2d.models import Loaded, load
+from s2d.models import Loaded
 from s2d.tasks import Task, create
 from s2d.tasks.evaluation import evaluate
 from s2d.training.loop import train
@@ -27,16 +27,6 @@ pytest.importorskip("accelerate")
 SETTINGS = TrainSettings(steps=8, batch_size=8, lr=1e-3, save_every=0.0)
 EVERYTHING = QATSettings(step_lr=1e-2, warmup=0.25, freeze=0.25, oscillation=True)
 DECAY: dict[str, Any] = {"refresh_every": 2, "outlier_ratio": 1.2, "strength": 0.1}
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return load(make_model(tmp_path_factory.mktemp("model") / "bert"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory, loaded: Loaded) -> Task:
-    return make_task(tmp_path_factory.mktemp("data") / "words", loaded)
 
 
 @pytest.fixture(scope="module")
