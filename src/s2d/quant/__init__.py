@@ -16,7 +16,7 @@ from s2d.errors import InputError
 from s2d.models.running import outside_inference_mode
 from s2d.models.saved import fingerprint
 from s2d.models.tracing import unwrapped
-from s2d.quant.calibration.observe import Batches, Job, Protocol, traced
+from s2d.quant.calibration.observe import Batches, Job, Protocol, set_stack_ranges, traced
 from s2d.quant.calibration.resume import Snapshot, Store, fingerprint_batches
 from s2d.quant.coverage import planned
 from s2d.quant.estimate import Estimate, estimate
@@ -159,6 +159,8 @@ def _quantize(
     try:
         for entry in entries:
             job.stage = entry.stage
+            if entry.stage == "rounding":
+                set_stack_ranges(job)
             entry.method(job)
         _check_powers(quantizers, name)
     except BaseException:
