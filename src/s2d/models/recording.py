@@ -138,7 +138,7 @@ class Tracer(Memory):
                 fresh[id(value)] = node
                 self._keep(value, node, any(value is each for each in written))
                 if plain and name in _COPIES and has_storage(value) and value.ndim > 1:
-                    along = self._dimensions(tensors[0], parameters[0])
+                    along = self._dimensions(tensors[0], inputs[0].parameters[0])
                     if len(along) == value.ndim:
                         self._storage(value).walks = dict(zip(value.stride(), along, strict=True))
             made.append(node)

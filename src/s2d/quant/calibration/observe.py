@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from s2d.models.masks import Padding, token_mask
 from s2d.models.running import evaluating, real_tokens, run
 from s2d.models.tracing import trace
 from s2d.quant.calibration.resume import Store
-from s2d.quant.modules.experts import quantizers_of_stack
+from s2d.quant.modules.experts import quantizers_of_stack, real_rows
 from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.modules.products import attentions_of
 from s2d.quant.modules.sites import OPERANDS, Site, replace_quantizer, weight_name
@@ -337,7 +336,7 @@ def _watcher(
 ) -> Callable[[Tensor], None]:
     def see(x: Tensor) -> None:
         if rows is not None:  # of a stack: the tokens were sorted and picked since
-            observer.update(_real_rows(x.flatten(0, -2), rows(), mask().of_rows(site.owner)))
+            observer.update(real_rows(x.flatten(0, -2), rows(), mask().of_rows(site.owner)))
             return
         if site.granularity == "head" and x.ndim != 4:
             raise InputError(
@@ -351,13 +350,6 @@ def _watcher(
         observer.update(real_tokens(x, real, site.what))
 
     return see
-
-
-def _real_rows(x: Tensor, seen: tuple[Tensor, int] | None, real: Tensor | None) -> Tensor:
-    """Vectors ``[N, D]`` of real tokens, where it is known which rows of a masked input they are, and of how many."""
-    if seen is None or real is None or len(seen[0]) != len(x) or seen[1] != real.numel():
-        return x
-    return x[real.flatten()[seen[0]]]
 
 
 def _refuse_unreached(observers: Mapping[Site, Observer | PerHead]) -> None:
@@ -426,22 +418,6 @@ def set_weight_ranges(job: Job) -> None:
     for site, quantizer in job.quantizers.items():
         if site.what == "weight":
             set_weight_range(job.observed(site), quantizer, job.weight(site))
-
-
-def set_stack_ranges(job: Job) -> None:
-    """Give every stack's quantizer its range before the rounding begins: methods work on the layers of modules, and
-    stacks are rounded to nearest by all of them, which is said.
-    """
-    stacks = [site for site in job.quantizers if site.summed and site.what == "weight"]
-    for site in stacks:
-        set_weight_range(site, job.quantizers[site], job.weight(site))
-    if stacks and job.method != "rtn":
-        more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
-        warnings.warn(
-            f"{stacks[0].module}{more} hold the matrices of several experts, which are rounded to nearest as they are: "
-            f"{job.method} works on the layers of modules",
-            stacklevel=4,
-        )
 
 
 def least_error(job: Job) -> None:

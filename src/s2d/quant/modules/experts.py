@@ -171,19 +171,18 @@ class StackMode(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Any, out: Any) -> None:
         """Note which rows of the module's input the rows of a result are, as far as that can be told."""
-        source = next((x for x in _tensors(args) if x in self.rows), None)
+        source: Any = next((x for x in _tensors(args) if x in self.rows), None)
         if source is None:
             return
         rows: Tensor | None = self.rows[source]
         assert rows is not None
-        picks = args[1] if func in (Tensor.__getitem__,) else args[2] if func in (torch.index_select,) else None
+        picks: Any = args[1] if func is Tensor.__getitem__ else args[2] if func is torch.index_select else None
         picks = picks[0] if isinstance(picks, tuple) and picks and isinstance(picks[0], Tensor) else picks
         if isinstance(picks, Tensor):
             plain = args[0] is source and source.ndim == 2 and isinstance(out, Tensor) and out.ndim == 2
             rows = rows[picks] if plain and picks.ndim == 1 else None
-        elif getattr(func, "__name__", "") == "repeat_interleave" and isinstance(out, Tensor):
-            times, left = divmod(out.shape[:-1].numel(), max(len(rows), 1))
-            rows = None if left else rows.repeat_interleave(times)
+        elif getattr(func, "__name__", "") == "repeat_interleave":
+            rows = rows.repeat_interleave(args[1]) if len(args) > 1 and isinstance(args[1], int) else None
         for each in _tensors((out,)):
             if rows is not None and each.ndim > 1 and each.shape[:-1].numel() == len(rows):
                 self.rows[each] = rows
@@ -205,8 +204,21 @@ def stacks_of(graph: Graph) -> dict[str, list[tuple[str, int]]]:
     made: dict[str, list[tuple[str, int]]] = {}
     for (owner, last), summed in found.items():
         if len(summed) == 1 and 0 not in summed and f"{owner}.{last}".lstrip(".") not in elsewhere:
-            made.setdefault(owner, []).append((last, *summed))
+            made.setdefault(owner, []).append((last, summed.pop()))
     return made
+
+
+def real_rows(x: Tensor, seen: tuple[Tensor, int] | None, real: Tensor | None) -> Tensor:
+    """The vectors of real tokens.
+
+    Args:
+        x: Vectors ``[N, D]`` that a stack reads.
+        seen: Which rows of the module's input they are, ``[N]``, and how many it has; None if that is unknown.
+        real: The mask ``[B, T]`` of the module's input, True at real tokens; None if they are all real.
+    """
+    if seen is None or real is None or len(seen[0]) != len(x) or seen[1] != real.numel():
+        return x
+    return x[real.flatten()[seen[0]]]
 
 
 def _summed_by(equation: Any, operand: int) -> int:
