@@ -18,7 +18,7 @@ from s2d.models.saved import fingerprint
 from s2d.models.tracing import unwrapped
 from s2d.quant.calibration.observe import Batches, Job, Protocol, traced
 from s2d.quant.calibration.resume import Snapshot, Store, fingerprint_batches
-from s2d.quant.calibration.stacks import set_stack_ranges
+from s2d.quant.calibration.stack_ranges import set_stack_ranges
 from s2d.quant.coverage import planned
 from s2d.quant.estimate import Estimate, estimate
 from s2d.quant.modules.record import Record, record, remove, switch_on

@@ -29,7 +29,7 @@ from s2d.quant.numerics.stacks import StackQuantizer
 _ADDED = (*BADDBMMS, torch.addmm, Tensor.addmm)  # their first operand is no factor
 _PRODUCTS = frozenset((*MATMULS, *_ADDED, torch.mm, Tensor.mm, Tensor.__rmatmul__, F.linear, torch.einsum))
 _GROUPED = frozenset(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"))  # by name: versions of torch lack some
-_TAKES_AFTER = frozenset((Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as))
+_CASTS = frozenset((Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as))
 
 
 class StackQuantizers(nn.Module):
@@ -128,7 +128,7 @@ class StackMode(TorchFunctionMode):
         out = func(*args, **kwargs)
         made = [x for x in _tensors((out,)) if x.is_floating_point()]
         others = [x for x in _tensors((*args, *kwargs.values())) if x not in self.weights and x.is_floating_point()]
-        if made and others and func not in _TAKES_AFTER:
+        if made and others and func not in _CASTS:
             raise InputError(
                 f"{type(self.module).__name__} uses its weights {self.weights[named[0]]} in an unknown way "
                 f"({getattr(func, '__name__', func)}); override their sites with keep"
