@@ -220,9 +220,11 @@ Seen = Callable[[str, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 
 class _Watching(StackMode):
-    def __init__(self, module: nn.Module, names: tuple[str, ...], arguments: tuple[Any, ...], see: Seen) -> None:
-        super().__init__(module, arguments, rows=True)
-        self.names, self.see = names, see
+    def __init__(
+        self, module: nn.Module, names: tuple[str, ...], arguments: tuple[Any, ...], see: Seen, real: Tensor | None
+    ) -> None:
+        super().__init__(module, arguments, rows=real is not None)
+        self.names, self.see, self.real = names, see, real
 
     def stacks(self) -> Mapping[str, Tensor]:
         return {name: self.module.get_parameter(name).detach() for name in self.names}
@@ -230,11 +232,16 @@ class _Watching(StackMode):
     def product(self, name: str, experts: Tensor | None, x: Tensor, y: Tensor, rows: Tensor | None) -> None:
         if experts is not None:
             with torch._C.DisableTorchFunction():
-                self.see(name, experts, x, y, rows)
+                self.see(name, experts, x, y, real_rows(rows, self.count, self.real))
 
 
 def show_products(
-    module: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], see: Seen
+    module: nn.Module,
+    names: tuple[str, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    see: Seen,
+    real: Tensor | None = None,
 ) -> None:
     """Run a module's forward once more, without gradients, and show its products with its stacks.
 
@@ -243,10 +250,12 @@ def show_products(
         names: Their names.
         args, kwargs: Those of the call.
         see: Gets a stack's name, the matrix by which each vector goes ``[N]``, ``x [N, in]``, ``y [N, out]`` (without a
-            bias), and which rows of the module's first input they are, ``[N]`` or None.
+            bias), and which vectors are real tokens, ``[N]`` bool, None for all.
+        real: The mask ``[B, T]`` of the tokens of the module's first input, True at real ones; None if all are.
     """
     cuda = [module.get_parameter(names[0]).device] if module.get_parameter(names[0]).is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(cuda), _Watching(module, names, (*args, *kwargs.values()), see):
+    arguments = (*args, *kwargs.values())
+    with torch.no_grad(), torch.random.fork_rng(cuda), _Watching(module, names, arguments, see, real):
         module.forward(*args, **kwargs)
 
 
