@@ -358,6 +358,7 @@ def _shown(site: Site) -> str:
 
 
 def quoted(spec: str | dict[str, Any] | None) -> str:
+    """A spec as the command line takes it."""
     if isinstance(spec, dict):
         return f"'{yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=10_000).strip()}'"
     return str(spec)
