@@ -20,6 +20,7 @@ from s2d.export.graphs import export_graph
 from s2d.export.onnx import CPU, OnnxModel
 from s2d.export.openvino import OpenVinoModel
 from s2d.export.operators import FORMS, Form
+from s2d.export.runtime import stack_complaint
 from s2d.export.torch_int import integer_model
 from s2d.io.files import write_json
 from s2d.io.provenance import run_metadata
@@ -110,6 +111,9 @@ def export(
         raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
     check_unchanged(model)
     kept = record(holder(model))
+    complaint = stack_complaint(kept.sites, target.suffix or "compressed-tensors")
+    if complaint is not None:
+        raise InputError(complaint)
     model, example = in_float32(model, example, notes)
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
     asked = provider if provider is not None or fallback else CPU
