@@ -223,7 +223,7 @@ class Runtime(_Section):
         """
         if self.quantizes_itself:
             return f"{self.name} quantizes by itself: {' '.join(self.notes) or 'give it the plain model'}"
-        begin = f"--spec {_quoted(self.spec)}"
+        begin = f"--spec {quoted(self.spec)}"
         held = stack_complaint(sites, self.name)
         if held is not None:
             return held
@@ -373,7 +373,8 @@ def _shown(site: Site) -> str:
     return f"{site.format.name} ({site.granularity}{f' of {site.group}' if site.group else ''})"
 
 
-def _quoted(spec: str | dict[str, Any] | None) -> str:
+def quoted(spec: str | dict[str, Any] | None) -> str:
+    """A spec as the command line takes it."""
     if isinstance(spec, dict):
         return f"'{yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=10_000).strip()}'"
     return str(spec)
