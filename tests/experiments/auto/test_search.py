@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 import torch
 from tests.tiny_text import make_data, make_model
 
+import s2d
 from s2d.checkpoint import save
 from s2d.cli import main
 from s2d.experiments.auto.ladder import first
@@ -21,6 +26,7 @@ from s2d.experiments.auto.rounds import Rounds
 from s2d.experiments.auto.search import auto
 from s2d.experiments.auto.search_records import File, Records
 from s2d.experiments.auto.verdict import status_of, what_would_help
+from s2d.experiments.watcher import Silent
 from s2d.export import open_exported
 from s2d.export.runtime import find_runtime
 from s2d.models import Loaded, load
@@ -93,6 +99,70 @@ def test_the_command_its_exit_codes_and_its_json(met: Any, folder: Path, capsys:
     assert main([*words, "--within", "20", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "w8a8" in told and "w8a16" in told and "minutes" in told and "a4" not in told
+
+
+def test_openvino_runs_its_own_file(folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]) -> None:
+    pytest.importorskip("openvino")
+    loaded, model, task = trained
+    verdict = auto(loaded, model, task, runtime="openvino", within=20.0, minutes=0.001, out=folder / "openvino")
+    assert verdict.status == "MET" and verdict.file == str(folder / "openvino" / "model.xml")
+    assert (folder / "openvino" / "model.bin").is_file()
+    row = verdict.frontier[-1]
+    found = task.evaluate(open_exported(verdict.file, runtime="openvino"), "validation")["accuracy"]
+    assert row.ran and row.ms > 0 and row.score == pytest.approx(found)
+    assert row.bytes == sum((folder / "openvino" / f"model.{end}").stat().st_size for end in ("xml", "bin"))
+
+
+class Interrupting(Silent):
+    """Presses Ctrl-C when so many candidates have begun."""
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def advance(self, done: int, note: str = "") -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interruption_leaves_the_file_and_the_next_call_goes_on(
+    met: Any, folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]
+) -> None:
+    loaded, model, task = trained
+    out, tried = folder / "interrupted", 0
+    shutil.copytree(folder / "out", out)
+    for moment in (1, 2, 2):
+        with pytest.raises(KeyboardInterrupt):
+            auto(loaded, model, task, runtime="onnxruntime", within=20.0, out=out, watcher=Interrupting(moment))
+        assert open_exported(out / "model.onnx") is not None
+        left = json.loads((out / "auto.json").read_text())
+        records = Records.open(out, left["key"])
+        assert len(records.scored) == tried + moment - 1 and len(records.files) == 1, "what was tried is kept"
+        assert not list(out.rglob(".*-????????")), "and nothing half made"
+        tried = len(records.scored)
+
+
+def test_a_killed_call_leaves_the_file_and_the_next_goes_on(
+    met: Any, folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]
+) -> None:
+    out = folder / "killed"
+    shutil.copytree(folder / "out", out)
+    words = ["quantize", str(folder / "trained"), "--task", "text-classification", "--data", str(folder / "words")]
+    words += ["-o", "task.max_length=24", "--method", "auto", "--for", "onnxruntime", "--within", "20"]
+    package = Path(s2d.__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "s2d.cli", *words, "--out", str(out), "-q"],
+        env={**os.environ, "PYTHONPATH": str(package)},
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not json.loads((out / "auto.json").read_text())["scored"]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert open_exported(out / "model.onnx") is not None
+    kept = json.loads((out / "auto.json").read_text())["scored"]
+    assert main([*words, "--out", str(out), "--minutes", "0.001", "-q"]) == 0
+    assert kept.items() <= json.loads((out / "auto.json").read_text())["scored"].items()
 
 
 def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
