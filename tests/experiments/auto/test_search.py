@@ -15,17 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_text import make_data, make_model
+from tests.tiny_text import make_data, make_model, make_texts
 
 import s2d
 from s2d.checkpoint import save
 from s2d.cli import main
+from s2d.errors import InputError
 from s2d.experiments.auto.ladder import first
 from s2d.experiments.auto.promise import Promise
 from s2d.experiments.auto.rounds import Rounds
 from s2d.experiments.auto.search import auto
 from s2d.experiments.auto.search_records import File, Records
 from s2d.experiments.auto.verdict import status_of, what_would_help
+from s2d.experiments.recipe import make_recipe
+from s2d.experiments.runner import Runner
 from s2d.experiments.watcher import Silent
 from s2d.export import open_exported
 from s2d.export.runtime import find_runtime
@@ -165,8 +168,41 @@ def test_a_killed_call_leaves_the_file_and_the_next_goes_on(
     assert kept.items() <= json.loads((out / "auto.json").read_text())["scored"].items()
 
 
+def test_a_recipe_compares_its_arms_and_exports_the_most_wanted_file(folder: Path) -> None:
+    content = {
+        "model": str(folder / "trained"),
+        "task": {"name": "text-classification", "data": str(folder / "words"), "max_length": 24},
+        "train": {"steps": 2, "batch_size": 16},
+        "arms": {"none": None, "s2d": {}},
+        "audit": False,
+        "quantize": {"specs": ["fp32"], "method": "auto", "for": "onnxruntime", "within": 50, "minutes": 0.001},
+        "export": str(folder / "exported" / "best.onnx"),
+    }
+    results = Runner("tiny", make_recipe(content), folder / "run").run()
+    assert {name: each["status"] for name, each in results["promises"].items()} == {"none-0": "MET", "s2d-0": "MET"}
+    sizes = [Path(each["file"]).stat().st_size for each in results["promises"].values()]
+    assert (folder / "exported" / "best.onnx").stat().st_size == min(sizes)
+    assert open_exported(folder / "exported" / "best.onnx") is not None
+    assert "Files that keep the accuracy" in (folder / "run" / "report.html").read_text(encoding="utf-8")
+    for wrong, said in (({"export": "best.xml"}, "NAME.onnx"), ({"quantize": {}}, "add quantize.method: auto")):
+        with pytest.raises(InputError, match=said):
+            make_recipe({**content, **wrong})
+
+
+def test_a_runtime_that_is_not_here_gets_files_and_never_a_met_promise(
+    folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]
+) -> None:
+    loaded, model, task = trained
+    verdict = auto(loaded, model, task, runtime="qnn", within=20.0, minutes=0.001, out=folder / "qnn")
+    assert (verdict.status, verdict.file) == ("NOT SURE", None) and "not run" in " ".join(verdict.notes)
+    assert (folder / "qnn" / verdict.frontier[0].file).is_file() and not verdict.frontier[0].ran
+
+
 def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = ("--task", "text-classification", "--data", str(folder / "words"), "-o", "task.max_length=24")
+    one = make_data(folder / "one", train=40, test=10)
+    lines = make_texts(folder / "lines.txt", 300)
+    (one / "validation.csv").write_text("text,label\nold apple,fruit\n")
     begin = ("quantize", str(folder / "trained"), *task, "--method", "auto", "--out", str(folder / "bad"))
     for more, said in (
         (("--within", "1"), "--for onnxruntime"),
@@ -177,6 +213,11 @@ def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFix
         (("--for", "hailo", "--within", "1"), "quantizes by itself"),
         (("--for", "gguf", "--within", "1"), "reads none"),
         (("--for", "onnxruntime", "--within", "1", "--spec", "w8a8"), "leave out --spec"),
+        (("--for", "onnxruntime", "--within", "1", "--data", str(one)), "1 example"),
+        (
+            ("--for", "onnxruntime", "--within", "1", "--task", "unlabelled-text", "--data", str(lines)),
+            "no mean over examples",
+        ),
     ):
         assert main([*begin, *more]) == 2
         error = capsys.readouterr().err
