@@ -201,7 +201,7 @@ def test_a_runtime_that_is_not_here_gets_files_and_never_a_met_promise(
 def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = ("--task", "text-classification", "--data", str(folder / "words"), "-o", "task.max_length=24")
     one = make_data(folder / "one", train=40, test=10)
-    lines = make_texts(folder / "lines.txt", 300)
+    unlabelled = ("--task", "unlabelled-text", "--data", str(make_texts(folder / "lines.txt", 300)))
     (one / "validation.csv").write_text("text,label\nold apple,fruit\n")
     begin = ("quantize", str(folder / "trained"), *task, "--method", "auto", "--out", str(folder / "bad"))
     for more, said in (
@@ -214,10 +214,7 @@ def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFix
         (("--for", "gguf", "--within", "1"), "reads none"),
         (("--for", "onnxruntime", "--within", "1", "--spec", "w8a8"), "leave out --spec"),
         (("--for", "onnxruntime", "--within", "1", "--data", str(one)), "1 example"),
-        (
-            ("--for", "onnxruntime", "--within", "1", "--task", "unlabelled-text", "--data", str(lines)),
-            "no mean over examples",
-        ),
+        (("--for", "onnxruntime", "--within", "1", *unlabelled), "no mean over examples"),
     ):
         assert main([*begin, *more]) == 2
         error = capsys.readouterr().err

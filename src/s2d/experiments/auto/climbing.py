@@ -116,6 +116,12 @@ class Climbing:
             records.scored,
         )
 
+    def expected(self, records: Records) -> list[tuple[Candidate, float]]:
+        """Every legal candidate with its expected drop in points."""
+        self._score(records)
+        forecast = self.forecast(records)
+        return [(each, forecast.points(each)) for each in self._pool(forecast, records)]
+
     def _pool(self, forecast: Forecast, records: Records) -> list[Candidate]:
         """All legal candidates that were not refused, each once."""
         view = View(
@@ -163,6 +169,8 @@ class Climbing:
 
     def narrowest(self, records: Records) -> Candidate:
         """The smallest (or fastest) candidate without further products, of the least error among its equals."""
+        if self.simulation.scores is None:
+            self._score(records)
         forecast = self.forecast(records)
         pool = [each for each in self._pool(forecast, records) if each.method not in PRODUCTS]
         return max(pool, key=lambda each: (round(forecast.saving(each), 3), -forecast.error(each)))

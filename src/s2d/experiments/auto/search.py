@@ -48,6 +48,7 @@ from s2d.tasks.base import Outcomes
 REPAIRS = ("conditioning", "training")
 _TRAINING = 120.0  # seconds below which no repair begins
 _RESERVED = 0.5  # of the time, for judging
+_MOST_ROUNDS = 4  # with the repairs' two
 
 
 def auto(
@@ -141,13 +142,13 @@ class Search:
     def run(self) -> Verdict:
         """Do all missing work within the time limit."""
         with locked(self.out):
-            self.records = Records.open(self.out, self._key())
+            self.records = Records.open(self.out, self.key())
             sweep(self.out, age=0.0)  # left by a killed call; no other process uses this folder
             self._slowest = max((each.seconds for each in self.records.files.values()), default=0.0)
             (self.out / CANDIDATES).mkdir(parents=True, exist_ok=True)
             self._refuse_full_disk(self.safest)
             self.records.write()
-            self._write(self.safest)
+            self._begin()
             self.full = self._full()
             higher = self.task.higher_is_better
             within, objective = self.promise.within, self.promise.objective
@@ -164,20 +165,54 @@ class Search:
                     self.records.write()
             return self._verdict()
 
+    def _begin(self) -> None:
+        """Write the safest file; if that fails, `_file` says why when it is judged."""
+        try:
+            self._write(self.safest)
+        except InputError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+
     def _work(self) -> None:
         self._file(self.safest)
         self._decide()
-        if not self.records.rounds or not self.rounds.finished:
-            done = self.climbing.climb(self.records, lambda: self._left() <= self._reserve())
-            self._stopped = self._stopped or not done
-            if not self.records.rounds:
-                self._plan_round([self.safest, *self.climbing.worth_a_file(self.records)])
+        self._judge_rounds()
+        hopeless = self.safest.key in self.records.files and self.safest.key not in self.rounds.accepted
+        # Where the safest is not accepted, every round would end with it.
+        while not (hopeless or self._stopped or (self.records.rounds and self.rounds.wanted_most)):
+            ended = self.climbing.climb(self.records, lambda: self._left() <= self._reserve())
+            planned = self._next_round()
+            if not planned:
+                break
+            self._plan_round(planned)
             self._judge_rounds()
+            self._stopped = self._stopped or not ended
         for kind in REPAIRS:
             if self.rounds.wanted_most or self._left() <= _TRAINING + 2 * self._slowest or self.promise.minutes is None:
                 break
             if kind not in self._repairs_done():
                 self._repair(kind)
+
+    def _next_round(self) -> list[Candidate]:
+        """The candidates to judge next, the safest first: at first all that are worth a file, later those between the
+        best accepted and the first that failed, if they were not judged (for an earlier, less strict promise).
+        """
+        worth = self.climbing.worth_a_file(self.records)
+        if not self.records.rounds:
+            return [self.safest, *worth]
+        if len(self.records.rounds) >= _MOST_ROUNDS:
+            return []
+        accepted, chosen = self.rounds.accepted, self.rounds.chosen
+        forecast = self.climbing.forecast(self.records)
+        failed = [forecast.error(each.candidate) for key, each in self.records.files.items() if key not in accepted]
+        saved = -math.inf if chosen is None else forecast.saving(chosen)
+        return [
+            each
+            for each in worth
+            if each.key not in self.records.files
+            and forecast.error(each) < min(failed, default=math.inf)
+            and forecast.saving(each) > saved
+        ]
 
     def _repairs_done(self) -> set[str]:
         """The kinds of repair that were judged."""
@@ -188,7 +223,8 @@ class Search:
         limit = self.promise.minutes
         return 0.0 if limit is None else max(_RESERVED * 60.0 * limit, 2.0 * self._slowest)
 
-    def _key(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
+        """What all results of a folder depend on."""
         return {
             "model": fingerprint(self.model),
             "data": self.task.fingerprint,
