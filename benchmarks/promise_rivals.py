@@ -32,7 +32,7 @@ from s2d.export.onnx import write_onnx
 from s2d.io.files import JSON, write_json
 from s2d.io.provenance import run_metadata
 from s2d.models import load
-from s2d.tasks import Task, create
+from s2d.tasks import Split, Task, create
 from s2d.tasks.base import calibration_inputs
 from s2d.tasks.evaluation import evaluate, model_for
 
@@ -124,7 +124,8 @@ def main() -> None:
     task = create(recipe.task.name, **recipe.task.options)
     plain = model_for(load(arguments.model), task)
     batches = calibration_inputs(task, SAMPLES, 16, 0)
-    scores = {split: evaluate(plain, task, split=split)[task.primary] for split in ("validation", "test")}
+    splits: tuple[Split, ...] = ("validation", "test")
+    scores = {split: evaluate(plain, task, split=split)[task.primary] for split in splits}
     found: list[JSON] = []
     with tempfile.TemporaryDirectory() as scratch:
         full = Path(scratch) / "full.onnx"
@@ -147,7 +148,7 @@ def main() -> None:
                 seconds = time.monotonic() - start
                 made, before = (open_exported(file, runtime=runtime) for file in (target, full))
                 ms, full_ms = (median(each) for each in take_turns([partial(made, **one), partial(before, **one)], 15))
-                lost = {split: scores[split] - evaluate(made, task, split=split)[task.primary] for split in scores}
+                lost = {split: scores[split] - evaluate(made, task, split=split)[task.primary] for split in splits}
                 size = target.stat().st_size
                 size += target.with_suffix(".bin").stat().st_size if runtime == "openvino" else 0
                 found.append(

@@ -27,7 +27,7 @@ from s2d.errors import InputError
 from s2d.experiments.auto.acceptance import level_of, paired_drop
 from s2d.experiments.auto.candidates import Candidate, Objective, tables_of
 from s2d.experiments.auto.climbing import Climbing
-from s2d.experiments.auto.judging import Judge, Judged, outcomes_on
+from s2d.experiments.auto.judging import BATCH, Judge, Judged, outcomes_on
 from s2d.experiments.auto.ladder import first, scored_specs
 from s2d.experiments.auto.promise import Promise
 from s2d.experiments.auto.repair import repaired
@@ -48,6 +48,8 @@ from s2d.tasks.base import Outcomes
 REPAIRS = ("conditioning", "training")
 _TRAINING = 120.0  # seconds below which no repair begins
 _RESERVED = 0.5  # of the time, for judging
+_SCORINGS = 7  # passes over the acceptance data: full precision, and the files of a round
+_FEWEST = 320  # examples that are scored whatever the time; with fewer no promise of one point is met
 _MOST_ROUNDS = 4  # with the repairs' two
 
 
@@ -112,9 +114,9 @@ class Search:
         self.loaded, self.model, self.task, self.promise, self.out = loaded, model.eval(), task, promise, out
         self.runtime, self.seed, self.watcher = promise.runtime, seed, watcher
         promise.refuse_task(task)
-        self.examples = task.sizes()[promise.split]
         self.runs = self.runtime.installed
         self.simulation = Simulation(model, task, seed)
+        self.examples = self._affordable()
         self.tables = max(self.runtime.embedding_bits) if tables_of(model) else 0
         self.safest = first(self.runtime, self.tables)
         self.climbing = Climbing(model, self.runtime, self.simulation, promise, self.tables, watcher)
@@ -122,6 +124,17 @@ class Search:
         self._judge: Judge | None = None
         self._slowest = 0.0
         self._stopped = False
+
+    def _affordable(self) -> int:
+        """Acceptance examples: all, or as many as full precision and the files of a round are through with in half the
+        time, rounded to whole batches.
+        """
+        size, minutes = self.task.sizes()[self.promise.split], self.promise.minutes
+        if minutes is None:
+            return size
+        per_row = self.simulation.pass_seconds / self.simulation.samples
+        found = _RESERVED * 60.0 * minutes / (_SCORINGS * per_row)
+        return min(size, max(_FEWEST, math.ceil(found / BATCH) * BATCH))
 
     def beginning(self) -> list[tuple[Candidate, int, str | None]]:
         """The candidates that need no scores, with their predicted bytes and, if one is not legal, the reason."""
@@ -143,6 +156,7 @@ class Search:
         """Do all missing work within the time limit."""
         with locked(self.out):
             self.records = Records.open(self.out, self.key())
+            self.examples = self.records.examples = self.records.examples or self.examples
             sweep(self.out, age=0.0)  # left by a killed call; no other process uses this folder
             self._slowest = max((each.seconds for each in self.records.files.values()), default=0.0)
             (self.out / CANDIDATES).mkdir(parents=True, exist_ok=True)
@@ -246,7 +260,7 @@ class Search:
         kept = self.records.outcomes("full")
         if kept is None:
             self.watcher.stage(f"full precision on {self.promise.split}", 1)
-            kept = outcomes_on(self.model, self.task, self.promise.split)
+            kept = outcomes_on(self.model, self.task, self.promise.split, self.examples)
             self.records.save_outcomes("full", kept)
         if not math.isfinite(kept.score()):
             raise InputError(f"{self.loaded.source} has {self.task.primary} {kept.score()} in full precision")
@@ -349,12 +363,12 @@ class Search:
     def _judged(self, made: nn.Module | None, candidate: Candidate, target: Path) -> Judged:
         if not self.runs:
             assert made is not None
-            return Judged(outcomes_on(as_in_file(made, candidate), self.task, self.promise.split))
+            return Judged(outcomes_on(as_in_file(made, candidate), self.task, self.promise.split, self.examples))
         if self._judge is None:
             full = self._scratch / "full.onnx"
             write_onnx(self.model, self._example(), full, beside=True)
             assert self.runtime.runner is not None
-            self._judge = Judge(self.task, self.promise.split, self.runtime.runner, self._scratch, full)
+            self._judge = Judge(self.task, self.promise.split, self.examples, self.runtime.runner, self._scratch, full)
         return self._judge.judge(target)
 
     # -- the verdict
@@ -399,6 +413,11 @@ class Search:
         if not self.runs:
             why = "is not installed here" if self.runtime.runner else "does not run on this machine"
             notes.append(f"the files were not run: {self.runtime.name} {why}; their drops are those of the simulation")
+        size = self.task.sizes()[self.promise.split]
+        if self.examples < size:
+            notes.append(
+                f"{self.examples:,} of {size:,} examples were scored, as the minutes of the first call allowed"
+            )
         if len(self.records.rounds) > 1:
             notes.append(f"round {len(self.records.rounds)} is held to {level_of(len(self.records.rounds)):.2%}")
         return notes
