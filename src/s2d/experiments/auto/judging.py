@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -52,7 +52,8 @@ def outcomes_on(model: nn.Module, task: Task, split: Split, examples: int) -> Ou
     fewer = examples < task.sizes()[split]
     batches = islice(task.batches(split, batch_size=BATCH, shuffle=fewer), -(-examples // BATCH))
     with evaluating(model):
-        return Outcomes.joined([task.outcomes(model, batch) for batch in batches])
+        found = Outcomes.joined([task.outcomes(model, batch) for batch in batches])
+    return replace(found, values=found.values[:examples], weights=found.weights[:examples])
 
 
 class Judge:

@@ -27,7 +27,7 @@ from s2d.errors import InputError
 from s2d.experiments.auto.acceptance import level_of, paired_drop
 from s2d.experiments.auto.candidates import Candidate, Objective, tables_of
 from s2d.experiments.auto.climbing import Climbing
-from s2d.experiments.auto.judging import BATCH, Judge, Judged, outcomes_on
+from s2d.experiments.auto.judging import Judge, Judged, outcomes_on
 from s2d.experiments.auto.ladder import first, scored_specs
 from s2d.experiments.auto.promise import Promise
 from s2d.experiments.auto.repair import repaired
@@ -48,8 +48,6 @@ from s2d.tasks.base import Outcomes
 REPAIRS = ("conditioning", "training")
 _TRAINING = 120.0  # seconds below which no repair begins
 _RESERVED = 0.5  # of the time, for judging
-_SCORINGS = 7  # passes over the acceptance data: full precision, and the files of a round
-_FEWEST = 320  # examples that are scored whatever the time; with fewer no promise of one point is met
 _MOST_ROUNDS = 4  # with the repairs' two
 
 
@@ -116,7 +114,7 @@ class Search:
         promise.refuse_task(task)
         self.runs = self.runtime.installed
         self.simulation = Simulation(model, task, seed)
-        self.examples = self._affordable()
+        self.examples = self.simulation.affordable(promise.split, promise.minutes)
         self.tables = max(self.runtime.embedding_bits) if tables_of(model) else 0
         self.safest = first(self.runtime, self.tables)
         self.climbing = Climbing(model, self.runtime, self.simulation, promise, self.tables, watcher)
@@ -124,17 +122,6 @@ class Search:
         self._judge: Judge | None = None
         self._slowest = 0.0
         self._stopped = False
-
-    def _affordable(self) -> int:
-        """Acceptance examples: all, or as many as full precision and the files of a round are through with in half the
-        time, rounded to whole batches.
-        """
-        size, minutes = self.task.sizes()[self.promise.split], self.promise.minutes
-        if minutes is None:
-            return size
-        per_row = self.simulation.pass_seconds / self.simulation.samples
-        found = _RESERVED * 60.0 * minutes / (_SCORINGS * per_row)
-        return min(size, max(_FEWEST, math.ceil(found / BATCH) * BATCH))
 
     def beginning(self) -> list[tuple[Candidate, int, str | None]]:
         """The candidates that need no scores, with their predicted bytes and, if one is not legal, the reason."""

@@ -28,10 +28,12 @@ from s2d.quant import QuantSpec, Site
 from s2d.quant.allocate import LayerCost, Sensitivity, never_rising, side_by_side
 from s2d.quant.calibration.observe import Batches, traced
 from s2d.quant.numerics.formats import integer_format
-from s2d.tasks import Task
+from s2d.tasks import Split, Task
 from s2d.tasks.base import Outcomes, calibration_inputs
 
 SAMPLES, SEARCHED = 128, 256  # training examples: for calibration, and to compare candidates
+_SCORINGS = 7  # passes over the acceptance data: full precision, and the files of a round
+_FEWEST = 320  # examples that are scored whatever the time; with fewer no promise of one point is met
 _TOKENS = 2048  # tokens of a batch
 _KEPT = 2**24  # numbers of full precision's output that are held for the comparison
 
@@ -79,6 +81,16 @@ class Simulation:
             start = time.perf_counter()
             run(self.model, batches[0])
         return (time.perf_counter() - start) * len(batches)
+
+    def affordable(self, split: Split, minutes: float | None) -> int:
+        """Acceptance examples: all, or as many as full precision and the files of a round are through with in half the
+        time.
+        """
+        size = self.task.sizes()[split]
+        if minutes is None:
+            return size
+        found = 60.0 * minutes * self.samples / (2 * _SCORINGS * self.pass_seconds)
+        return min(size, max(_FEWEST, round(found)))
 
     def quantized(self, candidate: Candidate, trained: Path) -> nn.Module:
         """The model of a candidate.
