@@ -134,7 +134,7 @@ def test_an_interruption_leaves_the_file_and_the_next_call_goes_on(
     loaded, model, task = trained
     out, tried = folder / "interrupted", 0
     shutil.copytree(folder / "out", out)
-    for moment in (1, 2, 2):
+    for moment in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             auto(loaded, model, task, runtime="onnxruntime", within=20.0, out=out, watcher=Interrupting(moment))
         assert open_exported(out / "model.onnx") is not None

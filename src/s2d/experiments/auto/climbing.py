@@ -73,7 +73,6 @@ class Climbing:
         Returns:
             Whether the end of the ladder was reached.
         """
-        self._score(records)
         tried = 0
         while tried < _MOST:
             forecast = self.forecast(records)
@@ -104,7 +103,9 @@ class Climbing:
         self.simulation.score(records.folder / SCORES, scored_specs(self.runtime), tables)
 
     def forecast(self, records: Records) -> Forecast:
-        """What is known of the candidates now."""
+        """What is known of the candidates now; at first, they are scored."""
+        if self.simulation.scores is None:
+            self._score(records)
         return Forecast(
             self.simulation.predicted,
             self.bytes,
@@ -118,7 +119,6 @@ class Climbing:
 
     def expected(self, records: Records) -> list[tuple[Candidate, float]]:
         """Every legal candidate with its expected drop in points."""
-        self._score(records)
         forecast = self.forecast(records)
         return [(each, forecast.points(each)) for each in self._pool(forecast, records)]
 
@@ -169,8 +169,6 @@ class Climbing:
 
     def narrowest(self, records: Records) -> Candidate:
         """The smallest (or fastest) candidate without further products, of the least error among its equals."""
-        if self.simulation.scores is None:
-            self._score(records)
         forecast = self.forecast(records)
         pool = [each for each in self._pool(forecast, records) if each.method not in PRODUCTS]
         return max(pool, key=lambda each: (round(forecast.saving(each), 3), -forecast.error(each)))

@@ -66,6 +66,7 @@ class Records:
         refused: Candidates that could not be made, with the reason.
         rounds: Orders of judging, each fixed before its first look at the acceptance data.
         repair: A candidate whose weights are being trained.
+        climbed: Points of the promises for which the ladder was tried to its end.
         examples: How many acceptance examples were scored; 0 before the first.
         seconds: Total time of all calls.
     """
@@ -77,6 +78,7 @@ class Records:
     refused: dict[str, str] = field(default_factory=dict)
     rounds: list[list[Candidate]] = field(default_factory=list)
     repair: Candidate | None = None
+    climbed: list[float] = field(default_factory=list)
     examples: int = 0
     seconds: float = 0.0
 
@@ -113,6 +115,7 @@ class Records:
             content["refused"],
             [[Candidate.from_dict(each) for each in round] for round in content["rounds"]],
             None if content["repair"] is None else Candidate.from_dict(content["repair"]),
+            content["climbed"],
             content["examples"],
             content["seconds"],
         )
@@ -128,6 +131,7 @@ class Records:
             "refused": self.refused,
             "rounds": [[each.to_dict() for each in round] for round in self.rounds],
             "repair": None if self.repair is None else self.repair.to_dict(),
+            "climbed": self.climbed,
             "examples": self.examples,
             "seconds": self.seconds,
         }
