@@ -193,9 +193,9 @@ def test_a_runtime_that_is_not_here_gets_files_and_never_a_met_promise(
     folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]
 ) -> None:
     loaded, model, task = trained
-    verdict = auto(loaded, model, task, runtime="qnn", within=20.0, minutes=0.001, out=folder / "qnn")
+    verdict = auto(loaded, model, task, runtime="tensorrt", within=20.0, minutes=0.001, out=folder / "elsewhere")
     assert (verdict.status, verdict.file) == ("NOT SURE", None) and "not run" in " ".join(verdict.notes)
-    assert (folder / "qnn" / verdict.frontier[0].file).is_file() and not verdict.frontier[0].ran
+    assert (folder / "elsewhere" / verdict.frontier[0].file).is_file() and not verdict.frontier[0].ran
 
 
 def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

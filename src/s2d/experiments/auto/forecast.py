@@ -21,7 +21,7 @@ from s2d.quant import get_methods
 # Measured divergence over that of rounding to nearest, before a method was tried with this model.
 PRIOR = {"rtn": 1.0, "gptq": 0.15, "erq": 0.4, "repq": 1.5, "smoothquant": 0.8, "rotation": 0.6, "svdquant": 0.5}
 CONDITIONED, TRAINED = 0.5, 0.1  # the same for repaired weights
-POWER, FACTOR = 1.0, 50.0  # points of a divergence of one nat, before a drop was measured
+POWER, FACTOR = 1.0, 30.0  # points of a divergence of one nat, before a drop was measured
 _UNSURE, _SURER = 1.0, 0.5  # standard deviations of the logarithm of a predicted and of a measured drop
 _LEAST = 0.004  # share of the file (or the time): a smaller expected gain is not worth trying
 

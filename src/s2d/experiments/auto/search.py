@@ -168,6 +168,9 @@ class Search:
 
     def _begin(self) -> None:
         """Write the safest file; if that fails, `_file` says why when it is judged."""
+        complaint = self.climbing.complaint(self.safest)
+        if complaint is not None:
+            raise InputError(complaint)
         try:
             self._write(self.safest)
         except InputError as error:
