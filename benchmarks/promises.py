@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +55,20 @@ def score(arguments: argparse.Namespace) -> None:
 def correlate(arguments: argparse.Namespace) -> None:
     """In the fresh process: predicted and measured drops of all candidates of a folder's ladder, and Pearson's r.
 
-    The scores are those of the search, corrected by its first three measured candidates only. Drops are measured in
-    simulation on the test split, which the search never saw.
+    Beside the runtime's legal candidates the same with weights of 3 and 2 bits, whose drops are far above chance. The
+    scores are corrected by the search's first three measured candidates only. Drops are measured in simulation on the
+    test split, which the search never saw.
     """
+    from s2d.experiments.auto.candidates import Candidate
+    from s2d.experiments.auto.ladder import forms
     from s2d.experiments.auto.promise import Promise
     from s2d.experiments.auto.search import Search
-    from s2d.experiments.auto.search_records import Records
+    from s2d.experiments.auto.search_records import SCORES, Records
     from s2d.experiments.auto.simulation import as_in_file
     from s2d.experiments.recipe import make_recipe
     from s2d.experiments.watcher import Silent
     from s2d.models import load
+    from s2d.quant.numerics.formats import integer_format
     from s2d.tasks import create
     from s2d.tasks.evaluation import evaluate, model_for
 
@@ -78,7 +84,16 @@ def correlate(arguments: argparse.Namespace) -> None:
     records.scored = {each.candidate.key: each for each in tried[:3]}
     full, rows = evaluate(search.model, task, split="test")[task.primary], []
     sign = 1.0 if task.higher_is_better else -1.0
-    for candidate, points in search.climbing.expected(records):
+    low = [
+        replace(form, weight=replace(form.weight, format=integer_format(bits, signed=True)))
+        for form in forms(search.runtime, narrow=True)
+        for bits in (3, 2)
+    ]
+    legal = [each for each, _ in search.climbing.expected(records)]
+    search.simulation.score(Path(folder) / SCORES, low, [])
+    forecast = search.climbing.forecast(records)
+    for candidate in [*legal, *(Candidate(spec, "rtn", search.tables, "low") for spec in low)]:
+        points = forecast.points(candidate)
         try:
             made = as_in_file(search.simulation.quantized(candidate, Path(folder)), candidate)
         except InputError:
@@ -86,8 +101,11 @@ def correlate(arguments: argparse.Namespace) -> None:
         lost = sign * (full - evaluate(made, task, split="test")[task.primary])
         rows.append({"candidate": candidate.label, "predicted": points, "lost": lost})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    found = statistics.correlation([row["predicted"] for row in rows], [row["lost"] for row in rows])
-    print(json.dumps({"pearson": found, "candidates": rows}))
+    told: JSON = {"candidates": rows}
+    for name, most in (("pearson", math.inf), ("pearson_below_3_points", 3.0)):
+        part = [(row["predicted"], row["lost"]) for row in rows if row["lost"] < most]
+        told[name] = statistics.correlation(*zip(*part, strict=True))
+    print(json.dumps(told))
 
 
 def cell(arguments: argparse.Namespace, runtime: str, within: float) -> JSON:

@@ -48,7 +48,10 @@ def test_no_rung_proposes_what_is_not_legal(name: str) -> None:
     def error(candidate: Candidate) -> float:
         return float(int(candidate.key[-6:], 16))
 
-    view = View(runtime, max(runtime.embedding_bits), error, measured, lambda spec: ["layers.0", "layers.1"])
+    def legal(spec: QuantSpec) -> bool:
+        return runtime.complaint(quant.plan(model, spec)) is None
+
+    view = View(runtime, max(runtime.embedding_bits), legal, error, measured, lambda spec: ["layers.0", "layers.1"])
     found = {each.key: each for rung in RUNGS for each in rung.propose(view)}
     for candidate in found.values():
         assert runtime.complaint(quant.plan(model, candidate.spec)) is None, candidate.label

@@ -18,6 +18,7 @@ from s2d.experiments.auto.search_records import CANDIDATES, SCORES, Records
 from s2d.experiments.auto.simulation import Simulation, as_in_file
 from s2d.experiments.watcher import Watcher
 from s2d.export.runtime import Runtime
+from s2d.quant import QuantSpec
 
 _MOST = 40  # candidates that are tried, at most
 
@@ -52,6 +53,10 @@ class Climbing:
         """The reason why the runtime would refuse a candidate; None when it is legal."""
         return self._facts(candidate)[2]
 
+    def legal(self, spec: QuantSpec) -> bool:
+        """Whether a spec fits the model and the runtime."""
+        return self.complaint(Candidate(spec, "rtn", 0, "")) is None
+
     def bytes(self, candidate: Candidate) -> int:
         """The predicted bytes of its file."""
         return self._facts(candidate)[0]
@@ -59,7 +64,11 @@ class Climbing:
     def _facts(self, candidate: Candidate) -> tuple[int, float | None, str | None]:
         name = f"{candidate.spec.to_dict()} {candidate.embeddings} {candidate.method}"
         if name not in self._sizes:
-            sites = quant.plan(self.model, candidate.spec)
+            try:
+                sites = quant.plan(self.model, candidate.spec)
+            except InputError as error:  # such as groups that do not divide a layer
+                self._sizes[name] = (0, None, str(error))
+                return self._sizes[name]
             size = file_bytes(self.model, sites, self.runtime, candidate.embeddings)
             size += branch_bytes(sites) if "svdquant" in candidate.method else 0
             self._sizes[name] = (size, self.runtime.time_of(sites), self.runtime.complaint(sites))
@@ -100,7 +109,8 @@ class Climbing:
     def _score(self, records: Records) -> None:
         self.watcher.stage("scores of every layer, and candidates in simulation", _MOST)
         tables = [bits for bits in self.runtime.embedding_bits if bits] if self.tables else []
-        self.simulation.score(records.folder / SCORES, scored_specs(self.runtime), tables)
+        specs = [spec for spec in scored_specs(self.runtime) if self.legal(spec)]
+        self.simulation.score(records.folder / SCORES, specs, tables)
 
     def forecast(self, records: Records) -> Forecast:
         """What is known of the candidates now; at first, they are scored."""
@@ -124,9 +134,8 @@ class Climbing:
 
     def _pool(self, forecast: Forecast, records: Records) -> list[Candidate]:
         """All legal candidates that were not refused, each once."""
-        view = View(
-            self.runtime, self.tables, forecast.error, self.simulation.sensitivity, self.simulation.worst_inputs
-        )
+        sensitivity, worst = self.simulation.sensitivity, self.simulation.worst_inputs
+        view = View(self.runtime, self.tables, self.legal, forecast.error, sensitivity, worst)
         found = {each.key: each for rung in RUNGS for each in rung.propose(view)}
         return [each for key, each in found.items() if key not in records.refused and self.complaint(each) is None]
 

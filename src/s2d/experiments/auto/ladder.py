@@ -32,6 +32,7 @@ class View:
         runtime: Where the file will run.
         tables: Bits of the embedding tables while weights are searched: the widest that the file rounds, 0 where the
             model has none.
+        legal: Whether a spec fits the model and the runtime.
         error: Divergence of a candidate: measured where it was tried, else predicted.
         sensitivity: The error of each width in each layer of a spec, from the scores.
         worst: The layers of a spec whose inputs cost most, worst first.
@@ -39,9 +40,14 @@ class View:
 
     runtime: Runtime
     tables: int
+    legal: Callable[[QuantSpec], bool]
     error: Callable[[Candidate], float]
     sensitivity: Callable[[QuantSpec, Sequence[int]], Sensitivity]
     worst: Callable[[QuantSpec], Sequence[str]]
+
+    def forms(self, narrow: bool = False) -> list[QuantSpec]:
+        """The forms that fit."""
+        return [spec for spec in forms(self.runtime, narrow) if self.legal(spec)]
 
     def best(self, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate of least error."""
@@ -95,13 +101,13 @@ def _kind(spec: QuantSpec) -> str:
     return "keep" if spec.activation is None else spec.activation.granularity
 
 
-def first(runtime: Runtime, tables: int) -> Candidate:
+def first(runtime: Runtime, tables: int, legal: Callable[[QuantSpec], bool] = lambda spec: True) -> Candidate:
     """The candidate before any search: the widest weights; inputs in full precision where that is legal, else with
     ranges per token, else with static ranges; embedding tables with this many bits.
     """
     order = ("keep", "token", "tensor")
     found = sorted(forms(runtime), key=lambda spec: order.index(_kind(spec)) if _kind(spec) in order else len(order))
-    return Candidate(found[0], "rtn", tables, "first")
+    return Candidate(next((spec for spec in found if legal(spec)), found[0]), "rtn", tables, "first")
 
 
 def observed(spec: QuantSpec) -> list[QuantSpec]:
@@ -117,7 +123,7 @@ def scored_specs(runtime: Runtime) -> list[QuantSpec]:
 
 
 def _ranges(view: View) -> list[Candidate]:
-    return [Candidate(each, "rtn", view.tables, "ranges") for spec in forms(view.runtime) for each in observed(spec)]
+    return [Candidate(each, "rtn", view.tables, "ranges") for spec in view.forms() for each in observed(spec)]
 
 
 def _narrow(view: View) -> list[Candidate]:
@@ -126,7 +132,7 @@ def _narrow(view: View) -> list[Candidate]:
         return []
     kinds = [
         [Candidate(each, "rtn", view.tables, "narrow weights") for each in observed(spec)]
-        for spec in forms(view.runtime, narrow=True)
+        for spec in view.forms(narrow=True)
     ]
     return [view.best(candidates) for candidates in kinds]
 

@@ -116,8 +116,8 @@ class Search:
         self.simulation = Simulation(model, task, seed)
         self.examples = self.simulation.affordable(promise.split, promise.minutes)
         self.tables = max(self.runtime.embedding_bits) if tables_of(model) else 0
-        self.safest = first(self.runtime, self.tables)
         self.climbing = Climbing(model, self.runtime, self.simulation, promise, self.tables, watcher)
+        self.safest = first(self.runtime, self.tables, self.climbing.legal)
         self.records = Records(out, {})  # until `run` opens the folder
         self._judge: Judge | None = None
         self._slowest = 0.0

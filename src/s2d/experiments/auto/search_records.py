@@ -1,7 +1,7 @@
 """The files of a search on disk: finished candidates are kept, and the next call continues from them.
 
 FOLDER/auto.json            what was tried and judged, and in which rounds
-FOLDER/scores.safetensors   see `scores`
+FOLDER/scores.safetensors   see `fisher_scores`
 FOLDER/candidates/KEY.*     every file that was judged, its report, and what it made of each example (KEY.outcomes)
 FOLDER/model.*              the result; not there unless the promise is met
 """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from s2d import quant
 from s2d.errors import InputError
 from s2d.experiments.auto.candidates import Candidate
-from s2d.experiments.auto.scores import Kind, Scorer, Scores, option_of, table_options
+from s2d.experiments.auto.fisher_scores import Kind, Scorer, Scores, option_of, table_options
 from s2d.export.copies import shared_copy
 from s2d.export.lowering import round_embeddings
 from s2d.models.graph import Graph

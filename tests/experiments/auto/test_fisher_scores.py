@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from s2d.experiments.auto.scores import Kind, Scorer, Scores, option_of, option_of_table
+from s2d.experiments.auto.fisher_scores import Kind, Scorer, Scores, option_of, option_of_table
 from s2d.models.tracing import trace
 from s2d.quant import QuantSpec, planned
 
