@@ -28,7 +28,7 @@ from s2d.quant.numerics.observers import Observer, Rounding, make_observer, weig
 from s2d.quant.numerics.quantizer import Quantizer
 from s2d.quant.spec import QuantSpec
 
-Stage = Literal["transform", "rounding"]
+Stage = Literal["transform", "rounding", "correction"]
 Protocol = Literal["own", "unified"]
 
 
@@ -134,6 +134,7 @@ class Job:
             for methods that have none, and under the unified protocol.
         ranks: The processes, each with this model and its own share of the data; empty for a single process.
         traced: The graph of the first batch, if the model has been traced already.
+        original: For a correction: a copy of the model as it was before the rounding, all its quantizers off.
     """
 
     model: nn.Module
@@ -150,6 +151,7 @@ class Job:
     published: str | None = None
     ranks: Groups = ()
     traced: Graph | None = None
+    original: nn.Module | None = None
 
     @cached_property
     def graph(self) -> Graph:

@@ -135,7 +135,7 @@ def adaround(job: Job) -> None:
 
 
 def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
-    """Learn the rounding of a block's weights, and the steps of its activations."""
+    """Find a block's ranges by least squared error, and `learn`."""
     if job.protocol == "own":
         by_error = {_by_error(job, site): quantizer for site, quantizer in block.quantizers.items()}
         with observing(job, by_error, block.padding) as observers, evaluating(block.module):
@@ -144,6 +144,11 @@ def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
     for site in block.quantizers:
         if site.what == "weight":
             _set_weight_range(job, site)
+    learn(job, block, steps)
+
+
+def learn(job: Job, block: Block, steps: int) -> None:
+    """Learn the rounding of a block's weights, and the steps of its activations, from the ranges that it has."""
     layers = [layer for layer in layers_of(job, block.quantizers) if _possible(layer)]
     if not layers:
         return

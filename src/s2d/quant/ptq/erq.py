@@ -42,17 +42,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from s2d.models.running import evaluating
 from s2d.quant.calibration import corrections
-from s2d.quant.calibration.corrections import correctable, dampings, to_nearest, write
+from s2d.quant.calibration.corrections import RIDGE, correctable, ridge_solve, to_nearest, write
 from s2d.quant.calibration.observe import Job
 from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
-from s2d.quant.calibration.walk import observe_block, original, outside, walk
+from s2d.quant.calibration.walk import Block, observe_block, original, outside, walk
 from s2d.quant.numerics.formats import IntFormat
 from s2d.quant.numerics.quantizer import Quantizer, fake_quantize, switched_on
 from s2d.quant.ptq import register
@@ -61,7 +61,6 @@ from s2d.quant.ptq.repq import begin, plain_integer, reparametrise_block, set_we
 
 # The list of the released code.
 WEIGHT_PERCENTILES = "percentiles:97,98,99,99.5,99.95,99.97,99.99,99.995,99.999,100"
-RIDGE = 0.01
 FLIPS = 100
 _UNSOLVED = "has inputs whose second moment cannot be factored, even with more damping"
 
@@ -90,27 +89,6 @@ class Moments(corrections.Moments):
             self.count = 1
         size = len(self.square) if bias else len(self.square) - 1
         return self.square[:size, :size], self.cross[:size]
-
-
-def ridge_solve(square: Tensor, right: Tensor, ridge: float = RIDGE) -> Tensor | None:
-    """``(square + ridge * mean(diag) * I)^-1 right``, with more damping if that fails; None when all fails.
-
-    Args:
-        square: ``[n, n]`` float64, symmetric, positive semi-definite.
-        right: ``[n, o]`` float64.
-        ridge: lambda / N, relative to the mean of the diagonal.
-    """
-    for diagonal in dampings(square.diagonal(), ridge):
-        lower = square.t().clone(memory_format=torch.contiguous_format).t()
-        lower.diagonal().copy_(diagonal)
-        info = lower.new_empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))  # stored by columns, it is done in place
-        if int(info) == 0:
-            solution = torch.linalg.solve_triangular(lower, right, upper=False)
-            solution = torch.linalg.solve_triangular(lower.t(), solution, upper=True, out=solution)
-            if bool(torch.isfinite(solution).all()):
-                return solution
-    return None
 
 
 def refine_rounding(
@@ -205,30 +183,40 @@ def _round(weight: Tensor, grid: Grid, moment: Tensor) -> Tensor:
 def erq(job: Job) -> None:
     """ERQ on every quantized weight, block by block."""
     begin(job)
-    own = job.protocol == "own"
     for block in walk(job, reference=True):
-        assert block.reference is not None
-        fitted = reparametrise_block(job, block, block.reference)
-        plain = replace(block, inputs=block.reference)
-        if own:
-            observe_block(job, plain)
-        fitted.restore()
-        teacher = original(block)
-        layers = layers_of(job, block.quantizers)
-        for site, quantizer in block.quantizers.items():
-            quantizer.enabled = not own and site.what != "weight"
-        with evaluating(teacher):
-            for group in _groups(job, layers, BlockRuns(block)):
-                if own:
-                    # The teacher's quantizers are off: it runs at full precision and the rounding is done here.
-                    tokens = _rounded_here(group, BlockRuns(replace(plain, module=teacher)))
-                else:
-                    tokens = _against_reference(group, BlockRuns(block, teacher))
-                _round_group(job, group, tokens)
-    _round_outside(job)
+        for layer, corrected in corrected_layers(job, block):
+            _round_layer(layer, corrected)
+    round_outside(job)
 
 
-def _round_outside(job: Job) -> None:
+def corrected_layers(job: Job, block: Block) -> Iterator[tuple[Layer, Corrected]]:
+    """Set a block's ranges, its norms reparametrised, and correct its weights (Aqer), one after the other.
+
+    Under the unified protocol the next layer sees what the consumer has made of those before it.
+    """
+    assert block.reference is not None
+    own = job.protocol == "own"
+    fitted = reparametrise_block(job, block, block.reference)
+    plain = replace(block, inputs=block.reference)
+    if own:
+        observe_block(job, plain)
+    fitted.restore()
+    teacher = original(block)
+    layers = layers_of(job, block.quantizers)
+    for site, quantizer in block.quantizers.items():
+        quantizer.enabled = not own and site.what != "weight"
+    with evaluating(teacher):
+        for group in _groups(job, layers, BlockRuns(block)):
+            if own:
+                # The teacher's quantizers are off: it runs at full precision and the rounding is done here.
+                tokens = _rounded_here(group, BlockRuns(replace(plain, module=teacher)))
+            else:
+                tokens = _against_reference(group, BlockRuns(block, teacher))
+            yield from _corrected_group(job, group, tokens)
+
+
+def round_outside(job: Job) -> None:
+    """ERQ on the weights outside the blocks."""
     layers = layers_of(job, outside(job))
     if not layers:
         return
@@ -238,7 +226,8 @@ def _round_outside(job: Job) -> None:
             if layer.input_quantizer is not None:
                 layer.input_quantizer.enabled = False
         for group in _groups(job, layers, ModelRuns(job)):
-            _round_group(job, group, _rounded_here(group, ModelRuns(job)))
+            for layer, corrected in _corrected_group(job, group, _rounded_here(group, ModelRuns(job))):
+                _round_layer(layer, corrected)
             for layer in group.layers:
                 if layer.input_quantizer is not None:
                     layer.input_quantizer.enabled = True
@@ -274,17 +263,43 @@ def _against_reference(group: Group, runs: BlockRuns) -> Iterator[tuple[int, Ten
         yield part, x, reference
 
 
-def _round_group(job: Job, group: Group, tokens: Iterable[tuple[int, Tensor, Tensor]]) -> None:
+@dataclass
+class Corrected:
+    """A layer after Aqer, before its rounding; where it has three inputs, in three parts of its rows.
+
+    Attributes:
+        weights: Those of the parts, ``[o, d]`` float32.
+        biases: Likewise, ``[o]`` float64; None without a bias.
+        squares: ``X^^T X^ / N`` of each part's input.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    squares: list[Tensor]
+
+    @torch.no_grad()
+    def keep_bias(self, layer: Layer) -> None:
+        """Put the bias in place."""
+        found = _bias(layer)
+        if found is not None:
+            found.copy_(torch.cat([part for part in self.biases if part is not None]))
+
+
+def _corrected_group(
+    job: Job, group: Group, tokens: Iterable[tuple[int, Tensor, Tensor]]
+) -> Iterator[tuple[Layer, Corrected]]:
     moments = [Moments(group.layers[0].site.name) for _ in range(group.parts)]
     for part, rounded, x in tokens:
         moments[part].add(rounded, x)
     for layer in group.layers:
-        _round_layer(job, layer, moments, last=layer is group.layers[-1])
+        corrected = _correct(job, layer, moments, last=layer is group.layers[-1])
+        if corrected is not None:
+            yield layer, corrected
 
 
 @torch.no_grad()
-def _round_layer(job: Job, layer: Layer, moments: list[Moments], *, last: bool) -> None:
-    """Both steps for one layer; where it has three inputs, each third of its rows on its own.
+def _correct(job: Job, layer: Layer, moments: list[Moments], *, last: bool) -> Corrected | None:
+    """Aqer for one layer, with the range of the corrected weight; None where it was rounded to nearest instead.
 
     The ``last`` layer of a group leaves no more of the moments than it still needs: they can be larger than its weight.
     """
@@ -301,19 +316,23 @@ def _round_layer(job: Job, layer: Layer, moments: list[Moments], *, last: bool) 
         solved = ridge_solve(square, missing)  # eq. 8
         if solved is None:
             to_nearest(layer, _UNSOLVED, _warn)
-            return
+            return None
         delta = solved.T
         squares.append(square)
         weights[index] = (weights[index].double() + delta[:, :width]).float()
         if (old := biases[index]) is not None:
             biases[index] = old.double() + delta[:, width]
-    corrected = torch.cat(weights)
-    # The ranges of the corrected weight.
-    layer.weight.copy_(corrected.view(layer.weight.shape))
+    layer.weight.copy_(torch.cat(weights).view(layer.weight.shape))
     set_weight(job, layer.site, layer.quantizer, WEIGHT_PERCENTILES)
-    grid, first = Grid.of(layer.quantizer, corrected), 0
-    del missing, solved, delta
-    for index, square in enumerate(squares):
+    return Corrected(weights, biases, squares)
+
+
+@torch.no_grad()
+def _round_layer(layer: Layer, corrected: Corrected) -> None:
+    """Wqer for one layer."""
+    weights, biases = corrected.weights, corrected.biases
+    grid, first = Grid.of(layer.quantizer, torch.cat(weights)), 0
+    for index, square in enumerate(corrected.squares):
         rows = slice(first, first + len(weights[index]))
         found = round_halves(weights[index], biases[index], square, grid.select(rows=rows))
         if found is None:
@@ -322,8 +341,7 @@ def _round_layer(job: Job, layer: Layer, moments: list[Moments], *, last: bool) 
         weights[index], biases[index] = found
         first = rows.stop
     write(layer, torch.cat(weights))
-    if bias is not None:
-        bias.copy_(torch.cat([part for part in biases if part is not None]))
+    corrected.keep_bias(layer)
 
 
 def _bias(layer: Layer) -> nn.Parameter | None:
