@@ -17,7 +17,7 @@ from s2d.errors import InputError
 from s2d.export.integers import IntegerActivation, IntegerWeight, integer_activation, integer_weight
 from s2d.quant.modules.attention import QuantizedAttention
 from s2d.quant.modules.linear import QuantizedConv, QuantizedLinear
-from s2d.quant.modules.online import OnlineLinear, OnlineBlock
+from s2d.quant.modules.online import OnlineBlock, OnlineLinear
 from s2d.quant.modules.sites import is_quantized
 from s2d.quant.numerics.quantizer import Quantizer
 

@@ -11,7 +11,7 @@ from tests.quant.tiny_families import FAMILIES, POST_NORM, PRE_NORM, apart, buil
 from s2d.errors import InputError
 from s2d.quant import load, quantize, remove, save
 from s2d.quant.modules.folding import matrix, streams
-from s2d.quant.modules.online import OnlineLinear, OnlineBlock
+from s2d.quant.modules.online import OnlineBlock, OnlineLinear
 from s2d.quant.ptq.rotation import rotation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is post-norm")

@@ -82,7 +82,9 @@ def errors_of(block: Block) -> Moments | None:
             hidden = hidden_states(block.module, call.args, call.kwargs)
             if hidden.shape != output.shape:
                 return None
-            x, wanted, got = (real_tokens(y, mask, "input").flatten(0, -2) for y in (hidden, block.outputs[index], output))
+            x, wanted, got = (
+                real_tokens(y, mask, "input").flatten(0, -2) for y in (hidden, block.outputs[index], output)
+            )
             extended = with_ones(x.float())
             moments.take(extended, (extended, (wanted - got).float()))
     return moments
