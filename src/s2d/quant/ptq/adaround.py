@@ -18,7 +18,7 @@ calibration batch. All errors have weight 1, not a Fisher estimate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -135,7 +135,7 @@ def adaround(job: Job) -> None:
 
 
 def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
-    """Find a block's ranges by least squared error, and `learn`."""
+    """Learn the rounding of a block's weights, and the steps of its activations."""
     if job.protocol == "own":
         by_error = {_by_error(job, site): quantizer for site, quantizer in block.quantizers.items()}
         with observing(job, by_error, block.padding) as observers, evaluating(block.module):
@@ -144,43 +144,57 @@ def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
     for site in block.quantizers:
         if site.what == "weight":
             _set_weight_range(job, site)
-    learn(job, block, steps)
-
-
-def learn(job: Job, block: Block, steps: int) -> None:
-    """Learn the rounding of a block's weights, and the steps of its activations, from the ranges that it has."""
     layers = [layer for layer in layers_of(job, block.quantizers) if _possible(layer)]
     if not layers:
         return
-    with _replaced(job, block, layers) as (soft, learned), evaluating(block.module), torch.enable_grad():
-        _descend(job, block, list(soft.values()), learned, steps)
+    soft = {layer: SoftRounding(layer.quantizer, layer.weight).to(layer.weight.device) for layer in layers}
+
+    def penalty(progress: float) -> Tensor | None:
+        beta = beta_at(progress)
+        return None if beta is None else PENALTY * sum(each.penalty(beta) for each in soft.values())
+
+    with replaced(job, block, soft) as ranges:
+        rates = [{"params": [module.V for module in soft.values()], "lr": 2 * TRAVEL / steps}]
+        descend(job, block, [*rates, *ranges], steps, penalty)
         rounded = {layer: module.values((rectified(module.V) >= 0.5).float()) for layer, module in soft.items()}
     for layer, values in rounded.items():
         write(layer, values)
 
 
-def _descend(job: Job, block: Block, soft: list[SoftRounding], learned: list[LearnedQuantizer], steps: int) -> None:
+def descend(
+    job: Job,
+    block: Block,
+    groups: list[dict[str, Any]],
+    steps: int,
+    penalty: Callable[[float], Tensor | None] = lambda progress: None,
+) -> None:
+    """Steps of Adam on QDrop's inputs, towards what the full-precision block gives; the rates fall linearly to 0.
+
+    Args:
+        job: The call's job.
+        block: Walked with a reference.
+        groups: Parameter groups with their rates.
+        steps: How many.
+        penalty: What is added to the loss at a share of the steps.
+    """
     assert block.reference is not None and block.outputs is not None
     generator = job.generator(block.name)
-    ranges = [parameter for quantizer in learned for parameter in quantizer.parameters()]
-    groups = [{"params": [module.V for module in soft], "lr": 2 * TRAVEL / steps}]
-    optimizer = torch.optim.Adam([*groups, *([{"params": ranges, "lr": STEP_LR}] if ranges else [])])
+    optimizer = torch.optim.Adam(groups)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-    trained = [module.V for module in soft] + ranges
-    for step in range(steps):
-        index = int(torch.randint(len(block.inputs), (), generator=generator))
-        output = main_output(invoke(block.module, mixed(block.inputs[index], block.reference[index], generator)))
-        mask = block.mask_of(index)
-        found, wanted = (real_tokens(y, mask, "input") for y in (output, block.outputs[index].to(output.device)))
-        loss = (found - wanted).float().square().sum(-1).mean()
-        beta = beta_at(step / steps)
-        if beta is not None:
-            loss = loss + PENALTY * sum(module.penalty(beta) for module in soft)
-        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        scheduler.step()
+    trained = [parameter for group in groups for parameter in group["params"]]
+    with evaluating(block.module), torch.enable_grad():
+        for step in range(steps):
+            index = int(torch.randint(len(block.inputs), (), generator=generator))
+            output = main_output(invoke(block.module, mixed(block.inputs[index], block.reference[index], generator)))
+            mask = block.mask_of(index)
+            found, wanted = (real_tokens(y, mask, "input") for y in (output, block.outputs[index].to(output.device)))
+            loss = (found - wanted).float().square().sum(-1).mean()
+            added = penalty(step / steps)
+            gradients = torch.autograd.grad(loss if added is None else loss + added, trained, allow_unused=True)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            scheduler.step()
 
 
 def mixed(quantized: Call, full: Call, generator: torch.Generator) -> Call:
@@ -196,25 +210,24 @@ def mixed(quantized: Call, full: Call, generator: torch.Generator) -> Call:
 
 
 @contextmanager
-def _replaced(
-    job: Job, block: Block, layers: list[Layer]
-) -> Iterator[tuple[dict[Layer, SoftRounding], list[LearnedQuantizer]]]:
-    """While active, soft rounding and learned steps stand where the block's quantizers are, all on.
+def replaced(job: Job, block: Block, weights: Mapping[Layer, WeightQuantizer]) -> Iterator[list[dict[str, Any]]]:
+    """While active, the block's quantizers are on: these in place of the layers', learned steps in place of the others.
 
-    Afterwards the quantizers are back, off, with the steps that were learned.
+    Gives the parameter groups of the steps (none under the unified protocol). Afterwards the quantizers are back, off,
+    those of activations with the steps that were learned.
     """
     plain = dict(block.quantizers)
-    soft = {layer: SoftRounding(layer.quantizer, layer.weight).to(layer.weight.device) for layer in layers}
     learned: dict[Site, LearnedQuantizer] = {}
     try:
-        for layer, module in soft.items():
+        for layer, module in weights.items():
             job.replace_quantizer(layer.site, module)
         for site, quantizer in plain.items():
             quantizer.enabled = True
             if job.protocol == "own" and site.what != "weight" and LearnedQuantizer.suits(quantizer):
                 learned[site] = LearnedQuantizer(quantizer)
                 job.replace_quantizer(site, learned[site])
-        yield soft, list(learned.values())
+        ranges = [parameter for quantizer in learned.values() for parameter in quantizer.parameters()]
+        yield [{"params": ranges, "lr": STEP_LR}] if ranges else []
         for site, quantizer in learned.items():
             done = quantizer.plain()
             plain[site].scale.copy_(done.scale)

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ from s2d.quant.calibration import corrections
 from s2d.quant.calibration.corrections import RIDGE, correctable, ridge_solve, to_nearest, write
 from s2d.quant.calibration.observe import Job
 from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
-from s2d.quant.calibration.walk import Block, observe_block, original, outside, walk
+from s2d.quant.calibration.walk import observe_block, original, outside, walk
 from s2d.quant.numerics.formats import IntFormat
 from s2d.quant.numerics.quantizer import Quantizer, fake_quantize, switched_on
 from s2d.quant.ptq import register
@@ -183,40 +183,30 @@ def _round(weight: Tensor, grid: Grid, moment: Tensor) -> Tensor:
 def erq(job: Job) -> None:
     """ERQ on every quantized weight, block by block."""
     begin(job)
-    for block in walk(job, reference=True):
-        for layer, corrected in corrected_layers(job, block):
-            _round_layer(layer, corrected)
-    round_outside(job)
-
-
-def corrected_layers(job: Job, block: Block) -> Iterator[tuple[Layer, Corrected]]:
-    """Set a block's ranges, its norms reparametrised, and correct its weights (Aqer), one after the other.
-
-    Under the unified protocol the next layer sees what the consumer has made of those before it.
-    """
-    assert block.reference is not None
     own = job.protocol == "own"
-    fitted = reparametrise_block(job, block, block.reference)
-    plain = replace(block, inputs=block.reference)
-    if own:
-        observe_block(job, plain)
-    fitted.restore()
-    teacher = original(block)
-    layers = layers_of(job, block.quantizers)
-    for site, quantizer in block.quantizers.items():
-        quantizer.enabled = not own and site.what != "weight"
-    with evaluating(teacher):
-        for group in _groups(job, layers, BlockRuns(block)):
-            if own:
-                # The teacher's quantizers are off: it runs at full precision and the rounding is done here.
-                tokens = _rounded_here(group, BlockRuns(replace(plain, module=teacher)))
-            else:
-                tokens = _against_reference(group, BlockRuns(block, teacher))
-            yield from _corrected_group(job, group, tokens)
+    for block in walk(job, reference=True):
+        assert block.reference is not None
+        fitted = reparametrise_block(job, block, block.reference)
+        plain = replace(block, inputs=block.reference)
+        if own:
+            observe_block(job, plain)
+        fitted.restore()
+        teacher = original(block)
+        layers = layers_of(job, block.quantizers)
+        for site, quantizer in block.quantizers.items():
+            quantizer.enabled = not own and site.what != "weight"
+        with evaluating(teacher):
+            for group in _groups(job, layers, BlockRuns(block)):
+                if own:
+                    # The teacher's quantizers are off: it runs at full precision and the rounding is done here.
+                    tokens = _rounded_here(group, BlockRuns(replace(plain, module=teacher)))
+                else:
+                    tokens = _against_reference(group, BlockRuns(block, teacher))
+                _round_group(job, group, tokens)
+    _round_outside(job)
 
 
-def round_outside(job: Job) -> None:
-    """ERQ on the weights outside the blocks."""
+def _round_outside(job: Job) -> None:
     layers = layers_of(job, outside(job))
     if not layers:
         return
@@ -226,8 +216,7 @@ def round_outside(job: Job) -> None:
             if layer.input_quantizer is not None:
                 layer.input_quantizer.enabled = False
         for group in _groups(job, layers, ModelRuns(job)):
-            for layer, corrected in _corrected_group(job, group, _rounded_here(group, ModelRuns(job))):
-                _round_layer(layer, corrected)
+            _round_group(job, group, _rounded_here(group, ModelRuns(job)))
             for layer in group.layers:
                 if layer.input_quantizer is not None:
                     layer.input_quantizer.enabled = True
@@ -263,43 +252,17 @@ def _against_reference(group: Group, runs: BlockRuns) -> Iterator[tuple[int, Ten
         yield part, x, reference
 
 
-@dataclass
-class Corrected:
-    """A layer after Aqer, before its rounding; where it has three inputs, in three parts of its rows.
-
-    Attributes:
-        weights: Those of the parts, ``[o, d]`` float32.
-        biases: Likewise, ``[o]`` float64; None without a bias.
-        squares: ``X^^T X^ / N`` of each part's input.
-    """
-
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-    squares: list[Tensor]
-
-    @torch.no_grad()
-    def keep_bias(self, layer: Layer) -> None:
-        """Put the bias in place."""
-        found = _bias(layer)
-        if found is not None:
-            found.copy_(torch.cat([part for part in self.biases if part is not None]))
-
-
-def _corrected_group(
-    job: Job, group: Group, tokens: Iterable[tuple[int, Tensor, Tensor]]
-) -> Iterator[tuple[Layer, Corrected]]:
+def _round_group(job: Job, group: Group, tokens: Iterable[tuple[int, Tensor, Tensor]]) -> None:
     moments = [Moments(group.layers[0].site.name) for _ in range(group.parts)]
     for part, rounded, x in tokens:
         moments[part].add(rounded, x)
     for layer in group.layers:
-        corrected = _correct(job, layer, moments, last=layer is group.layers[-1])
-        if corrected is not None:
-            yield layer, corrected
+        _round_layer(job, layer, moments, last=layer is group.layers[-1])
 
 
 @torch.no_grad()
-def _correct(job: Job, layer: Layer, moments: list[Moments], *, last: bool) -> Corrected | None:
-    """Aqer for one layer, with the range of the corrected weight; None where it was rounded to nearest instead.
+def _round_layer(job: Job, layer: Layer, moments: list[Moments], *, last: bool) -> None:
+    """Both steps for one layer; where it has three inputs, each third of its rows on its own.
 
     The ``last`` layer of a group leaves no more of the moments than it still needs: they can be larger than its weight.
     """
@@ -316,23 +279,19 @@ def _correct(job: Job, layer: Layer, moments: list[Moments], *, last: bool) -> C
         solved = ridge_solve(square, missing)  # eq. 8
         if solved is None:
             to_nearest(layer, _UNSOLVED, _warn)
-            return None
+            return
         delta = solved.T
         squares.append(square)
         weights[index] = (weights[index].double() + delta[:, :width]).float()
         if (old := biases[index]) is not None:
             biases[index] = old.double() + delta[:, width]
-    layer.weight.copy_(torch.cat(weights).view(layer.weight.shape))
+    corrected = torch.cat(weights)
+    # The ranges of the corrected weight.
+    layer.weight.copy_(corrected.view(layer.weight.shape))
     set_weight(job, layer.site, layer.quantizer, WEIGHT_PERCENTILES)
-    return Corrected(weights, biases, squares)
-
-
-@torch.no_grad()
-def _round_layer(layer: Layer, corrected: Corrected) -> None:
-    """Wqer for one layer."""
-    weights, biases = corrected.weights, corrected.biases
-    grid, first = Grid.of(layer.quantizer, torch.cat(weights)), 0
-    for index, square in enumerate(corrected.squares):
+    grid, first = Grid.of(layer.quantizer, corrected), 0
+    del missing, solved, delta
+    for index, square in enumerate(squares):
         rows = slice(first, first + len(weights[index]))
         found = round_halves(weights[index], biases[index], square, grid.select(rows=rows))
         if found is None:
@@ -341,7 +300,8 @@ def _round_layer(layer: Layer, corrected: Corrected) -> None:
         weights[index], biases[index] = found
         first = rows.stop
     write(layer, torch.cat(weights))
-    corrected.keep_bias(layer)
+    if bias is not None:
+        bias.copy_(torch.cat([part for part in biases if part is not None]))
 
 
 def _bias(layer: Layer) -> nn.Parameter | None:
