@@ -196,6 +196,19 @@ def test_the_strength_is_the_share_of_the_schedules_own_peak(schedule: Any, peak
     decay.remove()
 
 
+def test_a_rate_that_rises_without_end_is_named() -> None:
+    made = model()
+    optimizer = sgd(made)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (t + 1) / 4)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=0.05, outlier_ratio=2.0)
+    with pytest.warns(UserWarning, match="still rises after 100,000 steps of its schedule"):
+        still(made, optimizer)
+    scheduler.step()
+    still(made, optimizer)
+    assert made[0].weight[5].item() == pytest.approx(40 * math.exp(-0.05 * 0.75), rel=1e-5)  # type: ignore[operator]
+    decay.remove()
+
+
 class Failing(torch.optim.SGD):
     """Calls its base class's step, which torch hooks as well once there is a plain SGD; its second step fails."""
 
@@ -355,18 +368,33 @@ def untied(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.add_param_group({"params": [made[3].weight]})  # type: ignore[operator]
 
 
+def transformed(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    weights = {name: value.detach() for name, value in made.named_parameters()}
+    x = X[:3].to(weights["0.weight"].dtype)
+    vmap(grad(lambda w, row: functional_call(made, w, (row,)).square().sum()), (None, 0))(weights, x)
+
+
+def inferred(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    with torch.inference_mode():
+        made(X.to(next(made.parameters()).dtype))
+
+
 EVENTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
     "step": still,
     "freeze": lambda made, _: freeze(made, True),
     "unfreeze": lambda made, _: freeze(made, False),
     "retie": retied,
     "untie": untied,
-    "evaluate": lambda made, _: made.eval()(X),
+    "evaluate": lambda made, _: made.eval()(X.to(next(made.parameters()).dtype)),
+    "transform": transformed,
+    "infer": inferred,
+    "double": lambda made, _: made.double(),
+    "half": lambda made, _: made.bfloat16(),
     **{name: lambda made, _, how=how: how(made.train()) for name, how in copies().items()},
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(list(EVENTS)), max_size=8), st.sampled_from(["site", "data", "weight"]))
 def test_whatever_happens_to_a_model_it_and_its_copies_stay_plain(events: list[str], metric: Any) -> None:
     made = model()
@@ -383,7 +411,7 @@ def test_whatever_happens_to_a_model_it_and_its_copies_stay_plain(events: list[s
     for each in (made, *(other for other, _ in kept)):
         assert type(each) is nn.Sequential and list(each.state_dict()) == names
         assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in each.modules())
-        assert bool(each(X).isfinite().all())
+        assert bool(each(X.to(next(each.parameters()).dtype)).isfinite().all())
     assert all(torch.equal(value, before[name]) for other, before in kept for name, value in other.state_dict().items())
     if "freeze" in events and "step" not in events[: events.index("freeze")] and "unfreeze" not in events:
         assert made[0].weight[5] == 40  # type: ignore[operator]

@@ -52,6 +52,9 @@ class AuditRow:
             quantized; None where it was not asked for. See `s2d.audit.propagation`.
         carriers: The massive-activation tokens of a language model; see `s2d.audit.massive_tokens`.
         spectrum: All singular values as a curve of a few dozen points; see `s2d.audit.measure.curve`.
+        expert: For a parameter that holds several experts: the one that all numbers are of, the worst by
+            `output_ratio`; else None.
+        experts: How many experts the parameter holds; None for a single matrix.
         histogram: Histogram of the inputs, for the worst weights; see `s2d.audit.accumulators.binned`.
     """
 
@@ -77,6 +80,8 @@ class AuditRow:
     carriers: JSON | None = None
     spectrum: JSON | None = None
     histogram: JSON | None = None
+    expert: int | None = None
+    experts: int | None = None
 
 
 class _Saved(ABC):
@@ -314,7 +319,7 @@ def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:
         return _Column(heading, [show(get(row)) for row in rows], rank)
 
     columns = [
-        _Column("weight", [row.weight.removesuffix(".weight") for row in rows], right=False),
+        _Column("weight", [_shown(row) for row in rows], right=False),
         column("shape", 9, lambda row: "×".join(map(str, row.shape)), str),
         column("σ₁", 6, lambda row: row.sigma[0], short),
         column("σ₁/med", 2, lambda row: row.sigma_over_median, short),
@@ -335,6 +340,11 @@ def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:
         listed = ", ".join(list(audit.missed)[:3]) + (", ..." if len(audit.missed) > 3 else "")
         table.caption = f"{len(audit.missed)} weights without activations: {listed}"
     return table
+
+
+def _shown(row: AuditRow) -> str:
+    name = row.weight.removesuffix(".weight")
+    return name if row.expert is None else f"{name}[{row.expert}]"
 
 
 def trend_table(trend: Trend, n: int, width: int | None = None) -> Table:

@@ -61,6 +61,19 @@ class _Whose:
         # Of masked tokens that were cut, moved or picked out since only the running forward may know.
         return _CANNOT_TELL if self._origins(node) & self._masked else None
 
+    def picked_from(self, module: str) -> _Key:
+        """The key of the mask of the tokens that a module picks its rows from by number."""
+        for node in self._nodes(module, "input")[:1]:
+            graph = self.graph
+            assert graph is not None
+            while graph.mask_at(node) is None and graph.nodes[node].operation >= 0:
+                operation = graph.operations[graph.nodes[node].operation]
+                if operation.kind not in ("lookup", "view"):
+                    break
+                node = operation.inputs[0]
+            return self.key(node)
+        return _CANNOT_TELL
+
     def _origins(self, node: int) -> set[int]:
         """The axes of inputs that a value's tokens come from."""
         graph = self.graph
@@ -121,6 +134,10 @@ class Padding:
         """The mask ``[B, T]`` of the tokens that a module reads, or returns; None if they are all real."""
         keys = self.whose.keys(module, where)
         return self._of(keys[min(self.turns.get(module, 0), len(keys) - 1)])
+
+    def of_rows(self, module: str) -> Tensor | None:
+        """The mask ``[B, T]`` of the tokens of which a module picks some by number (those of an expert)."""
+        return self._of(self.whose.picked_from(module))
 
     def of_output(self, x: Tensor) -> Tensor | None:
         """The mask of one of the model's outputs, told by its dimensions and channels."""

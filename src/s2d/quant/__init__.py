@@ -18,6 +18,7 @@ from s2d.models.saved import fingerprint
 from s2d.models.tracing import unwrapped
 from s2d.quant.calibration.observe import Batches, Job, Protocol, traced
 from s2d.quant.calibration.resume import Snapshot, Store, fingerprint_batches
+from s2d.quant.calibration.stack_ranges import set_stack_ranges
 from s2d.quant.coverage import planned
 from s2d.quant.estimate import Estimate, estimate
 from s2d.quant.modules.record import Record, record, remove, switch_on
@@ -161,6 +162,8 @@ def _quantize(
             if entry.stage == "rounding" and entries[-1].stage == "correction":
                 job.original = copy.deepcopy(model)
             job.stage = entry.stage
+            if entry.stage == "rounding":
+                set_stack_ranges(job)
             entry.method(job)
         _check_powers(quantizers, name)
     except BaseException:

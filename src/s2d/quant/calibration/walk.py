@@ -215,11 +215,11 @@ def invoke(module: nn.Module, call: Call) -> Any:
     """
     parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    placed = _each_tensor(call, lambda value: value.to(device, copy=value.is_floating_point()))
+    placed = each_tensor(call, lambda value: value.to(device, copy=value.is_floating_point()))
     return module(*placed.args, **placed.kwargs)
 
 
-def _each_tensor(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+def each_tensor(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
     """A call with its tensors changed, each once: attention asks whether query, key and value are the same object."""
     changed: dict[int, Tensor] = {}
 
@@ -331,7 +331,7 @@ def _catching(
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             into = caught.setdefault(name, _Caught())
-            call = _each_tensor(_raw(args, kwargs), _detached)
+            call = each_tensor(_raw(args, kwargs), _detached)
             for value in call.slots().values():
                 if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
                     raise InputError(f"{name} received NaN values; check the weights and the calibration data")

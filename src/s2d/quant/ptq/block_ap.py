@@ -62,14 +62,15 @@ def train_block(job: Job, block: Block, steps: int) -> None:
     if not layers:
         return
     trained = {layer: TrainedWeight(layer.quantizer, layer.weight) for layer in layers}
+    groups = [
+        {"params": [module.weight], "lr": 2 * TRAVEL * float(module.scale.mean()) / steps}
+        for module in trained.values()
+    ]
+    own = [p for module in trained.values() for p in (module.log_step, module.offset) if p is not None]
+    if job.protocol == "own":
+        groups.append({"params": own, "lr": STEP_LR})
     with replaced(job, block, trained) as ranges:
-        for module in trained.values():
-            rate = 2 * TRAVEL * float(module.scale.mean()) / steps
-            ranges.append({"params": [module.weight], "lr": rate})
-        own = [p for module in trained.values() for p in (module.log_step, module.offset) if p is not None]
-        if job.protocol == "own":
-            ranges.append({"params": own, "lr": STEP_LR})
-        descend(job, block, ranges, steps)
+        descend(job, block, groups, ranges, steps)
     for layer, module in trained.items():
         done = module.plain()
         with torch.no_grad():
