@@ -49,7 +49,7 @@ class AuditRow:
         error: ``||Q(x) Q(w)^T - x w^T|| / ||x w^T||`` of the typical output channel (the median over the rows w of W).
             Only this weight and its input are quantized. 1 means as much noise as signal.
         propagated: R of the weight's block: the squared error of what it gives, relative to it, when everything is
-            quantized; None where it was not asked for. See `s2d.audit.propagation`.
+            quantized; None where it was not asked for. See `s2d.audit.rounded_copy`.
         carriers: The massive-activation tokens of a language model; see `s2d.audit.massive_tokens`.
         spectrum: All singular values as a curve of a few dozen points; see `s2d.audit.measure.curve`.
         expert: For a parameter that holds several experts: the one that all numbers are of, the worst by

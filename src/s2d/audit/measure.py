@@ -22,7 +22,7 @@ from s2d.audit.accumulators import Judgement, Survey
 from s2d.audit.findings import Audit, AuditRow, Trend
 from s2d.audit.hooks import MaskOf, batches_twice, unreadable, watching, with_progress
 from s2d.audit.massive_tokens import MassiveTokens
-from s2d.audit.propagation import propagated_errors
+from s2d.audit.rounded_copy import propagated_errors
 from s2d.errors import InputError
 from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
@@ -82,7 +82,7 @@ def audit(
         spec: Bits of the quantization error; ranges as in `s2d.quant.quantize`. Overrides are ignored.
         max_batches: Use at most this many batches.
         propagation: Also quantize a copy as a whole, and say how large its error is behind every block
-            (`s2d.audit.propagation`); it takes about as long again.
+            (`s2d.audit.rounded_copy`); it takes about as long again.
         progress: Show progress bars.
         name: The model's name in tables and files; its class by default.
 

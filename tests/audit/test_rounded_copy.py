@@ -10,7 +10,7 @@ from torch import Tensor
 import s2d
 from s2d import quant
 from s2d.audit.findings import Audit
-from s2d.audit.propagation import propagated_errors
+from s2d.audit.rounded_copy import propagated_errors
 from s2d.quant.spec import QuantSpec
 
 
