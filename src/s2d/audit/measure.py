@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +22,7 @@ from s2d.audit.accumulators import Judgement, Survey
 from s2d.audit.findings import Audit, AuditRow, Trend
 from s2d.audit.hooks import MaskOf, batches_twice, unreadable, watching, with_progress
 from s2d.audit.massive_tokens import MassiveTokens
+from s2d.audit.rounded_copy import propagated_errors
 from s2d.errors import InputError
 from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
@@ -59,6 +61,7 @@ def audit(
     k: int = 3,
     spec: str | Mapping[str, Any] | QuantSpec = "w4a4",
     max_batches: int | None = None,
+    propagation: bool = False,
     progress: bool = False,
     name: str | None = None,
 ) -> Audit:
@@ -78,6 +81,8 @@ def audit(
         k: How many leading components.
         spec: Bits of the quantization error; ranges as in `s2d.quant.quantize`. Overrides are ignored.
         max_batches: Use at most this many batches.
+        propagation: Also quantize a copy as a whole, and say how large its error is behind every block
+            (`s2d.audit.rounded_copy`); it takes about as long again.
         progress: Show progress bars.
         name: The model's name in tables and files; its class by default.
 
@@ -160,6 +165,9 @@ def audit(
             _fill(row, surveys[target.name], judgements[target.name])
             row.carriers = tokens.record(target.name)
         rows.append(row)
+    propagated = propagated_errors(model, islice(source, max_batches), parsed) if propagation else {}
+    for row in rows:
+        row.propagated = next((R for block, R in propagated.items() if row.weight.startswith(f"{block}.")), None)
     details = run_metadata(
         fingerprint=fingerprint(model),
         family=family.name,
@@ -169,6 +177,7 @@ def audit(
         threshold=THRESHOLD,
         outlier_ratio=OUTLIER_RATIO,
         outlier_fraction=OUTLIER_FRACTION,
+        propagated=propagated,
         batches=count,
         tokens=max(survey.rows for survey in surveys.values()),
         seconds=round(time.perf_counter() - start, 2),
