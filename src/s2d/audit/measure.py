@@ -131,12 +131,12 @@ def audit(
     if count == 0:
         raise InputError("the audit was given no batches; give at least one")
     shown = {name: _worst(surveys, group) for name, group in experts.items()}  # one expert of each stack
-    for name, group in experts.items():
+    for stack, group in experts.items():
         unseen = [str(each.expert) for each in group if surveys[each.name].rows == 0]
         if len(unseen) == len(group):
-            missed[name] = "no token reached its experts, or their products cannot be followed"
+            missed[stack] = "no token reached its experts, or their products cannot be followed"
         elif unseen:
-            missed[f"{name}[{', '.join(unseen)}]"] = "no token reached these experts"
+            missed[f"{stack}[{', '.join(unseen)}]"] = "no token reached these experts"
     looked = [shown.get(target.name, target) for target in targets]
     decompose(list(shown.values()))
     single = [target.name for target in readable if not isinstance(target, StackTarget)]
