@@ -194,8 +194,9 @@ def _descend(job: Job, block: Block, soft: list[SoftRounding], learned: list[Lea
         optimizer.zero_grad()
         _add_gradients(block, index, call, parts_of[index], trained, ranges)
         beta = beta_at(step / steps)
-        for module in soft if beta is not None else ():  # one after the other, for memory's sake
-            (PENALTY * module.penalty(beta)).backward(inputs=[module.V])
+        if beta is not None:
+            for module in soft:  # one after the other, for memory's sake
+                (PENALTY * module.penalty(beta)).backward(inputs=[module.V])
         optimizer.step()
         scheduler.step()
 
