@@ -89,6 +89,7 @@ class Loop(nn.Module):
         self.plain, self.transposed = plain, transposed
         self.ranges: dict[str, list[float]] = {"gate_up_proj": [0.0, 0.0], "down_proj": [0.0, 0.0]}
         self.weights: dict[str, Tensor] | None = None
+        self.noted: dict[tuple[str, int], list[Any]] = {}
 
     def product(self, name: str, x: Tensor, expert: int) -> Tensor:
         lo, hi = self.ranges[name]

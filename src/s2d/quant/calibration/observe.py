@@ -18,9 +18,10 @@ from s2d.errors import InputError
 from s2d.models.graph import Graph
 from s2d.models.masks import Padding, token_mask
 from s2d.models.running import evaluating, real_tokens, run
+from s2d.models.stack_products import real_rows
 from s2d.models.tracing import trace
 from s2d.quant.calibration.resume import Store
-from s2d.quant.modules.experts import quantizers_of_stack, real_rows
+from s2d.quant.modules.experts import quantizers_of_stack
 from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.modules.products import attentions_of
 from s2d.quant.modules.sites import OPERANDS, Site, replace_quantizer, weight_name
@@ -30,7 +31,7 @@ from s2d.quant.numerics.quantizer import Quantizer
 from s2d.quant.numerics.stacks import StackQuantizer, rows_of
 from s2d.quant.spec import QuantSpec
 
-Stage = Literal["transform", "rounding"]
+Stage = Literal["transform", "rounding", "correction"]
 Protocol = Literal["own", "unified"]
 
 
@@ -136,6 +137,7 @@ class Job:
             for methods that have none, and under the unified protocol.
         ranks: The processes, each with this model and its own share of the data; empty for a single process.
         traced: The graph of the first batch, if the model has been traced already.
+        original: For a correction: a copy of the model as it was before the rounding, all its quantizers off.
     """
 
     model: nn.Module
@@ -152,6 +154,7 @@ class Job:
     published: str | None = None
     ranks: Groups = ()
     traced: Graph | None = None
+    original: nn.Module | None = None
 
     @cached_property
     def graph(self) -> Graph:
@@ -336,7 +339,8 @@ def _watcher(
 ) -> Callable[[Tensor], None]:
     def see(x: Tensor) -> None:
         if rows is not None:  # of a stack: the tokens were sorted and picked since
-            observer.update(real_rows(x.flatten(0, -2), rows(), mask().of_rows(site.owner)))
+            x, kept = x.flatten(0, -2), real_rows(*rows(), mask().of_rows(site.owner))
+            observer.update(x if kept is None or len(kept) != len(x) else x[kept])
             return
         if site.granularity == "head" and x.ndim != 4:
             raise InputError(

@@ -25,13 +25,13 @@ from s2d.errors import InputError
 from s2d.models.family import family_of
 from s2d.models.graph import Graph
 from s2d.models.running import OPERANDS, What
+from s2d.models.stack_products import stacks_of
 from s2d.quant.modules import online
 from s2d.quant.modules.attention import AttentionQuantizer, QuantizedAttention
 from s2d.quant.modules.experts import (
     QuantizedExperts,
     StackQuantizers,
     quantizers_of_stack,
-    stacks_of,
     swap_in_stacks,
     swap_out_stacks,
 )
@@ -138,7 +138,8 @@ def decide(model: nn.Module, spec: QuantSpec, graph: Graph | None = None) -> lis
     stacks: dict[str, list[tuple[str, int]]] = {}
     if graph is not None:
         attentions |= attentions_of(model, graph)
-        stacks = stacks_of(graph)
+        for stack in stacks_of(graph):
+            stacks.setdefault(stack.owner, []).append((stack.name, stack.summed))
     role = family_of(model).role
     sites: list[Site] = []
     for name, module in model.named_modules():
