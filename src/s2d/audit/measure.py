@@ -180,7 +180,7 @@ def audit(
         threshold=THRESHOLD,
         outlier_ratio=OUTLIER_RATIO,
         outlier_fraction=OUTLIER_FRACTION,
-        propagated=propagated,
+        **({"propagated": propagated} if propagation else {}),
         batches=count,
         tokens=max(survey.rows for survey in surveys.values()),
         seconds=round(time.perf_counter() - start, 2),
