@@ -255,20 +255,21 @@ def looked_up(
     together = [d for d, _ in used] == list(range(used[0][0], used[0][0] + len(used)))
     wide = max(i.ndim for _, i in used)
     lead = used[0][0] if together else 0
-    lists = [d for d, i in used if i.numel() > 1]
+    places = {d: [i + wide - index.ndim for i, n in enumerate(index.shape) if n > 1] for d, index in used}
+    beside = [at for each in places.values() for at in each]  # two lists in one place pick pairs
     slices = set()
     for d, index in used:
-        steps = _even_steps(index, size_of(x[d])) if node(index).state == "constant" and lists in ([], [d]) else None
+        alone = len(places[d]) < 2 and all(beside.count(at) == 1 for at in places[d])
+        steps = _even_steps(index, size_of(x[d])) if alone and node(index).state == "constant" else None
         part_of = None if steps is None else cut(x, d, *steps)
         if part_of is not None:
             x = part_of
             slices.add(d)
     taken: list[Dim] = [unknown(n) for n in shape[lead : lead + wide]]
     for d, index in used:
-        for i in (i for i, n in enumerate(index.shape) if n > 1):
-            at = i + wide - index.ndim
-            named = node(index).dims[i]
-            if index.numel() > index.shape[i]:
+        for at in places[d]:
+            if len(places[d]) > 1:
+                named = node(index).dims[at - wide + index.ndim]
                 taken[at] = named if known(named) and not known(taken[at]) else taken[at]
             elif d in slices:
                 taken[at] = x[d]
