@@ -14,7 +14,8 @@ For each architecture, against truths that know nothing of the graph:
     folds      scales that may move: how many, and how far the output of the model, or of the worst block, is off after
                all were moved by random factors
     method     quantize, save, load: 1 if the outputs are finite and the loaded model's those in memory, bit for bit;
-               a method that refuses a model says why in one line, which is kept
+               a method that refuses a model says why in one line, which is kept. Searches are cut short: here it counts
+               what comes out and comes back, not how well it scores
 
 Exit code 1 if a row is not as it should be.
 """
@@ -45,10 +46,13 @@ from s2d.io.provenance import code_digest, run_metadata
 from s2d.models.graph import Graph
 from s2d.models.tracing import trace
 from s2d.quant.modules.folding import apply_norm_fold, apply_value_fold, gate_folds, norm_folds, value_folds
+from s2d.quant.ptq import adaround, awq, ptq4vit, svdquant
 
 SPEC: dict[str, Any] = {"base": "w4a8"}
 TABLES = frozenset(("embedding", "lookup", "inserted", "bias", "gain", "elementwise", "operand"))
 GOAL = 1e-5
+awq.STEPS, ptq4vit.ROUNDS, ptq4vit.SPLITS, svdquant.STRENGTHS = 2, 1, 4, (0.0, 0.5)
+adaround.reconstruct.__defaults__ = (4,)  # steps
 
 
 def run(model: nn.Module, batch: Any) -> Any:

@@ -86,22 +86,22 @@ TRANSFORMERS: list[tuple[str, str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 # name, options, blocks by the paper of the architecture
 TIMM: list[tuple[str, dict[str, Any], int]] = [
-    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}, 2),
+    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}, 2),
     ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}, 2),
-    ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}, 2),
+    ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 4}, 2),
     ("beitv2_base_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}, 2),
     ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}, 4),
     ("swinv2_tiny_window8_256", {"img_size": 64, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}, 4),
-    ("cait_xxs24_224", {"img_size": 32, "depth": 2, "depth_token_only": 1}, 3),
+    ("cait_xxs24_224", {"img_size": 32, "depth": 2, "depth_token_only": 1, "embed_dim": 32}, 3),
     ("xcit_nano_12_p16_224", {"img_size": 32, "depth": 2}, 4),
     ("mixer_s32_224", {"img_size": 64}, 8),
     ("resmlp_12_224", {"img_size": 32}, 12),
     ("poolformer_s12", {}, 12),
-    ("convnext_atto", {"depths": (1, 1, 2, 1)}, 5),
-    ("levit_128s", {}, 9),
+    ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (8, 16, 16, 32)}, 5),
+    ("levit_128s", {"img_size": 64, "embed_dim": (32, 32, 32), "depth": (1, 1, 2), "key_dim": 8}, 4),
     ("mobilevit_xxs", {}, 13),
-    ("efficientformer_l1", {}, 15),
-    ("resnet18", {}, 8),
+    ("efficientformer_l1", {"depths": (1, 1, 1, 2), "embed_dims": (16, 16, 32, 32)}, 5),
+    ("resnet18", {"channels": (16, 16, 32, 32)}, 8),
 ]
 
 
@@ -133,7 +133,7 @@ def rows() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
             batches[kind],
         )
     for name, options, _ in TIMM:
-        size = options.get("img_size", 64 if "levit" not in name and "efficientformer" not in name else 224)
+        size = options.get("img_size", 64 if "efficientformer" not in name else 224)
         yield (
             f"timm {name}",
             lambda n=name, o=options: timm.create_model(n, pretrained=False, num_classes=7, **o),
