@@ -248,7 +248,12 @@ def condition(make: Any, batch: Any, what: str, limit: float) -> dict[str, Any]:
     if name is None:
         return {"weight": None, "ok": None, "why": "no weight of such a name"}
     if channels_first(model.get_submodule(name.rpartition(".")[0])):
-        return {"weight": name, "ok": None, "why": "only convolutions read it, and the plan keeps convolutions"}
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+        decay = SelectiveSpectralDecay(model, optimizer, outlier_ratio=limit)
+        step(model, optimizer, batch)
+        decay.remove()
+        told = decay.without_site.get(name)  # not conditioned: it must be listed
+        return {"weight": name, "ok": None if told else False, "why": told or "not conditioned and not listed"}
     channel = plant(model, name, what, batch, limit)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():
