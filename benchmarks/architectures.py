@@ -202,10 +202,10 @@ def folds(model: nn.Module, batch: Any) -> dict[str, Any]:
     }
 
 
-def method_row(model: nn.Module, batch: Any, method: str) -> tuple[float | None, str]:
+def method_row(model: nn.Module, batch: Any, method: str, spec: dict[str, Any]) -> tuple[float | None, str]:
     """1 if a method's model is finite and the same when loaded; None and the reason if the method refuses it."""
     try:
-        quantized = quant.quantize(model, spec_for(model, batch), calibration=[batch], method=method)
+        quantized = quant.quantize(model, spec, calibration=[batch], method=method)
     except InputError as error:
         return None, str(error)
     in_memory = output(quantized, batch)
@@ -239,9 +239,10 @@ def look(name: str, make: Callable[[], nn.Module], batch: Any, methods: Sequence
                 found |= check(model, batch)
             except Exception as error:  # one check must not hide the others
                 found["failures"][check.__name__] = _told(error)
+        spec = SPEC if "graph_and_plan" in found["failures"] else spec_for(model, batch)
         for method in methods:
             try:
-                value, why = method_row(model, batch, method)
+                value, why = method_row(model, batch, method, spec)
             except Exception as error:
                 value, why = 0.0, _told(error)
             found[method] = value
