@@ -100,7 +100,7 @@ TIMM: list[tuple[str, dict[str, Any], int]] = [
     ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (8, 16, 16, 32)}, 5),
     ("levit_128s", {"img_size": 64, "embed_dim": (32, 32, 32), "depth": (1, 1, 2), "key_dim": 8}, 4),
     ("mobilevit_xxs", {}, 13),
-    ("efficientformer_l1", {"depths": (1, 1, 1, 2), "embed_dims": (16, 16, 32, 32)}, 5),
+    ("efficientformer_l1", {"depths": (1, 1, 1, 2), "embed_dims": (8, 16, 24, 32)}, 5),
     ("resnet18", {"channels": (16, 16, 32, 32)}, 8),
 ]
 

@@ -98,7 +98,8 @@ def quantize_model(
     loaded = load(order.model, device=device_of(order.device))
     bare = task is not None and not training and is_bare(loaded, task)
     model, spec = loaded.model if task is None or bare else model_for(loaded, task), order.spec
-    inputs = _calibration(order, loaded, task, needed=out is not None or bits is not None)
+    needed = (out, bits, order.data) != (None, None, None)
+    inputs = _calibration(order, loaded, task, needed=needed)
     if bare and task is not None and inputs is not None:
         say(f"{order.model} has no head: the encoder is quantized, calibrated on inputs of {task.name} alone")
         inputs = [encoder_inputs(model, each) for each in inputs]
