@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -59,7 +60,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HALVES = ("w8a8", "w4a16")  # precisions are tried with these
 EXPORTERS = ("folder", ".gguf", ".pte", ".onnx", ".xml")
 AGREES = 0.02
-RIGHT = "ok: written, run at other sizes, at most 2 % from the simulated model (the number); the integer products."
+LEGEND = (
+    "- `1e-07, 8+0`: written, run at two other batch sizes and lengths; the largest relative difference of the outputs",
+    "  from the simulated model (at most 2e-02), and how many products are in integers + in floating point.",
+    "- `ok`: written and run by its runtime on the example; the cosine to the simulated model is 1.0000, or as given.",
+    "- `no (2)`: refused in one line before anything is written, for reason 2 below. LAYER stands for a layer's name.",
+)
 
 
 def bert() -> tuple[nn.Module, Callable[..., dict[str, Tensor]]]:
@@ -157,12 +163,35 @@ def cells(models: list[str], exporters: list[str], specs: list[str]) -> Iterator
                         yield name, label, precision, suffix
 
 
-def table(found: dict[str, str]) -> list[str]:
-    """The finished cells as rows of Markdown."""
-    lines = ["| model | spec | precision | exporter | what happens |", "|---|---|---|---|---|"]
-    for key, text in sorted(found.items()):
-        lines.append("| " + " | ".join((*key.split(" | "), text.replace("|", "/").replace("\n", " "))) + " |")
-    return lines
+def _mark(text: str, notes: list[str]) -> str:
+    """A finished cell in short; a reason gets a number, the same for the same reason."""
+    for begin, short in (("ok, cosine 1.0000", "ok"), ("ok, cosine ", "ok, "), ("ok, ", "")):
+        if text.startswith(begin):
+            numbers = re.fullmatch(r"(.*); (\d+) integer, (\d+) float products", short + text.removeprefix(begin))
+            return f"{numbers[1]}, {numbers[2]}+{numbers[3]}" if numbers else short + text.removeprefix(begin)
+    kind, _, reason = text.partition(": ")
+    if kind == "refused":  # the layer's name aside
+        reason = re.sub(r"^[\w.]+\.[\w.]+(?=:? )", "LAYER", reason)
+    if reason not in notes:
+        notes.append(reason)
+    return f"{'no' if kind == 'refused' else kind} ({notes.index(reason) + 1})"
+
+
+def tables(found: dict[str, str]) -> list[str]:
+    """The finished cells in Markdown: a table a model, and the reasons."""
+    lines: list[str] = []
+    notes: list[str] = []
+    for name in MODELS:
+        lines += [f"## {name}", "", "| spec | precision | " + " | ".join(EXPORTERS) + " |", "|---" * 7 + "|"]
+        for label in SPECS:
+            for precision in DTYPES:
+                row = [found.get(" | ".join((name, label, precision, suffix))) for suffix in EXPORTERS]
+                if any(row):
+                    marks = ["" if text is None else _mark(text, notes) for text in row]
+                    lines.append("| " + " | ".join((label, precision, *marks)) + " |")
+        lines.append("")
+    lines += ["## Reasons", ""]
+    return [*lines, *(f"{number}. {reason}" for number, reason in enumerate(notes, 1))]
 
 
 def main() -> int:
@@ -195,12 +224,12 @@ def main() -> int:
     print(f"{len(found)} cells, {missing} missing, {faults} faults")
     if chosen.markdown is not None:
         text = ["# Exports: what is written, what is refused", ""]
-        text += ["No data file: every cell is a sentence, and stands here.", ""]
-        made = "`python benchmarks/exports.py --json build/exports.json --markdown docs/results/exports.md`"
-        text += [f"Made by {made}, which goes on where it stopped.", ""]
+        text += ["Tiny models, every spec, every exporter. Made by", ""]
+        text += ["    python benchmarks/exports.py --json build/exports.json --markdown docs/results/exports.md", ""]
+        text += ["which goes on where it stopped. No data file: the page holds every cell.", ""]
         each = ", ".join(f"{suffix} {sum(key.endswith(f'| {suffix}') for key in found)}" for suffix in EXPORTERS)
-        text += [f"{len(found)} cells were run ({each}), {missing} were not; {faults} faults. {RIGHT}", ""]
-        text += [*table(found), ""]
+        text += [f"{len(found)} cells were run ({each}), {missing} were not; {faults} faults.", "", *LEGEND, ""]
+        text += [*tables(found), ""]
         chosen.markdown.write_text("\n".join(text), encoding="utf-8")
     return int(faults > 0)
 

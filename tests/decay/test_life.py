@@ -134,6 +134,17 @@ def test_half_precision_shrinks_as_much_as_single(dtype: torch.dtype, strength: 
     decay.remove()
 
 
+@pytest.mark.parametrize(("dtype", "strength"), [(torch.bfloat16, 3e-4), (torch.float16, 1e-4)])
+def test_a_gain_in_half_precision_is_the_nearest_to_that_of_single(dtype: torch.dtype, strength: float) -> None:
+    made = model(dtype)
+    optimizer = sgd(made)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=strength, outlier_ratio=2.0, refresh_every=100)
+    for step in range(1, 200):
+        still(made, optimizer)
+        assert made[0].weight[5] == torch.tensor(40 * math.exp(-strength * step)).to(dtype), step  # type: ignore[operator]
+    decay.remove()
+
+
 def noam(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """Vaswani et al., section 5.3, with 6 steps of warm-up; the optimizer's own rate is 1."""
     optimizer.param_groups[0]["lr"] = 1.0
@@ -193,6 +204,19 @@ def test_the_strength_is_the_share_of_the_schedules_own_peak(schedule: Any, peak
         if scheduler is not None:
             scheduler.step()
     assert made[0].weight[5].item() == pytest.approx(40 * math.exp(-0.05 * total), rel=1e-5)  # type: ignore[operator]
+    decay.remove()
+
+
+def test_a_rate_that_rises_without_end_is_named() -> None:
+    made = model()
+    optimizer = sgd(made)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (t + 1) / 4)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=0.05, outlier_ratio=2.0)
+    with pytest.warns(UserWarning, match="still rises after 100,000 steps of its schedule"):
+        still(made, optimizer)
+    scheduler.step()
+    still(made, optimizer)
+    assert made[0].weight[5].item() == pytest.approx(40 * math.exp(-0.05 * 0.75), rel=1e-5)  # type: ignore[operator]
     decay.remove()
 
 
@@ -355,18 +379,33 @@ def untied(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.add_param_group({"params": [made[3].weight]})  # type: ignore[operator]
 
 
+def transformed(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    weights = {name: value.detach() for name, value in made.named_parameters()}
+    x = X[:3].to(weights["0.weight"].dtype)
+    vmap(grad(lambda w, row: functional_call(made, w, (row,)).square().sum()), (None, 0))(weights, x)
+
+
+def inferred(made: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    with torch.inference_mode():
+        made(X.to(next(made.parameters()).dtype))
+
+
 EVENTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
     "step": still,
     "freeze": lambda made, _: freeze(made, True),
     "unfreeze": lambda made, _: freeze(made, False),
     "retie": retied,
     "untie": untied,
-    "evaluate": lambda made, _: made.eval()(X),
+    "evaluate": lambda made, _: made.eval()(X.to(next(made.parameters()).dtype)),
+    "transform": transformed,
+    "infer": inferred,
+    "double": lambda made, _: made.double(),
+    "half": lambda made, _: made.bfloat16(),
     **{name: lambda made, _, how=how: how(made.train()) for name, how in copies().items()},
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(list(EVENTS)), max_size=8), st.sampled_from(["site", "data", "weight"]))
 def test_whatever_happens_to_a_model_it_and_its_copies_stay_plain(events: list[str], metric: Any) -> None:
     made = model()
@@ -383,7 +422,7 @@ def test_whatever_happens_to_a_model_it_and_its_copies_stay_plain(events: list[s
     for each in (made, *(other for other, _ in kept)):
         assert type(each) is nn.Sequential and list(each.state_dict()) == names
         assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in each.modules())
-        assert bool(each(X).isfinite().all())
+        assert bool(each(X.to(next(each.parameters()).dtype)).isfinite().all())
     assert all(torch.equal(value, before[name]) for other, before in kept for name, value in other.state_dict().items())
     if "freeze" in events and "step" not in events[: events.index("freeze")] and "unfreeze" not in events:
         assert made[0].weight[5] == 40  # type: ignore[operator]

@@ -96,7 +96,7 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path: Path, monkeyp
             {**STATIC, "weight": {"bits": 4, "granularity": "group-32"}},
             "no product of a static input with groups of weights; the nearest spec is .*granularity: token",
         ),
-        ("w4a8", "operands of attention"),
+        ("w4a8", "operands of attention.*w4a8-token, attention: false"),
         ({**token(4), "weight": {"bits": 4, "granularity": "group-16"}}, "multiple of 32.*granularity: group-32"),
     ],
 )

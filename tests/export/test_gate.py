@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from s2d.export import gate
+from s2d.errors import InputError
+from s2d.export import example_of, gate
 from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport, judge_task, perturbed
 from s2d.tasks import Task
@@ -75,3 +76,12 @@ def test_what_is_told_about_files_that_onnxruntime_does_not_run() -> None:
     disk, multiply, speed = report.label
     assert "6.0 times smaller" in disk and multiply == "the multiply: somebody's"
     assert speed.endswith("executorch 10.0 ms, 3.00 times as fast as torch") and gate.POINTS == 0.3
+
+
+def test_windows_of_one_row_become_an_example_of_two() -> None:
+    window = {"input_ids": torch.tensor([[3, 1, 2]])}
+    assert torch.equal(example_of([window, window])["input_ids"], torch.tensor([[3, 1, 2], [3, 1, 2]]))
+    pair = {"input_ids": torch.tensor([[5, 6], [7, 8]])}
+    assert example_of([window, pair])["input_ids"] is pair["input_ids"]
+    with pytest.raises(InputError, match="no example"):
+        example_of([])

@@ -159,7 +159,7 @@ def test_a_wrong_weight_is_found_and_nothing_is_left(
 @pytest.mark.parametrize(
     ("name", "spec", "message"),
     [
-        ("served", "w4a8", r"operands of attention.*nearest spec.*attention: false"),
+        ("served", "w4a8", r"operands of attention.*w8a8-token, attention: false"),
         ("served", {**without_attention(8), "activation": {"format": "int8"}}, r"symmetric activations.*nearest spec"),
         ("model.gguf", without_attention(4), r"rounds its input.*nearest spec is w4a16"),
         ("model.gguf", {"weight": {"bits": 4, "granularity": "group-16"}}, r"blocks of 32.*nearest spec.*group-32"),

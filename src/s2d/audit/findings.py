@@ -48,8 +48,13 @@ class AuditRow:
         components: How many components make the outliers.
         error: ``||Q(x) Q(w)^T - x w^T|| / ||x w^T||`` of the typical output channel (the median over the rows w of W).
             Only this weight and its input are quantized. 1 means as much noise as signal.
+        propagated: R of the weight's block: the squared error of what it gives, relative to it, when everything is
+            quantized; None where it was not asked for. See `s2d.audit.rounded_copy`.
         carriers: The massive-activation tokens of a language model; see `s2d.audit.massive_tokens`.
         spectrum: All singular values as a curve of a few dozen points; see `s2d.audit.measure.curve`.
+        expert: For a parameter that holds several experts: the one that all numbers are of, the worst by
+            `output_ratio`; else None.
+        experts: How many experts the parameter holds; None for a single matrix.
         histogram: Histogram of the inputs, for the worst weights; see `s2d.audit.accumulators.binned`.
     """
 
@@ -71,9 +76,12 @@ class AuditRow:
     selected_by: Literal["weight", "data"] | None = None
     components: int | None = None
     error: float | None = None
+    propagated: float | None = None
     carriers: JSON | None = None
     spectrum: JSON | None = None
     histogram: JSON | None = None
+    expert: int | None = None
+    experts: int | None = None
 
 
 class _Saved(ABC):
@@ -311,7 +319,7 @@ def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:
         return _Column(heading, [show(get(row)) for row in rows], rank)
 
     columns = [
-        _Column("weight", [row.weight.removesuffix(".weight") for row in rows], right=False),
+        _Column("weight", [_shown(row) for row in rows], right=False),
         column("shape", 9, lambda row: "×".join(map(str, row.shape)), str),
         column("σ₁", 6, lambda row: row.sigma[0], short),
         column("σ₁/med", 2, lambda row: row.sigma_over_median, short),
@@ -323,6 +331,7 @@ def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:
         column("out/RMS", 0, lambda row: row.output_ratio, short),
         column("in/RMS", 4, lambda row: row.input_ratio, short),
         column(f"{audit.spec} error", 1, lambda row: row.error, percent),
+        *([column("R", 0, lambda row: row.propagated, short)] if any(row.propagated for row in audit.rows) else []),
         _Column("selected", [f"{r.selected_by}, {r.components}" if r.selected else "" for r in rows], right=False),
     ]
     title = f"{audit.model}: few components make the outliers of {len(audit.selected)} of {len(audit.rows)} weights"
@@ -331,6 +340,11 @@ def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:
         listed = ", ".join(list(audit.missed)[:3]) + (", ..." if len(audit.missed) > 3 else "")
         table.caption = f"{len(audit.missed)} weights without activations: {listed}"
     return table
+
+
+def _shown(row: AuditRow) -> str:
+    name = row.weight.removesuffix(".weight")
+    return name if row.expert is None else f"{name}[{row.expert}]"
 
 
 def trend_table(trend: Trend, n: int, width: int | None = None) -> Table:

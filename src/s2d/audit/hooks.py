@@ -13,13 +13,16 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.models.graph import Graph
 from s2d.models.masks import Padding, token_mask
 from s2d.models.running import evaluating, real_tokens, run
+from s2d.models.stack_products import show_products
 from s2d.models.tracing import trace
 from s2d.quant.modules.attention import AttentionQuantizer, QuantizedAttention
 from s2d.quant.modules.linear import swap_in, swap_out
 from s2d.spectral.statistics import token_rows
 from s2d.targets.calls import bias_of, call_views, projection_input
+from s2d.targets.stacked import StackTarget
 from s2d.targets.weights import Target
 
 Rows: TypeAlias = Callable[[Target, Tensor, Tensor], None]
@@ -49,7 +52,7 @@ def batches_twice(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
 
 @contextmanager
 def watching(
-    model: nn.Module, targets: Sequence[Target], see: Rows, mask_of: MaskOf | None
+    model: nn.Module, targets: Sequence[Target], see: Rows, mask_of: MaskOf | None, graph: Graph | None = None
 ) -> Iterator[Callable[[Iterable[Any]], int]]:
     """While active, every call of a target's module is passed to `see`, as ``(target, x [N, I], A [N, O])`` in float32.
 
@@ -61,6 +64,7 @@ def watching(
         targets: Targets for which `unreadable` returns an empty text.
         see: Called with the rows.
         mask_of: Gives the mask of a batch; None for its ``attention_mask``.
+        graph: That of a batch; the first one is traced if there is none.
 
     Returns:
         A function that runs the model on batches and returns their number.
@@ -89,7 +93,7 @@ def watching(
             return known[2]
 
         def show(target: Target, x: Tensor, y: Tensor | None) -> None:
-            if not masks or x.shape[-1] != target.matrix().shape[1]:
+            if not masks or again or x.shape[-1] != target.matrix().shape[1]:
                 return
             x_NI = input_rows(target, x)
             if len(x_NI) == 0:
@@ -100,8 +104,25 @@ def watching(
             A_NO, bias = rows(target, y.detach()), bias_of(target)
             see(target, x_NI, A_NO if bias is None else A_NO - bias.float())
 
+        again: list[nn.Module] = []  # modules that run a second time, for the products with their stacks
+        stacks: dict[nn.Module, list[StackTarget]] = {}
+        for target in targets:
+            if isinstance(target, StackTarget):
+                stacks.setdefault(target.module, []).append(target)
+        for module, group in stacks.items():
+            path = group[0].module_name
+
+            def real(path: str = path) -> Tensor | None:
+                return masks[0].of_rows(path) if mask_of is None else given[0]
+
+            before = _before_products(group, see, real, masks, again)
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
+
         by_module: dict[nn.Module, list[Target]] = {}
         for target in targets:
+            if isinstance(target, StackTarget):
+                continue
             by_module.setdefault(target.module, []).append(target)
         for module, group in by_module.items():
             own = [target for target in group if target.parameter_name == "weight"]
@@ -117,10 +138,11 @@ def watching(
             count = 0
             for batch in source:
                 if not masks:
-                    graph = None
-                    with suppress(InputError):  # the batch's own run reports what is wrong with it
-                        graph = trace(model, batch)
-                    masks.append(stack.enter_context(token_mask(model, graph)))
+                    found = graph
+                    if found is None:
+                        with suppress(InputError):  # the batch's own run reports what is wrong with it
+                            found = trace(model, batch)
+                    masks.append(stack.enter_context(token_mask(model, found)))
                 given[0] = None if mask_of is None else mask_of(batch)
                 try:
                     run(model, batch, count)
@@ -174,6 +196,38 @@ def _before_call(targets: Sequence[Target], show: _Show) -> Callable[..., None]:
             x = projection_input(target, module, args, kwargs)
             if x is not None:
                 show(target, x, None)
+
+    return hook
+
+
+def _before_products(
+    targets: Sequence[StackTarget],
+    see: Rows,
+    real: Callable[[], Tensor | None],
+    masks: Sequence[Padding],
+    again: list[nn.Module],
+) -> Callable[..., None]:
+    """For experts: their module runs once more, and each product of a target's matrix is shown."""
+    wanted: dict[str, dict[int, StackTarget]] = {}
+    for target in targets:
+        assert target.expert is not None
+        wanted.setdefault(target.parameter_name, {})[target.expert] = target
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not masks or again:
+            return
+
+        def show(name: str, experts: Tensor, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
+            for expert in experts.unique().tolist():
+                here = experts == expert if kept is None else (experts == expert) & kept
+                if expert in wanted[name] and bool(here.any()):
+                    see(wanted[name][expert], x[here].float(), y[here].float())
+
+        again.append(module)
+        try:
+            show_products(module, tuple(wanted), args, kwargs, show, real())
+        finally:
+            again.clear()
 
     return hook
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
@@ -21,17 +22,22 @@ from s2d.audit.accumulators import Judgement, Survey
 from s2d.audit.findings import Audit, AuditRow, Trend
 from s2d.audit.hooks import MaskOf, batches_twice, unreadable, watching, with_progress
 from s2d.audit.massive_tokens import MassiveTokens
+from s2d.audit.rounded_copy import propagated_errors
 from s2d.errors import InputError
 from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
 from s2d.models import Family, family_of, fingerprint
+from s2d.models.graph import Graph
+from s2d.models.stack_products import stacks_of
+from s2d.models.tracing import trace, unwrapped
 from s2d.quant.modules.sites import refuse_quantized
 from s2d.quant.spec import QuantSpec, TensorSpec
 from s2d.spectral.statistics import OUTLIER_FRACTION
 from s2d.spectral.svd import singular_values, top_singular_many
 from s2d.spectral.triplets import Triplets
 from s2d.targets.calls import projection_of
-from s2d.targets.weights import Kind, Selector, Target, find_targets
+from s2d.targets.stacked import StackTarget
+from s2d.targets.weights import Kind, Selector, Target, clean_name, find_targets
 
 # The paper's selection: the smallest k <= 3 whose PCDR_k reaches tau = 0.95 (arXiv 2602.14432).
 THRESHOLD = 0.95
@@ -55,6 +61,7 @@ def audit(
     k: int = 3,
     spec: str | Mapping[str, Any] | QuantSpec = "w4a4",
     max_batches: int | None = None,
+    propagation: bool = False,
     progress: bool = False,
     name: str | None = None,
 ) -> Audit:
@@ -74,11 +81,14 @@ def audit(
         k: How many leading components.
         spec: Bits of the quantization error; ranges as in `s2d.quant.quantize`. Overrides are ignored.
         max_batches: Use at most this many batches.
+        propagation: Also quantize a copy as a whole, and say how large its error is behind every block
+            (`s2d.audit.rounded_copy`); it takes about as long again.
         progress: Show progress bars.
         name: The model's name in tables and files; its class by default.
 
     Returns:
-        One row per weight, in the model's order.
+        One row per weight, in the model's order; of the experts that share a parameter, the row of the one with the
+        largest output over RMS.
 
     Raises:
         InputError: No module, no weights, no batches, a batch that does not fit the model, NaN or Inf in a weight or
@@ -86,14 +96,27 @@ def audit(
     """
     start = time.perf_counter()
     parsed = _spec(spec)
-    targets = _targets(model, include, exclude, kinds, k)
+    if isinstance(model, nn.Module) and any(parameter.ndim == 3 for parameter in model.parameters()):
+        batches = batches_twice(batches, max_batches)
+        graph, stacks = _stacks(model, batches)
+    else:
+        graph, stacks = None, []
+    targets = _targets(model, include, exclude, kinds, k, stacks)
     source = batches_twice(batches, max_batches)
-    leading = _leading(targets, k)
-    listed = with_progress(targets, None, "spectra of the weights", progress)
-    values = {target.name: singular_values(target.matrix()).cpu() for target in listed}
+    experts = {target.name: target.experts() for target in targets if isinstance(target, StackTarget)}
+    leading: dict[str, Triplets] = {}
+    values: dict[str, Tensor] = {}
 
+    def decompose(chosen: Sequence[Target]) -> None:
+        leading.update(_leading(chosen, k))
+        listed = with_progress(chosen, None, "spectra of the weights", progress)
+        values.update({target.name: singular_values(target.matrix()).cpu() for target in listed})
+
+    decompose([target for target in targets if target.name not in experts])
+    # Of experts only the worst is decomposed, when it is known; damaged ones are named now.
+    _leading([e for group in experts.values() for e in group if not bool(torch.isfinite(e.matrix()).all())], k)
     missed = {target.name: reason for target in targets if (reason := unreadable(target))}
-    readable = [target for target in targets if target.name not in missed]
+    readable = [each for t in targets if t.name not in missed for each in experts.get(t.name, [t])]
     surveys = {target.name: Survey(target, parsed) for target in readable}
     family, tokens = family_of(model), MassiveTokens()
 
@@ -102,13 +125,23 @@ def audit(
         if family.modality == "causal-lm":
             tokens.add(target.name, x)
 
-    with watching(model, readable, see, mask) as feed:
+    with watching(model, readable, see, mask, graph) as feed:
         batches_seen = with_progress(source, max_batches, "looking at activations, 1 of 2", progress)
         count = feed(tokens.noting(batches_seen))
     if count == 0:
         raise InputError("the audit was given no batches; give at least one")
-    missed |= {name: "no batch reached its module" for name, survey in surveys.items() if survey.rows == 0}
-    reached = [target for target in readable if target.name not in missed]
+    shown = {name: _worst(surveys, group) for name, group in experts.items()}  # one expert of each stack
+    for stack, group in experts.items():
+        unseen = [str(each.expert) for each in group if surveys[each.name].rows == 0]
+        if len(unseen) == len(group):
+            missed[stack] = "no token reached its experts, or their products cannot be followed"
+        elif unseen:
+            missed[f"{stack}[{', '.join(unseen)}]"] = "no token reached these experts"
+    looked = [shown.get(target.name, target) for target in targets]
+    decompose(list(shown.values()))
+    single = [target.name for target in readable if not isinstance(target, StackTarget)]
+    missed |= {name: "no batch reached its module" for name in single if surveys[name].rows == 0}
+    reached = [t for t in looked if t.name in surveys and surveys[t.name].rows > 0]
     if not reached:
         reason = f"e.g. {targets[0].name}: {missed[targets[0].name]}"
         raise InputError(f"nothing was seen of the {len(targets)} weights of {type(model).__name__}; {reason}")
@@ -118,18 +151,23 @@ def audit(
         target.name: Judgement(surveys[target.name], leading[target.name], k, target.name in pictured)
         for target in with_progress(reached, None, "principal directions", progress)
     }
-    with watching(model, reached, lambda target, x, A: judgements[target.name].add(x, A), mask) as feed:
+    with watching(model, reached, lambda target, x, A: judgements[target.name].add(x, A), mask, graph) as feed:
         again = feed(with_progress(source, max_batches, "looking at activations, 2 of 2", progress))
     if again != count:
         raise InputError(f"the batches were {count} and then {again} when read again; give a list or a DataLoader")
 
     rows = []
-    for target in targets:
+    for whole, target in zip(targets, looked, strict=True):
         row = _row(target, family, leading[target.name], values[target.name])
+        if isinstance(target, StackTarget):
+            row.weight, row.expert, row.experts = whole.name, target.expert, len(experts[whole.name])
         if target.name in judgements:
             _fill(row, surveys[target.name], judgements[target.name])
             row.carriers = tokens.record(target.name)
         rows.append(row)
+    propagated = propagated_errors(model, islice(source, max_batches), parsed) if propagation else {}
+    for row in rows:
+        row.propagated = next((R for block, R in propagated.items() if row.weight.startswith(f"{block}.")), None)
     details = run_metadata(
         fingerprint=fingerprint(model),
         family=family.name,
@@ -139,6 +177,7 @@ def audit(
         threshold=THRESHOLD,
         outlier_ratio=OUTLIER_RATIO,
         outlier_fraction=OUTLIER_FRACTION,
+        propagated=propagated,
         batches=count,
         tokens=max(survey.rows for survey in surveys.values()),
         seconds=round(time.perf_counter() - start, 2),
@@ -209,7 +248,28 @@ def _spec(spec: str | Mapping[str, Any] | QuantSpec) -> QuantSpec:
     return parsed
 
 
-def _targets(model: nn.Module, include: Selector, exclude: Selector, kinds: Sequence[Kind], k: int) -> list[Target]:
+def _stacks(model: nn.Module, batches: Iterable[Any]) -> tuple[Graph | None, list[Target]]:
+    """The graph of the first batch, and the stacks of matrices in it; nothing where the batch does not run."""
+    try:
+        graph = trace(model, next(iter(batches)))
+    except InputError:  # the batch's own run reports what is wrong with it
+        return None, []
+    inner = unwrapped(model)
+    return graph, [
+        StackTarget(s.parameter, s.owner, inner.get_submodule(s.owner), s.name, None, "linear", summed=s.summed)
+        for s in stacks_of(graph)
+        if type(inner.get_parameter(s.parameter).data) is Tensor
+    ]
+
+
+def _worst(surveys: Mapping[str, Survey], experts: Sequence[StackTarget]) -> StackTarget:
+    """The expert with the largest output over RMS; without any tokens the first one."""
+    return max(experts, key=lambda target: surveys[target.name].output_ratio if surveys[target.name].rows else -1.0)
+
+
+def _targets(
+    model: nn.Module, include: Selector, exclude: Selector, kinds: Sequence[Kind], k: int, stacks: Sequence[Target]
+) -> list[Target]:
     if not isinstance(model, nn.Module):
         raise InputError(f"audit needs a torch module, not {type(model).__name__}; load the model first")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -218,7 +278,9 @@ def _targets(model: nn.Module, include: Selector, exclude: Selector, kinds: Sequ
         if kind in ("embedding", "norm"):
             raise InputError(f"kinds={kind!r}: such a weight multiplies no activations; use linear, conv or both")
     refuse_quantized(model)
-    return find_targets(model, include, exclude, kinds)
+    found = find_targets(model, include, exclude, kinds, stacks)
+    order = {clean_name(name): place for place, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda t: order.get(t.module_name, 0)) if stacks else found
 
 
 def _leading(targets: Sequence[Target], k: int) -> dict[str, Triplets]:

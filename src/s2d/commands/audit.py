@@ -49,6 +49,12 @@ def audit(
             "--graph", help="Only trace one forward pass: what each weight does, and which weights write what it reads."
         ),
     ] = False,
+    propagation: Annotated[
+        bool,
+        typer.Option(
+            "--propagation", help="Also quantize a copy as a whole: its error behind every block, and so of the last."
+        ),
+    ] = False,
     json_file: JsonFile = None,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -73,6 +79,7 @@ def audit(
     from s2d.distributed.processes import device_of
 
     settings: dict[str, Any] = {"include": include or "all-linear", "spec": spec, "progress": bars(quiet)}
+    settings["propagation"] = propagation
     first = load(models[0], device=device_of(device))
     if told is None:
         say(quiet, f"{models[0]}: {footprint.size_text(sum(weight.numel() for weight in first.model.parameters()))}")
@@ -99,6 +106,12 @@ def audit(
             say(quiet, f"{count - rows} more weights: --rows {count}")
         if len(models) == 1:
             say(quiet, _LEGEND.format(error=f"{found.spec} error"))
+            if propagation and found.run["propagated"]:
+                block, last = list(found.run["propagated"].items())[-1]
+                say(
+                    quiet,
+                    f"R           squared error behind the block, all quantized; behind the last, {block}: {last:.3g}",
+                )
         if html is not None:
             say(quiet, f"HTML page: {html}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -99,70 +99,29 @@ def export(
         raise InputError("where should the exported model go? add --out NAME.onnx")
     (check_file if out.suffix else check_folder)(out)
     check_file(json_file)
-    from s2d import quant
-    from s2d.audit import audit_batches
-    from s2d.checkpoint import load
     from s2d.commands.terminal import Watch
-    from s2d.export import RUNNABLE, example_of
-    from s2d.export import export as write
+    from s2d.experiments.exporting import ExportOrder, export_model
     from s2d.export.fixed_shapes import parse_shape
-    from s2d.export.operators import FORMS
     from s2d.export.placement import provider_name
-    from s2d.export.runtime import device_of, find_runtime, sizes_for
-    from s2d.export.towers import export_towers
-    from s2d.models.dual_encoder import DualEncoder
-    from s2d.models.saved import save_parts
-    from s2d.quant.modules.sites import is_quantized
-    from s2d.tasks import check_split, create
-    from s2d.tasks.evaluation import model_for
+    from s2d.export.runtime import find_runtime
+    from s2d.tasks import check_split
 
-    runtime = None if for_ is None else find_runtime(for_)
-    sizes = parse_shape(shape)
-    device = None if provider is None else provider_name(provider) if out.suffix == ".onnx" else provider
-    if runtime is not None:
-        runtime.check_file(out)
-        device, sizes = device or device_of(runtime, out, no_fallback), sizes_for(runtime, out, sizes)
-    recipe = settings(model, task, data, o) if task is not None or o else None
-    wanted = check_split(split)
+    order = ExportOrder(
+        model,
+        recipe=settings(model, task, data, o) if task is not None or o else None,
+        data=data,
+        runtime=None if for_ is None else find_runtime(for_),
+        embeddings=embeddings,
+        form=form,  # pyright: ignore[reportArgumentType]  # checked with the file
+        shape=parse_shape(shape),
+        provider=None if provider is None else provider_name(provider) if out.suffix == ".onnx" else provider,
+        fallback=not no_fallback,
+        split=check_split(split),
+        time_it=time_it,
+        force=force,
+    )
     with Watch(Console(stderr=True), quiet=quiet) as watch:
-        watch.stage(f"loading {model}", 1)
-        loaded = load(model)
-        if not is_quantized(loaded.model):
-            raise InputError(f"{model} is not quantized; first: s2d quantize {model} --spec w4a4 --out FOLDER")
-        if runtime is not None:
-            runtime.refuse(quant.record(loaded.model).sites)
-        made = None if recipe is None else create(recipe.task.name, **recipe.task.options)
-        plain = loaded.model
-        inputs: Any
-        if made is None or recipe is None:
-            inputs = audit_batches(loaded, data)
-        else:
-            built = model_for(loaded, made)
-            # A model that was saved for this task is whole; else the task's parts are put on the quantized encoder.
-            plain = loaded.model if type(loaded.model) is type(built) else built
-            del built
-            loaded.model = plain  # free the memory of the model that is not exported
-            inputs = (each for batch in made.batches("train", batch_size=16) for each in made.inputs(batch))
-        options: dict[str, Any] = {
-            "example": example_of(inputs),
-            "embeddings": embeddings,
-            "form": form or (runtime.form if runtime is not None and out.suffix == ".onnx" else FORMS[0]),
-            "shape": sizes,
-            "provider": device,
-            "fallback": not no_fallback,
-            "task": made,
-            "split": wanted,
-            "time_it": time_it,
-            "force": force,
-            "notes": lambda text: watch.stage(text, 1),
-        }
-        reports: list[ExportReport] = []
-        if isinstance(plain, DualEncoder):
-            reports += export_towers(plain, out, **options).values()
-        else:
-            reports.append(write(plain, out, tokenizer=loaded.tokenizer, **options))
-    if out.suffix in RUNNABLE:
-        save_parts(out.with_suffix(".inputs"), loaded.tokenizer, loaded.processor)
+        reports = export_model(order, out, notes=lambda text: watch.stage(text, 1))
     if json_file is not None:
         content = [report.to_dict() for report in reports]
         save_json(json_file, {"export": content[0] if len(content) == 1 else content})

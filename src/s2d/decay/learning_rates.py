@@ -104,7 +104,7 @@ def _peaks_ahead(optimizer: Optimizer) -> tuple[list[float], bool]:
     """The largest rate that an optimizer's schedule will reach in each group; empty where that is not known.
 
     The schedule is copied and run on an optimizer without weights. A schedule that still rises at the end of the search
-    has no peak.
+    has no peak, which a warning says.
 
     Returns:
         The rates, and whether they cover the whole schedule. A schedule of factors is run from its first step, so that
@@ -132,8 +132,15 @@ def _peaks_ahead(optimizer: Optimizer) -> tuple[list[float], bool]:
                 peaks = [max(pair) for pair in zip(rates, peaks, strict=True)]
     except Exception:  # a third-party schedule may end, or need more than a step
         return [], False
+    if at > 0.9 * step:
+        warnings.warn(
+            f"the learning rate still rises after {step:,} steps of its schedule, so its peak is unknown: the decay's "
+            "strength is relative to the largest rate so far; let the schedule end its rise, as min(factor, 1) does",
+            stacklevel=2,
+        )
+        return [], False
     # A schedule whose first rate is its largest may depend on a clock or be truncated: the optimizer's own rate counts.
-    return ([], False) if at > 0.9 * step else (peaks, whole and at > 0)
+    return peaks, whole and at > 0
 
 
 def _without_weights(group: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from s2d.decay.refresh_hooks import is_recomputed, is_transformed
 from s2d.decay.written_sites import Site, Sites, Uses, sites_of
+from s2d.decay.written_stacks import StackSite
 from s2d.errors import InputError
 from s2d.models.tracing import inputs_by_key, trace_call, unwrapped
 from s2d.targets.padding import MASKS, given_mask, real_of
@@ -156,6 +157,8 @@ class Structure:
             known.offsets = {**found.offsets, **known.offsets}
             known.without = {**found.without, **known.without}
             known.masks = known.masks or found.masks
+            seen = {(site.owner, site.reader) for site in known.stacks}
+            known.stacks += [site for site in found.stacks if (site.owner, site.reader) not in seen]
             problem = None
             break
         if problem is not None:
@@ -218,6 +221,21 @@ class Structure:
             found = self._real.get(uses.mask.key)
             found = found.mT if found is not None and uses.mask.turned else found
         return found if found is not None and found.numel() == here[..., 0].numel() else None
+
+    def stack_sites(self, path: str) -> list[StackSite]:
+        """The sites inside the experts of a module, from the trace of the forward that runs, or of another."""
+        running = [] if self._outermost is None else [self._outermost]
+        for module in (*running, *self._known):
+            prefix = self._paths.get(module, "")
+            sites = self._known[module].stacks if module in self._known else []
+            found = [site for site in sites if clean_name(f"{prefix}.{site.owner}".strip(".")) == path]
+            if found:
+                return found
+        return []
+
+    def real(self, key: str) -> Tensor | None:
+        """Which tokens of a model input are real, ``[B, T]``; None: all, or not known."""
+        return self._real.get(key) if key else None
 
     @property
     def writers(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from s2d.export.graphs import export_graph
 from s2d.export.onnx import CPU, OnnxModel
 from s2d.export.openvino import OpenVinoModel
 from s2d.export.operators import FORMS, Form
+from s2d.export.runtime import stack_complaint
 from s2d.export.torch_int import integer_model
 from s2d.io.files import write_json
 from s2d.io.provenance import run_metadata
@@ -109,6 +111,9 @@ def export(
         raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
     check_unchanged(model)
     kept = record(holder(model))
+    complaint = stack_complaint(kept.sites, target.suffix or "compressed-tensors")
+    if complaint is not None:
+        raise InputError(complaint)
     model, example = in_float32(model, example, notes)
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
     asked = provider if provider is not None or fallback else CPU
@@ -192,12 +197,19 @@ def open_exported(path: str | os.PathLike[str], *, runtime: str | None = None, t
 
 
 def example_of(batches: Iterable[Any]) -> dict[str, Tensor]:
-    """The first batch of two or more keyword inputs, for tracing.
+    """The first batch of keyword inputs with two or more rows, for tracing; else the row of the first batch, twice.
 
     Raises:
         InputError: There is none.
     """
-    for batch in batches:
-        if isinstance(batch, Mapping) and all(isinstance(v, torch.Tensor) and len(v) > 1 for v in batch.values()):
+    single: dict[str, Tensor] | None = None
+    for batch in islice(batches, 8):  # not all of a long data set
+        if not isinstance(batch, Mapping) or not all(isinstance(value, torch.Tensor) for value in batch.values()):
+            continue
+        if all(len(value) > 1 for value in batch.values()):
             return dict(batch)
-    raise InputError("no batch of two or more examples; add --data with more of them")
+        if single is None and all(len(value) == 1 for value in batch.values()):
+            single = {name: torch.cat([value, value]) for name, value in batch.items()}
+    if single is None:
+        raise InputError("there is no example to trace the model with; add --data with some")
+    return single

@@ -101,7 +101,7 @@ def write_onnx(
 
     with torch.no_grad():
         outputs = list(tensors_of(model(**example)))
-    with _quiet():
+    with _quiet(), _without_slow_rewrites():
         try:
             program = torch.onnx.export(
                 Face(model, tuple(example)).eval(),
@@ -342,6 +342,30 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def _without_slow_rewrites() -> Iterator[None]:
+    """Leave out the rewrites of several outputs at once (onnxscript has one, of two Slices to a Split).
+
+    They look through the whole graph for each of its nodes: half an hour for a language model of 30 layers.
+    """
+    from onnxscript import rewriter
+
+    all_rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
+    if all_rules is None:  # another version
+        yield
+        return
+    try:
+        rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in all_rules if _has_one_output(rule))
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = all_rules
+
+
+def _has_one_output(rule: Any) -> bool:
+    pattern = getattr(getattr(rule, "_matcher", None), "pattern", None)
+    return getattr(pattern, "has_single_output_node", True)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ from torch import nn
 
 from s2d.errors import InputError
 from s2d.export.integers import IntegerActivation, IntegerWeight, integer_activation, integer_weight
+from s2d.export.runtime import quoted, runtimes
 from s2d.quant.modules.attention import QuantizedAttention
 from s2d.quant.modules.linear import QuantizedConv, QuantizedLinear
-from s2d.quant.modules.online import OnlineLinear, RotatedBlock
+from s2d.quant.modules.online import OnlineBlock, OnlineLinear
 from s2d.quant.modules.sites import is_quantized
 from s2d.quant.numerics.quantizer import Quantizer
 
@@ -78,18 +79,23 @@ def refuse_more_than_linears(model: nn.Module, format: str) -> None:
     if not is_quantized(model):
         raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
     for name, module in model.named_modules():
-        if isinstance(module, (OnlineLinear, RotatedBlock)):
+        if isinstance(module, (OnlineLinear, OnlineBlock)):
             raise InputError(
                 f"{name}: the method computes beside the weight, which {format} cannot hold; "
                 "quantize with rtn, gptq, awq or smoothquant"
             )
         if isinstance(module, QuantizedAttention) and (site := _operand(module)):
             raise InputError(
-                f"{site}: operands of attention are rounded, which {format} cannot hold; the nearest spec that it can "
-                "adds attention: false (in Python {'base': 'w4a8', 'attention': False}), or w4a16"
+                f"{site}: operands of attention are rounded, which {format} cannot hold; a spec that it can hold is "
+                f"{_held(format)}"
             )
         if isinstance(module, QuantizedConv):
             raise InputError(f"{name}: {format} has no rounded convolutions; leave ends out of the spec")
+
+
+def _held(format: str) -> str:
+    known = runtimes().get(format.lower().replace(" ", ""), runtimes()["qnn"])  # the encodings file is for qnn
+    return quoted(known.spec)
 
 
 def _operand(module: Any) -> str | None:

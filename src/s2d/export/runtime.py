@@ -223,7 +223,10 @@ class Runtime(_Section):
         """
         if self.quantizes_itself:
             return f"{self.name} quantizes by itself: {' '.join(self.notes) or 'give it the plain model'}"
-        begin = f"--spec {_quoted(self.spec)}"
+        begin = f"--spec {quoted(self.spec)}"
+        held = stack_complaint(sites, self.name)
+        if held is not None:
+            return held
         inputs = {site.module: site for site in sites if site.what == "input"}
         for site in sites:
             if site.prefix and not self.prefix:
@@ -314,6 +317,19 @@ class Runtime(_Section):
         return spent / total if total else None
 
 
+def stack_complaint(sites: Sequence[Site], target: str) -> str | None:
+    """That a plan rounds stacks of matrices, which no file of ours holds; None if it rounds none."""
+    stacks = list(dict.fromkeys(site.module for site in sites if site.summed and site.format is not None))
+    if not stacks:
+        return None
+    more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
+    last = "*." + stacks[0].rpartition(".")[2]
+    return (
+        f"{stacks[0]}{more} hold the matrices of several experts in one parameter, and no file for {target} holds "
+        f"these rounded yet; keep them (an override {last}: keep for each name), or use the folder that quantize saved"
+    )
+
+
 def device_of(runtime: Runtime, path: Path, needed: bool) -> str | None:
     """The execution provider that a runtime has here, to ask it for a file's nodes; None where it cannot be asked.
 
@@ -357,7 +373,8 @@ def _shown(site: Site) -> str:
     return f"{site.format.name} ({site.granularity}{f' of {site.group}' if site.group else ''})"
 
 
-def _quoted(spec: str | dict[str, Any] | None) -> str:
+def quoted(spec: str | dict[str, Any] | None) -> str:
+    """A spec as the command line takes it."""
     if isinstance(spec, dict):
         return f"'{yaml.safe_dump(spec, default_flow_style=True, sort_keys=False, width=10_000).strip()}'"
     return str(spec)

@@ -100,6 +100,8 @@ class Call:
         input: Node that is read beside the weight; None if there is none.
         output: Node that is made.
         side: The weight's factor in a product, ``"left"`` or ``"right"``.
+        summed: For a parameter with three dimensions that holds a matrix for each position of the first: over which of
+            the other two, 1 or 2, the product sums; 0 where it is no such stack.
     """
 
     module: str
@@ -121,6 +123,7 @@ class Call:
     features: int
     side: str = "right"
     flops: int = 0
+    summed: int = 0
 
     @property
     def id(self) -> tuple[str, int]:

@@ -272,7 +272,9 @@ def _one_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-_ATTENTION = ("eager", "sdpa")  # their results differ in the last bits
+# Their results differ in the last bits.
+_ATTENTION = ("eager", "sdpa")
+_EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
 
 def _describe_transformers(model: Any) -> JSON:
@@ -281,7 +283,9 @@ def _describe_transformers(model: Any) -> JSON:
         kwargs["add_pooling_layer"] = False
     found = {"class": type(model).__name__, "config": model.config.to_dict(), "arguments": kwargs}
     attention = getattr(model.config, "_attn_implementation", None)
-    return {**found, "attention": attention} if attention in _ATTENTION else found
+    experts = getattr(model.config, "_experts_implementation", None)
+    found |= {"attention": attention} if attention in _ATTENTION else {}
+    return found | ({"experts": experts} if experts in _EXPERTS else {})
 
 
 def _rebuild_transformers(description: JSON) -> nn.Module:
@@ -293,6 +297,8 @@ def _rebuild_transformers(description: JSON) -> nn.Module:
     refuse_foreign_code(config, CONFIG_NAME)
     if description.get("attention") in _ATTENTION:
         config._attn_implementation = description["attention"]
+    if description.get("experts") in _EXPERTS:
+        config._experts_implementation = description["experts"]
     return model_class(config, **description["arguments"])
 
 

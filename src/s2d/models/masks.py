@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from s2d.models.dimensions import Digit
 from s2d.models.graph import Graph
 from s2d.models.graph_parts import Call
+from s2d.models.walks import picked_from
 from s2d.targets.padding import MASKS, real_of, without_first
 
 # What of a module: what it reads, what it returns, or an operand of the attention in it.
@@ -60,6 +61,13 @@ class _Whose:
                 return _CANNOT_TELL if self._unread else f":{key}"
         # Of masked tokens that were cut, moved or picked out since only the running forward may know.
         return _CANNOT_TELL if self._origins(node) & self._masked else None
+
+    def picked_from(self, module: str) -> _Key:
+        """The key of the mask of the tokens that a module picks its rows from by number."""
+        for node in self._nodes(module, "input")[:1]:
+            assert self.graph is not None
+            return self.key(picked_from(self.graph, node))
+        return _CANNOT_TELL
 
     def _origins(self, node: int) -> set[int]:
         """The axes of inputs that a value's tokens come from."""
@@ -121,6 +129,10 @@ class Padding:
         """The mask ``[B, T]`` of the tokens that a module reads, or returns; None if they are all real."""
         keys = self.whose.keys(module, where)
         return self._of(keys[min(self.turns.get(module, 0), len(keys) - 1)])
+
+    def of_rows(self, module: str) -> Tensor | None:
+        """The mask ``[B, T]`` of the tokens of which a module picks some by number (those of an expert)."""
+        return self._of(self.whose.picked_from(module))
 
     def of_output(self, x: Tensor) -> Tensor | None:
         """The mask of one of the model's outputs, told by its dimensions and channels."""

@@ -25,6 +25,7 @@ from s2d.models.tensors import (
     written_by,
 )
 
+_COPIES = frozenset(("clone", "_to_copy", "contiguous"))
 _FILLS = frozenset(("fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"))
 
 
@@ -136,6 +137,10 @@ class Tracer(Memory):
                 )  # fmt: skip
                 fresh[id(value)] = node
                 self._keep(value, node, any(value is each for each in written))
+                if plain and name in _COPIES and has_storage(value) and value.ndim > 1:
+                    along = self._dimensions(tensors[0], inputs[0].parameters[0])
+                    if len(along) == value.ndim:
+                        self._storage(value).walks = dict(zip(value.stride(), along, strict=True))
             made.append(node)
         numbers = numbers_in(args) if kind in ("multiply", "add", "lookup") or name == "expand" else ()
         flops = flops_of(name, tensors, outs, kwargs, args)
@@ -235,9 +240,10 @@ class Tracer(Memory):
             left = what == "product" and read is not None and inputs.index(read) > position
             for parameter in node.parameters:
                 experts: tuple[int, ...] = ()
-                rows = node.rows
+                rows, summed = node.rows, 0
                 if len(self.shapes[parameter]) == 3 and what == "product":
                     experts, rows = self._experts(name, node, parameter, tensors), None
+                    summed = self._summed(name, position, tensors[position], parameter)
                 self.calls.append(
                     Call(
                         module=path,
@@ -259,6 +265,7 @@ class Tracer(Memory):
                         features=features if what in ("product", "convolution", "embedding", "gain") else 0,
                         side="left" if left else "right",
                         flops=flops if what in ("product", "convolution") and parameter == node.parameters[0] else 0,
+                        summed=summed,
                     )
                 )
 
@@ -268,6 +275,25 @@ class Tracer(Memory):
             ends = tensors[2].tolist()
             return tuple(first + e for e, (a, b) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if b > a)
         return tuple(range(first, stop))
+
+    def _summed(self, name: str, position: int, weight: Tensor, parameter: int) -> int:
+        """Over which dimension of a stack of matrices a product sums; 0 if it does not multiply by its matrices."""
+        if weight.ndim < 2:
+            return 0
+        along = self._dimensions(weight, parameter)
+        first = next(i for i in range(3) if i != ADDED.get(name))
+        last = position == first or name in ("linear", "linear_relu")
+        summed, kept = (along[-1], along[-2]) if last else (along[-2], along[-1])
+        return summed if {summed, kept} == {1, 2} else 0
+
+    def _dimensions(self, value: Tensor, parameter: int) -> tuple[int, ...]:
+        """Along which dimension of a parameter each one of a view of it walks; -1 where that cannot be told."""
+        if not has_storage(value):
+            return (-1,) * value.ndim
+        storage = self._storage(value)
+        held = next((row[3] for row in storage.parameters if row[2] == parameter), None)
+        walks = storage.walks if held is None else {stride: dim for dim, stride in enumerate(held)}
+        return tuple(walks.get(stride, -1) for stride in value.stride())
 
     def _applied(self, node: Node) -> str:
         """How a gain multiplies: as it is, or with a number added to it, such as 1 + w."""

@@ -33,6 +33,8 @@ class _Storage:
     base: Node | None = None
     # (first byte, byte after the last, number of the parameter, its strides) of each parameter in it
     parameters: list[tuple[int, int, int, tuple[int, ...]]] = field(default_factory=list)
+    # in a copy of (a part of) a parameter: which of its dimensions a stride walks along
+    walks: dict[int, int] = field(default_factory=dict)
     guarded: Tensor | None = None
 
 

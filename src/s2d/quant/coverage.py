@@ -1,7 +1,7 @@
 """Check the plan against a traced forward: list products without a site, and plan no quantizer that would never run.
 
-A plan is made from modules; a model may use their weights without calling them (``F.linear(x, layer.weight)``), hold
-them in one parameter for all experts, or compute them. The traced graph (`s2d.trace`) has every product with a weight,
+A plan is made from modules; a model may use their weights without calling them (``F.linear(x, layer.weight)``), or
+compute them. The traced graph (`s2d.trace`) has every product with a weight,
 so that each product at full precision is listed.
 """
 
@@ -54,10 +54,10 @@ def covered(model: nn.Module, sites: Sequence[Site], graph: Graph) -> list[Site]
     """A plan with the sites that would never run kept, and the products without a site listed, each with its reason
     and its share of the products.
     """
-    owners = {weight_name(model, site): site.module for site in sites if site.what == "weight" and site.shape}
+    owners = {weight_name(model, site): site for site in sites if site.what == "weight" and site.shape}
     calls = [call for call in graph.calls if call.kind in PRODUCTS]
     bypassed = {
-        owners[name]: call
+        owners[name].module: call
         for call in calls
         if _bypasses(model, call, owners)
         for name in call.parameters
@@ -99,17 +99,17 @@ def _kept(site: Site, reason: str) -> Site:
     return replace(site, format=None, granularity="", observer="", reason=site.reason or reason, group=0, prefix=0)
 
 
-def _bypasses(model: nn.Module, call: Call, owners: dict[str, str]) -> bool:
+def _bypasses(model: nn.Module, call: Call, owners: dict[str, Site]) -> bool:
     """Whether a call uses a planned weight without its module (tied ones have several) being called."""
-    mine = {owners[name] for name in call.parameters if name in owners}
+    mine = {owners[name].owner for name in call.parameters if name in owners}
     # Torch's attention reads its projections itself, and a quantized one does so through their quantizers.
     parents = [model.get_submodule(owner.rpartition(".")[0]) for owner in mine]
     return call.module not in mine and not any(isinstance(parent, nn.MultiheadAttention) for parent in parents)
 
 
 def _reason(call: Call) -> str:
-    if call.experts:
-        return "one parameter for all experts, in which no quantizer can sit yet"
+    if call.experts and call.summed == 0:
+        return "a parameter of three dimensions that is no stack of matrices, in which no quantizer can sit yet"
     if not call.plain:
         return "the weight is computed from this parameter, and no quantizer can sit in between yet"
     return f"{call.module_class} uses this weight without calling its module, so a quantizer there would never run"

@@ -86,10 +86,13 @@ def weight_bytes(site: Site) -> int:
     assert site.format is not None and site.shape
     numbers = math.prod(site.shape)
     codes = (numbers + 1) // 2 if site.format.bits <= 4 else numbers
+    rows, inputs = site.matrix
     if isinstance(site.format, BlockFormat):
-        blocks = numbers // site.shape[-1] * -(-site.shape[-1] // site.format.block)
+        along = inputs if site.summed else site.shape[-1]
+        blocks = numbers // along * -(-along // site.format.block)
         return codes + blocks + PAIR_BYTES
-    pairs = {"channel": site.shape[0], "group": numbers // site.group if site.group else 0}.get(site.granularity, 1)
+    each = site.shape[0] if site.summed else 1
+    pairs = {"channel": rows, "group": numbers // site.group if site.group else 0}.get(site.granularity, each)
     return codes + pairs * PAIR_BYTES
 
 

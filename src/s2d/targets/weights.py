@@ -126,6 +126,7 @@ def find_targets(
     include: Selector = "all-linear",
     exclude: Selector = (),
     kinds: Sequence[Kind] = ("linear", "conv"),
+    more: Iterable[Target] = (),
 ) -> list[Target]:
     """Resolve which weights of a model are meant, in the model's own order.
 
@@ -139,6 +140,7 @@ def find_targets(
             ``(module, module_name) -> bool``.
         exclude: The same, removed afterwards. It may match nothing.
         kinds: Kinds of weight considered.
+        more: Weights that modules do not show (stacks of experts, from the graph), which the patterns name too.
 
     Raises:
         InputError: Nothing is selected (close names are listed), a regular expression is broken, a kind is unknown, or
@@ -147,7 +149,7 @@ def find_targets(
     for kind in kinds:
         if kind not in KINDS:
             raise InputError(f"unknown kind of weight {kind!r}; choose from {', '.join(KINDS)}")
-    candidates = [target for target in _candidates(model) if target.kind in kinds]
+    candidates = [target for target in (*_candidates(model), *more) if target.kind in kinds]
     if not candidates:
         wanted = " or ".join(kinds)
         raise InputError(f"{type(model).__name__} has no {wanted} weights to work on (floating point, not quantized)")
@@ -165,6 +167,11 @@ def find_targets(
         reason = "the callable selects no weight" if not selected else f"{exclude!r} excludes every selected weight"
         raise InputError(f"nothing is left to work on: {reason}; candidates are {_listing(c.name for c in candidates)}")
     return list(_without_ties(chosen))
+
+
+def is_selected(target: Target, include: Selector, exclude: Selector = ()) -> bool:
+    """Whether patterns as those of `find_targets` select a target."""
+    return _selects(include, target) and not _selects(exclude, target)
 
 
 def clean_name(name: str) -> str:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -18,17 +18,20 @@ from s2d.errors import InputError
 from s2d.models.graph import Graph
 from s2d.models.masks import Padding, token_mask
 from s2d.models.running import evaluating, real_tokens, run
+from s2d.models.stack_products import real_rows
 from s2d.models.tracing import trace
 from s2d.quant.calibration.resume import Store
+from s2d.quant.modules.experts import quantizers_of_stack
 from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.modules.products import attentions_of
 from s2d.quant.modules.sites import OPERANDS, Site, replace_quantizer, weight_name
 from s2d.quant.numerics.formats import Format
 from s2d.quant.numerics.observers import Observer, Rounding, make_observer, weight_range
 from s2d.quant.numerics.quantizer import Quantizer
+from s2d.quant.numerics.stacks import StackQuantizer, rows_of
 from s2d.quant.spec import QuantSpec
 
-Stage = Literal["transform", "rounding"]
+Stage = Literal["transform", "rounding", "correction"]
 Protocol = Literal["own", "unified"]
 
 
@@ -134,6 +137,7 @@ class Job:
             for methods that have none, and under the unified protocol.
         ranks: The processes, each with this model and its own share of the data; empty for a single process.
         traced: The graph of the first batch, if the model has been traced already.
+        original: For a correction: a copy of the model as it was before the rounding, all its quantizers off.
     """
 
     model: nn.Module
@@ -150,6 +154,7 @@ class Job:
     published: str | None = None
     ranks: Groups = ()
     traced: Graph | None = None
+    original: nn.Module | None = None
 
     @cached_property
     def graph(self) -> Graph:
@@ -271,7 +276,11 @@ def observing(
     observers = {site: _observer(replace(site, observer=job.observer_of(site))) for site in static}
     try:
         for site, quantizer in static.items():
-            quantizer.watch = _watcher(observers[site], site, mask)
+            rows = None
+            if site.summed:
+                held = quantizers_of_stack(job.model.get_submodule(site.owner), site.module.rpartition(".")[2])
+                rows = partial(getattr, held, "rows_seen")
+            quantizer.watch = _watcher(observers[site], site, mask, rows)
         yield observers
     finally:
         for quantizer in static.values():
@@ -325,8 +334,14 @@ def _observer(site: Site) -> Observer | PerHead:
     return PerHead(site) if site.granularity == "head" else make_observer(site.observer, site.name)
 
 
-def _watcher(observer: Observer | PerHead, site: Site, mask: Callable[[], Padding]) -> Callable[[Tensor], None]:
+def _watcher(
+    observer: Observer | PerHead, site: Site, mask: Callable[[], Padding], rows: Callable[[], Any] | None
+) -> Callable[[Tensor], None]:
     def see(x: Tensor) -> None:
+        if rows is not None:  # of a stack: the tokens were sorted and picked since
+            x, kept = x.flatten(0, -2), real_rows(*rows(), mask().of_rows(site.owner))
+            observer.update(x if kept is None or len(kept) != len(x) else x[kept])
+            return
         if site.granularity == "head" and x.ndim != 4:
             raise InputError(
                 f"{site.name} has {x.ndim} dimensions, but a range a head needs [batch, heads, tokens, features]; "
@@ -393,10 +408,10 @@ def set_weight_range(site: Site, quantizer: Quantizer, weight: Tensor) -> None:
     """Give a weight quantizer the range that its site's observer finds in ``weight`` (``[out, in]`` or a kernel)."""
     if quantizer.dynamic:
         return
-    rows = weight.flatten(1)
+    rows = rows_of(quantizer, weight).flatten(1)
     if site.granularity == "group":
         rows = rows.reshape(-1, site.group)
-    elif site.granularity != "channel":
+    elif site.granularity != "channel" and not isinstance(quantizer, StackQuantizer):
         rows = rows.reshape(1, -1)
     lo, hi = weight_range(rows, site.observer, quantizer.format, name=site.name)
     quantizer.set_range(lo.reshape(quantizer.scale.shape), hi.reshape(quantizer.scale.shape))

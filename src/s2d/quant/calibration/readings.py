@@ -191,14 +191,14 @@ class _Seen(Exception):
 
 
 def layers_of(job: Job, sites: Iterable[Site]) -> list[Layer]:
-    """The layers behind the weights among some quantized sites."""
+    """The layers behind the weights among some quantized sites; stacks are no layers, and are rounded to nearest."""
     names: dict[int, list[str]] = {}
     for name, parameter in job.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     layers = []
     for site in sites:
         quantizer = job.quantizers[site]
-        if site.what == "weight":
+        if site.what == "weight" and not site.summed:
             assert isinstance(quantizer, WeightQuantizer)
             key = weight_name(job.model, site)
             weight = job.model.get_parameter(key)

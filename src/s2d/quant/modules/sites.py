@@ -2,7 +2,8 @@
 
 Sites are the weight and the input of every Linear of the encoder, and the operands q, k, probs and v of every
 attention. `nn.MultiheadAttention` keeps its query, key and value projections in one bare parameter: that parameter and
-its input are the sites ``weight`` and ``input`` of the attention module itself.
+its input are the sites ``weight`` and ``input`` of the attention module itself. A parameter that holds a stack of
+matrices (all experts of a layer) has the sites ``NAME.weight`` and ``NAME.input``, where NAME is that of the parameter.
 
 Two groups stay at full precision by default. The ends are Linears and convolutions whose role in their family is a
 head, a pooler or a patch embedding; the spec's ``ends`` can quantize them. Linears outside numbered blocks that no
@@ -12,6 +13,7 @@ family knows, and other convolutions, can be quantized by an override.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +25,21 @@ from s2d.errors import InputError
 from s2d.models.family import family_of
 from s2d.models.graph import Graph
 from s2d.models.running import OPERANDS, What
+from s2d.models.stack_products import stacks_of
 from s2d.quant.modules import online
 from s2d.quant.modules.attention import AttentionQuantizer, QuantizedAttention
+from s2d.quant.modules.experts import (
+    QuantizedExperts,
+    StackQuantizers,
+    quantizers_of_stack,
+    swap_in_stacks,
+    swap_out_stacks,
+)
 from s2d.quant.modules.linear import QuantizedConv, QuantizedLayer, QuantizedLinear, swap_in, swap_out
 from s2d.quant.modules.products import attentions_of
 from s2d.quant.numerics.formats import Format
 from s2d.quant.numerics.quantizer import Granularity, Quantizer, WeightQuantizer
+from s2d.quant.numerics.stacks import StackQuantizer
 from s2d.quant.spec import FULL_BITS, Group, QuantSpec, TensorSpec, matches
 
 PROJECTION: tuple[tuple[What, Group], ...] = (("weight", "weight"), ("input", "activation"))
@@ -41,6 +52,7 @@ KEPT_ROLES = {
 # Why a weight cannot be quantized, whatever the spec asks for.
 MORE = "computes more than a"
 TURNED = "a Conv1D is not quantized"
+OUTSIDE = "outside the encoder's blocks; an override that names it quantizes it"
 COMPUTED = "its weight is computed from others (a parametrization), and no quantizer can sit in between yet"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FAST_PATHS = (
@@ -54,7 +66,7 @@ class Site:
     """One row of the plan: a tensor and how it is quantized, or why it is not.
 
     Attributes:
-        module: Dotted name of the module.
+        module: Dotted name of the module; of a stack of matrices, that of the parameter.
         what: Which of its tensors.
         format: The number format, None when kept at full precision.
         granularity: What has a range of its own; empty when kept.
@@ -63,6 +75,7 @@ class Site:
         shape: The weight's shape; empty for activations.
         group: How many inputs of a channel, or tokens, share a scale, when the granularity is groups or spans.
         prefix: First tokens of a sequence that this site leaves at full precision.
+        summed: For a stack of matrices, ``[E, out, in]`` or ``[E, in, out]``: the dimension of the inputs; else 0.
     """
 
     module: str
@@ -74,6 +87,19 @@ class Site:
     shape: tuple[int, ...] = ()
     group: int = 0
     prefix: int = 0
+    summed: int = 0
+
+    @property
+    def owner(self) -> str:
+        """Dotted name of the module that holds the quantizer."""
+        return self.module.rpartition(".")[0] if self.summed else self.module
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Outputs and inputs of a weight; a stack's matrices one below the other."""
+        if self.summed:
+            return self.shape[0] * self.shape[3 - self.summed], self.shape[self.summed]
+        return self.shape[0], math.prod(self.shape[1:])
 
     @property
     def name(self) -> str:
@@ -109,8 +135,11 @@ def decide(model: nn.Module, spec: QuantSpec, graph: Graph | None = None) -> lis
     """As `plan`, but a plan that quantizes nothing is allowed."""
     refuse_quantized(model)
     attentions = {name: "" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    stacks: dict[str, list[tuple[str, int]]] = {}
     if graph is not None:
         attentions |= attentions_of(model, graph)
+        for stack in stacks_of(graph):
+            stacks.setdefault(stack.owner, []).append((stack.name, stack.summed))
     role = family_of(model).role
     sites: list[Site] = []
     for name, module in model.named_modules():
@@ -123,7 +152,14 @@ def decide(model: nn.Module, spec: QuantSpec, graph: Graph | None = None) -> lis
         elif type(module).__name__ == "Conv1D":  # of transformers: a Linear with its weight transposed
             weight = module.get_parameter("weight")
             sites.append(Site(name, "weight", None, "", "", TURNED, tuple(weight.shape)))
-    unknown = () if graph is not None else [f"{n}.{what}" for n, _ in model.named_modules() for what in OPERANDS]
+        for parameter, summed in stacks.get(name, ()):
+            taken = any(site.module == name for site in sites)
+            sites += _stack_sites(f"{name}.{parameter}".lstrip("."), module, parameter, summed, spec, taken)
+    unknown: list[str] = []
+    if graph is None:
+        unknown = [f"{name}.{what}" for name, _ in model.named_modules() for what in OPERANDS]
+        held = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+        unknown += [*held, *(f"{name}.{what}" for name in held for what, _ in PROJECTION)]
     _check_overrides(spec, sites, unknown)
     return sites
 
@@ -152,10 +188,17 @@ def insert(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Quantizer]:
     for site in sites:
         if site.format is not None:
             quantizers[site] = _quantizer(site)
-            by_module.setdefault(site.module, []).append(site)
+            by_module.setdefault(site.owner, []).append(site)
     try:
         for name, members in by_module.items():
             module = model.get_submodule(name)
+            if members[0].summed:
+                stacks: dict[str, dict[str, Quantizer]] = {}
+                for site in members:
+                    stacks.setdefault(site.module.rpartition(".")[2], {})[site.what] = quantizers[site]
+                holders = {each: StackQuantizers(q.get("weight"), q.get("input")) for each, q in stacks.items()}
+                swap_in_stacks(module, holders, name)
+                continue
             mine = {site.what: quantizers[site] for site in members}
             if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
                 children: dict[str, nn.Module | None] = {
@@ -177,8 +220,10 @@ def insert(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Quantizer]:
 def replace_quantizer(model: nn.Module, site: Site, quantizer: Quantizer) -> None:
     """Put another quantizer at a site that has one, in place."""
     quantizer.prefix = site.prefix
-    module = model.get_submodule(site.module)
-    if isinstance(module, QuantizedAttention):
+    module = model.get_submodule(site.owner)
+    if site.summed:
+        setattr(quantizers_of_stack(module, site.module.rpartition(".")[2]), site.what, quantizer)
+    elif isinstance(module, QuantizedAttention):
         setattr(module.attention_quantizer, site.what, quantizer)
     else:
         setattr(module, f"{site.what}_quantizer", quantizer)
@@ -196,6 +241,8 @@ def remove(model: nn.Module) -> None:
             swap_out(module, ("weight_quantizer", "input_quantizer"))  # pyright: ignore[reportArgumentType]
         elif isinstance(module, QuantizedAttention):
             swap_out(module, ("attention_quantizer",))  # pyright: ignore[reportArgumentType]
+        elif isinstance(module, QuantizedExperts):
+            swap_out_stacks(module)  # pyright: ignore[reportArgumentType]
 
 
 def quantizers_of(model: nn.Module) -> Iterator[Quantizer]:
@@ -217,13 +264,19 @@ def refuse_quantized(model: nn.Module) -> None:
 
 
 def weight_name(model: nn.Module, site: Site) -> str:
-    """The state-dict key of the parameter behind a ``weight`` site (of a Linear or an nn.MultiheadAttention)."""
+    """The state-dict key of the parameter behind a ``weight`` site."""
+    if site.summed:
+        return site.module
     multi_head = isinstance(model.get_submodule(site.module), nn.MultiheadAttention)
     return f"{site.module}.{'in_proj_weight' if multi_head else 'weight'}".lstrip(".")
 
 
 def _quantizer(site: Site) -> Quantizer:
     assert site.format is not None and site.granularity
+    if site.what == "weight" and site.summed:
+        return StackQuantizer(
+            site.format, site.granularity, name=site.name, shape=site.shape, summed=site.summed, group=site.group
+        )
     if site.what == "weight":
         groups = site.shape[1] // site.group if site.group else 0
         return WeightQuantizer(site.format, site.granularity, name=site.name, channels=site.shape[0], groups=groups)
@@ -246,10 +299,25 @@ def _attention_sites(name: str, module: nn.Module, spec: QuantSpec, forced: str)
     return sites + [_decide(name, what, "attention", spec, forced=forced) for what in OPERANDS]
 
 
+def _stack_sites(name: str, owner: nn.Module, parameter: str, summed: int, spec: QuantSpec, taken: bool) -> list[Site]:
+    kept = "" if re.search(r"(^|\.)\d+(\.|$)", name) else OUTSIDE
+    weight = owner.get_parameter(parameter)
+    forced = f"a {type(owner).__name__} has other quantizers, and no quantizer can sit beside them yet" if taken else ""
+    if not weight.is_floating_point():
+        forced = f"its weight is {weight.dtype} already"
+    sites = []
+    for what, group in PROJECTION:
+        shape = tuple(weight.shape) if what == "weight" else ()
+        if what == "input" and spec.prefix:
+            forced = forced or f"its tokens come without their sequences, so the first {spec.prefix} cannot be kept"
+        sites.append(_decide(name, what, group, spec, shape, default=kept, forced=forced, summed=summed))
+    return sites
+
+
 def _linear_sites(name: str, module: nn.Linear, spec: QuantSpec, role: str | None) -> list[Site]:
     kept = KEPT_ROLES.get(role or "", "")
     if role is None and not re.search(r"(^|\.)\d+(\.|$)", name):
-        kept = "outside the encoder's blocks; an override that names it quantizes it"
+        kept = OUTSIDE
     forced = ""
     if type(module).forward is not nn.Linear.forward:
         forced = f"{type(module).__name__} {MORE} Linear"
@@ -293,6 +361,7 @@ def _decide(
     default: str = "",
     forced: str = "",
     ends: QuantSpec | None = None,
+    summed: int = 0,
 ) -> Site:
     """One row, decided by the override if there is one, else by the ends, else by the default, else by the spec."""
     override = spec.override_for(module, what)
@@ -303,14 +372,17 @@ def _decide(
     if not reason and not override:
         reason = default
     if reason or tensor is None:
-        return Site(module, what, None, "", "", reason, shape)
-    if tensor.granularity == "group" and (len(shape) != 2 or shape[1] % tensor.group):
-        inputs = f"its {shape[1]} inputs" if len(shape) == 2 else "a convolution"
+        return Site(module, what, None, "", "", reason, shape, summed=summed)
+    rows = (0, shape[summed]) if summed and shape else shape
+    if tensor.granularity == "group" and (len(rows) != 2 or rows[1] % tensor.group):
+        inputs = f"its {rows[1]} inputs" if len(rows) == 2 else "a convolution"
         raise InputError(
             f"{module}: groups of {tensor.group} do not divide {inputs}; choose another group size, or override it"
         )
     prefix = 0 if what == "weight" else spec.prefix
-    return Site(module, what, tensor.format, tensor.granularity, tensor.observer, "", shape, tensor.group, prefix)
+    return Site(
+        module, what, tensor.format, tensor.granularity, tensor.observer, "", shape, tensor.group, prefix, summed
+    )
 
 
 def _check_overrides(spec: QuantSpec, sites: Sequence[Site], unknown: Iterable[str]) -> None:

@@ -52,6 +52,7 @@ from s2d.quant.numerics.quantizer import (
     spread,
     to_blocks,
 )
+from s2d.quant.numerics.stacks import from_rows, rows_of
 from s2d.quant.spec import QuantSpec
 
 VERSION = 1
@@ -251,11 +252,14 @@ def _tensors(model: nn.Module, kept: Record) -> tuple[dict[str, Tensor], dict[st
         if key not in shared:
             prefix, quantizer = quantizers[site.name]
             weight = state[key]
-            scale, zero_point = quantizer.parameters_for(weight)
-            for part, value in encode(weight, scale, zero_point, site.format).items():
+            rows = rows_of(quantizer, weight)
+            scale, zero_point = quantizer.parameters_for(rows)
+            for part, value in encode(rows, scale, zero_point, site.format).items():
                 tensors[f"{key}.{part}"] = value
-            entry = {"format": site.format.name, "shape": list(weight.shape), "dtype": _dtype_name(weight)}
+            entry = {"format": site.format.name, "shape": list(rows.shape), "dtype": _dtype_name(weight)}
             codes[key] = {**entry, "scale": prefix}
+            if site.summed:
+                codes[key]["stack"] = {"shape": list(weight.shape), "summed": site.summed}
     for key, value in state.items():
         if key not in codes and key not in aliases:
             # Views of one storage under several names are legal in a model, not in a safetensors file.
@@ -271,6 +275,8 @@ def _state_dict(config: dict[str, Any], stored: dict[str, Tensor]) -> dict[str, 
         scale, zero_point = state[f"{entry['scale']}.scale"], state[f"{entry['scale']}.zero_point"]
         format, shape = get_format(entry["format"]), tuple(entry["shape"])
         weight = decode(parts, shape, spread(scale, shape), spread(zero_point, shape), format)
+        if "stack" in entry:  # of matrices: what was read are its rows
+            weight = from_rows(weight, entry["stack"]["shape"], entry["stack"]["summed"])
         state[key] = weight.to(getattr(torch, entry["dtype"]))
     for alias, key in config["aliases"].items():
         state[alias] = state[key]

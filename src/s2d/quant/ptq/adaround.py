@@ -18,7 +18,8 @@ calibration batch. All errors have weight 1, not a Fisher estimate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,13 +31,14 @@ from s2d.models.running import evaluating, main_output, real_tokens
 from s2d.quant.calibration.corrections import write
 from s2d.quant.calibration.observe import Job, observe, observing, set_weight_range
 from s2d.quant.calibration.readings import Layer, layers_of
-from s2d.quant.calibration.walk import Block, Call, invoke, observe_outside, outside, walk
+from s2d.quant.calibration.walk import Block, Call, each_tensor, invoke, observe_outside, outside, walk
 from s2d.quant.modules.sites import Site
 from s2d.quant.numerics.formats import IntFormat
 from s2d.quant.numerics.lsq import LearnedQuantizer
 from s2d.quant.numerics.quantizer import WeightQuantizer
 from s2d.quant.ptq import register
 
+TOKENS = 512  # run at a time, of a batch
 STEPS = 100  # twice as many gained 0.1 points on MiniLM at W3A3, in twice the time
 TRAVEL = 10.0  # how far Adam can move a V in all steps, from the papers' 20,000 * 1e-3 / 2 (the rate falls linearly)
 STEP_LR = 1e-3
@@ -96,16 +98,20 @@ class SoftRounding(WeightQuantizer):
         self.enabled = True
         self.grid_scale, self.grid_zero = plain.parameters_for(weight)
         codes = weight.detach().float() / self.grid_scale
-        self.floor = torch.floor(codes) + self.grid_zero
-        self.V = nn.Parameter(start_at(codes - torch.floor(codes)))
-        # A weight that is clipped to the same code both ways gets no gradient and no penalty.
-        self.free = ((self.floor >= plain.format.qmin) & (self.floor < plain.format.qmax)).float()
-        self.h = rectified(self.V.detach())
+        floor = torch.floor(codes)
+        self.V = nn.Parameter(start_at(codes.sub_(floor)))
+        # One below the lowest code and the highest are clipped whichever way they go, as all beyond them.
+        floor = floor.add_(self.grid_zero).clamp_(plain.format.qmin - 1, plain.format.qmax)
+        self.floor = floor.to(torch.int16 if plain.format.bits <= 8 else torch.int32)
+
+    @property
+    def free(self) -> Tensor:
+        """1.0 where the weight has a choice; one clipped to the same code both ways gets no gradient and no penalty."""
+        return ((self.floor >= self.integers.qmin) & (self.floor < self.integers.qmax)).float()
 
     def forward(self, weight: Tensor) -> Tensor:
         """The soft weight; what is passed in does not matter."""
-        self.h = rectified(self.V)
-        return self.values(self.h).to(weight.dtype)
+        return _Soft.apply(self.V, self).to(weight.dtype)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
     def values(self, h: Tensor) -> Tensor:
         """The weight for these roundings, in [0, 1]."""
@@ -113,8 +119,25 @@ class SoftRounding(WeightQuantizer):
         return (codes - self.grid_zero) * self.grid_scale
 
     def penalty(self, beta: float) -> Tensor:
-        """`roundness` of the weights that have a choice, as they were in the last forward."""
-        return roundness(self.h, beta, self.free)
+        """`roundness` of the weights that have a choice."""
+        return roundness(rectified(self.V), beta, self.free)
+
+
+class _Soft(torch.autograd.Function):
+    """The soft weight. Its gradient is computed from V anew: a step then holds one tensor a weight, not six."""
+
+    @staticmethod
+    def forward(ctx: Any, V: Tensor, rounding: SoftRounding) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(V)
+        ctx.rounding = rounding
+        return rounding.values(rectified(V))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.enable_grad():
+            V = ctx.saved_tensors[0].detach().requires_grad_()
+            values = ctx.rounding.values(rectified(V))
+        return torch.autograd.grad(values, V, grad)[0], None
 
 
 @register("adaround", f"AdaRound: rounding up or down learned block by block on QDrop inputs, {STEPS} steps a block")
@@ -147,35 +170,101 @@ def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
     layers = [layer for layer in layers_of(job, block.quantizers) if _possible(layer)]
     if not layers:
         return
-    with _replaced(job, block, layers) as (soft, learned), evaluating(block.module), torch.enable_grad():
-        _descend(job, block, list(soft.values()), learned, steps)
+    soft = {layer: SoftRounding(layer.quantizer, layer.weight).to(layer.weight.device) for layer in layers}
+
+    def penalise(progress: float) -> None:
+        beta = beta_at(progress)
+        for module in soft.values() if beta is not None else ():  # one after the other, for memory's sake
+            (PENALTY * module.penalty(beta)).backward(inputs=[module.V])
+
+    with replaced(job, block, soft) as ranges:
+        rates = {"params": [module.V for module in soft.values()], "lr": 2 * TRAVEL / steps}
+        descend(job, block, [rates], ranges, steps, penalise)
         rounded = {layer: module.values((rectified(module.V) >= 0.5).float()) for layer, module in soft.items()}
     for layer, values in rounded.items():
         write(layer, values)
 
 
-def _descend(job: Job, block: Block, soft: list[SoftRounding], learned: list[LearnedQuantizer], steps: int) -> None:
-    assert block.reference is not None and block.outputs is not None
+def descend(
+    job: Job,
+    block: Block,
+    weights: list[dict[str, Any]],
+    ranges: list[nn.Parameter],
+    steps: int,
+    penalise: Callable[[float], None] = lambda progress: None,
+) -> None:
+    """Steps of Adam on QDrop's inputs, towards what the full-precision block gives; the rates fall linearly to 0.
+
+    Args:
+        job: The call's job.
+        block: Walked with a reference.
+        weights: Parameter groups of what stands for the weights, with their rates.
+        ranges: The learned steps of activations.
+        steps: How many.
+        penalise: Adds to the gradients at a share of the steps.
+    """
+    assert block.reference is not None
     generator = job.generator(block.name)
-    ranges = [parameter for quantizer in learned for parameter in quantizer.parameters()]
-    groups = [{"params": [module.V for module in soft], "lr": 2 * TRAVEL / steps}]
-    optimizer = torch.optim.Adam([*groups, *([{"params": ranges, "lr": STEP_LR}] if ranges else [])])
+    optimizer = torch.optim.Adam([*weights, *([{"params": ranges, "lr": STEP_LR}] if ranges else [])])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-    trained = [module.V for module in soft] + ranges
-    for step in range(steps):
-        index = int(torch.randint(len(block.inputs), (), generator=generator))
-        output = main_output(invoke(block.module, mixed(block.inputs[index], block.reference[index], generator)))
-        mask = block.mask_of(index)
-        found, wanted = (real_tokens(y, mask, "input") for y in (output, block.outputs[index].to(output.device)))
-        loss = (found - wanted).float().square().sum(-1).mean()
-        beta = beta_at(step / steps)
-        if beta is not None:
-            loss = loss + PENALTY * sum(module.penalty(beta) for module in soft)
-        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        scheduler.step()
+    trained = [parameter for group in weights for parameter in group["params"]] + ranges
+    parts_of: dict[int, list[slice]] = {}
+    with evaluating(block.module), torch.enable_grad():
+        for step in range(steps):
+            index = int(torch.randint(len(block.inputs), (), generator=generator))
+            call = mixed(block.inputs[index], block.reference[index], generator)
+            if index not in parts_of:
+                parts_of[index] = _parts(block, call)
+            optimizer.zero_grad()
+            _add_gradients(block, index, call, parts_of[index], trained, ranges)
+            penalise(step / steps)
+            optimizer.step()
+            scheduler.step()
+
+
+def _add_gradients(
+    block: Block, index: int, call: Call, parts: list[slice], trained: list[nn.Parameter], ranges: list[nn.Parameter]
+) -> None:
+    """The gradients of a batch's loss, from some rows at a time: what a block keeps for them grows with the rows."""
+    assert block.outputs is not None
+    expected, mask = block.outputs[index], block.mask_of(index)
+    tokens = expected[..., 0].numel() if mask is None else real_tokens(expected, mask, "input")[..., 0].numel()
+    sums = [torch.zeros_like(parameter) for parameter in ranges]
+    for rows in parts:
+        output = main_output(invoke(block.module, _some(call, rows) if len(parts) > 1 else call))
+        here = None if mask is None else mask[rows]
+        found, wanted = (real_tokens(y, here, "input") for y in (output, expected[rows].to(output.device)))
+        ((found - wanted).float().square().sum() / tokens).backward(inputs=trained)
+        # The gradient of a step has a factor of 1 / sqrt(values that it rounds), which are fewer here.
+        share = math.sqrt(len(output) / len(expected))
+        for parameter, total in zip(ranges, sums, strict=True):
+            if parameter.grad is not None:
+                total.add_(parameter.grad, alpha=share)
+            parameter.grad = None
+    for parameter, total in zip(ranges, sums, strict=True):
+        parameter.grad = total
+
+
+def _parts(block: Block, call: Call) -> list[slice]:
+    """Rows that are run at a time, `TOKENS` or a little more; all at once, unless parts give what the whole gives."""
+    with torch.no_grad():
+        whole = main_output(invoke(block.module, call))
+        size = max(1, TOKENS * len(whole) // max(whole[..., 0].numel(), 1))
+        parts = [slice(start, start + size) for start in range(0, len(whole), size)]
+        if len(parts) > 1:
+            try:
+                found = torch.cat([main_output(invoke(block.module, _some(call, rows))) for rows in parts])
+            except (RuntimeError, ValueError, IndexError):
+                found = None
+            if found is not None and found.shape == whole.shape and bool((found - whole).norm() <= 1e-3 * whole.norm()):
+                return parts
+    return [slice(None)]
+
+
+def _some(call: Call, rows: slice) -> Call:
+    """Some rows of every tensor that has as many as the hidden states."""
+    first = next(value for value in call.slots().values() if isinstance(value, Tensor) and value.is_floating_point())
+    return each_tensor(call, lambda value: value[rows] if value.ndim > 0 and len(value) == len(first) else value)
 
 
 def mixed(quantized: Call, full: Call, generator: torch.Generator) -> Call:
@@ -191,25 +280,23 @@ def mixed(quantized: Call, full: Call, generator: torch.Generator) -> Call:
 
 
 @contextmanager
-def _replaced(
-    job: Job, block: Block, layers: list[Layer]
-) -> Iterator[tuple[dict[Layer, SoftRounding], list[LearnedQuantizer]]]:
-    """While active, soft rounding and learned steps stand where the block's quantizers are, all on.
+def replaced(job: Job, block: Block, weights: Mapping[Layer, WeightQuantizer]) -> Iterator[list[nn.Parameter]]:
+    """While active, the block's quantizers are on: these in place of the layers', learned steps in place of the others.
 
-    Afterwards the quantizers are back, off, with the steps that were learned.
+    Gives the parameters of the steps (none under the unified protocol). Afterwards the quantizers are back, off, those
+    of activations with the steps that were learned.
     """
     plain = dict(block.quantizers)
-    soft = {layer: SoftRounding(layer.quantizer, layer.weight).to(layer.weight.device) for layer in layers}
     learned: dict[Site, LearnedQuantizer] = {}
     try:
-        for layer, module in soft.items():
+        for layer, module in weights.items():
             job.replace_quantizer(layer.site, module)
         for site, quantizer in plain.items():
             quantizer.enabled = True
             if job.protocol == "own" and site.what != "weight" and LearnedQuantizer.suits(quantizer):
                 learned[site] = LearnedQuantizer(quantizer)
                 job.replace_quantizer(site, learned[site])
-        yield soft, list(learned.values())
+        yield [parameter for quantizer in learned.values() for parameter in quantizer.parameters()]
         for site, quantizer in learned.items():
             done = quantizer.plain()
             plain[site].scale.copy_(done.scale)
