@@ -216,7 +216,7 @@ def plant(model: nn.Module, name: str, what: str, batch: Any, limit: float) -> i
     rows[channel] = (rows[channel] + offset) * factor - offset
     bias = getattr(module, "bias", None)
     if isinstance(bias, Tensor):
-        bias[channel] *= factor
+        bias[channel] = bias[channel] * factor
     return channel
 
 
