@@ -21,6 +21,7 @@ from s2d.export.runtime import Runtime
 from s2d.quant import QuantSpec
 
 _MOST = 40  # candidates that are tried, at most
+_FILLS = 8  # of them only because they are expected on the front, between the safest and the most wanted
 
 
 class Climbing:
@@ -82,16 +83,16 @@ class Climbing:
         Returns:
             Whether the end of the ladder was reached.
         """
-        tried = 0
+        tried = fills = 0
         while tried < _MOST:
             forecast = self.forecast(records)
             pool = self._pool(forecast, records)
             chosen = forecast.next(pool)
             if chosen is None:
                 missing = [each for each in self._front(forecast, pool, records) if each.key not in records.scored]
-                if not missing:
+                if not missing or fills == _FILLS:
                     break
-                chosen = missing[0]
+                chosen, fills = missing[0], fills + 1
             if over():
                 return False
             self.watcher.advance(tried, chosen.label)
