@@ -10,7 +10,7 @@ from torch import nn
 
 from s2d import quant
 from s2d.errors import InputError
-from s2d.experiments.auto.candidates import Candidate, Scored, branch_bytes, file_bytes, front
+from s2d.experiments.auto.candidates import Candidate, Scored, added_bytes, file_bytes, front
 from s2d.experiments.auto.forecast import Forecast
 from s2d.experiments.auto.ladder import PRODUCTS, RUNGS, View, scored_specs
 from s2d.experiments.auto.promise import Promise
@@ -71,7 +71,7 @@ class Climbing:
                 self._sizes[name] = (0, None, str(error))
                 return self._sizes[name]
             size = file_bytes(self.model, sites, self.runtime, candidate.embeddings)
-            size += branch_bytes(sites) if "svdquant" in candidate.method else 0
+            size += added_bytes(sites, candidate.method)
             self._sizes[name] = (size, self.runtime.time_of(sites), self.runtime.complaint(sites))
         return self._sizes[name]
 
