@@ -90,6 +90,7 @@ def correlate(arguments: argparse.Namespace) -> None:
         replace(form, weight=replace(form.weight, format=integer_format(bits, signed=True)))
         for form in forms(search.runtime, narrow=True)
         for bits in (3, 2)
+        if form.weight is not None
     ]
     legal = [each for each, _ in search.climbing.expected(records)]
     search.simulation.score(Path(folder) / SCORES, low, [])
