@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,13 +60,18 @@ def test_weights_lie_on_their_grid_and_saved_is_what_is_in_memory(
     assert torch.equal(case.output(quant.load(tmp_path, case.model)), case.output(model))
 
 
-def test_the_seed_decides(make: Callable[[str], Case]) -> None:
+def test_the_seed_decides_and_an_interrupted_call_continues(make: Callable[[str], Case], tmp_path: Path) -> None:
     case = make("plain-sdpa")
-    outputs = [
-        case.output(quant.quantize(case.model, "w4a4", calibration=case.batches, method="erq+block-ap", seed=seed))
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+    def output(seed: int, **options: Path) -> Tensor:
+        settings: dict[str, Any] = {"calibration": case.batches, "method": "erq+block-ap+qwt", "seed": seed, **options}
+        return case.output(quant.quantize(case.model, "w4a4", **settings))
+
+    first = output(0, resume=tmp_path / "kept")
+    (kept,) = (tmp_path / "kept").glob("1-blocks.1.safetensors")  # of the second walk, the last block
+    kept.unlink()
+    assert torch.equal(output(0, resume=tmp_path / "kept"), first) and kept.is_file()
+    assert not torch.equal(output(1), first)
 
 
 def test_what_has_no_integer_grid_stays(make: Callable[[str], Case]) -> None:

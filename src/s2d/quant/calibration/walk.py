@@ -114,7 +114,7 @@ class Block:
         return self.masks[index](self.name, "output")
 
 
-def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
+def walk(job: Job, *, reference: bool = False, kept: bool | None = None) -> Iterator[Block]:
     """Every transformer block in the order in which the model runs them.
 
     A block is yielded with its quantizers off. After the consumer's work they are switched on, to compute the inputs of
@@ -126,6 +126,7 @@ def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
         job: The call's job.
         reference: Also carry the full-precision stream: `Block.reference` and `Block.outputs`. For a correction it is
             that of ``job.original``.
+        kept: Whether ``job.store`` keeps finished blocks; None: those of roundings.
 
     Raises:
         InputError: A batch that does not fit, a block with quantizers that no data reached, an attention that the plan
@@ -133,7 +134,8 @@ def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
     """
     blocks = blocks_of(job.model, job.graph)
     rounding, teacher = job.stage != "transform", job.original if job.stage == "correction" else None
-    store, number = (job.store, job.store.walks) if job.store is not None and job.stage == "rounding" else (None, 0)
+    kept = job.stage == "rounding" if kept is None else kept
+    store, number = (job.store, job.store.walks) if job.store is not None and kept else (None, 0)
     if store is not None:
         store.walks += 1
     with evaluating(job.model), nullcontext() if teacher is None else evaluating(teacher):

@@ -48,7 +48,7 @@ class TrainedWeight(LearnedQuantizer, WeightQuantizer):
 @register("block-ap", f"Block-AP: weights and steps trained block by block, {STEPS} steps each", stage="correction")
 def block_ap(job: Job) -> None:
     """Train every block that has weights on an integer grid."""
-    for block in walk(job, reference=True):
+    for block in walk(job, reference=True, kept=True):
         train_block(job, block, STEPS)
 
 
