@@ -51,6 +51,13 @@ def test_a_row_shows_the_worst_of_the_experts(name: str, experts: str) -> None:
             assert row.pcdr and 0 < row.pcdr[0] <= 1 and row.error and row.error > 0
 
 
+def test_experts_that_cannot_be_followed_are_listed() -> None:
+    found = s2d.audit(language_model("Mixtral", "batched_mm"), [TOKENS])
+    assert {name for name in found.missed if "layers.1" in name} == {
+        f"model.layers.1.mlp.experts.{each}" for each in ("gate_up_proj", "down_proj")
+    }
+
+
 def test_experts_without_tokens_are_listed_and_patterns_name_experts() -> None:
     model = language_model("Mixtral")
     for name, parameter in model.named_parameters():

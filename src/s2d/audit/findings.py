@@ -173,9 +173,17 @@ class Audit(_Saved):
         raise InputError(f"the audit of {self.model} has no weight {weight!r}; it has {self.rows[0].weight}, ...")
 
     def records(self) -> list[JSON]:
-        """The rows as plain dictionaries, as they are in the JSON; the error's key names its bits, ``w4a4_error``."""
+        """The rows as plain dictionaries, as they are in the JSON; the error's key names its bits, ``w4a4_error``.
+
+        What was not asked for (``propagated``) has no key.
+        """
+        asked = any(row.propagated is not None for row in self.rows)
         return [
-            {(f"{self.spec}_error" if name == "error" else name): value for name, value in vars(row).items()}
+            {
+                (f"{self.spec}_error" if name == "error" else name): value
+                for name, value in vars(row).items()
+                if asked or name != "propagated"
+            }
             for row in self.rows
         ]
 
@@ -331,7 +339,11 @@ def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:
         column("out/RMS", 0, lambda row: row.output_ratio, short),
         column("in/RMS", 4, lambda row: row.input_ratio, short),
         column(f"{audit.spec} error", 1, lambda row: row.error, percent),
-        *([column("R", 0, lambda row: row.propagated, short)] if any(row.propagated for row in audit.rows) else []),
+        *(
+            [column("R", 0, lambda row: row.propagated, short)]
+            if any(row.propagated is not None for row in rows)
+            else []
+        ),
         _Column("selected", [f"{r.selected_by}, {r.components}" if r.selected else "" for r in rows], right=False),
     ]
     title = f"{audit.model}: few components make the outliers of {len(audit.selected)} of {len(audit.rows)} weights"

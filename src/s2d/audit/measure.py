@@ -46,6 +46,7 @@ MAX_RANK = 3
 OUTLIER_RATIO = 14.0
 # Histograms are kept for this many of the worst inputs, and for the inputs of this many of the worst outputs.
 PICTURED = 12
+_UNFOLLOWED = "several matrices in one parameter, whose products cannot be followed"
 
 Rule = Literal["weight", "data"]
 
@@ -116,6 +117,8 @@ def audit(
     # Of experts only the worst is decomposed, when it is known; damaged ones are named now.
     _leading([e for group in experts.values() for e in group if not bool(torch.isfinite(e.matrix()).all())], k)
     missed = {target.name: reason for target in targets if (reason := unreadable(target))}
+    if graph is not None and include == "all-linear":
+        missed |= {name: _UNFOLLOWED for name in _multiplied(graph) if name not in experts}
     readable = [each for t in targets if t.name not in missed for each in experts.get(t.name, [t])]
     surveys = {target.name: Survey(target, parsed) for target in readable}
     family, tokens = family_of(model), MassiveTokens()
@@ -177,7 +180,7 @@ def audit(
         threshold=THRESHOLD,
         outlier_ratio=OUTLIER_RATIO,
         outlier_fraction=OUTLIER_FRACTION,
-        propagated=propagated,
+        **({"propagated": propagated} if propagation else {}),
         batches=count,
         tokens=max(survey.rows for survey in surveys.values()),
         seconds=round(time.perf_counter() - start, 2),
@@ -260,6 +263,13 @@ def _stacks(model: nn.Module, batches: Iterable[Any]) -> tuple[Graph | None, lis
         for s in stacks_of(graph)
         if type(inner.get_parameter(s.parameter).data) is Tensor
     ]
+
+
+def _multiplied(graph: Graph) -> list[str]:
+    """The parameters of three dimensions that are multiplied, or looked up by number, as experts may be."""
+    calls = [call for call in graph.calls if call.kind in ("product", "lookup")]
+    shapes = {name: shape for names, shape in zip(graph.names, graph.shapes, strict=True) for name in names}
+    return list(dict.fromkeys(call.parameter for call in calls if len(shapes[call.parameter]) == 3))
 
 
 def _worst(surveys: Mapping[str, Survey], experts: Sequence[StackTarget]) -> StackTarget:
