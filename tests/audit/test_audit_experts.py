@@ -31,7 +31,7 @@ def test_a_row_shows_the_worst_of_the_experts(name: str, experts: str) -> None:
         expected.set_submodule(path, loop)
     output(expected)
     found = s2d.audit(model, [TOKENS], k=1)
-    assert not found.missed
+    assert not found.missed and found.model == type(model).__name__
     for path, loop in loops.items():
         for each in ("gate_up_proj", "down_proj"):
             ratios = {}
@@ -49,6 +49,13 @@ def test_a_row_shows_the_worst_of_the_experts(name: str, experts: str) -> None:
             assert row.input_max == pytest.approx(float(read.abs().max()), rel=1e-4)
             assert row.sigma[0] == pytest.approx(float(torch.linalg.svdvals(weight)[0]), rel=1e-3)
             assert row.pcdr and 0 < row.pcdr[0] <= 1 and row.error and row.error > 0
+
+
+def test_experts_that_cannot_be_followed_are_listed() -> None:
+    found = s2d.audit(language_model("Mixtral", "batched_mm"), [TOKENS])
+    assert {name for name in found.missed if "layers.1" in name} == {
+        f"model.layers.1.mlp.experts.{each}" for each in ("gate_up_proj", "down_proj")
+    }
 
 
 def test_experts_without_tokens_are_listed_and_patterns_name_experts() -> None:

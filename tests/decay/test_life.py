@@ -134,6 +134,17 @@ def test_half_precision_shrinks_as_much_as_single(dtype: torch.dtype, strength: 
     decay.remove()
 
 
+@pytest.mark.parametrize(("dtype", "strength"), [(torch.bfloat16, 3e-4), (torch.float16, 1e-4)])
+def test_a_gain_in_half_precision_is_the_nearest_to_that_of_single(dtype: torch.dtype, strength: float) -> None:
+    made = model(dtype)
+    optimizer = sgd(made)
+    decay = SelectiveSpectralDecay(made, optimizer, strength=strength, outlier_ratio=2.0, refresh_every=100)
+    for step in range(1, 200):
+        still(made, optimizer)
+        assert made[0].weight[5] == torch.tensor(40 * math.exp(-strength * step)).to(dtype), step  # type: ignore[operator]
+    decay.remove()
+
+
 def noam(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """Vaswani et al., section 5.3, with 6 steps of warm-up; the optimizer's own rate is 1."""
     optimizer.param_groups[0]["lr"] = 1.0

@@ -14,7 +14,7 @@ sweep: Any = importlib.import_module("planted_outliers")
 
 # Shared blocks, gains of 1 + w, experts, two towers that read each other, two beside one another, functional weights.
 SHARE = ("AlbertModel", "GemmaForCausalLM", "MixtralForCausalLM", "WhisperModel", "CLIPModel", "eva02_tiny_patch14_224")
-# Experts are three-dimensional parameters, which are listed and not shrunk.
+# The weights of experts are three-dimensional parameters: test_planted_experts.py.
 NO_FC1 = ("MixtralForCausalLM",)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import s2d
 from s2d.errors import InputError
-from s2d.export import ExportReport, child_process, copies, graphs, open_exported
+from s2d.export import ExportReport, child_process, copies, graphs, open_exported, openvino
 
 pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxscript", reason='onnxscript is not installed: pip install "s2d[export]"')
@@ -85,6 +85,18 @@ def test_a_runtime_that_ends_its_process_leaves_this_one(tmp_path: Path, monkeyp
         s2d.export(quantized, tmp_path / "m.onnx", example=rows(2), time_it=False)
     assert list(tmp_path.iterdir()) == []
     assert graphs.try_runtime is child_process.try_runtime
+
+
+def test_openvino_reads_no_file_here_that_ended_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(child_process, "_OPENVINO", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr(openvino, "convert", lambda *paths: pytest.fail("read here"))
+    torch.manual_seed(0)
+    quantized = s2d.quantize(Repeated(1).eval(), everywhere("w8a8"), calibration=[rows(4)])
+    with pytest.raises(InputError, match="OpenVINO crashed on this graph"):
+        s2d.export(quantized, tmp_path / "m.xml", example=rows(2), time_it=False)
 
 
 @pytest.mark.parametrize(

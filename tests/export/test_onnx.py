@@ -87,9 +87,9 @@ def test_every_layer_of_every_family_computes_the_same_with_integer_kernels(name
         ({"weight": {"bits": 4}, "activation": {"bits": 8, "granularity": "token"}}, "rtn"),
         ({"weight": {"bits": 4, "granularity": "group-16"}, "activation": {"bits": 8}}, "rtn"),
         ("w4a4", "rotation+svdquant"),
-        ("w4a4", "repq"),
+        ("w4a4", "repq+qwt"),
     ],
-    ids=["w8a8", "w4a16", "ends", "signed", "signed-token", "token", "group", "rotation+svdquant", "repq"],
+    ids=["w8a8", "w4a16", "ends", "signed", "signed-token", "token", "group", "rotation+svdquant", "repq+qwt"],
 )
 def test_every_kind_of_spec_and_method_computes_the_same(spec: Any, method: str, tmp_path: Path) -> None:
     model, batches = case(one_block(outlying()), spec, method)

@@ -48,6 +48,8 @@ class AuditRow:
         components: How many components make the outliers.
         error: ``||Q(x) Q(w)^T - x w^T|| / ||x w^T||`` of the typical output channel (the median over the rows w of W).
             Only this weight and its input are quantized. 1 means as much noise as signal.
+        propagated: R of the weight's block: the squared error of what it gives, relative to it, when everything is
+            quantized; None where it was not asked for. See `s2d.audit.rounded_copy`.
         carriers: The massive-activation tokens of a language model; see `s2d.audit.massive_tokens`.
         spectrum: All singular values as a curve of a few dozen points; see `s2d.audit.measure.curve`.
         expert: For a parameter that holds several experts: the one that all numbers are of, the worst by
@@ -74,6 +76,7 @@ class AuditRow:
     selected_by: Literal["weight", "data"] | None = None
     components: int | None = None
     error: float | None = None
+    propagated: float | None = None
     carriers: JSON | None = None
     spectrum: JSON | None = None
     histogram: JSON | None = None
@@ -170,9 +173,17 @@ class Audit(_Saved):
         raise InputError(f"the audit of {self.model} has no weight {weight!r}; it has {self.rows[0].weight}, ...")
 
     def records(self) -> list[JSON]:
-        """The rows as plain dictionaries, as they are in the JSON; the error's key names its bits, ``w4a4_error``."""
+        """The rows as plain dictionaries, as they are in the JSON; the error's key names its bits, ``w4a4_error``.
+
+        What was not asked for (``propagated``) has no key.
+        """
+        asked = any(row.propagated is not None for row in self.rows)
         return [
-            {(f"{self.spec}_error" if name == "error" else name): value for name, value in vars(row).items()}
+            {
+                (f"{self.spec}_error" if name == "error" else name): value
+                for name, value in vars(row).items()
+                if asked or name != "propagated"
+            }
             for row in self.rows
         ]
 
@@ -328,6 +339,11 @@ def audit_table(audit: Audit, n: int, width: int | None = None) -> Table:
         column("out/RMS", 0, lambda row: row.output_ratio, short),
         column("in/RMS", 4, lambda row: row.input_ratio, short),
         column(f"{audit.spec} error", 1, lambda row: row.error, percent),
+        *(
+            [column("R", 0, lambda row: row.propagated, short)]
+            if any(row.propagated is not None for row in rows)
+            else []
+        ),
         _Column("selected", [f"{r.selected_by}, {r.components}" if r.selected else "" for r in rows], right=False),
     ]
     title = f"{audit.model}: few components make the outliers of {len(audit.selected)} of {len(audit.rows)} weights"

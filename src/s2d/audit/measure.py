@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
@@ -21,6 +22,7 @@ from s2d.audit.accumulators import Judgement, Survey
 from s2d.audit.findings import Audit, AuditRow, Trend
 from s2d.audit.hooks import MaskOf, batches_twice, unreadable, watching, with_progress
 from s2d.audit.massive_tokens import MassiveTokens
+from s2d.audit.rounded_copy import propagated_errors
 from s2d.errors import InputError
 from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
@@ -44,6 +46,7 @@ MAX_RANK = 3
 OUTLIER_RATIO = 14.0
 # Histograms are kept for this many of the worst inputs, and for the inputs of this many of the worst outputs.
 PICTURED = 12
+_UNFOLLOWED = "several matrices in one parameter, whose products cannot be followed"
 
 Rule = Literal["weight", "data"]
 
@@ -59,6 +62,7 @@ def audit(
     k: int = 3,
     spec: str | Mapping[str, Any] | QuantSpec = "w4a4",
     max_batches: int | None = None,
+    propagation: bool = False,
     progress: bool = False,
     name: str | None = None,
 ) -> Audit:
@@ -78,6 +82,8 @@ def audit(
         k: How many leading components.
         spec: Bits of the quantization error; ranges as in `s2d.quant.quantize`. Overrides are ignored.
         max_batches: Use at most this many batches.
+        propagation: Also quantize a copy as a whole, and say how large its error is behind every block
+            (`s2d.audit.rounded_copy`); it takes about as long again.
         progress: Show progress bars.
         name: The model's name in tables and files; its class by default.
 
@@ -111,6 +117,8 @@ def audit(
     # Of experts only the worst is decomposed, when it is known; damaged ones are named now.
     _leading([e for group in experts.values() for e in group if not bool(torch.isfinite(e.matrix()).all())], k)
     missed = {target.name: reason for target in targets if (reason := unreadable(target))}
+    if graph is not None and include == "all-linear":
+        missed |= {name: _UNFOLLOWED for name in _multiplied(graph) if name not in experts}
     readable = [each for t in targets if t.name not in missed for each in experts.get(t.name, [t])]
     surveys = {target.name: Survey(target, parsed) for target in readable}
     family, tokens = family_of(model), MassiveTokens()
@@ -126,12 +134,12 @@ def audit(
     if count == 0:
         raise InputError("the audit was given no batches; give at least one")
     shown = {name: _worst(surveys, group) for name, group in experts.items()}  # one expert of each stack
-    for name, group in experts.items():
+    for stack, group in experts.items():
         unseen = [str(each.expert) for each in group if surveys[each.name].rows == 0]
         if len(unseen) == len(group):
-            missed[name] = "no token reached its experts, or their products cannot be followed"
+            missed[stack] = "no token reached its experts, or their products cannot be followed"
         elif unseen:
-            missed[f"{name}[{', '.join(unseen)}]"] = "no token reached these experts"
+            missed[f"{stack}[{', '.join(unseen)}]"] = "no token reached these experts"
     looked = [shown.get(target.name, target) for target in targets]
     decompose(list(shown.values()))
     single = [target.name for target in readable if not isinstance(target, StackTarget)]
@@ -160,6 +168,9 @@ def audit(
             _fill(row, surveys[target.name], judgements[target.name])
             row.carriers = tokens.record(target.name)
         rows.append(row)
+    propagated = propagated_errors(model, islice(source, max_batches), parsed) if propagation else {}
+    for row in rows:
+        row.propagated = next((R for block, R in propagated.items() if row.weight.startswith(f"{block}.")), None)
     details = run_metadata(
         fingerprint=fingerprint(model),
         family=family.name,
@@ -169,6 +180,7 @@ def audit(
         threshold=THRESHOLD,
         outlier_ratio=OUTLIER_RATIO,
         outlier_fraction=OUTLIER_FRACTION,
+        **({"propagated": propagated} if propagation else {}),
         batches=count,
         tokens=max(survey.rows for survey in surveys.values()),
         seconds=round(time.perf_counter() - start, 2),
@@ -251,6 +263,13 @@ def _stacks(model: nn.Module, batches: Iterable[Any]) -> tuple[Graph | None, lis
         for s in stacks_of(graph)
         if type(inner.get_parameter(s.parameter).data) is Tensor
     ]
+
+
+def _multiplied(graph: Graph) -> list[str]:
+    """The parameters of three dimensions that are multiplied, or looked up by number, as experts may be."""
+    calls = [call for call in graph.calls if call.kind in ("product", "lookup")]
+    shapes = {name: shape for names, shape in zip(graph.names, graph.shapes, strict=True) for name in names}
+    return list(dict.fromkeys(call.parameter for call in calls if len(shapes[call.parameter]) == 3))
 
 
 def _worst(surveys: Mapping[str, Survey], experts: Sequence[StackTarget]) -> StackTarget:

@@ -49,6 +49,12 @@ def audit(
             "--graph", help="Only trace one forward pass: what each weight does, and which weights write what it reads."
         ),
     ] = False,
+    propagation: Annotated[
+        bool,
+        typer.Option(
+            "--propagation", help="Also quantize a copy as a whole: its error behind every block, and so of the last."
+        ),
+    ] = False,
     json_file: JsonFile = None,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -73,13 +79,14 @@ def audit(
     from s2d.distributed.processes import device_of
 
     settings: dict[str, Any] = {"include": include or "all-linear", "spec": spec, "progress": bars(quiet)}
+    settings["propagation"] = propagation
     first = load(models[0], device=device_of(device))
     if told is None:
         say(quiet, f"{models[0]}: {footprint.size_text(sum(weight.numel() for weight in first.model.parameters()))}")
-    batches = audit_batches(first, data)
     if graph:
-        _show_graph(first.model, models, batches, html, json_file, quiet)
+        _show_graph(first, models, data, html, json_file, quiet)
         return
+    batches = audit_batches(first, data)
     if len(models) == 1:
         found: Any = look(first.model, batches, name=models[0], **settings)
     else:
@@ -99,19 +106,33 @@ def audit(
             say(quiet, f"{count - rows} more weights: --rows {count}")
         if len(models) == 1:
             say(quiet, _LEGEND.format(error=f"{found.spec} error"))
+            if propagation and found.run["propagated"]:
+                block, last = list(found.run["propagated"].items())[-1]
+                say(
+                    quiet,
+                    f"R           squared error behind the block, all quantized; behind the last, {block}: {last:.3g}",
+                )
         if html is not None:
             say(quiet, f"HTML page: {html}")
 
 
 def _show_graph(
-    model: Any, models: list[str], batches: Any, html: Path | None, json_file: Path | None, quiet: bool
+    loaded: Any, models: list[str], data: str | None, html: Path | None, json_file: Path | None, quiet: bool
 ) -> None:
+    from s2d.audit import audit_batches, random_batch
     from s2d.errors import InputError
     from s2d.models.tracing import trace
 
     if len(models) > 1 or html is not None:
         raise InputError("--graph shows one model as a table; give one MODEL, and --json FILE in place of --html")
-    found = trace(model, batches[0])
+    try:
+        batch = audit_batches(loaded, data)[0]
+    except InputError:
+        batch = random_batch(loaded.model) if data is None else None
+        if batch is None:
+            raise
+        say(quiet, "no data: traced with random inputs, which have no padding")
+    found = trace(loaded.model, batch)
     if json_file is not None:
         save_json(json_file, found.to_json())
     say(quiet, str(found))

@@ -164,7 +164,9 @@ def shrink_rows(
         place = number, components.channels[here]
         old = block.local[rows].float() + added
         due = owed[place] + torch.log(kept[here].float())
-        factor = torch.where(due <= -torch.finfo(block.local.dtype).eps, due.exp(), 1.0)
+        # The numbers of a row have different relative spacings and move together; a gain goes to the nearest number.
+        spacing = torch.finfo(block.local.dtype).eps if old.shape[1] > 1 else 0.0
+        factor = torch.where(due <= -spacing, due.exp(), 1.0)
         rounded = (old * factor[:, None] - added).to(block.local.dtype)
         block.local[rows] = rounded
         size = old.square().sum(1)

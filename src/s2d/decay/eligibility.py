@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from s2d.distributed.sharding import is_dtensor
 from s2d.errors import InputError
 from s2d.targets.lora import AdaptedTarget, why_not_a_sum
+from s2d.targets.stacked import StackTarget
 from s2d.targets.weights import Target, clean_name
 
 
@@ -75,7 +76,8 @@ def no_matrices(model: nn.Module) -> dict[str, str]:
             for own, parameter in module._parameters.items():
                 if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1:
                     found[f"{name}{own}"] = (
-                        "several matrices in one parameter (experts); only what they read is conditioned"
+                        "several matrices in one parameter (experts) that write no site which is known to be theirs; "
+                        "what they read is conditioned"
                     )
     return found
 
@@ -106,6 +108,10 @@ def _reason(
     parameter = target.owner._parameters.get(target.parameter_name)
     if parameter is None:
         return "its parameter is gone: parametrized, pruned or removed"
+    if isinstance(target, StackTarget) and is_dtensor(parameter):
+        return "a sharded parameter of several experts; only what they read is conditioned"
+    if isinstance(target, StackTarget) and coupled and target.summed == 1:
+        return "its matrices are stored [in, out], which mode='coupled' does not reach; use mode='decoupled'"
     if math.isnan(target.offset):
         return "its output is no linear function of its weight"
     if target.kind != "norm" and parameter.ndim < 2:

@@ -48,9 +48,12 @@ from s2d.decay.learning_rates import PeakRates
 from s2d.decay.refresh_hooks import Eager, Watch, is_recomputed, is_transformed
 from s2d.decay.schedule_free import moving_together
 from s2d.decay.selection import METRICS, Components, Finding
+from s2d.decay.selection.site import SiteMetric
 from s2d.decay.settings import PRESETS, MetricName, Mode
 from s2d.decay.steps import OutermostSteps
 from s2d.decay.traced_model import Structure
+from s2d.decay.written_sites import Site
+from s2d.decay.written_stacks import StackSites, stack_target
 from s2d.distributed.parameters import gradient_of
 from s2d.distributed.sharding import (
     Block,
@@ -68,6 +71,7 @@ from s2d.distributed.sharding import (
 )
 from s2d.errors import InputError
 from s2d.models.tracing import unwrapped
+from s2d.spectral.statistics import Sums
 from s2d.targets.calls import (
     bias_parameter,
     call_views,
@@ -77,7 +81,8 @@ from s2d.targets.calls import (
     refuse_unreadable,
 )
 from s2d.targets.lora import with_adapters
-from s2d.targets.weights import Kind, Selector, Target, find_targets
+from s2d.targets.stacked import StackTarget
+from s2d.targets.weights import Kind, Selector, Target, find_targets, is_selected
 
 _STATE_VERSION = 1
 _NOT_RUN = "its module's forward was not called, or not with one tensor in and one out"
@@ -170,6 +175,9 @@ class SelectiveSpectralDecay:
         self._unfit = (
             no_matrices(unwrapped(model)) if include == "all-linear" and "linear" in self.settings.kinds else {}
         )
+        inside = self.settings.metric == "site" and "linear" in self.settings.kinds
+        self._stacks = StackSites(unwrapped(model)) if inside else None
+        self._include, self._exclude = include, exclude
         self.targets, self.skipped = eligible(model, self._found, self._rates, coupled=coupled, frozen=frozen)
         self.skipped |= self._unfit
         self._changed: set[str] = set()
@@ -357,7 +365,7 @@ class SelectiveSpectralDecay:
         trained = bias is not None and bias.requires_grad and id(bias) in self._rates
         if bias is None or not (trained or target.name in self._frozen):
             return None
-        whole = Block.of(bias.detach())
+        whole = Block.of(_in_rows(target, bias.detach()))
         return whole if target.rows is None else whole.take(target.rows)
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
@@ -400,7 +408,9 @@ class SelectiveSpectralDecay:
             self.targets[:] = kept
             for name in left_out:
                 self._metric.selected.pop(name, None)
-        self.skipped = {n: why for n, why in self.skipped.items() if why == _NOT_RUN} | left_out | self._unfit
+        known = {target.name for target in self._found}
+        unfit = {name: why for name, why in self._unfit.items() if name not in known}
+        self.skipped = {n: why for n, why in self.skipped.items() if why == _NOT_RUN} | left_out | unfit
         self._take_note_of_targets()
 
     def _arm(self) -> None:
@@ -411,8 +421,13 @@ class SelectiveSpectralDecay:
         self._seen_now = {}
         by_module: dict[nn.Module, list[Target]] = {}
         for target in self.targets:
-            by_module.setdefault(target.module, []).append(target)
+            if not isinstance(target, StackTarget):
+                by_module.setdefault(target.module, []).append(target)
         looks = {module: self._look(targets) for module, targets in by_module.items()}
+        if self._stacks is not None:
+            for path, module in self._stacks.modules.items():
+                if module not in looks:
+                    looks[module] = self._look_inside(path, self._stacks)
         late = [m for m, group in by_module.items() if is_dtensor(group[0].parameter) and not is_fsdp_module(m)]
         structure = self._structure
         self._handles = [Watch(structure.look_again(), structure.enter, looks, structure.leave, late)]
@@ -432,6 +447,8 @@ class SelectiveSpectralDecay:
             given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if not isinstance(made, Tensor) or given is None or self._structure.tracing:
                 return
+            if self._stacks is not None and self._stacks.busy:
+                return
             if not (module.training or made.requires_grad):
                 return  # an evaluation between two steps
             if is_transformed(made) or (is_recomputed() and targets[0].name in self._seen_now):
@@ -449,6 +466,29 @@ class SelectiveSpectralDecay:
                     parts = parts_of(target, self._between_steps[target.name], x, y, self._data_groups)
                     uses = self._structure.call(target, given, made)
                     self._metric.observe(target, x, y, self._structure.mask(uses, y), parts, uses)
+
+        return hook
+
+    def _look_inside(self, path: str, stacks: StackSites) -> Callable[..., None]:
+        """Look at the products of a module with its stacks (experts)."""
+
+        def see(writer: str, rows: tuple[int, ...], reader: str, sums: Sums) -> None:
+            self._ran.add(writer)
+            self._seen_now[writer] = None
+            with torch._C.DisableTorchFunction():
+                assert isinstance(self._metric, SiteMetric)
+                self._metric.observe_stack(Site(writer, rows), reader, sums)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            made = output if isinstance(output, Tensor) else next((x for x in output if isinstance(x, Tensor)), None)
+            if made is None or self._structure.tracing or not (module.training or made.requires_grad):
+                return
+            if is_transformed(made) or is_recomputed() or any(is_dtensor(p) for p in module.parameters()):
+                return
+            sites = self._structure.stack_sites(path)
+            if sites:
+                real = self._structure.real(sites[0].mask)
+                stacks.show(path, sites, args, kwargs, real, self._data_groups, see)
 
         return hook
 
@@ -491,7 +531,7 @@ class SelectiveSpectralDecay:
                 own = self._own_bias(target)
                 bias_gradient = None if bias is None else gradient_of(bias)
                 if own is not None and bias_gradient is not None:
-                    whole = Block.of(bias_gradient)
+                    whole = Block.of(_in_rows(target, bias_gradient))
                     part = whole if target.rows is None else whole.take(target.rows)
                     # Where a weight is divided along its columns, every rank holds the whole bias.
                     slope = slope + slope_rows(own, part, components, power) / ranks_in(W.column_groups)
@@ -508,7 +548,13 @@ class SelectiveSpectralDecay:
         if self._structure.traced:
             offsets = self._structure.offsets()
             self._found[:] = [replace(t, offset=offsets.get(t.name, t.offset)) for t in self._found]
+            self._take_stacks(() if self._stacks is None else self._stacks.found.values())
             self._look_for_changes()
+
+    def _take_stacks(self, found: Iterable[StackTarget]) -> None:
+        """Condition stacks too that a trace, or a saved state, shows to write sites."""
+        known = {target.name for target in self._found}
+        self._found += [t for t in found if t.name not in known and is_selected(t, self._include, self._exclude)]
 
     def _note_what_ran(self) -> None:
         written = set(self._structure.writers.values())  # some weights are used without a call of their module
@@ -517,6 +563,11 @@ class SelectiveSpectralDecay:
                 self.skipped[target.name] = _NOT_RUN
             else:
                 self.skipped.pop(target.name, None)
+
+    @property
+    def without_site(self) -> dict[str, str]:
+        """The targets that write no quantizer's input alone, so that ``metric="site"`` leaves them, with the reason."""
+        return self._structure.without_site() if self.settings.metric == "site" else {}
 
     def _record(self, name: str, finding: Finding) -> dict[str, Any]:
         components = self._metric.selected.get(name)
@@ -575,6 +626,11 @@ class SelectiveSpectralDecay:
             "version": _STATE_VERSION,
             "settings": {f.name: getattr(self.settings, f.name) for f in fields(self.settings)},
             "targets": [[target.name, list(target.parameter.shape)] for target in self.targets],
+            "stacks": [
+                [t.module_name, t.parameter_name, t.summed, t.bias_name]
+                for t in self.targets
+                if isinstance(t, StackTarget)
+            ],
             "step_count": self.step_count,
             "peak_lr": self._rates.state(),
             "selected": {name: vars(c.to(torch.device("cpu"))) for name, c in self._metric.selected.items()},
@@ -606,10 +662,12 @@ class SelectiveSpectralDecay:
         if changed:
             text = ", ".join(f"{name}: {other.get(name)!r} saved, {mine[name]!r} here" for name in changed)
             raise InputError(f"the decay state has other settings ({text}); construct the decay with the saved ones")
+        self._restore_stacks(state.get("stacks", []))
         known = {target.name: target for target in self.targets}
         here = {name: list(target.parameter.shape) for name, target in known.items()}
         saved = dict(state["targets"])
-        foreign = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
+        late = {t.name for t in self.targets if isinstance(t, StackTarget)} - saved.keys()  # found by a later trace
+        foreign = [name for name in {**here, **saved} if here.get(name) != saved.get(name) and name not in late]
         if foreign:
             first, there = here.get(foreign[0], "missing"), saved.get(foreign[0], "missing")
             raise InputError(
@@ -636,6 +694,17 @@ class SelectiveSpectralDecay:
         self._disarm()
         if self.step_count % self.settings.refresh_every == 0:
             self._arm()
+
+    def _restore_stacks(self, saved: Iterable[Sequence[Any]]) -> None:
+        """The stacks that the decay of a saved state had found."""
+        modules = {} if self._stacks is None else self._stacks.modules
+        found = [
+            stack_target(path, modules[path], name, summed, bias)
+            for path, name, summed, bias in saved
+            if path in modules and name in modules[path]._parameters
+        ]
+        self._take_stacks(found)
+        self._sort_out()
 
     def forget(self) -> None:
         """Call this when the optimizer's step is skipped: the observations of its passes are discarded."""
@@ -667,6 +736,11 @@ def _oriented(target: Target, tensor: Tensor | None = None) -> Block:
     """``[out, in]`` of a weight, or of a tensor like it; an embedding table maps one-hot tokens to features."""
     block = target.block(tensor)
     return block.mT if target.kind == "embedding" else block
+
+
+def _in_rows(target: Target, bias: Tensor) -> Tensor:
+    """A bias, or a tensor like it, as a vector with an entry for each row of the target."""
+    return bias.flatten() if isinstance(target, StackTarget) else bias
 
 
 def _mark(components: Components | None, device: torch.device) -> Tensor:

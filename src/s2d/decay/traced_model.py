@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from s2d.decay.refresh_hooks import is_recomputed, is_transformed
 from s2d.decay.written_sites import Site, Sites, Uses, sites_of
+from s2d.decay.written_stacks import StackSite
 from s2d.errors import InputError
 from s2d.models.tracing import inputs_by_key, trace_call, unwrapped
 from s2d.targets.padding import MASKS, given_mask, real_of
@@ -154,7 +155,10 @@ class Structure:
             found = sites_of(graph, self._targets, self._paths.get(module, ""))
             known.uses = {**found.uses, **known.uses}
             known.offsets = {**found.offsets, **known.offsets}
+            known.without = {**found.without, **known.without}
             known.masks = known.masks or found.masks
+            seen = {(site.owner, site.reader) for site in known.stacks}
+            known.stacks += [site for site in found.stacks if (site.owner, site.reader) not in seen]
             problem = None
             break
         if problem is not None:
@@ -218,11 +222,33 @@ class Structure:
             found = found.mT if found is not None and uses.mask.turned else found
         return found if found is not None and found.numel() == here[..., 0].numel() else None
 
+    def stack_sites(self, path: str) -> list[StackSite]:
+        """The sites inside the experts of a module, from the trace of the forward that runs, or of another."""
+        running = [] if self._outermost is None else [self._outermost]
+        for module in (*running, *self._known):
+            prefix = self._paths.get(module, "")
+            sites = self._known[module].stacks if module in self._known else []
+            found = [site for site in sites if clean_name(f"{prefix}.{site.owner}".strip(".")) == path]
+            if found:
+                return found
+        return []
+
+    def real(self, key: str) -> Tensor | None:
+        """Which tokens of a model input are real, ``[B, T]``; None: all, or not known."""
+        return self._real.get(key) if key else None
+
     @property
     def writers(self) -> dict[str, str]:
         """The writer of each weight's input, where the weight is its first reader; the last writer of several."""
         found = [pair for sites in self._known.values() for pair in sites.uses.items()]
         return {name: uses.read.writer for name, calls in found for uses in calls if uses.read is not None}
+
+    def without_site(self) -> dict[str, str]:
+        """Targets that have run and write no site in any forward, with the reason."""
+        every = [uses for sites in self._known.values() for calls in sites.uses.values() for uses in calls]
+        sited = {site.writer for uses in every for site in (uses.read, *uses.written) if site is not None}
+        rows = [pair for sites in self._known.values() for pair in sites.without.items() if pair[0] not in sited]
+        return dict(rows)
 
     def offsets(self) -> dict[str, float]:
         """The numbers that norms add to their gains, for norms that have run."""

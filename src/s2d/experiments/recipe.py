@@ -209,6 +209,7 @@ class Recipe(_Section):
         quantize: Bit widths and calibrators.
         qat: Quantization-aware training of each arm's model, after its fine-tuning if it has one; null for none.
         reference: A known score; a run far from it stops before quantization. Null for none.
+        export: Where the most wanted file of all arms and seeds that keeps the promise goes; null for none.
         audit: Audit every weight before and after training.
         device: ``auto`` takes an accelerator if there is one.
         batch_size: Batch size of evaluations.
@@ -225,6 +226,7 @@ class Recipe(_Section):
     quantize: QuantizeSection = QuantizeSection()
     qat: QATSection | None = None
     reference: Reference | None = None
+    export: str | None = None
     audit: bool = True
     device: str = "auto"
     batch_size: int = Field(default=32, ge=1)
@@ -249,6 +251,17 @@ class Recipe(_Section):
                 raise InputError(f"reference.arm={self.reference.arm!r} is no arm; {', '.join(self.arms)} are")
             if FULL not in self.quantize.specs:
                 raise InputError(f"reference is a score in full precision; add {FULL} to quantize.specs")
+        return self
+
+    @model_validator(mode="after")
+    def _export_of_a_promise(self) -> Recipe:
+        promise = self.quantize.promise
+        if self.export is not None and promise is None:
+            raise InputError("export is the file of a promise; add quantize.method: auto with for and within")
+        if self.export is not None and promise is not None and not self.export.endswith(promise.suffix):
+            raise InputError(
+                f"export: {self.export} is written for {promise.runtime.name}; name it NAME{promise.suffix}"
+            )
         return self
 
     @field_validator("seeds")

@@ -25,7 +25,9 @@ from s2d.checkpoint import Loaded, load, save
 from s2d.distributed import processes
 from s2d.distributed.processes import device_of
 from s2d.errors import InputError, MissingExtra
+from s2d.experiments.auto.comparison import publish_best
 from s2d.experiments.auto.search import Search
+from s2d.experiments.auto.verdict import Verdict
 from s2d.experiments.recipe import FULL, UNTRAINED, Cell, Recipe, arm_settings
 from s2d.experiments.records import cell_name, records_of, shown_path, spec_name
 from s2d.experiments.watcher import Silent, Watcher
@@ -126,7 +128,8 @@ class Runner:
 
     def run(self) -> JSON:
         """Run all missing stages, then write results.json and report.html; return the results."""
-        recipe, records, audits, history = self.recipe, [], {}, []
+        recipe, results, records, audits, history = self.recipe, {}, [], {}, []
+        verdicts: dict[str, Verdict] = {}
         about = run_metadata(
             recipe=self.name,
             about=recipe.about,
@@ -149,7 +152,7 @@ class Runner:
                 training = self._train(arm, seed)
                 records += self._cells(arm, seed)
                 records += self._trained_cells(arm, seed)
-                self._keep_promise(arm, seed, about)
+                self._keep_promise(arm, seed, verdicts)
                 self._describe(arm, seed, about, training, records)
                 if recipe.audit and seed == first and arm not in audits:
                     audits[arm] = self._audit(arm, seed)
@@ -158,8 +161,11 @@ class Runner:
                 # Partial results can be read during the run.
                 self._tell_notes()
                 about["left_out"] = self._told
-                self._write({"run": about, "records": records, "audits": audits, "history": history})
-        results = {"run": about, "records": records, "audits": audits, "history": history}
+                results = {"run": about, "records": records, "audits": audits, "history": history}
+                results["promises"] = {name: verdict.to_dict() for name, verdict in verdicts.items()}
+                self._write(results)
+        if recipe.export is not None:
+            self.watcher.say(publish_best(verdicts, recipe.quantize.objective, Path(recipe.export)))
         try:
             self.watcher.say(f"report: {shown_path(write_report(results, self.folder / 'report.html'))}")
         except MissingExtra as error:
@@ -410,7 +416,7 @@ class Runner:
 
     # -- a file that keeps a promise
 
-    def _keep_promise(self, arm: str, seed: int, about: JSON) -> None:
+    def _keep_promise(self, arm: str, seed: int, verdicts: dict[str, Verdict]) -> None:
         """Search a file of an arm's model if the recipe has a promise; its folder is below ``auto/``."""
         promise = self.recipe.quantize.promise
         if promise is None:
@@ -418,7 +424,7 @@ class Runner:
         folder = self.folder / "auto" / f"{arm}-{seed}-{self._arm_key(arm, seed)}"
         with self._model(arm, seed) as model:
             verdict = Search(self.loaded, model, self.task, promise, folder, seed, self.watcher).run()
-        about.setdefault("promises", {})[f"{arm}-{seed}"] = verdict.to_dict()
+        verdicts[f"{arm}-{seed}"] = verdict
         for line in verdict.lines:
             self.watcher.say(f"{arm}, seed {seed}: {line.strip()}")
 

@@ -145,12 +145,14 @@ class ExportReport:
         counted = ", ".join(f"{count} {name}" for name, count in sorted(self.kernels.items()))
         integer = sum(count for name, count in self.kernels.items() if _multiplies_integers(name))
         plain = sum(self.kernels.values()) - integer
-        unpacked = "codes of 4 bits become int8" if integer else "codes become float32"
+        narrow = not self.spec.startswith(("w8", "w16"))
+        codes = "codes of 4 bits become int8" if narrow else "codes are int8"
+        unpacked = codes if integer else "codes become float32"
         if not integer:
             multiply = "float32: the file is smaller, the products are those of full precision"
         else:
             multiply = "uint8 x int8 with int32 sums" + (f" in {integer} products, float32 in {plain}" if plain else "")
-            multiply += "; no CPU multiplies 4 by 4 bits"
+            multiply += "; no CPU multiplies 4 by 4 bits" if narrow else ""
         return [
             self._on_disk,
             f"in memory: {self.memory_mb:.1f} MB of weights in onnxruntime, where {unpacked}",

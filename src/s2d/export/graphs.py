@@ -77,6 +77,7 @@ def export_graph(
         del lowered
         give_back()
         if target.suffix == ".xml":
+            try_runtime(made, example, openvino=True)  # reading it can end the process too
             openvino.convert(made, made.with_suffix(".xml"))
             try_runtime(made.with_suffix(".xml"), example, openvino=True)
         report.placement = _placed(own, target, check)

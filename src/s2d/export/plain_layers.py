@@ -18,7 +18,7 @@ from s2d.export.integers import IntegerActivation, IntegerWeight, integer_activa
 from s2d.export.runtime import quoted, runtimes
 from s2d.quant.modules.attention import QuantizedAttention
 from s2d.quant.modules.linear import QuantizedConv, QuantizedLinear
-from s2d.quant.modules.online import OnlineLinear, RotatedBlock
+from s2d.quant.modules.online import OnlineBlock, OnlineLinear
 from s2d.quant.modules.sites import is_quantized
 from s2d.quant.numerics.quantizer import Quantizer
 
@@ -79,7 +79,7 @@ def refuse_more_than_linears(model: nn.Module, format: str) -> None:
     if not is_quantized(model):
         raise InputError(f"{type(model).__name__} is not quantized; run s2d quantize first, then export its folder")
     for name, module in model.named_modules():
-        if isinstance(module, (OnlineLinear, RotatedBlock)):
+        if isinstance(module, (OnlineLinear, OnlineBlock)):
             raise InputError(
                 f"{name}: the method computes beside the weight, which {format} cannot hold; "
                 "quantize with rtn, gptq, awq or smoothquant"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from s2d.models.dimensions import Digit
 from s2d.models.graph import Graph
 from s2d.models.graph_parts import Call
+from s2d.models.walks import picked_from
 from s2d.targets.padding import MASKS, real_of, without_first
 
 # What of a module: what it reads, what it returns, or an operand of the attention in it.
@@ -64,14 +65,8 @@ class _Whose:
     def picked_from(self, module: str) -> _Key:
         """The key of the mask of the tokens that a module picks its rows from by number."""
         for node in self._nodes(module, "input")[:1]:
-            graph = self.graph
-            assert graph is not None
-            while graph.mask_at(node) is None and graph.nodes[node].operation >= 0:
-                operation = graph.operations[graph.nodes[node].operation]
-                if operation.kind not in ("lookup", "view"):
-                    break
-                node = operation.inputs[0]
-            return self.key(node)
+            assert self.graph is not None
+            return self.key(picked_from(self.graph, node))
         return _CANNOT_TELL
 
     def _origins(self, node: int) -> set[int]:

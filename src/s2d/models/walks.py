@@ -194,6 +194,18 @@ def source_of(graph: Graph, number: int) -> int:
         number = operation.inputs[0]
 
 
+def picked_from(graph: Graph, number: int) -> int:
+    """The node whose tokens a mask hides, before rows of it were picked by number; the node itself if there is none."""
+    start = number
+    while graph.mask_at(number) is None:
+        node = graph.nodes[number]
+        operation = graph.operations[node.operation] if node.operation >= 0 else None
+        if operation is None or operation.kind not in ("lookup", "view") or not operation.inputs:
+            return start
+        number = operation.inputs[0]
+    return number
+
+
 def _channel_operand(graph: Graph, operation: Operation, since: int) -> int | None:
     """The factor of a product of activations whose channels the reader has; the right one if that is not known.
 

@@ -75,7 +75,7 @@ def quantize(
         calibration: Batches: dicts of keyword arguments, tensors, or tuples of positional arguments. Tokens that a
             batch's ``attention_mask`` hides do not count. A generator is enough for methods that read the data once.
         method: A name from `methods`, or several joined, ``"rotation+gptq"``: transforms, then one rounding (``rtn``
-            when none is named).
+            when none is named), then corrections, which hold a copy of the model while they work.
         observer: The calibrator for activations, in place of the spec's own: ``"minmax"``, ``"percentile"``,
             ``"percentile:99.99"`` or ``"mse"``; see `QuantSpec.with_observer`.
         protocol: ``"own"``: ranges and defaults as each method's authors published them. ``"unified"``: the ranges of
@@ -159,6 +159,8 @@ def _quantize(
     )  # fmt: skip
     try:
         for entry in entries:
+            if entry.stage == "rounding" and entries[-1].stage == "correction":
+                job.original = copy.deepcopy(model)
             job.stage = entry.stage
             if entry.stage == "rounding":
                 set_stack_ranges(job)

@@ -333,7 +333,7 @@ def sensitivity(
             rtn(job)
             layers = _layers(job)
             if width == widths[0]:
-                together = _together(job, layers)
+                together = side_by_side(job.graph, layers)
             for name, (members, count) in bar.track(layers.items(), description=f"measuring {width} bits"):
                 sizes[name] = count
                 errors.setdefault(name, {})[width] = measure.error(trial, members.values())
@@ -345,7 +345,7 @@ def sensitivity(
                         measure.error(trial, [q] if (q := members.get(what)) else []) for what in ("weight", "input")
                     ]
                     parts[name] = (alone[0], alone[1])
-    costs = tuple(LayerCost(name, sizes[name], _never_rising(found), parts.get(name)) for name, found in errors.items())
+    costs = tuple(LayerCost(name, sizes[name], never_rising(found), parts.get(name)) for name, found in errors.items())
     return Sensitivity(costs, widths, parsed, activations, together)
 
 
@@ -362,11 +362,11 @@ def _widened(sites: Sequence[Site], bits: int, follow: bool) -> list[Site]:
     return [widened(site) for site in sites]
 
 
-def _together(job: Job, layers: Container[str]) -> tuple[tuple[str, ...], ...]:
+def side_by_side(graph: Graph, layers: Container[str]) -> tuple[tuple[str, ...], ...]:
     """The layers of one parent that read one activation."""
     found: dict[tuple[int | None, str], dict[str, None]] = {}
-    for call in (each for each in job.graph.products if each.module in layers):
-        read = None if call.input is None else source_of(job.graph, call.input)
+    for call in (each for each in graph.products if each.module in layers):
+        read = None if call.input is None else source_of(graph, call.input)
         found.setdefault((read, call.module.rpartition(".")[0]), {})[call.module] = None
     return tuple(dict.fromkeys(tuple(names) for names in found.values() if len(names) > 1))
 
@@ -381,7 +381,7 @@ def _layers(job: Job) -> dict[str, tuple[dict[str, Quantizer], int]]:
     return found
 
 
-def _never_rising(errors: Mapping[int, float]) -> dict[int, float]:
+def never_rising(errors: Mapping[int, float]) -> dict[int, float]:
     """Make errors monotonic: more bits never cost more, whatever the noise of the measurement."""
     level, found = 0.0, {}
     for width in sorted(errors, reverse=True):

@@ -18,7 +18,8 @@ from s2d.io.files import JSON, write_atomic
 from s2d.optional import require
 from s2d.report import layermap
 from s2d.report.close_up import cell, close_ups, used_columns, weight_figures
-from s2d.report.formatting import MISSING, points, show, signed
+from s2d.report.formatting import MISSING, points, show, signed, two_decimals
+from s2d.report.frontier import frontier_plot
 from s2d.report.histories import history_figure, most_decayed, tracks
 from s2d.report.scores import score_figure
 from s2d.report.summary import (
@@ -37,7 +38,7 @@ from s2d.report.summary import (
 from s2d.report.trend import trend_figure, trend_verdict
 
 if TYPE_CHECKING:
-    from s2d.report.schema import Audit, Record, Results
+    from s2d.report.schema import Audit, Promised, Record, Results
 
 # The charting library, as it was published (plotly.js-basic-dist-min 4.1.1 on npm); its licence is beside it.
 PLOTLY = ("vendor/plotly-basic.min.js", "99784e3abfb07b142a15e521a439e6d9addceadb3f79553fd24c72774f0649ba")
@@ -69,6 +70,7 @@ def render_report(results: object) -> str:
     scripts = [library, *scripts]
     return page.render(
         **context,
+        frontier=markup(frontier_plot(read.promises)),
         data=markup(_as_script(figures)),
         style=markup(_asset("templates/report.css")),
         scripts=[markup(script) for script in scripts],
@@ -118,6 +120,7 @@ def _context(results: Results) -> tuple[dict[str, Any], dict[str, Any]]:
         "verdict": _verdict(results, compared),
         "extra": audit_change(audits) if compared else (),
         "groups": [_group(group, group in first) for group in found],
+        "promises": [(name, each, _promised_rows(each)) for name, each in results.promises.items()],
         "audits": audits,
         "trend": trend,
         "layers": layermap.layers(audits),
@@ -203,6 +206,21 @@ def _audit_rows(audits: Sequence[Audit]) -> list[dict[str, Any]]:
         {"audit": audit.label, "weight": weight, "cells": [cell(weight, key, write) for _, key, write in columns]}
         for audit in audits
         for weight in audit.weights
+    ]
+
+
+def _promised_rows(promise: Promised) -> list[dict[str, str]]:
+    """A row for every file that was judged."""
+    return [
+        {
+            "name": file.name,
+            "size": show(file.bytes / 1e6),
+            "ms": show(file.ms),
+            "lost": two_decimals(file.drop.points),
+            "most": two_decimals(file.drop.upper),
+            "accepted": "yes" if file.accepted else "no",
+        }
+        for file in promise.frontier
     ]
 
 

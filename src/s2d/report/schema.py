@@ -227,6 +227,38 @@ class Moment:
 
 
 @dataclass(frozen=True, config=_BY_NAME)
+class Lost:
+    """The points that a file lost, and their upper bound."""
+
+    points: Number = math.nan
+    upper: Number = math.nan
+
+
+@dataclass(frozen=True, config=_BY_NAME)
+class PromisedFile:
+    """A file that was judged."""
+
+    name: Words
+    drop: Lost
+    bytes: Number = math.nan
+    ms: Number = math.nan
+    accepted: Flag = False
+
+
+@dataclass(frozen=True, config=_BY_NAME)
+class Promised:
+    """The verdict on a promise; the result is the last of the frontier if it is met."""
+
+    status: Words
+    runtime: Words = ""
+    metric: Words = ""
+    file: Words = ""
+    help: Words = ""
+    within: Number = math.nan
+    frontier: tuple[PromisedFile, ...] = ()
+
+
+@dataclass(frozen=True, config=_BY_NAME)
 class _Run:
     """One file of a run or a trend."""
 
@@ -234,6 +266,7 @@ class _Run:
     run: Annotated[JSON, _or({})] = field(default_factory=dict)
     audits: Annotated[dict[str, Audit], _or({})] = field(default_factory=dict)
     history: Annotated[tuple[Moment, ...], _or(())] = ()
+    promises: Annotated[dict[str, Promised], _or({})] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -245,6 +278,7 @@ class Results:
     history: tuple[Moment, ...] = ()
     runs: tuple[JSON, ...] = ()
     trend: bool = False  # the audits are checkpoints of one training, in its order
+    promises: dict[str, Promised] = field(default_factory=dict)
 
     @property
     def trial(self) -> bool:
@@ -263,6 +297,7 @@ def read_results(results: object) -> Results:
     audits: list[Audit] = []
     history: list[Moment] = []
     runs: list[JSON] = []
+    promises: dict[str, Promised] = {}
     trend = False
     for number, content in enumerate(files, 1):
         where = "results" if len(files) == 1 else f"results file {number}"
@@ -276,13 +311,14 @@ def read_results(results: object) -> Results:
         read = _checked_as(_Run, content, where)
         runs.append(read.run)
         records += read.records
+        promises |= {visible(name): each for name, each in read.promises.items()}
         audits += [replace(audit, label=label) for label, audit in read.audits.items()]
         # One run's history is drawn; of several seeds, the first.
         history += [m for m in read.history if m.seed == read.history[0].seed and math.isfinite(m.step)]
     if not records and not any(audit.weights for audit in audits):
         raise InputError("results: there is no record in it, so nothing to report; run the audit or the recipe again")
     trend = trend or (len(audits) > 2 and not records)
-    return Results(tuple(records), _distinct(audits), tuple(history), tuple(runs), trend)
+    return Results(tuple(records), _distinct(audits), tuple(history), tuple(runs), trend, promises)
 
 
 def _distinct(audits: list[Audit]) -> tuple[Audit, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-_COLOURS = ("#3949ab", "#c62828", "#2e7d32", "#ef6c00", "#6a1b9a", "#00838f", "#5d4037", "#546e7a")
+COLOURS = ("#3949ab", "#c62828", "#2e7d32", "#ef6c00", "#6a1b9a", "#00838f", "#5d4037", "#546e7a")
 _LEFT, _TOP, _WIDE, _HIGH, _LEGEND = 64, 40, 520, 300, 22
 
 
@@ -36,22 +36,22 @@ def speed_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     def y(speed: float) -> float:
         return _TOP + _HIGH * (1.0 - math.log10(speed / low) / math.log10(high / low))
 
-    parts = [_text(_LEFT, 22, "rows a second, by rows at once", size=15)]
+    parts = [text_at(_LEFT, 22, "rows a second, by rows at once", size=15)]
     tick = low
     while tick <= high * 1.001:
         parts.append(f'<path d="M{_LEFT} {y(tick):.1f}h{_WIDE}" stroke="#8884" fill="none"/>')
-        parts.append(_text(_LEFT - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
+        parts.append(text_at(_LEFT - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
         tick *= 10.0
-    parts += [_text(x(batch), _TOP + _HIGH + 20, str(batch), anchor="middle") for batch in batches]
+    parts += [text_at(x(batch), _TOP + _HIGH + 20, str(batch), anchor="middle") for batch in batches]
     for index, (name, points) in enumerate(lines.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
-        dash = "" if index < len(_COLOURS) else ' stroke-dasharray="6 3"'
+        colour = COLOURS[index % len(COLOURS)]
+        dash = "" if index < len(COLOURS) else ' stroke-dasharray="6 3"'
         path = " ".join(f"{x(batch):.1f},{y(speed):.1f}" for batch, speed in sorted(points))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
         parts += [f'<circle cx="{x(b):.1f}" cy="{y(s):.1f}" r="3.5" fill="{colour}"/>' for b, s in points]
         line = _TOP + _HIGH + 48 + index * _LEGEND
         parts.append(f'<path d="M{_LEFT} {line - 4}h24" stroke="{colour}" stroke-width="3"{dash}/>')
-        parts.append(_text(_LEFT + 32, line, name))
+        parts.append(text_at(_LEFT + 32, line, name))
     height = _TOP + _HIGH + 48 + len(lines) * _LEGEND
     width = _LEFT + _WIDE + 24
     return (
@@ -61,5 +61,6 @@ def speed_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _text(x: float, y: float, text: str, *, size: int = 12, anchor: str = "start") -> str:
+def text_at(x: float, y: float, text: str, *, size: int = 12, anchor: str = "start") -> str:
+    """Words at a place of an SVG."""
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="#333">{escape(text)}</text>'

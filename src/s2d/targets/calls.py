@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from s2d.distributed.sharding import Groups, Part, Parts, data_groups_of, is_divided_by_rows, is_dtensor, local_part
 from s2d.errors import InputError
+from s2d.targets.stacked import StackTarget
 from s2d.targets.weights import Target
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -107,6 +108,8 @@ def projection_of(target: Target) -> int:
 
 def bias_parameter(target: Target) -> nn.Parameter | None:
     """The bias that belongs to a target, whole; None where there is none."""
+    if isinstance(target, StackTarget):
+        return target.owner._parameters.get(target.bias_name)
     name = "in_proj_bias" if target.parameter_name == "in_proj_weight" else "bias"
     return None if target.kind == "embedding" else target.owner._parameters.get(name)
 

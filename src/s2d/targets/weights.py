@@ -169,6 +169,11 @@ def find_targets(
     return list(_without_ties(chosen))
 
 
+def is_selected(target: Target, include: Selector, exclude: Selector = ()) -> bool:
+    """Whether patterns as those of `find_targets` select a target."""
+    return _selects(include, target) and not _selects(exclude, target)
+
+
 def clean_name(name: str) -> str:
     """A dotted module name without the parts that `torch.compile` and checkpoint wrappers put in."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -40,26 +42,26 @@ def test_no_rung_proposes_what_is_not_legal(name: str) -> None:
     torch.manual_seed(0)
     model, ids = Net(128), torch.randint(64, (8, 5))  # groups of 128 divide it
 
-    def measured(spec: QuantSpec, choices: tuple[int, ...]) -> Sensitivity:
+    def measured(spec: QuantSpec, choices: Sequence[int]) -> Sensitivity:
         return sensitivity(model, calibration=[{"ids": ids}], choices=choices, base=spec, activations="base")
 
-    known: list[Scored] = []
-    count = 0
-    for rung in RUNGS:
-        for number, candidate in enumerate(rung.propose(View(runtime, known, max(runtime.embedding_bits), measured))):  # type: ignore[arg-type]
-            if candidate.key in {each.candidate.key for each in known}:
-                continue  # the search tries each once
-            sites = quant.plan(model, candidate.spec)
-            assert runtime.complaint(sites) is None, candidate.label
-            assert candidate.embeddings in runtime.embedding_bits
-            size = file_bytes(model, sites, runtime, candidate.embeddings)
-            known.append(Scored(candidate, 0.1 + number, 0.0, size, runtime.time_of(sites), 1.0))
-            count += 1
-    assert runtime.complaint(quant.plan(model, first(runtime, 0).spec)) is None and count >= 2
-    assert len({rung.name for rung in RUNGS} & {each.candidate.rung for each in known}) >= 2
+    def error(candidate: Candidate) -> float:
+        return float(int(candidate.key[-6:], 16))
+
+    def legal(spec: QuantSpec) -> bool:
+        return runtime.complaint(quant.plan(model, spec)) is None
+
+    view = View(runtime, max(runtime.embedding_bits), legal, error, measured, lambda spec: ["layers.0", "layers.1"])
+    found = {each.key: each for rung in RUNGS for each in rung.propose(view)}
+    for candidate in found.values():
+        assert runtime.complaint(quant.plan(model, candidate.spec)) is None, candidate.label
+        assert candidate.embeddings in runtime.embedding_bits
+    assert runtime.complaint(quant.plan(model, first(runtime, 0).spec)) is None and len(found) >= 2
+    assert len({rung.name for rung in RUNGS} & {each.rung for each in found.values()}) >= 2
     if name in ("onnxruntime", "openvino"):
-        inputs = {each.candidate.spec.activation for each in known}
+        inputs = {each.spec.activation for each in found.values()}
         assert {each.format.bits for each in inputs if each is not None} == {8}, "4-bit inputs buy nothing there"
+        assert {each.rung for each in found.values()} == {rung.name for rung in RUNGS}
 
 
 def test_the_front_is_the_safest_first_and_never_worse_in_both() -> None:

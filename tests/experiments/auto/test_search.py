@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny_text import make_data, make_model
+from tests.tiny_text import make_data, make_model, make_texts
 
+import s2d
 from s2d.checkpoint import save
 from s2d.cli import main
+from s2d.errors import InputError
 from s2d.experiments.auto.ladder import first
 from s2d.experiments.auto.promise import Promise
 from s2d.experiments.auto.rounds import Rounds
 from s2d.experiments.auto.search import auto
 from s2d.experiments.auto.search_records import File, Records
 from s2d.experiments.auto.verdict import status_of, what_would_help
+from s2d.experiments.recipe import make_recipe
+from s2d.experiments.runner import Runner
+from s2d.experiments.watcher import Silent
 from s2d.export import open_exported
 from s2d.export.runtime import find_runtime
 from s2d.models import Loaded, load
@@ -95,8 +104,105 @@ def test_the_command_its_exit_codes_and_its_json(met: Any, folder: Path, capsys:
     assert "w8a8" in told and "w8a16" in told and "minutes" in told and "a4" not in told
 
 
+def test_openvino_runs_its_own_file(folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]) -> None:
+    pytest.importorskip("openvino")
+    loaded, model, task = trained
+    verdict = auto(loaded, model, task, runtime="openvino", within=20.0, minutes=0.001, out=folder / "openvino")
+    assert verdict.status == "MET" and verdict.file == str(folder / "openvino" / "model.xml")
+    assert (folder / "openvino" / "model.bin").is_file()
+    row = verdict.frontier[-1]
+    found = task.evaluate(open_exported(verdict.file, runtime="openvino"), "validation")["accuracy"]
+    assert row.ran and row.ms > 0 and row.score == pytest.approx(found)
+    assert row.bytes == sum((folder / "openvino" / f"model.{end}").stat().st_size for end in ("xml", "bin"))
+
+
+class Interrupting(Silent):
+    """Presses Ctrl-C when so many candidates have begun."""
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def advance(self, done: int, note: str = "") -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interruption_leaves_the_file_and_the_next_call_goes_on(
+    met: Any, folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]
+) -> None:
+    loaded, model, task = trained
+    out, tried = folder / "interrupted", 0
+    shutil.copytree(folder / "out", out)
+    for moment in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            auto(loaded, model, task, runtime="onnxruntime", within=20.0, out=out, watcher=Interrupting(moment))
+        assert open_exported(out / "model.onnx") is not None
+        left = json.loads((out / "auto.json").read_text())
+        records = Records.open(out, left["key"])
+        assert len(records.scored) == tried + moment - 1 and len(records.files) == 1, "what was tried is kept"
+        assert not list(out.rglob(".*-????????")), "and nothing half made"
+        tried = len(records.scored)
+
+
+def test_a_killed_call_leaves_the_file_and_the_next_goes_on(
+    met: Any, folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]
+) -> None:
+    out = folder / "killed"
+    shutil.copytree(folder / "out", out)
+    words = ["quantize", str(folder / "trained"), "--task", "text-classification", "--data", str(folder / "words")]
+    words += ["-o", "task.max_length=24", "--method", "auto", "--for", "onnxruntime", "--within", "20"]
+    package = Path(s2d.__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "s2d.cli", *words, "--out", str(out), "-q"],
+        env={**os.environ, "PYTHONPATH": str(package)},
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not json.loads((out / "auto.json").read_text())["scored"]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert open_exported(out / "model.onnx") is not None
+    kept = json.loads((out / "auto.json").read_text())["scored"]
+    assert main([*words, "--out", str(out), "--minutes", "0.001", "-q"]) == 0
+    assert kept.items() <= json.loads((out / "auto.json").read_text())["scored"].items()
+
+
+def test_a_recipe_compares_its_arms_and_exports_the_most_wanted_file(folder: Path) -> None:
+    content = {
+        "model": str(folder / "trained"),
+        "task": {"name": "text-classification", "data": str(folder / "words"), "max_length": 24},
+        "train": {"steps": 2, "batch_size": 16},
+        "arms": {"none": None, "s2d": {}},
+        "audit": False,
+        "quantize": {"specs": ["fp32"], "method": "auto", "for": "onnxruntime", "within": 50, "minutes": 0.001},
+        "export": str(folder / "exported" / "best.onnx"),
+    }
+    results = Runner("tiny", make_recipe(content), folder / "run").run()
+    assert {name: each["status"] for name, each in results["promises"].items()} == {"none-0": "MET", "s2d-0": "MET"}
+    sizes = [Path(each["file"]).stat().st_size for each in results["promises"].values()]
+    assert (folder / "exported" / "best.onnx").stat().st_size == min(sizes)
+    assert open_exported(folder / "exported" / "best.onnx") is not None
+    assert "Files that keep the accuracy" in (folder / "run" / "report.html").read_text(encoding="utf-8")
+    for wrong, said in (({"export": "best.xml"}, "NAME.onnx"), ({"quantize": {}}, "add quantize.method: auto")):
+        with pytest.raises(InputError, match=said):
+            make_recipe({**content, **wrong})
+
+
+def test_a_runtime_that_is_not_here_gets_files_and_never_a_met_promise(
+    folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]
+) -> None:
+    loaded, model, task = trained
+    verdict = auto(loaded, model, task, runtime="tensorrt", within=20.0, minutes=0.001, out=folder / "elsewhere")
+    assert (verdict.status, verdict.file) == ("NOT SURE", None) and "not run" in " ".join(verdict.notes)
+    assert (folder / "elsewhere" / verdict.frontier[0].file).is_file() and not verdict.frontier[0].ran
+
+
 def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = ("--task", "text-classification", "--data", str(folder / "words"), "-o", "task.max_length=24")
+    one = make_data(folder / "one", train=40, test=10)
+    unlabelled = ("--task", "unlabelled-text", "--data", str(make_texts(folder / "lines.txt", 300)))
+    (one / "validation.csv").write_text("text,label\nold apple,fruit\n")
     begin = ("quantize", str(folder / "trained"), *task, "--method", "auto", "--out", str(folder / "bad"))
     for more, said in (
         (("--within", "1"), "--for onnxruntime"),
@@ -107,6 +213,8 @@ def test_bad_input_is_one_line(met: Any, folder: Path, capsys: pytest.CaptureFix
         (("--for", "hailo", "--within", "1"), "quantizes by itself"),
         (("--for", "gguf", "--within", "1"), "reads none"),
         (("--for", "onnxruntime", "--within", "1", "--spec", "w8a8"), "leave out --spec"),
+        (("--for", "onnxruntime", "--within", "1", "--data", str(one)), "1 example"),
+        (("--for", "onnxruntime", "--within", "1", *unlabelled), "no mean over examples"),
     ):
         assert main([*begin, *more]) == 2
         error = capsys.readouterr().err

@@ -273,8 +273,9 @@ def test_the_plan_keeps_what_an_override_names_and_a_prefix_leaves_the_inputs() 
 @pytest.mark.parametrize("method", ["gptq", "repq", "awq"])
 def test_other_methods_round_experts_to_nearest_and_say_so(method: str) -> None:
     model = language_model("GptOss")
-    with pytest.warns(UserWarning, match=r"experts.gate_up_proj and 3 more .* rounded to nearest"):
+    with pytest.warns(UserWarning, match=r"experts.gate_up_proj and 3 more .* rounded to nearest") as told:
         made = s2d.quantize(model, "w8a8", calibration=[TOKENS], method=method)
+    assert any("s2d" in Path(each.filename).parts for each in told if "experts" in str(each.message))  # shown by s2d
     plain = output(model)
     assert float((output(made) - plain).norm() / plain.norm()) < 0.1
 

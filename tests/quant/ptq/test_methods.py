@@ -38,7 +38,7 @@ def scaled() -> Iterator[str]:
 def test_every_method_has_a_stage() -> None:
     stages = {name: entry.stage for name, entry in ptq._METHODS.all().items()}
     assert stages.keys() == methods().keys()
-    assert set(stages.values()) == {"transform", "rounding"}
+    assert set(stages.values()) == {"transform", "rounding", "correction"}
     assert stages["rtn"] == stages["gptq"] == "rounding"
 
 
@@ -46,7 +46,7 @@ def test_transforms_come_first_and_one_rounding_last(scaled: str) -> None:
     assert [entry.name for entry in get_methods("scaled")] == ["scaled", "rtn"]
     assert [entry.name for entry in get_methods(" scaled + gptq ")] == ["scaled", "gptq"]
     for text, message in (
-        ("gptq+scaled", r"'gptq\+scaled': gptq rounds and comes last; write scaled\+gptq"),
+        ("gptq+scaled", r"'gptq\+scaled': transforms come first.*; write scaled\+gptq"),
         ("rtn+gptq", "rtn and gptq both round the weights; choose one"),
         ("scaled+scaled", "names one method twice"),
         ("scaled+magic", "unknown quantization method 'magic'; choose from .*gptq.*, or join with +"),

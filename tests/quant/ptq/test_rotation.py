@@ -11,7 +11,7 @@ from tests.quant.tiny_families import FAMILIES, POST_NORM, PRE_NORM, apart, buil
 from s2d.errors import InputError
 from s2d.quant import load, quantize, remove, save
 from s2d.quant.modules.folding import matrix, streams
-from s2d.quant.modules.online import OnlineLinear, RotatedBlock
+from s2d.quant.modules.online import OnlineBlock, OnlineLinear
 from s2d.quant.ptq.rotation import rotation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is post-norm")
@@ -26,7 +26,7 @@ def test_the_function_is_kept_on_every_family(name: str) -> None:
     assert apart(case.output(work.model), plain) < 1e-5
     # Something was turned in every block, and it comes out again.
     assert sum(isinstance(module, OnlineLinear) for module in work.model.modules()) >= 2
-    assert any(isinstance(module, RotatedBlock) for module in work.model.modules()) == (name in PRE_NORM)
+    assert any(isinstance(module, OnlineBlock) for module in work.model.modules()) == (name in PRE_NORM)
     remove(work.model)
     assert apart(case.output(work.model), plain) < 1e-5
     assert work.model.state_dict().keys() == case.model.state_dict().keys()

@@ -54,6 +54,17 @@ class SiteMetric(Metric):
         self._sites[key] = site
         add(self._sums, key, *self._rows(x, mask), part)
 
+    def observe_stack(self, site: Site, reader: str, sums: Sums) -> None:
+        """Add the statistics of a site inside experts, of the rows of the stack that it names."""
+        key = f"{site.writer} in {reader}"
+        self._sites[key] = site
+        known = self._sums.get(key)
+        if known is not None:
+            largest = torch.maximum(known.channel_max, sums.channel_max)
+            squares = known.channel_squares + sums.channel_squares
+            sums = Sums(largest, squares, known.rows + sums.rows, sums.part)
+        self._sums[key] = sums
+
     def finish(self) -> dict[str, Finding]:
         """Select the channels of every site."""
         by_name = {target.name: target for target in self.targets}

@@ -14,6 +14,7 @@ from s2d.export.lowering import SMALLEST_TABLE
 from s2d.export.runtime import Runtime
 from s2d.io.provenance import digest
 from s2d.quant import QuantSpec, Site
+from s2d.quant.ptq.svdquant import RANK
 
 Objective = Literal["smallest", "fastest"]
 _SAME = 0.02  # sizes (or times) this close count as equal: the time (or size) decides
@@ -29,6 +30,7 @@ class Candidate:
         method: A name from `s2d.quant.methods`.
         embeddings: Bits of the embedding tables, 0 to keep them.
         rung: The step of the ladder that it comes from.
+        conditioned: Minutes of conditioning (S2D) with distillation before the method; 0 for none.
         trained: Minutes of training with the quantizers in place; 0 for none.
     """
 
@@ -36,13 +38,20 @@ class Candidate:
     method: str
     embeddings: int
     rung: str
+    conditioned: float = 0.0
     trained: float = 0.0
+
+    @property
+    def repaired(self) -> bool:
+        """Whether its weights were trained in any way."""
+        return self.conditioned > 0 or self.trained > 0
 
     @property
     def key(self) -> str:
         """Short and file-safe, different for different candidates."""
-        content = {"spec": self.spec.to_dict(), "method": self.method, "embeddings": self.embeddings}
-        return f"{self.label}-{digest({**content, 'trained': self.trained})[:6]}"
+        content = self.to_dict()
+        del content["rung"]
+        return f"{self.label}-{digest(content)[:6]}"
 
     @property
     def label(self) -> str:
@@ -51,18 +60,13 @@ class Candidate:
         observer = activation.observer if activation is not None and activation.granularity == "tensor" else ""
         parts = [str(self.spec), "mixed" if self.spec.overrides else ""]
         parts += [self.method if self.method != "rtn" else "", observer.replace(":", "")]
-        parts += [f"e{self.embeddings}" if self.embeddings else "", "trained" if self.trained else ""]
+        parts += [f"e{self.embeddings}" if self.embeddings else "", "conditioned" if self.conditioned else ""]
+        parts += ["trained" if self.trained else ""]
         return re.sub(r"[^\w.-]+", "-", "-".join(part for part in parts if part))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `from_dict` reads it."""
-        return {
-            "spec": self.spec.to_dict(),
-            "method": self.method,
-            "embeddings": self.embeddings,
-            "rung": self.rung,
-            "trained": self.trained,
-        }
+        return {**vars(self), "spec": self.spec.to_dict()}
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Candidate:
@@ -76,11 +80,12 @@ class Scored:
 
     Attributes:
         candidate: The candidate.
-        error: Squared error of the model's output, relative to the output's variance.
+        error: Divergence of the output from full precision, in nats of an example.
         points: Drop of the score on these examples; it is optimistic, because they are training examples.
         bytes: Predicted size of the file.
         time: Predicted time relative to full precision; None where the runtime's times are not known.
         seconds: Time to quantize and evaluate it.
+        predicted: Divergence that the scores predicted, uncorrected; None of trained weights.
     """
 
     candidate: Candidate
@@ -89,6 +94,7 @@ class Scored:
     bytes: int
     time: float | None
     seconds: float
+    predicted: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -155,6 +161,12 @@ def file_bytes(model: nn.Module, sites: Sequence[Site], runtime: Runtime, embedd
         scales = table.num_embeddings if embeddings >= 8 else numbers // 32
         total += numbers * runtime.stored_bits(embeddings) // 8 + 4 * scales - 4 * numbers
     return total
+
+
+def branch_bytes(sites: Sequence[Site]) -> int:
+    """Bytes of the branches that SVDQuant adds to a plan."""
+    weights = [site.shape for site in sites if site.what == "weight" and site.format is not None]
+    return sum(4 * RANK * (shape[0] + math.prod(shape[1:])) for shape in weights)
 
 
 def tables_of(model: nn.Module) -> list[nn.Embedding]:

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,26 +47,30 @@ class Judged:
     full_ms: float | None = None
 
 
-def outcomes_on(model: nn.Module, task: Task, split: Split) -> Outcomes:
-    """A model's outcome for every example of a split, in order."""
+def outcomes_on(model: nn.Module, task: Task, split: Split, examples: int) -> Outcomes:
+    """A model's outcome for so many examples of a split: all in order, or the first of a fixed shuffle."""
+    fewer = examples < task.sizes()[split]
+    batches = islice(task.batches(split, batch_size=BATCH, shuffle=fewer), -(-examples // BATCH))
     with evaluating(model):
-        return Outcomes.joined([task.outcomes(model, batch) for batch in task.batches(split, batch_size=BATCH)])
+        found = Outcomes.joined([task.outcomes(model, batch) for batch in batches])
+    return replace(found, values=found.values[:examples], weights=found.weights[:examples])
 
 
 class Judge:
     """Scores files of one task and runtime."""
 
-    def __init__(self, task: Task, split: Split, runtime: str, folder: Path, full: Path | None) -> None:
+    def __init__(self, task: Task, split: Split, examples: int, runtime: str, folder: Path, full: Path | None) -> None:
         """Write the task into a file for the child processes.
 
         Args:
             task: Prepared for the model.
             split: The split that is scored.
+            examples: How many of it, as for `outcomes_on`.
             runtime: Name of the runtime's module, as for `open_exported`.
             folder: A private folder.
             full: The model in full precision, to measure times against; None for no times.
         """
-        self.split, self.runtime, self.full = split, runtime, full
+        self.split, self.examples, self.runtime, self.full = split, examples, runtime, full
         self.task = folder / "task.pt"
         torch.save(task, self.task)
 
@@ -83,6 +88,7 @@ class Judge:
                 "runtime": self.runtime,
                 "task": str(self.task),
                 "split": self.split,
+                "examples": self.examples,
                 "answer": str(answer),
             }
             words = [sys.executable, "-m", __name__, json.dumps(job)]
@@ -114,7 +120,7 @@ def _child(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     task: Task = torch.load(job["task"], weights_only=False)  # by the parent, in its private folder
     runner = open_exported(job["file"], runtime=job["runtime"])
-    outcomes = outcomes_on(runner, task, job["split"])
+    outcomes = outcomes_on(runner, task, job["split"], job["examples"])
     one = next(_rows(task, job["split"]))
     runners = [runner]
     if job["full"] is not None:

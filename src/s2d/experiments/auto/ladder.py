@@ -1,7 +1,7 @@
-"""The ladder: the order in which candidates are tried, cheap ones first; each rung uses the results of the rungs below.
+"""The ladder: ways to make a file, from cheap to dear.
 
 Only candidates that the runtime's file allows are proposed. A rung is a function from the results so far to candidates;
-to add one, add a row to `RUNGS`.
+to add one, add a row to `RUNGS`. Which candidate is tried next is decided by its forecast, not by its rung.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from s2d.experiments.auto.candidates import Candidate, Scored
+from s2d.experiments.auto.candidates import Candidate
 from s2d.export.runtime import Layer, Runtime
 from s2d.quant import QuantSpec
 from s2d.quant.allocate import Sensitivity
@@ -18,41 +18,40 @@ from s2d.quant.numerics.formats import IntFormat, get_format
 
 OBSERVERS = ("minmax", "percentile", "mse")
 ROUNDINGS = ("gptq", "erq", "repq")
-BUDGETS = (7.0, 6.0, 5.0)
-KEPT = (2, 4, 8)
+EQUALIZED = ("smoothquant", "smoothquant+gptq")  # static inputs; large channels move into the weights
+PRODUCTS = ("rotation+gptq", "svdquant+gptq")  # rotations, or a branch of low rank, in every forward
+BUDGETS = (7.0, 6.5, 6.0, 5.5, 5.0, 4.5)
+KEPT = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
 class View:
-    """The results that a rung may use.
+    """What a rung may use.
 
     Attributes:
         runtime: Where the file will run.
-        scored: Candidates tried so far.
         tables: Bits of the embedding tables while weights are searched: the widest that the file rounds, 0 where the
             model has none.
-        sensitivity: Measures at its first call the error of each stored width in each layer of a spec.
+        legal: Whether a spec fits the model and the runtime.
+        error: Divergence of a candidate: measured where it was tried, else predicted.
+        sensitivity: The error of each width in each layer of a spec, from the scores.
+        worst: The layers of a spec whose inputs cost most, worst first.
     """
 
     runtime: Runtime
-    scored: Sequence[Scored]
     tables: int
+    legal: Callable[[QuantSpec], bool]
+    error: Callable[[Candidate], float]
     sensitivity: Callable[[QuantSpec, Sequence[int]], Sensitivity]
+    worst: Callable[[QuantSpec], Sequence[str]]
 
-    def best(self, bits: int, *kinds: str) -> Scored | None:
-        """The candidate of least error with this many bits for all weights, and the widest embedding tables.
+    def forms(self, narrow: bool = False) -> list[QuantSpec]:
+        """The forms that fit."""
+        return [spec for spec in forms(self.runtime, narrow) if self.legal(spec)]
 
-        Args:
-            bits: Bits of the weights.
-            kinds: Allowed kinds of inputs: ``tensor`` (static), ``token``, ``keep``; empty for any.
-        """
-
-        def fits(each: Scored) -> bool:
-            spec = each.candidate.spec
-            same = spec.weight is not None and spec.weight.format.bits == bits and not spec.overrides
-            return same and each.candidate.embeddings == self.tables and (not kinds or _kind(spec) in kinds)
-
-        return min(filter(fits, self.scored), key=lambda each: each.error, default=None)
+    def best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The candidate of least error."""
+        return min(candidates, key=self.error)
 
 
 @dataclass(frozen=True)
@@ -102,65 +101,81 @@ def _kind(spec: QuantSpec) -> str:
     return "keep" if spec.activation is None else spec.activation.granularity
 
 
-def first(runtime: Runtime, tables: int) -> Candidate:
+def first(runtime: Runtime, tables: int, legal: Callable[[QuantSpec], bool] = lambda spec: True) -> Candidate:
     """The candidate before any search: the widest weights; inputs in full precision where that is legal, else with
     ranges per token, else with static ranges; embedding tables with this many bits.
     """
     order = ("keep", "token", "tensor")
     found = sorted(forms(runtime), key=lambda spec: order.index(_kind(spec)) if _kind(spec) in order else len(order))
-    return Candidate(found[0], "rtn", tables, "first")
+    return Candidate(next((spec for spec in found if legal(spec)), found[0]), "rtn", tables, "first")
+
+
+def observed(spec: QuantSpec) -> list[QuantSpec]:
+    """A spec with every way to find static ranges; weights keep theirs."""
+    if _kind(spec) != "tensor" or spec.activation is None:
+        return [spec]
+    return [replace(spec, activation=replace(spec.activation, observer=observer)) for observer in OBSERVERS]
+
+
+def scored_specs(runtime: Runtime) -> list[QuantSpec]:
+    """The specs whose sites are scored: with them, every candidate that rounds to nearest."""
+    return [each for narrow in (False, True) for spec in forms(runtime, narrow) for each in observed(spec)]
 
 
 def _ranges(view: View) -> list[Candidate]:
-    return [each for spec in forms(view.runtime) for each in _observed(spec, view.tables, "ranges")]
-
-
-def _observed(spec: QuantSpec, tables: int, rung: str) -> list[Candidate]:
-    """A spec with every way to find static ranges; weights keep theirs."""
-    if _kind(spec) != "tensor" or spec.activation is None:
-        return [Candidate(spec, "rtn", tables, rung)]
-    return [
-        Candidate(replace(spec, activation=replace(spec.activation, observer=observer)), "rtn", tables, rung)
-        for observer in OBSERVERS
-    ]
+    return [Candidate(each, "rtn", view.tables, "ranges") for spec in view.forms() for each in observed(spec)]
 
 
 def _narrow(view: View) -> list[Candidate]:
-    """Weights of 4 bits, with the ranges that were best at 8."""
-    found = []
-    for spec in forms(view.runtime, narrow=True):
-        wide = view.best(max(view.runtime.weight_bits), "tensor") if _kind(spec) == "tensor" else None
-        if wide is not None and spec.activation is not None and wide.candidate.spec.activation is not None:
-            observer = wide.candidate.spec.activation.observer
-            spec = replace(spec, activation=replace(spec.activation, observer=observer))
-        found.append(Candidate(spec, "rtn", view.tables, "narrow weights"))
-    return found
+    """The narrowest weights, for each kind of inputs with the ranges of least error."""
+    if min(view.runtime.weight_bits) == max(view.runtime.weight_bits):
+        return []
+    kinds = [
+        [Candidate(each, "rtn", view.tables, "narrow weights") for each in observed(spec)]
+        for spec in view.forms(narrow=True)
+    ]
+    return [view.best(candidates) for candidates in kinds]
 
 
 def _roundings(view: View) -> list[Candidate]:
-    """Better rounding methods for the narrowest weights; with static ranges also methods that move ranges."""
-    found = []
-    for kind in ("tensor", "token", "keep"):
-        best = view.best(min(view.runtime.weight_bits), kind)
-        if best is not None:
-            known = ROUNDINGS if kind == "tensor" else ROUNDINGS[:1]
-            found += [replace(best.candidate, method=method, rung="roundings") for method in known]
-    return found
+    """Better roundings of the narrowest weights; with static ranges also methods that move ranges."""
+    return [
+        replace(each, method=method, rung="roundings")
+        for each in _narrow(view) or _static(view)
+        for method in (ROUNDINGS if _kind(each.spec) == "tensor" else ROUNDINGS[:1])
+    ]
+
+
+def _equalized(view: View) -> list[Candidate]:
+    """Equalized channels, for static inputs of wide and narrow weights."""
+    wide = [replace(each, method=EQUALIZED[0], rung="equalize") for each in _static(view)]
+    narrow = [each for each in _narrow(view) if _kind(each.spec) == "tensor"]
+    return [*wide, *(replace(each, method=EQUALIZED[1], rung="equalize") for each in narrow)]
+
+
+def _static(view: View) -> list[Candidate]:
+    """The widest weights with static inputs, with the ranges of least error."""
+    found = [each for each in _ranges(view) if _kind(each.spec) == "tensor"]
+    return [view.best(found)] if found else []
+
+
+def _products(view: View) -> list[Candidate]:
+    """Methods that add products to every forward."""
+    return [replace(each, method=method, rung="products") for each in _narrow(view) for method in PRODUCTS]
 
 
 def _mixed(view: View) -> list[Candidate]:
-    """Mixed widths by the exact knapsack, at a few average widths."""
-    widths = sorted(view.runtime.weight_bits)
-    best = view.best(widths[0], "tensor") or view.best(widths[0], "token") or view.best(widths[0])
-    if best is None:
-        return []
-    widths = _widths(view.runtime, best.candidate.spec)
-    if len(widths) < 2:
-        return []
-    found = view.sensitivity(best.candidate.spec, widths)
-    budgets = [bits for bits in BUDGETS if widths[0] < bits < widths[-1]]
-    specs = {str(spec.to_dict()): spec for spec in (found.allocate(bits) for bits in budgets)}
-    return [replace(best.candidate, spec=spec, rung="mixed widths") for spec in specs.values()]
+    """Mixed widths by the exact knapsack, at a few average widths, for each kind of inputs."""
+    found = {}
+    for best in _narrow(view):
+        widths = _widths(view.runtime, best.spec)
+        if len(widths) < 2:
+            continue
+        known = view.sensitivity(best.spec, widths)
+        for bits in (bits for bits in BUDGETS if widths[0] < bits < widths[-1]):
+            made = Candidate(known.allocate(bits), "gptq", view.tables, "mixed widths")
+            found[made.key] = made
+    return list(found.values())
 
 
 def _widths(runtime: Runtime, spec: QuantSpec) -> list[int]:
@@ -179,38 +194,23 @@ def _widths(runtime: Runtime, spec: QuantSpec) -> list[int]:
 
 
 def _kept(view: View) -> list[Candidate]:
-    """Inputs of the most sensitive layers in floating point, where the runtime lets layers differ."""
-    best = view.best(max(view.runtime.weight_bits), "tensor")
-    widest = max(view.runtime.weight_bits)
-    if best is None or widest not in _widths(view.runtime, replace(best.candidate.spec, activation=None)):
-        return []
-    spec = best.candidate.spec
-    found = view.sensitivity(spec, [widest])
-    worst = sorted(found.layers, key=lambda layer: -layer.errors[widest])
-    kept = QuantSpec(weight=spec.weight)
-    return [
-        replace(
-            best.candidate,
-            spec=replace(spec, overrides=tuple((layer.name, kept) for layer in worst[:count])),
-            rung="kept inputs",
-        )
-        for count in KEPT
-        if count < len(worst)
-    ]
+    """Inputs of the worst layers in floating point, where the runtime lets layers differ."""
+    found = []
+    for best in _static(view):
+        if max(view.runtime.weight_bits) not in _widths(view.runtime, replace(best.spec, activation=None)):
+            continue
+        worst, kept = view.worst(best.spec), QuantSpec(weight=best.spec.weight)
+        for count in (count for count in KEPT if count < len(worst)):
+            spec = replace(best.spec, overrides=tuple((name, kept) for name in worst[:count]))
+            found.append(replace(best, spec=spec, rung="kept inputs"))
+    return found
 
 
 def _small_tables(view: View) -> list[Candidate]:
-    """Narrower embedding tables for the best candidate of each width."""
+    """Narrower embedding tables with everything else."""
     narrower = [bits for bits in view.runtime.embedding_bits if 0 < bits < view.tables]
-    found = [view.best(bits, *kinds) for bits in view.runtime.weight_bits for kinds in (("tensor",), ())]
-    mixed = min((s for s in view.scored if s.candidate.rung == "mixed widths"), key=lambda s: s.error, default=None)
-    made = [
-        replace(each.candidate, embeddings=bits, rung="small tables")
-        for bits in narrower
-        for each in (*found, mixed)
-        if each is not None
-    ]
-    return list({each.key: each for each in made}.values())
+    others = [each for rung in RUNGS if rung.propose is not _small_tables for each in rung.propose(view)]
+    return [replace(each, embeddings=bits, rung="small tables") for bits in narrower for each in others]
 
 
 RUNGS = (
@@ -218,7 +218,9 @@ RUNGS = (
         "ranges", "the widest weights; min-max, percentile and MSE ranges, ranges of every token, inputs kept", _ranges
     ),
     Rung("narrow weights", "the narrowest weights that are stored", _narrow),
-    Rung("roundings", "GPTQ, ERQ and RepQ on the narrowest weights", _roundings),
+    Rung("equalize", "large channels moved into the weights (smoothquant)", _equalized),
+    Rung("roundings", "GPTQ, ERQ and RepQ", _roundings),
+    Rung("products", "rotations and branches of low rank (svdquant), which add products to the file", _products),
     Rung("mixed widths", "widths per layer, by the exact knapsack", _mixed),
     Rung("kept inputs", "the worst layers' inputs in floating point", _kept),
     Rung("small tables", "tables of embeddings in 4 bits", _small_tables),

@@ -1,10 +1,10 @@
 """The search: candidates in simulation, files in their runtime, and a verdict on the promise.
 
-    full precision on the acceptance data
-    the safest candidate becomes a file and is judged              # so that a file stands early
-    the ladder: every rung's candidates in simulation, on training examples outside of the calibration
+    the safest candidate becomes a file                            # so that a file stands early
+    full precision, and that file in its runtime, on the acceptance data
+    the ladder (`climbing`): candidates in simulation, the one of greatest expected gain per minute next
     a round: the candidates worth a file, the safest first, judged one by one until the first that fails
-    where time is left and the promise is not kept by the most wanted: training, and another round
+    where time is left and the most wanted was not accepted: repair, and another round; twice
 
 Only judged files are scored on the acceptance data (a split). Results are kept after every step.
 """
@@ -20,16 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from s2d import quant
 from s2d.errors import InputError
 from s2d.experiments.auto.acceptance import level_of, paired_drop
-from s2d.experiments.auto.candidates import Candidate, Objective, Scored, file_bytes, front, tables_of
+from s2d.experiments.auto.candidates import Candidate, Objective, tables_of
+from s2d.experiments.auto.climbing import Climbing
 from s2d.experiments.auto.judging import Judge, Judged, outcomes_on
-from s2d.experiments.auto.ladder import RUNGS, View, first
+from s2d.experiments.auto.ladder import first, scored_specs
 from s2d.experiments.auto.promise import Promise
+from s2d.experiments.auto.repair import repaired
 from s2d.experiments.auto.rounds import Rounds
 from s2d.experiments.auto.search_records import CANDIDATES, File, Records, with_companions
 from s2d.experiments.auto.simulation import SEARCHED, Simulation, as_in_file
@@ -40,15 +41,14 @@ from s2d.export.onnx import write_onnx
 from s2d.io.files import sweep
 from s2d.io.folder_lock import locked
 from s2d.models import Loaded, fingerprint
-from s2d.models.running import evaluating
 from s2d.models.saved import save_parts
 from s2d.tasks import Split, Task
 from s2d.tasks.base import Outcomes
-from s2d.training.qat_loop import train_quantized
-from s2d.training.train_settings import TrainSettings
 
-_TRAINING = 120.0  # seconds below which no training begins
+REPAIRS = ("conditioning", "training")
+_TRAINING = 120.0  # seconds below which no repair begins
 _RESERVED = 0.5  # of the time, for judging
+_MOST_ROUNDS = 4  # with the repairs' two
 
 
 def auto(
@@ -112,59 +112,44 @@ class Search:
         self.loaded, self.model, self.task, self.promise, self.out = loaded, model.eval(), task, promise, out
         self.runtime, self.seed, self.watcher = promise.runtime, seed, watcher
         promise.refuse_task(task)
-        self.examples = task.sizes()[promise.split]
         self.runs = self.runtime.installed
         self.simulation = Simulation(model, task, seed)
+        self.examples = self.simulation.affordable(promise.split, promise.minutes)
         self.tables = max(self.runtime.embedding_bits) if tables_of(model) else 0
-        self.safest = first(self.runtime, self.tables)
+        self.climbing = Climbing(model, self.runtime, self.simulation, promise, self.tables, watcher)
+        self.safest = first(self.runtime, self.tables, self.climbing.legal)
         self.records = Records(out, {})  # until `run` opens the folder
         self._judge: Judge | None = None
         self._slowest = 0.0
         self._stopped = False
 
-    # -- the plan
-
-    def legal(self, candidate: Candidate) -> str | None:
-        """The reason why the runtime would refuse a candidate; None when it is legal."""
-        return self.runtime.complaint(quant.plan(self.model, candidate.spec))
-
     def beginning(self) -> list[tuple[Candidate, int, str | None]]:
         """The candidates that need no scores, with their predicted bytes and, if one is not legal, the reason."""
-        found = {each.key: each for each in (self.safest, *RUNGS[0].propose(self._view()))}.values()
-        return [(each, self._bytes(each), self.legal(each)) for each in found]
-
-    def _view(self) -> View:
-        return View(self.runtime, list(self.records.scored.values()), self.tables, self.simulation.sensitivity)
+        found = [self.safest, *(Candidate(each, "rtn", self.tables, "ranges") for each in scored_specs(self.runtime))]
+        return [(each, self.climbing.bytes(each), self.climbing.complaint(each)) for each in found]
 
     def expected_seconds(self) -> float:
-        """Estimate the time of the whole ladder from the time of one forward."""
-        batch = self.simulation.calibration()[0]
-        with torch.no_grad(), evaluating(self.model):
-            self.model(**batch)
-            start = time.perf_counter()
-            self.model(**batch)
-            forward = time.perf_counter() - start
-        per_row = forward / max(len(next(iter(batch.values()))), 1)
-        layers = sum(isinstance(module, nn.Linear) for module in self.model.modules())
-        tried = 20 * per_row * (3 * self.simulation.samples + SEARCHED)
-        measured = 3 * layers * per_row * self.simulation.samples
-        judged = 5 * (15.0 + 150 * forward + 2 * per_row * self.examples)
-        return tried + measured + judged + per_row * self.examples
-
-    def _bytes(self, candidate: Candidate) -> int:
-        return file_bytes(self.model, quant.plan(self.model, candidate.spec), self.runtime, candidate.embeddings)
+        """Estimate the time of the whole search from the time of one forward."""
+        calibrating = self.simulation.pass_seconds
+        per_row = calibrating / self.simulation.samples
+        tried = 8 * (6 * calibrating + SEARCHED * per_row)
+        scored = 12 * calibrating
+        judged = 4 * (15.0 + 3 * per_row * self.examples)
+        return tried + scored + judged + per_row * self.examples
 
     # -- the work
 
     def run(self) -> Verdict:
         """Do all missing work within the time limit."""
         with locked(self.out):
-            self.records = Records.open(self.out, self._key())
+            self.records = Records.open(self.out, self.key())
+            self.examples = self.records.examples = self.records.examples or self.examples
             sweep(self.out, age=0.0)  # left by a killed call; no other process uses this folder
             self._slowest = max((each.seconds for each in self.records.files.values()), default=0.0)
             (self.out / CANDIDATES).mkdir(parents=True, exist_ok=True)
-            self._refuse_full_disk()
+            self._refuse_full_disk(self.safest)
             self.records.write()
+            self._begin()
             self.full = self._full()
             higher = self.task.higher_is_better
             within, objective = self.promise.within, self.promise.objective
@@ -181,23 +166,76 @@ class Search:
                     self.records.write()
             return self._verdict()
 
-    def _work(self) -> None:
-        complaint = self.legal(self.safest)
+    def _begin(self) -> None:
+        """Write the safest file; if that fails, `_file` says why when it is judged."""
+        complaint = self.climbing.complaint(self.safest)
         if complaint is not None:
             raise InputError(complaint)
+        try:
+            self._write(self.safest)
+        except InputError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+
+    def _work(self) -> None:
         self._file(self.safest)
         self._decide()
-        if not self.records.rounds or not self.rounds.finished:
-            self._climb()
-            if not self.records.rounds:
-                self._plan_round([self.safest, *(each.candidate for each in self._front())])
+        self._judge_rounds()
+        hopeless = self.safest.key in self.records.files and self.safest.key not in self.rounds.accepted
+        # Where the safest is not accepted, every round would end with it.
+        while not (hopeless or self._stopped or (self._climbed and self.rounds.wanted_most)):
+            ended = self._climbed or self.climbing.climb(self.records, lambda: self._left() <= self._reserve())
+            if ended and not self._climbed:
+                self.records.climbed.append(self.promise.within)
+            planned = self._next_round()
+            if not planned:
+                break
+            self._plan_round(planned)
             self._judge_rounds()
-        trained = any(each.trained for planned in self.records.rounds for each in planned)
-        enough = self.promise.minutes is not None and self._left() > _TRAINING + 2 * self._slowest
-        if enough and not trained and not self.rounds.wanted_most:
-            self._train()
+            self._stopped = self._stopped or not ended
+        for kind in REPAIRS:
+            if self.rounds.wanted_most or self._left() <= _TRAINING + 2 * self._slowest or self.promise.minutes is None:
+                break
+            if kind not in self._repairs_done():
+                self._repair(kind)
 
-    def _key(self) -> dict[str, Any]:
+    @property
+    def _climbed(self) -> bool:
+        """Whether the ladder was tried to its end for this promise."""
+        return self.promise.within in self.records.climbed
+
+    def _next_round(self) -> list[Candidate]:
+        """The candidates to judge next, the safest first: at first all that are worth a file, later those between the
+        best accepted and the first that failed, if they were not judged (for an earlier, less strict promise).
+        """
+        worth = self.climbing.worth_a_file(self.records)
+        if not self.records.rounds:
+            return [self.safest, *worth]
+        if len(self.records.rounds) >= _MOST_ROUNDS:
+            return []
+        accepted, chosen = self.rounds.accepted, self.rounds.chosen
+        forecast = self.climbing.forecast(self.records)
+        failed = [forecast.error(each.candidate) for key, each in self.records.files.items() if key not in accepted]
+        saved = -math.inf if chosen is None else forecast.saving(chosen)
+        return [
+            each
+            for each in worth
+            if each.key not in self.records.files
+            and forecast.error(each) < min(failed, default=math.inf)
+            and forecast.saving(each) > saved
+        ]
+
+    def _repairs_done(self) -> set[str]:
+        """The kinds of repair that were judged."""
+        return {each.rung for planned in self.records.rounds for each in planned if each.repaired}
+
+    def _reserve(self) -> float:
+        """Seconds kept for judging."""
+        limit = self.promise.minutes
+        return 0.0 if limit is None else max(_RESERVED * 60.0 * limit, 2.0 * self._slowest)
+
+    def key(self) -> dict[str, Any]:
+        """What all results of a folder depend on."""
         return {
             "model": fingerprint(self.model),
             "data": self.task.fingerprint,
@@ -219,7 +257,7 @@ class Search:
         kept = self.records.outcomes("full")
         if kept is None:
             self.watcher.stage(f"full precision on {self.promise.split}", 1)
-            kept = outcomes_on(self.model, self.task, self.promise.split)
+            kept = outcomes_on(self.model, self.task, self.promise.split, self.examples)
             self.records.save_outcomes("full", kept)
         if not math.isfinite(kept.score()):
             raise InputError(f"{self.loaded.source} has {self.task.primary} {kept.score()} in full precision")
@@ -238,72 +276,15 @@ class Search:
                 f"{self.promise.within:g} points: even a file that changes nothing needs about {needed:,}"
             )
 
-    def _refuse_full_disk(self) -> None:
-        largest = self._bytes(self.safest)
+    def _refuse_full_disk(self, candidate: Candidate) -> None:
+        """Refuse to begin a file for which there is no space: its own, and full precision's for the comparison."""
         plain = sum(4 * each.numel() for each in self.model.parameters())
-        needed, free = 3 * largest + plain, shutil.disk_usage(self.out).free
+        needed, free = 3 * self.climbing.bytes(candidate) + plain, shutil.disk_usage(self.out).free
         if free < needed:
             raise InputError(
                 f"{self.out} has {free / 1e6:,.0f} MB free, and a candidate needs about {needed / 1e6:,.0f} MB; free "
-                "some space or choose another --out"
+                "some space or choose another --out; what is done is kept"
             )
-
-    # -- in simulation
-
-    def _climb(self) -> None:
-        """Try the candidates of every rung, as long as there is time."""
-        for rung in RUNGS:
-            if self._out_of_time():
-                return
-            proposed = rung.propose(self._view())
-            done = {*self.records.scored, *self.records.refused}
-            new = [each for each in proposed if each.key not in done]
-            self.watcher.stage(rung.name, len(new))
-            for number, candidate in enumerate(new):
-                if self._out_of_time():
-                    return
-                self.watcher.advance(number, candidate.label)
-                self._try(candidate)
-                self.records.write()
-            self.watcher.say(f"{rung.name}: {self._told(new)}")
-
-    def _told(self, candidates: Sequence[Candidate]) -> str:
-        parts = []
-        for each in candidates:
-            scored = self.records.scored.get(each.key)
-            parts.append(f"{each.label} {'refused' if scored is None else f'{scored.error:.2g}'}")
-        return ", ".join(parts) or "tried already"
-
-    def _out_of_time(self) -> bool:
-        """Whether the remaining time is needed for judging."""
-        left = self._left()
-        if self.promise.minutes is None:
-            return False
-        needed = max(4 * self._slowest, _RESERVED * 60.0 * self.promise.minutes)
-        self._stopped = self._stopped or left < needed
-        return left < needed
-
-    def _try(self, candidate: Candidate) -> None:
-        complaint = self.legal(candidate)
-        if complaint is not None:
-            self.records.refused[candidate.key] = complaint
-            return
-        start = time.monotonic()
-        try:
-            made = self.simulation.quantized(candidate, self.out / CANDIDATES / candidate.key)
-            error, points = self.simulation.compared(as_in_file(made, candidate))
-        except InputError as error:  # a method that does not fit this model
-            self.records.refused[candidate.key] = str(error)
-            return
-        sites = quant.plan(self.model, candidate.spec)
-        size = file_bytes(self.model, sites, self.runtime, candidate.embeddings)
-        scored = Scored(candidate, error, points, size, self.runtime.time_of(sites), time.monotonic() - start)
-        self.records.scored[candidate.key] = scored
-
-    def _front(self) -> list[Scored]:
-        """The candidates to export, without those that lost far too much on the training examples already."""
-        hopeful = [each for each in self.records.scored.values() if each.points <= 3 * self.promise.within + 1.0]
-        return front(hopeful, self.promise.objective)
 
     # -- files
 
@@ -327,18 +308,36 @@ class Search:
                 if judged and not self.rounds.drop(candidate, number).within(self.promise.within):
                     break
 
+    def _write(self, candidate: Candidate) -> tuple[Path, nn.Module | None]:
+        """Export a candidate, unless its file is there.
+
+        Returns:
+            The file, and its model where that was made or is needed.
+        """
+        target = self.out / CANDIDATES / f"{candidate.key}{self.promise.suffix}"
+        if self.runs and target.with_suffix(".json").is_file():  # the report comes last
+            return target, None
+        complaint = self.climbing.complaint(candidate)
+        if complaint is not None:
+            raise InputError(complaint)
+        made = self.simulation.quantized(candidate, self.out / CANDIDATES / candidate.key)
+        example, tables = self._example(), candidate.embeddings
+        export(made, target, example=example, embeddings=tables, time_it=False, describe=False)
+        self.watcher.say(f"{CANDIDATES}/{target.name} stands after {time.monotonic() - self.began:.0f} s")
+        return target, made
+
     def _file(self, candidate: Candidate) -> None:
         """Make a candidate's file and judge it, unless this was done before."""
         if candidate.key in self.records.files or candidate.key in self.records.refused:
             return
         start = time.monotonic()
-        target = self.out / CANDIDATES / f"{candidate.key}{self.promise.suffix}"
+        self._refuse_full_disk(candidate)
         try:
-            made = self.simulation.quantized(candidate, self.out / CANDIDATES / candidate.key)
-            tables = candidate.embeddings
-            export(made, target, example=self._example(), embeddings=tables, time_it=False, describe=False)
+            target, made = self._write(candidate)
             judged = self._judged(made, candidate, target)
         except InputError as error:
+            if isinstance(error.__cause__, OSError):  # a full disk says nothing of the candidate
+                raise
             self.records.refused[candidate.key] = str(error)
             self.records.write()
             self.watcher.say(f"{candidate.label}: {error}")
@@ -358,14 +357,15 @@ class Search:
     def _example(self) -> dict[str, Tensor]:
         return example_of(self.simulation.calibration())
 
-    def _judged(self, made: nn.Module, candidate: Candidate, target: Path) -> Judged:
+    def _judged(self, made: nn.Module | None, candidate: Candidate, target: Path) -> Judged:
         if not self.runs:
-            return Judged(outcomes_on(as_in_file(made, candidate), self.task, self.promise.split))
+            assert made is not None
+            return Judged(outcomes_on(as_in_file(made, candidate), self.task, self.promise.split, self.examples))
         if self._judge is None:
             full = self._scratch / "full.onnx"
             write_onnx(self.model, self._example(), full, beside=True)
             assert self.runtime.runner is not None
-            self._judge = Judge(self.task, self.promise.split, self.runtime.runner, self._scratch, full)
+            self._judge = Judge(self.task, self.promise.split, self.examples, self.runtime.runner, self._scratch, full)
         return self._judge.judge(target)
 
     # -- the verdict
@@ -384,7 +384,7 @@ class Search:
             min(failed, key=lambda drop: drop.upper, default=None),
             self.promise.within,
             self.promise.split,
-            trained=any(each.candidate.trained for each in self.records.files.values()),
+            trained=any(each.candidate.repaired for each in self.records.files.values()),
             stopped=self._stopped,
             next=next(iter(failed), None),
         )
@@ -410,33 +410,41 @@ class Search:
         if not self.runs:
             why = "is not installed here" if self.runtime.runner else "does not run on this machine"
             notes.append(f"the files were not run: {self.runtime.name} {why}; their drops are those of the simulation")
+        size = self.task.sizes()[self.promise.split]
+        if self.examples < size:
+            notes.append(
+                f"{self.examples:,} of {size:,} examples were scored, as the minutes of the first call allowed"
+            )
         if len(self.records.rounds) > 1:
             notes.append(f"round {len(self.records.rounds)} is held to {level_of(len(self.records.rounds)):.2%}")
         return notes
 
-    # -- training
+    # -- repair
 
-    def _train(self) -> None:
-        """Train the most wanted form with its quantizers in place, for the time that is left, and judge it."""
-        bits = min(self.runtime.weight_bits)
-        view = self._view()
-        start = view.best(bits, "tensor") or view.best(bits)
-        if start is None:
-            return
-        minutes = (self._left() - 1.5 * self._slowest) / 60.0
-        candidate = replace(start.candidate, method="rtn", rung="trained", trained=round(minutes, 2))
-        self.watcher.stage(f"training {candidate.label} for {minutes:.1f} minutes", 1)
-        settings = TrainSettings(steps=1_000_000, minutes=minutes, batch_size=self.simulation.batch, lr=5e-5)
-        trained, done = train_quantized(
-            self.model,
-            self.task,
-            candidate.spec,
-            settings,
-            calibration=self.simulation.calibration(),
-            seed=self.seed,
-        )
-        self.watcher.say(f"{candidate.label}: {done.steps} steps in {done.seconds:.0f} s")
-        quant.save(trained, self.out / CANDIDATES / candidate.key)
-        self._try(candidate)
-        self._plan_round([candidate])
+    def _repair(self, kind: str) -> None:
+        """Train the most wanted form in a part of the time that is left, and judge it."""
+        kept = self.records.repair
+        if kept is None or kept.rung != kind:
+            share = 0.5 if kind == REPAIRS[0] else 1.0
+            minutes = round(share * (self._left() - 1.5 * self._slowest) / 60.0, 2)
+            start = self.climbing.narrowest(self.records)
+            conditioned = kind == REPAIRS[0]
+            method, spent = (start.method, {"conditioned": minutes}) if conditioned else ("rtn", {"trained": minutes})
+            kept = replace(start, rung=kind, method=method, **spent)
+            self.records.repair = kept
+            self.records.write()
+        folder = self.out / CANDIDATES / kept.key
+        state = folder.with_suffix(".training")
+        self.watcher.stage(f"{kind}: {kept.label} for {kept.conditioned or kept.trained:.1f} minutes", 1)
+        try:
+            made = repaired(kept, self.simulation, self.seed, state, lambda step, loss: None)
+        except InputError as error:
+            self.watcher.say(f"{kept.label}: {error}")
+            self.records.refused[kept.key] = str(error)
+        else:
+            quant.save(made, folder)
+            self.climbing.attempt(kept, self.records)
+        state.unlink(missing_ok=True)
+        self.records.repair = None
+        self._plan_round([kept])
         self._judge_rounds()

@@ -1,6 +1,7 @@
 """The files of a search on disk: finished candidates are kept, and the next call continues from them.
 
 FOLDER/auto.json            what was tried and judged, and in which rounds
+FOLDER/scores.safetensors   see `fisher_scores`
 FOLDER/candidates/KEY.*     every file that was judged, its report, and what it made of each example (KEY.outcomes)
 FOLDER/model.*              the result; not there unless the promise is met
 """
@@ -22,7 +23,8 @@ from s2d.io.files import JSON, read_json, write_atomic, write_json
 from s2d.tasks.base import Outcomes
 
 NAME, CANDIDATES, RESULT = "auto.json", "candidates", "model"
-_TYPE, _VERSION = "s2d_auto", 1
+SCORES = "scores.safetensors"
+_TYPE, _VERSION = "s2d_auto", 2
 
 
 @dataclass
@@ -63,6 +65,9 @@ class Records:
         files: Candidates that were judged, by key.
         refused: Candidates that could not be made, with the reason.
         rounds: Orders of judging, each fixed before its first look at the acceptance data.
+        repair: A candidate whose weights are being trained.
+        climbed: Points of the promises for which the ladder was tried to its end.
+        examples: How many acceptance examples were scored; 0 before the first.
         seconds: Total time of all calls.
     """
 
@@ -72,6 +77,9 @@ class Records:
     files: dict[str, File] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     rounds: list[list[Candidate]] = field(default_factory=list)
+    repair: Candidate | None = None
+    climbed: list[float] = field(default_factory=list)
+    examples: int = 0
     seconds: float = 0.0
 
     @staticmethod
@@ -90,8 +98,8 @@ class Records:
                 )
             return Records(folder, key)
         content = read_json(path)
-        if content.get("_type") != _TYPE or content.get("_version", 0) > _VERSION:
-            raise InputError(f"{path} is of another kind or a newer s2d; choose another --out")
+        if content.get("_type") != _TYPE or content.get("_version", 0) != _VERSION:
+            raise InputError(f"{path} is of another kind or another version of s2d; choose another --out")
         different = [name for name, value in key.items() if content["key"].get(name) != value]
         if different:
             raise InputError(f"{folder} belongs to another {different[0]}; choose another --out, or remove it")
@@ -106,6 +114,9 @@ class Records:
             },
             content["refused"],
             [[Candidate.from_dict(each) for each in round] for round in content["rounds"]],
+            None if content["repair"] is None else Candidate.from_dict(content["repair"]),
+            content["climbed"],
+            content["examples"],
             content["seconds"],
         )
 
@@ -119,6 +130,9 @@ class Records:
             "files": {name: each.to_dict() for name, each in self.files.items()},
             "refused": self.refused,
             "rounds": [[each.to_dict() for each in round] for round in self.rounds],
+            "repair": None if self.repair is None else self.repair.to_dict(),
+            "climbed": self.climbed,
+            "examples": self.examples,
             "seconds": self.seconds,
         }
         write_json(self.folder / NAME, content)
@@ -164,8 +178,11 @@ class Records:
         wanted = None if candidate is None else self.files[candidate.key]
         sources = [] if wanted is None else with_companions(self.folder / wanted.file)
         made = [self.folder / f"{RESULT}{source.suffix}" for source in sources]
+        weights = [source for source in sources[1:] if source.suffix != ".json"]
+        if weights and made[0].is_file() and not os.path.samefile(sources[0], made[0]):
+            made[0].unlink()  # at no moment does an old file stand beside new weights
         for source, target in zip(reversed(sources), reversed(made), strict=True):  # the file itself last
-            _replace(source, target)
+            put(source, target)
         for left in self.folder.glob(f"{RESULT}.*"):
             if left.is_file() and left not in made:
                 left.unlink()
@@ -178,7 +195,12 @@ def with_companions(file: Path) -> list[Path]:
     return [file, *(each for each in others if each.is_file())]
 
 
-def _replace(source: Path, target: Path) -> None:
+def put(source: Path, target: Path) -> None:
+    """Put a file at a second place, complete or not at all; on one disk it takes no further space.
+
+    Raises:
+        InputError: It cannot be written.
+    """
     if target.is_file() and os.path.samefile(source, target):
         return
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)

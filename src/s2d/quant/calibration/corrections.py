@@ -1,7 +1,7 @@
 """Shared by the methods that correct weights from their inputs: GPTQ, ERQ, and in part AdaRound.
 
 It decides which layers can be corrected; the others are rounded to nearest, with a warning. It holds the sums over the
-inputs, the damping that grows until a system can be factored, and the writing of the final weight.
+inputs, the ridge whose damping grows until a system can be factored, and the writing of the final weight.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, g
 # Factors on the damping, tried in turn while a system cannot be factored.
 MORE_DAMPING = (1.0, 10.0, 100.0)
 ROWS = 512  # of a sum at a time
+RIDGE = 0.01
 
 # Says of a layer why it is rounded to nearest, in the method's own words.
 Warn = Callable[[Layer, str], None]
@@ -75,6 +76,27 @@ def dampings(diagonal: Tensor, share: float) -> Iterator[Tensor]:
     mean = diagonal.mean().clamp(min=torch.finfo(diagonal.dtype).tiny)
     for times in MORE_DAMPING:
         yield diagonal + times * share * mean
+
+
+def ridge_solve(square: Tensor, right: Tensor, ridge: float = RIDGE) -> Tensor | None:
+    """``(square + ridge * mean(diag) * I)^-1 right``, with more damping if that fails; None when all fails.
+
+    Args:
+        square: ``[n, n]`` float64, symmetric, positive semi-definite.
+        right: ``[n, o]`` float64.
+        ridge: lambda / N, relative to the mean of the diagonal.
+    """
+    for diagonal in dampings(square.diagonal(), ridge):
+        lower = square.t().clone(memory_format=torch.contiguous_format).t()
+        lower.diagonal().copy_(diagonal)
+        info = lower.new_empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))  # stored by columns, it is done in place
+        if int(info) == 0:
+            solution = torch.linalg.solve_triangular(lower, right, upper=False)
+            solution = torch.linalg.solve_triangular(lower.t(), solution, upper=True, out=solution)
+            if bool(torch.isfinite(solution).all()):
+                return solution
+    return None
 
 
 def correctable(layers: list[Layer], runs: BlockRuns | ModelRuns, warn: Warn) -> list[Group]:

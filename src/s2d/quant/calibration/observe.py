@@ -31,7 +31,7 @@ from s2d.quant.numerics.quantizer import Quantizer
 from s2d.quant.numerics.stacks import StackQuantizer, rows_of
 from s2d.quant.spec import QuantSpec
 
-Stage = Literal["transform", "rounding"]
+Stage = Literal["transform", "rounding", "correction"]
 Protocol = Literal["own", "unified"]
 
 
@@ -137,6 +137,7 @@ class Job:
             for methods that have none, and under the unified protocol.
         ranks: The processes, each with this model and its own share of the data; empty for a single process.
         traced: The graph of the first batch, if the model has been traced already.
+        original: For a correction: a copy of the model as it was before the rounding, all its quantizers off.
     """
 
     model: nn.Module
@@ -153,6 +154,7 @@ class Job:
     published: str | None = None
     ranks: Groups = ()
     traced: Graph | None = None
+    original: nn.Module | None = None
 
     @cached_property
     def graph(self) -> Graph:

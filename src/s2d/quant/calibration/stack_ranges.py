@@ -19,5 +19,5 @@ def set_stack_ranges(job: Job) -> None:
         warnings.warn(
             f"{stacks[0].module}{more} hold the matrices of several experts, which are rounded to nearest as they are: "
             f"{job.method} works on the layers of modules",
-            stacklevel=4,
+            stacklevel=2,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,9 +94,9 @@ class Block:
             finally:
                 self.running = None
 
-    def run(self, calls: Sequence[Call]) -> list[Tensor]:
-        """The first output of each call: the block as it is now, on CPU, without gradients."""
-        return list(self.stream(calls))
+    def run(self, calls: Sequence[Call], module: nn.Module | None = None) -> list[Tensor]:
+        """The first output of each call: the block as it is now (or another), on CPU, without gradients."""
+        return list(self.stream(calls, module))
 
     def watch_inputs(
         self, modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
@@ -114,7 +114,7 @@ class Block:
         return self.masks[index](self.name, "output")
 
 
-def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
+def walk(job: Job, *, reference: bool = False, kept: bool | None = None) -> Iterator[Block]:
     """Every transformer block in the order in which the model runs them.
 
     A block is yielded with its quantizers off. After the consumer's work they are switched on, to compute the inputs of
@@ -124,18 +124,21 @@ def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
 
     Args:
         job: The call's job.
-        reference: Also carry the full-precision stream: `Block.reference` and `Block.outputs`.
+        reference: Also carry the full-precision stream: `Block.reference` and `Block.outputs`. For a correction it is
+            that of ``job.original``.
+        kept: Whether ``job.store`` keeps finished blocks; None: those of roundings.
 
     Raises:
         InputError: A batch that does not fit, a block with quantizers that no data reached, an attention that the plan
             does not know, or NaN in the hidden states.
     """
     blocks = blocks_of(job.model, job.graph)
-    rounding = job.stage == "rounding"
-    store, number = (job.store, job.store.walks) if job.store is not None and rounding else (None, 0)
+    rounding, teacher = job.stage != "transform", job.original if job.stage == "correction" else None
+    kept = job.stage == "rounding" if kept is None else kept
+    store, number = (job.store, job.store.walks) if job.store is not None and kept else (None, 0)
     if store is not None:
         store.walks += 1
-    with evaluating(job.model):
+    with evaluating(job.model), nullcontext() if teacher is None else evaluating(teacher):
         try:
             steps, caught = _first_pass(job, blocks, reference)
             inputs: list[Call] = []
@@ -146,15 +149,17 @@ def walk(job: Job, *, reference: bool = False) -> Iterator[Block]:
                 if step.link is None:
                     early = caught.pop(step.name, None)
                     fp = early.calls if reference and early is not None else None
+                    if reference and teacher is not None:
+                        fp = _catch(job, teacher, step.name).calls
                     if early is None or (rounding and index > 0):
-                        early = _catch(job, {step.name: blocks[step.name]})[step.name]
+                        early = _catch(job, job.model, step.name)
                     # A separate list: calls are replaced in it one by one, so that the memory of each is freed after
                     # its use.
                     inputs, masks = list(early.calls), early.masks
                     del early
                 block = Block(step.name, blocks[step.name], inputs, fp, None, masks, job)
                 if fp is not None:
-                    block.outputs = block.run(fp)
+                    block.outputs = block.run(fp, None if teacher is None else teacher.get_submodule(step.name))
                 if store is None or not store.load(number, step.name, block.module):
                     yield block
                     if store is not None:
@@ -320,8 +325,10 @@ def _link(before: Call, output: Tensor, after: Call) -> Callable[[Call, Tensor],
 
 
 @contextmanager
-def _catching(job: Job, blocks: Mapping[str, nn.Module], caught: dict[str, _Caught]) -> Iterator[None]:
-    """While active, every call of the blocks is copied into ``caught``."""
+def _catching(
+    job: Job, model: nn.Module, blocks: Mapping[str, nn.Module], caught: dict[str, _Caught]
+) -> Iterator[None]:
+    """While active, every call of the blocks of ``model`` is copied into ``caught``."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -335,7 +342,7 @@ def _catching(job: Job, blocks: Mapping[str, nn.Module], caught: dict[str, _Caug
 
         return before
 
-    with token_mask(job.model, job.graph) as mask:
+    with token_mask(model, job.graph) as mask:
         handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in blocks.items()]
         try:
             yield
@@ -344,13 +351,13 @@ def _catching(job: Job, blocks: Mapping[str, nn.Module], caught: dict[str, _Caug
                 handle.remove()
 
 
-def _catch(job: Job, blocks: Mapping[str, nn.Module]) -> dict[str, _Caught]:
-    """The calls of blocks in one pass over the data, with the model as it is now."""
+def _catch(job: Job, model: nn.Module, name: str) -> _Caught:
+    """The calls of a block in one pass over the data, with the model as it is now."""
     caught: dict[str, _Caught] = {}
-    with _catching(job, blocks, caught):
+    with _catching(job, model, {name: model.get_submodule(name)}, caught):
         for index, batch in enumerate(job.batches):
-            run(job.model, batch, index)
-    return caught
+            run(model, batch, index)
+    return caught[name]
 
 
 def _first_pass(job: Job, blocks: Mapping[str, nn.Module], all_heads: bool) -> tuple[list[_Step], dict[str, _Caught]]:
@@ -361,10 +368,10 @@ def _first_pass(job: Job, blocks: Mapping[str, nn.Module], all_heads: bool) -> t
             run(job.model, job.batches.first)
         _refuse_unreached(job, blocks)
         heads = [step.name for step in steps if step.link is None]
-        if not all_heads and job.stage == "rounding":
+        if not all_heads and job.stage != "transform":
             heads = heads[:1]
         caught: dict[str, _Caught] = {}
-        with _catching(job, {name: blocks[name] for name in heads}, caught):
+        with _catching(job, job.model, {name: blocks[name] for name in heads}, caught):
             for index, batch in enumerate(job.batches):
                 run(job.model, batch, index)
                 check(batch)

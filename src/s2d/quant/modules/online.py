@@ -6,10 +6,13 @@ H is a Hadamard rotation done by two small products (QuaRot's R4), s a scale for
 branch at 16 bits beside the rounded weight (SVDQuant). Each is optional. Without rounding, y is what the plain Linear
 gave, whose weight was ``(W + U D) diag(1/s) H^T``.
 
-    RotatedBlock    x Q at the entrance of a residual stream's first block, y Q^T at the exit of its last
+    OnlineBlock     y = block(x Q) Q^T + C x + c
+
+Q rotates at the entrance of a residual stream's first block, Q^T back at the exit of its last; C and c make up for what
+rounding does to a block (QwT). Each is optional.
 
 Both are swapped in like quantizers and hold only buffers. `detach` swaps them out and gives the weights their plain
-form back. Storage rebuilds them with `describe` and `attach`.
+form back; C and c, which belong to the rounding, are dropped. Storage rebuilds them with `describe` and `attach`.
 
 Shapes: I inputs, O outputs, r rank, D width of the stream.
 """
@@ -29,7 +32,7 @@ from s2d.quant.modules.linear import Quantized, QuantizedLinear, swap_in, swap_o
 from s2d.quant.numerics.hadamard import apply_factors
 
 LINEAR_BUFFERS = ("left", "right", "smooth", "down", "up")
-BLOCK_BUFFERS = ("enter", "leave")
+BLOCK_BUFFERS = ("enter", "leave", "compensation", "compensation_bias")
 
 
 class OnlineLinear(QuantizedLinear):
@@ -101,31 +104,47 @@ class OnlineLinear(QuantizedLinear):
         return weight
 
 
-class RotatedBlock(Quantized):
-    """A transformer block that rotates its input into another basis, its output back, or both.
+class OnlineBlock(Quantized):
+    """A transformer block with a change of basis around it, a linear layer beside it, or both.
 
     Attributes:
         enter: Q ``[D, D]``, or None.
         leave: Q^T ``[D, D]``, or None.
+        compensation: C ``[D, D]``, or None.
+        compensation_bias: c ``[D]``, or None.
     """
 
     enter: Tensor | None
     leave: Tensor | None
+    compensation: Tensor | None
+    compensation_bias: Tensor | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain block's forward; the hidden states are its first argument and its (first) output."""
+        hidden = hidden_states(self, args, kwargs)  # pyright: ignore[reportArgumentType]
+        # Before the block runs: some add to their input in place.
+        beside = None if self.compensation is None else F.linear(hidden, self.compensation, self.compensation_bias)
         if self.enter is not None:
-            if args:
-                args = (args[0] @ self.enter, *args[1:])
-            else:
-                first = next(iter(list(inspect.signature(self.plain_class.forward).parameters)[1:]))
-                kwargs = {**kwargs, first: kwargs[first] @ self.enter}
+            turned = hidden @ self.enter
+            args, kwargs = ((turned, *args[1:]), kwargs) if args else (args, {**kwargs, first_name(self): turned})  # pyright: ignore[reportArgumentType]
         output = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        if self.leave is None:
-            return output
-        if isinstance(output, Tensor):
-            return output @ self.leave
-        return type(output)((output[0] @ self.leave, *output[1:]))
+        main = output if isinstance(output, Tensor) else output[0]
+        if self.leave is not None:
+            main = main @ self.leave
+        if beside is not None:
+            main = main + beside
+        return main if isinstance(output, Tensor) else type(output)((main, *output[1:]))
+
+
+def hidden_states(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first argument of a block's call."""
+    return args[0] if args else kwargs[first_name(block)]
+
+
+def first_name(block: nn.Module) -> str:
+    """The name of a block's first parameter."""
+    plain = block.plain_class if isinstance(block, Quantized) else type(block)
+    return next(iter(list(inspect.signature(plain.forward).parameters)[1:]))
 
 
 def make_online(module: nn.Module) -> OnlineLinear:
@@ -142,16 +161,20 @@ def make_online(module: nn.Module) -> OnlineLinear:
 def rotate_stream(model: nn.Module, first: str, last: str, rotation: Tensor) -> None:
     """Let the stream from block ``first`` to block ``last`` enter and leave the basis Q (``[D, D]``, float64)."""
     for name in dict.fromkeys((first, last)):
-        _make_rotated(model.get_submodule(name), name)
+        make_online_block(model.get_submodule(name), name)
     like = next(model.get_submodule(first).parameters())
     model.get_submodule(first).enter = rotation.contiguous().to(like)
     model.get_submodule(last).leave = rotation.T.contiguous().to(like)
 
 
-def _make_rotated(module: nn.Module, name: str) -> None:
-    swap_in(module, RotatedBlock, {}, name)
-    for buffer in BLOCK_BUFFERS:
-        module.register_buffer(buffer, None)
+def make_online_block(module: nn.Module, name: str) -> OnlineBlock:
+    """Turn a block into an `OnlineBlock` that does nothing yet, in place."""
+    if not isinstance(module, OnlineBlock):
+        swap_in(module, OnlineBlock, {}, name)
+        for buffer in BLOCK_BUFFERS:
+            module.register_buffer(buffer, None)
+    assert isinstance(module, OnlineBlock)
+    return module
 
 
 def refuse_low_rank(model: nn.Module, method: str) -> None:
@@ -165,7 +188,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, list[int]]]:
     found: dict[str, dict[str, list[int]]] = {}
     for name, module in model.named_modules():
         names = LINEAR_BUFFERS if isinstance(module, OnlineLinear) else BLOCK_BUFFERS
-        if isinstance(module, (OnlineLinear, RotatedBlock)):
+        if isinstance(module, (OnlineLinear, OnlineBlock)):
             tensors = {key: getattr(module, key) for key in names}
             found[name] = {key: list(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
     return found
@@ -187,7 +210,7 @@ def attach(model: nn.Module, described: dict[str, dict[str, list[int]]]) -> None
         if set(shapes) <= set(LINEAR_BUFFERS) and isinstance(module, QuantizedLinear):
             make_online(module)
         elif set(shapes) <= set(BLOCK_BUFFERS):
-            _make_rotated(module, name)
+            make_online_block(module, name)
         else:
             raise InputError(f"the saved file adds {', '.join(shapes)} to {name}, where it cannot be; save it again")
         like = next(model.get_submodule(name).parameters())
@@ -197,7 +220,8 @@ def attach(model: nn.Module, described: dict[str, dict[str, list[int]]]) -> None
 
 def detach(model: nn.Module) -> None:
     """Remove all online operations, in place; the plain modules get weights that compute the same."""
-    rotated = {name: module for name, module in model.named_modules() if isinstance(module, RotatedBlock)}
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, OnlineBlock)}
+    rotated = {name: leave for name, module in blocks.items() if (leave := module.leave) is not None}
     for module in model.modules():
         if isinstance(module, OnlineLinear):
             weight = module.plain_weight()
@@ -206,13 +230,12 @@ def detach(model: nn.Module) -> None:
             for name in LINEAR_BUFFERS:
                 delattr(module, name)
             turn_into(module, QuantizedLinear)  # pyright: ignore[reportArgumentType]
-    if rotated:
-        for stream in streams(model, "rotation"):
-            leave = rotated[stream.blocks[-1]].leave if stream.blocks[-1] in rotated else None
-            if leave is not None:
-                # A method after the rotation may have given norms a gain, which holds in the rotated basis.
-                for branch in stream.branches:
-                    merge_norm(model, branch)
-                change_basis(model, stream, leave.double())
-        for module in rotated.values():
-            swap_out(module, BLOCK_BUFFERS)  # pyright: ignore[reportArgumentType]
+    for stream in streams(model, "rotation") if rotated else ():
+        leave = rotated.get(stream.blocks[-1])
+        if leave is not None:
+            # A method after the rotation may have given norms a gain, which holds in the rotated basis.
+            for branch in stream.branches:
+                merge_norm(model, branch)
+            change_basis(model, stream, leave.double())
+    for module in blocks.values():
+        swap_out(module, BLOCK_BUFFERS)  # pyright: ignore[reportArgumentType]

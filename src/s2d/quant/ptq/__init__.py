@@ -1,15 +1,16 @@
 """Post-training quantization methods, one file each; a file registers its method and nothing else has to change.
 
-Methods come in two stages. A *transform* changes weights so that they quantize better and the full-precision function
-stays what it was (rotation, smoothing). A *rounding* finds the ranges and the final weights (round to nearest, GPTQ).
-``"rotation+gptq"`` runs any number of transforms in the given order and then one rounding; without one, ``rtn``.
+Methods come in three stages. A *transform* changes weights so that they quantize better and the full-precision function
+stays what it was (rotation, smoothing). A *rounding* finds the ranges and the final weights (round to nearest, GPTQ). A
+*correction* adds what makes up for the rounding (QwT). ``"rotation+gptq+qwt"`` runs any number of transforms in the
+given order, then one rounding (without one, ``rtn``), then any number of corrections.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
 from s2d.errors import InputError
 from s2d.quant.calibration.observe import Job, Stage
@@ -22,7 +23,8 @@ class Method(Protocol):
     """A PTQ method.
 
     A transform finds the quantizers inserted, off and without ranges, and leaves them so. A rounding gives every static
-    quantizer its range and leaves the final weights in place, with all quantizers off when it returns.
+    quantizer its range and leaves the final weights in place, with all quantizers off when it returns. So does a
+    correction, which finds them so; it changes neither weights nor ranges.
     """
 
     def __call__(self, job: Job) -> None:
@@ -74,10 +76,10 @@ def methods() -> dict[str, str]:
 
 
 def get_methods(text: str) -> list[Entry]:
-    """The methods of ``"a+b"``, transforms first and the rounding (``rtn`` when none is named) last.
+    """The methods of ``"a+b"``: transforms, the rounding (``rtn`` when none is named), corrections.
 
     Raises:
-        InputError: An unknown name, the same name twice, two roundings, or a transform after the rounding.
+        InputError: An unknown name, the same name twice, two roundings, or another order of the stages.
     """
     known = _METHODS.all()
     names = [name.strip() for name in text.split("+")]
@@ -88,15 +90,16 @@ def get_methods(text: str) -> list[Entry]:
             )
     if len(set(names)) < len(names):
         raise InputError(f"method {text!r} names one method twice; name each once")
-    roundings = [name for name in names if known[name].stage == "rounding"]
-    if len(roundings) > 1:
-        raise InputError(f"method {text!r}: {' and '.join(roundings)} both round the weights; choose one of them")
-    if roundings and names[-1] != roundings[0]:
-        names.remove(roundings[0])
+    by_stage = {stage: [name for name in names if known[name].stage == stage] for stage in get_args(Stage)}
+    if len(by_stage["rounding"]) > 1:
+        raise InputError(f"method {text!r}: {' and '.join(by_stage['rounding'])} both round the weights; choose one")
+    ordered = [name for members in by_stage.values() for name in members]
+    if ordered != names:
         raise InputError(
-            f"method {text!r}: {roundings[0]} rounds and comes last; write {'+'.join([*names, *roundings])}"
+            f"method {text!r}: transforms come first, then the rounding, then corrections; write {'+'.join(ordered)}"
         )
-    return [known[name] for name in names] + ([] if roundings else [known[DEFAULT_ROUNDING]])
+    by_stage["rounding"] = by_stage["rounding"] or [DEFAULT_ROUNDING]
+    return [known[name] for members in by_stage.values() for name in members]
 
 
 def refuse_undivided(entries: Sequence[Entry]) -> None:

@@ -19,7 +19,7 @@ calibration batch. All errors have weight 1, not a Fisher estimate.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -170,34 +170,56 @@ def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
     layers = [layer for layer in layers_of(job, block.quantizers) if _possible(layer)]
     if not layers:
         return
-    with _replaced(job, block, layers) as (soft, learned), evaluating(block.module), torch.enable_grad():
-        _descend(job, block, list(soft.values()), learned, steps)
+    soft = {layer: SoftRounding(layer.quantizer, layer.weight).to(layer.weight.device) for layer in layers}
+
+    def penalise(progress: float) -> None:
+        beta = beta_at(progress)
+        for module in soft.values() if beta is not None else ():  # one after the other, for memory's sake
+            (PENALTY * module.penalty(beta)).backward(inputs=[module.V])
+
+    with replaced(job, block, soft) as ranges:
+        rates = {"params": [module.V for module in soft.values()], "lr": 2 * TRAVEL / steps}
+        descend(job, block, [rates], ranges, steps, penalise)
         rounded = {layer: module.values((rectified(module.V) >= 0.5).float()) for layer, module in soft.items()}
     for layer, values in rounded.items():
         write(layer, values)
 
 
-def _descend(job: Job, block: Block, soft: list[SoftRounding], learned: list[LearnedQuantizer], steps: int) -> None:
-    assert block.reference is not None and block.outputs is not None
+def descend(
+    job: Job,
+    block: Block,
+    weights: list[dict[str, Any]],
+    ranges: list[nn.Parameter],
+    steps: int,
+    penalise: Callable[[float], None] = lambda progress: None,
+) -> None:
+    """Steps of Adam on QDrop's inputs, towards what the full-precision block gives; the rates fall linearly to 0.
+
+    Args:
+        job: The call's job.
+        block: Walked with a reference.
+        weights: Parameter groups of what stands for the weights, with their rates.
+        ranges: The learned steps of activations.
+        steps: How many.
+        penalise: Adds to the gradients at a share of the steps.
+    """
+    assert block.reference is not None
     generator = job.generator(block.name)
-    ranges = [parameter for quantizer in learned for parameter in quantizer.parameters()]
-    groups = [{"params": [module.V for module in soft], "lr": 2 * TRAVEL / steps}]
-    optimizer = torch.optim.Adam([*groups, *([{"params": ranges, "lr": STEP_LR}] if ranges else [])])
+    optimizer = torch.optim.Adam([*weights, *([{"params": ranges, "lr": STEP_LR}] if ranges else [])])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-    trained = [module.V for module in soft] + ranges
+    trained = [parameter for group in weights for parameter in group["params"]] + ranges
     parts_of: dict[int, list[slice]] = {}
-    for step in range(steps):
-        index = int(torch.randint(len(block.inputs), (), generator=generator))
-        call = mixed(block.inputs[index], block.reference[index], generator)
-        if index not in parts_of:
-            parts_of[index] = _parts(block, call)
-        optimizer.zero_grad()
-        _add_gradients(block, index, call, parts_of[index], trained, ranges)
-        beta = beta_at(step / steps)
-        for module in soft if beta is not None else ():  # one after the other, for memory's sake
-            (PENALTY * module.penalty(beta)).backward(inputs=[module.V])
-        optimizer.step()
-        scheduler.step()
+    with evaluating(block.module), torch.enable_grad():
+        for step in range(steps):
+            index = int(torch.randint(len(block.inputs), (), generator=generator))
+            call = mixed(block.inputs[index], block.reference[index], generator)
+            if index not in parts_of:
+                parts_of[index] = _parts(block, call)
+            optimizer.zero_grad()
+            _add_gradients(block, index, call, parts_of[index], trained, ranges)
+            penalise(step / steps)
+            optimizer.step()
+            scheduler.step()
 
 
 def _add_gradients(
@@ -258,25 +280,23 @@ def mixed(quantized: Call, full: Call, generator: torch.Generator) -> Call:
 
 
 @contextmanager
-def _replaced(
-    job: Job, block: Block, layers: list[Layer]
-) -> Iterator[tuple[dict[Layer, SoftRounding], list[LearnedQuantizer]]]:
-    """While active, soft rounding and learned steps stand where the block's quantizers are, all on.
+def replaced(job: Job, block: Block, weights: Mapping[Layer, WeightQuantizer]) -> Iterator[list[nn.Parameter]]:
+    """While active, the block's quantizers are on: these in place of the layers', learned steps in place of the others.
 
-    Afterwards the quantizers are back, off, with the steps that were learned.
+    Gives the parameters of the steps (none under the unified protocol). Afterwards the quantizers are back, off, those
+    of activations with the steps that were learned.
     """
     plain = dict(block.quantizers)
-    soft = {layer: SoftRounding(layer.quantizer, layer.weight).to(layer.weight.device) for layer in layers}
     learned: dict[Site, LearnedQuantizer] = {}
     try:
-        for layer, module in soft.items():
+        for layer, module in weights.items():
             job.replace_quantizer(layer.site, module)
         for site, quantizer in plain.items():
             quantizer.enabled = True
             if job.protocol == "own" and site.what != "weight" and LearnedQuantizer.suits(quantizer):
                 learned[site] = LearnedQuantizer(quantizer)
                 job.replace_quantizer(site, learned[site])
-        yield soft, list(learned.values())
+        yield [parameter for quantizer in learned.values() for parameter in quantizer.parameters()]
         for site, quantizer in learned.items():
             done = quantizer.plain()
             plain[site].scale.copy_(done.scale)

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from s2d.models.running import evaluating
 from s2d.quant.calibration import corrections
-from s2d.quant.calibration.corrections import correctable, dampings, to_nearest, write
+from s2d.quant.calibration.corrections import RIDGE, correctable, ridge_solve, to_nearest, write
 from s2d.quant.calibration.observe import Job
 from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, layers_of, readings
 from s2d.quant.calibration.walk import observe_block, original, outside, walk
@@ -61,7 +61,6 @@ from s2d.quant.ptq.repq import begin, plain_integer, reparametrise_block, set_we
 
 # The list of the released code.
 WEIGHT_PERCENTILES = "percentiles:97,98,99,99.5,99.95,99.97,99.99,99.995,99.999,100"
-RIDGE = 0.01
 FLIPS = 100
 _UNSOLVED = "has inputs whose second moment cannot be factored, even with more damping"
 
@@ -90,27 +89,6 @@ class Moments(corrections.Moments):
             self.count = 1
         size = len(self.square) if bias else len(self.square) - 1
         return self.square[:size, :size], self.cross[:size]
-
-
-def ridge_solve(square: Tensor, right: Tensor, ridge: float = RIDGE) -> Tensor | None:
-    """``(square + ridge * mean(diag) * I)^-1 right``, with more damping if that fails; None when all fails.
-
-    Args:
-        square: ``[n, n]`` float64, symmetric, positive semi-definite.
-        right: ``[n, o]`` float64.
-        ridge: lambda / N, relative to the mean of the diagonal.
-    """
-    for diagonal in dampings(square.diagonal(), ridge):
-        lower = square.t().clone(memory_format=torch.contiguous_format).t()
-        lower.diagonal().copy_(diagonal)
-        info = lower.new_empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))  # stored by columns, it is done in place
-        if int(info) == 0:
-            solution = torch.linalg.solve_triangular(lower, right, upper=False)
-            solution = torch.linalg.solve_triangular(lower.t(), solution, upper=True, out=solution)
-            if bool(torch.isfinite(solution).all()):
-                return solution
-    return None
 
 
 def refine_rounding(

@@ -1,0 +1,173 @@
+"""The same promise by others: onnxruntime's static quantizer, and NNCF's accuracy control.
+
+    python benchmarks/promise_rivals.py trained:vit-fashion --task image-classification --data DIR \
+        --for onnxruntime openvino --within 1.0 [--json FILE]
+
+onnxruntime's ``quantize_static`` takes no promise: its defaults (QDQ, min-max, one range a tensor), 128 training
+examples. NNCF's ``quantize_with_accuracy_control`` gets the points as max_drop, the same 128 examples and the
+validation split, which it searches on; it needs NNCF installed. Each file is run in its runtime on validation and test;
+milliseconds are of one row on one thread, in turns with full precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from s2d.experiments.recipe import make_recipe
+from s2d.export import open_exported
+from s2d.export.gate import take_turns
+from s2d.export.onnx import write_onnx
+from s2d.io.files import JSON, write_json
+from s2d.io.provenance import run_metadata
+from s2d.models import load
+from s2d.tasks import Split, Task, create
+from s2d.tasks.base import calibration_inputs
+from s2d.tasks.evaluation import evaluate, model_for
+
+SAMPLES = 128
+
+Row = dict[str, np.ndarray]
+
+
+def rows(batches: Iterable[dict[str, torch.Tensor]], names: Iterable[str]) -> Iterator[Row]:
+    """One example after another, with the inputs that a file reads."""
+    wanted = set(names)
+    for batch in batches:
+        for i in range(len(next(iter(batch.values())))):
+            yield {name: value[i : i + 1].numpy() for name, value in batch.items() if name in wanted}
+
+
+def inputs_of(file: Path) -> list[str]:
+    """The names of a file's inputs."""
+    import onnx
+
+    return [each.name for each in onnx.load(file, load_external_data=False).graph.input]
+
+
+def by_onnxruntime(full: Path, target: Path, calibration: list[Row], task: Task, within: float) -> None:
+    """Static quantization at its defaults."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Rows(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(calibration)
+
+        def get_next(self) -> Any:
+            return next(self.left, None)
+
+    quantize_static(full, target, Rows())
+
+
+def by_nncf(full: Path, target: Path, calibration: list[Row], task: Task, within: float) -> None:
+    """Accuracy control, on OpenVINO's or onnxruntime's model as the target's suffix says."""
+    import nncf  # pyright: ignore[reportMissingImports]
+    import onnx
+    import openvino
+
+    names = inputs_of(full)
+    examples = []
+    for batch in task.batches("validation", batch_size=1):
+        (inputs,) = task.inputs(batch)
+        examples.append(({name: value.numpy() for name, value in inputs.items() if name in names}, batch["labels"][0]))
+
+    def hits(model: Any, data: Iterable[Any]) -> tuple[float, None]:
+        if isinstance(model, onnx.ModelProto):
+            import onnxruntime
+
+            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+            answer: Any = lambda inputs: session.run(None, inputs)[0]  # noqa: E731
+        else:
+            answer = lambda inputs: model(inputs)[0]  # noqa: E731
+        found = [int(answer(inputs).argmax(-1)[0]) == int(label) for inputs, label in data]
+        return float(np.mean(found)), None
+
+    model = openvino.Core().read_model(full) if target.suffix == ".xml" else onnx.load(full)
+    made = nncf.quantize_with_accuracy_control(
+        model,
+        nncf.Dataset(calibration),
+        nncf.Dataset(examples),
+        hits,
+        max_drop=within / 100,
+        subset_size=SAMPLES,
+    )
+    if target.suffix == ".xml":
+        openvino.save_model(made, target, compress_to_fp16=False)
+    else:
+        onnx.save(made, target)
+
+
+def main() -> None:
+    """Every rival in every runtime at every promise."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("-o", action="append", default=[])
+    parser.add_argument("--for", dest="runtimes", nargs="+", default=["onnxruntime"])
+    parser.add_argument("--within", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    content = {"model": arguments.model, "task": {"name": arguments.task, "data": arguments.data}}
+    recipe = make_recipe(content, arguments.o)
+    task = create(recipe.task.name, **recipe.task.options)
+    plain = model_for(load(arguments.model), task)
+    batches = calibration_inputs(task, SAMPLES, 16, 0)
+    splits: tuple[Split, ...] = ("validation", "test")
+    scores = {split: evaluate(plain, task, split=split)[task.primary] for split in splits}
+    found: list[JSON] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        full = Path(scratch) / "full.onnx"
+        write_onnx(plain, batches[0], full)
+        calibration = list(rows(batches, inputs_of(full)))
+        one = {name: value[:1] for name, value in batches[0].items()}
+        for runtime in arguments.runtimes:
+            tries = [("onnxruntime quantize_static", by_onnxruntime, within) for within in arguments.within[:1]]
+            tries = tries if runtime == "onnxruntime" else []
+            if importlib.util.find_spec("nncf"):
+                tries += [("NNCF accuracy control", by_nncf, within) for within in arguments.within]
+            for name, run, within in tries:
+                target = Path(scratch) / f"{len(found)}{'.xml' if runtime == 'openvino' else '.onnx'}"
+                start = time.monotonic()
+                try:
+                    run(full, target, calibration, task, within)
+                except Exception as error:  # a rival's own
+                    print(f"{name}, {runtime}, {within:g}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+                    continue
+                seconds = time.monotonic() - start
+                made, before = (open_exported(file, runtime=runtime) for file in (target, full))
+                ms, full_ms = (median(each) for each in take_turns([partial(made, **one), partial(before, **one)], 15))
+                lost = {split: scores[split] - evaluate(made, task, split=split)[task.primary] for split in splits}
+                size = target.stat().st_size
+                size += target.with_suffix(".bin").stat().st_size if runtime == "openvino" else 0
+                found.append(
+                    {
+                        "rival": name,
+                        "runtime": runtime,
+                        "within": within,
+                        "bytes": size,
+                        "speedup": full_ms / ms,
+                        "seconds": seconds,
+                        "lost_on_validation": lost["validation"],
+                        "lost_on_test": lost["test"],
+                    }
+                )
+                print(found[-1], flush=True)
+                if arguments.json:
+                    about = run_metadata(model=arguments.model, full=scores, sizes=task.sizes())
+                    write_json(arguments.json, {"run": about, "rivals": found})
+
+
+if __name__ == "__main__":
+    main()
