@@ -214,9 +214,9 @@ def plant(model: nn.Module, name: str, what: str, batch: Any, limit: float) -> i
         factor = TIMES * limit * (y[:, others].square().mean().sqrt() / y[:, channel].abs().max()).item()
     offset = offset_of(weight)
     rows[channel] = (rows[channel] + offset) * factor - offset
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, Tensor):
-        bias[channel] = bias[channel] * factor
+    bias: Tensor | None = getattr(module, "bias", None)
+    if bias is not None:
+        bias[channel] *= factor
     return channel
 
 
@@ -253,7 +253,9 @@ def condition(make: Any, batch: Any, what: str, limit: float) -> dict[str, Any]:
         step(model, optimizer, batch)
         decay.remove()
         told = decay.without_site.get(name)  # not conditioned: it must be listed
-        return {"weight": name, "ok": None if told else False, "why": told or "not conditioned and not listed"}
+        if told is None and name not in {target.name for target in decay.targets}:
+            told = "a convolution: no target of the default kinds"
+        return {"weight": name, "ok": None, "why": told or "it has a site; channels first are not planted here"}
     channel = plant(model, name, what, batch, limit)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():
