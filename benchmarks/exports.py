@@ -64,7 +64,7 @@ LEGEND = (
     "- `1e-07, 8+0`: written, run at two other batch sizes and lengths; the largest relative difference of the outputs",
     "  from the simulated model (at most 2e-02), and how many products are in integers + in floating point.",
     "- `ok`: written and run by its runtime on the example; the cosine to the simulated model is 1.0000, or as given.",
-    "- `no (2)`: refused in one line before anything is written, for reason 2 below. LAYER stands for a layer's name.",
+    "- `no (2)`: refused in one line, for reason 2 below; no file is left. LAYER stands for a layer's name.",
 )
 
 

@@ -92,10 +92,16 @@ PLACES: dict[str, list[str]] = {
 }
 
 
-def weight_of(model: nn.Module, what: str) -> str | None:
-    """The first weight of this kind in the second block, or in any."""
-    for place in PLACES[what]:
-        found = [name for name, p in model.named_parameters() if f".{name}".endswith(f".{place}.weight")
+def weight_of(model: nn.Module, what: str, batch: Any) -> str | None:
+    """The first weight of this kind in the second block, or in any; a gain is one whose channels a layer reads as such.
+
+    A norm that only feeds a sum, or whose channels become tokens, makes no channels of a layer's input by itself.
+    """
+    places = PLACES[what]
+    everything = [(n, p) for n, p in model.named_parameters() if n.endswith(".weight")]
+    names: list[str] = []
+    for place in places:
+        found = [name for name, p in everything if f".{name}".endswith(f".{place}.weight")
                  and (p.ndim == 1 if what == "gain" else p.ndim == 2 or p.shape[2:] == (1, 1))]  # fmt: skip
         owners = [model.get_submodule(name.rpartition(".")[0]) for name in found]
         kinds = (nn.Linear, nn.Conv2d)
@@ -104,8 +110,28 @@ def weight_of(model: nn.Module, what: str) -> str | None:
         # Where a model has both, those whose channels come last: linear layers read them.
         inside = [n for n in inside if not channels_first(model.get_submodule(n.rpartition(".")[0]))] or inside
         if inside:
-            return inside[len(inside) // 2]
-    return None
+            names.append(inside[len(inside) // 2])
+    if what == "gain":
+        names += [name for name, p in everything if p.ndim == 1 and name not in names]
+        return next((name for name in names if is_read(model, name, batch)), names[0] if names else None)
+    return names[0] if names else None
+
+
+@torch.no_grad()
+def is_read(model: nn.Module, name: str, batch: Any) -> bool:
+    """Whether the channel of a gain doubles in what the first layer behind it reads, where all else stays."""
+    weight = model.get_parameter(name)
+    found = at_site(model, weight, len(weight) // 2, batch, offset_of(weight))
+    if found is None:
+        return False
+    before, after = found
+    mine = (before != after).any(0)
+    return int(mine.sum()) == 1 and torch.allclose(after[:, mine], 2 * before[:, mine], rtol=1e-4)
+
+
+def offset_of(weight: Tensor) -> float:
+    """1 for Gemma's gains, which are stored less 1."""
+    return 1.0 if weight.ndim == 1 and bool((weight == 0).all()) else 0.0
 
 
 def channels_first(module: nn.Module) -> bool:
@@ -136,6 +162,32 @@ def output_of(model: nn.Module, module: str, batch: Any) -> Tensor | None:
 
 
 @torch.no_grad()
+def at_site(
+    model: nn.Module, rows: Tensor, channel: int, batch: Any, offset: float = 0.0
+) -> tuple[Tensor, Tensor] | None:
+    """What the first layer reads ``[N, D]`` that a row of a weight changes: as it is, and with that row doubled."""
+    seen: list[list[Tensor]] = []
+
+    def note(module: nn.Module, args: Any) -> None:
+        if isinstance(args[0], Tensor):
+            x = args[0].detach().movedim(1, -1) if channels_first(module) else args[0].detach()
+            seen[-1].append(x.flatten(0, -2).double())
+
+    kinds = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or type(m).__name__ == "Conv1D"]
+    hooks = [module.register_forward_pre_hook(note) for module in kinds]
+    kept = rows[channel].clone()
+    for factor in (1.0, 2.0):
+        rows[channel] = (kept + offset) * factor - offset
+        seen.append([])
+        torch.manual_seed(0)
+        run(model, batch)
+    rows[channel] = kept
+    for hook in hooks:
+        hook.remove()
+    return next((pair for pair in zip(*seen, strict=True) if not torch.equal(*pair)), None)
+
+
+@torch.no_grad()
 def plant(model: nn.Module, name: str, what: str, batch: Any, limit: float) -> int:
     """Scale one channel of a weight; which."""
     module = model.get_submodule(name.rpartition(".")[0])
@@ -151,15 +203,19 @@ def plant(model: nn.Module, name: str, what: str, batch: Any, limit: float) -> i
         first = width // 2
     channel = first + int(size[first:].argmax())
     others = torch.arange(width) != channel
-    if y is None:
+    site = at_site(model, rows, channel, batch) if what == "value" else None
+    if site is not None:  # attention averages values: its own output tells how large the channel is
+        x, mine = site[0], (site[0] != site[1]).any(0)
+        factor = TIMES * limit * (x[:, ~mine].square().mean().sqrt() / x[:, mine].abs().max()).item()
+    elif y is None:
         norms = torch.linalg.vector_norm(rows.reshape(width, -1), dim=1)
         factor = TIMES * limit * (norms[others].mean() / norms[channel]).item()
     else:
         factor = TIMES * limit * (y[:, others].square().mean().sqrt() / y[:, channel].abs().max()).item()
-    offset = 1.0 if what == "gain" and bool((weight == 0).all()) else 0.0  # Gemma stores gain - 1
+    offset = offset_of(weight)
     rows[channel] = (rows[channel] + offset) * factor - offset
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, Tensor):
+    bias: Tensor | None = getattr(module, "bias", None)
+    if bias is not None:
         bias[channel] *= factor
     return channel
 
@@ -188,11 +244,18 @@ def condition(make: Any, batch: Any, what: str, limit: float) -> dict[str, Any]:
             module.p = 0.0
         if hasattr(module, "layerdrop"):
             module.layerdrop = 0.0  # type: ignore[assignment]
-    name = weight_of(model, what)
+    name = weight_of(model, what, batch)
     if name is None:
         return {"weight": None, "ok": None, "why": "no weight of such a name"}
     if channels_first(model.get_submodule(name.rpartition(".")[0])):
-        return {"weight": name, "ok": None, "why": "only convolutions read it, and the plan keeps convolutions"}
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+        decay = SelectiveSpectralDecay(model, optimizer, outlier_ratio=limit)
+        step(model, optimizer, batch)
+        decay.remove()
+        told = decay.without_site.get(name)  # not conditioned: it must be listed
+        if told is None and name not in {target.name for target in decay.targets}:
+            told = "a convolution: no target of the default kinds"
+        return {"weight": name, "ok": None, "why": told or "it has a site; channels first are not planted here"}
     channel = plant(model, name, what, batch, limit)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():

@@ -25,6 +25,8 @@ from s2d.errors import InputError
 from s2d.io.files import JSON, read_json, write_json
 from s2d.io.provenance import run_metadata
 
+_CORRELATED = 24  # of the legal candidates, evenly
+
 
 def afresh(arguments: argparse.Namespace, option: str, value: object) -> JSON:
     """What this file says with a further option, in a fresh process."""
@@ -88,10 +90,12 @@ def correlate(arguments: argparse.Namespace) -> None:
         replace(form, weight=replace(form.weight, format=integer_format(bits, signed=True)))
         for form in forms(search.runtime, narrow=True)
         for bits in (3, 2)
+        if form.weight is not None
     ]
     legal = [each for each, _ in search.climbing.expected(records)]
     search.simulation.score(Path(folder) / SCORES, low, [])
     forecast = search.climbing.forecast(records)
+    legal = legal[:: -(-len(legal) // _CORRELATED)]
     for candidate in [*legal, *(Candidate(spec, "rtn", search.tables, "low") for spec in low)]:
         points = forecast.points(candidate)
         try:
@@ -147,6 +151,25 @@ def records_of(arguments: argparse.Namespace, cells: list[JSON]) -> list[JSON]:
     return records
 
 
+def judge(arguments: argparse.Namespace, runtime: str, cells: list[JSON]) -> JSON:
+    """Put the truth into the cells of a runtime: what every judged file loses on the test split, in a fresh process.
+
+    Returns:
+        The score of full precision, and the number of test examples.
+    """
+    rows = [row for each in cells for row in each["verdict"]["frontier"]]
+    places = {row["file"]: str(arguments.runs / runtime / row["file"]) for row in rows}
+    scores = afresh(arguments, "--score", {place: runtime for place in places.values()})
+    for row in rows:
+        row["test"] = scores[places[row["file"]]]
+        row["lost_on_test"] = scores["full"] - row["test"]  # of metrics where more is better
+    for each in cells:
+        named = [row for row in each["verdict"]["frontier"] if row["accepted"]]
+        each["false_met"] = each["verdict"]["status"] == "MET" and named[-1]["lost_on_test"] > each["within"]
+        print(f"{runtime} {each['within']:g}: {each['verdict']['status']}, false: {each['false_met']}", flush=True)
+    return scores
+
+
 def main() -> None:
     """Every cell, then the truth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,35 +190,19 @@ def main() -> None:
         return score(arguments)
     if arguments.correlate:
         return correlate(arguments)
-    cells = [cell(arguments, runtime, within) for runtime in arguments.runtimes for within in arguments.within]
-    files: dict[str, str] = {}
-    for each in cells:
-        for row in each["verdict"]["frontier"]:
-            files[str(arguments.runs / each["runtime"] / row["file"])] = each["runtime"]
-    scores = afresh(arguments, "--score", files)
-    for each in cells:
-        for row in each["verdict"]["frontier"]:
-            row["test"] = scores[str(arguments.runs / each["runtime"] / row["file"])]
-            row["lost_on_test"] = scores["full"] - row["test"]  # of metrics where more is better
-        named = [row for row in each["verdict"]["frontier"] if row["accepted"]]
-        each["false_met"] = each["verdict"]["status"] == "MET" and named[-1]["lost_on_test"] > each["within"]
-        best = min((row["lost_on_test"] for row in each["verdict"]["frontier"]), default=float("nan"))
-        print(
-            f"{each['runtime']} {each['within']:g}: {each['verdict']['status']}, false: {each['false_met']}, {best:.2f}"
-        )
-    told = {}
-    if arguments.correlation:
-        for runtime in arguments.runtimes:
+    cells: list[JSON] = []
+    told: JSON = {}
+    for runtime in arguments.runtimes:
+        made = [cell(arguments, runtime, within) for within in arguments.within]
+        scores = judge(arguments, runtime, made)
+        cells += made
+        if arguments.correlation:
             told[runtime] = afresh(arguments, "--correlate", [runtime, str(arguments.runs / runtime)])
-            print(
-                f"{runtime}: predicted and measured drops of {len(told[runtime]['candidates'])} candidates correlate, "
-            )
-            print(f"r = {told[runtime]['pearson']:.3f}")
-    if arguments.json:
-        about = run_metadata(model=arguments.model, full_on_test=scores["full"], test_examples=scores["test"])
-        write_json(
-            arguments.json, {"run": about, "records": records_of(arguments, cells), "cells": cells, "correlation": told}
-        )
+            print({name: value for name, value in told[runtime].items() if name != "candidates"})
+        if arguments.json:  # after every runtime, as each takes long
+            about = run_metadata(model=arguments.model, full_on_test=scores["full"], test_examples=scores["test"])
+            content = {"run": about, "records": records_of(arguments, cells), "cells": cells, "correlation": told}
+            write_json(arguments.json, content)
 
 
 if __name__ == "__main__":

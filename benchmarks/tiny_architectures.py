@@ -84,23 +84,24 @@ TRANSFORMERS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("dual", "CLIPModel", "CLIPConfig", {"text_config": {**_COMMON, "projection_dim": 16}, "vision_config": {**_SEEN, "projection_dim": 16}, "projection_dim": 16}),
     ("dual", "SiglipModel", "SiglipConfig", {"text_config": _COMMON, "vision_config": _SEEN}),
 ]  # fmt: skip
-TIMM: list[tuple[str, dict[str, Any]]] = [
-    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}),
-    ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}),
-    ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2}),
-    ("beitv2_base_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}),
-    ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}),
-    ("swinv2_tiny_window8_256", {"img_size": 64, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}),
-    ("cait_xxs24_224", {"img_size": 32, "depth": 2, "depth_token_only": 1}),
-    ("xcit_nano_12_p16_224", {"img_size": 32, "depth": 2}),
-    ("mixer_s32_224", {"img_size": 64}),
-    ("resmlp_12_224", {"img_size": 32}),
-    ("poolformer_s12", {}),
-    ("convnext_atto", {"depths": (1, 1, 2, 1)}),
-    ("levit_128s", {}),
-    ("mobilevit_xxs", {}),
-    ("efficientformer_l1", {}),
-    ("resnet18", {}),
+# name, options, blocks by the paper of the architecture
+TIMM: list[tuple[str, dict[str, Any], int]] = [
+    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}, 2),
+    ("vit_base_patch16_siglip_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}, 2),
+    ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 4}, 2),
+    ("beitv2_base_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4}, 2),
+    ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}, 4),
+    ("swinv2_tiny_window8_256", {"img_size": 64, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}, 4),
+    ("cait_xxs24_224", {"img_size": 32, "depth": 2, "depth_token_only": 1, "embed_dim": 32}, 3),
+    ("xcit_nano_12_p16_224", {"img_size": 32, "depth": 2}, 4),
+    ("mixer_s32_224", {"img_size": 64}, 8),
+    ("resmlp_12_224", {"img_size": 32}, 12),
+    ("poolformer_s12", {}, 12),
+    ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (8, 16, 16, 32)}, 5),
+    ("levit_128s", {"img_size": 64, "embed_dim": (32, 32, 32), "depth": (1, 1, 2), "key_dim": 8}, 4),
+    ("mobilevit_xxs", {}, 13),
+    ("efficientformer_l1", {"depths": (1, 1, 1, 2), "embed_dims": (8, 16, 24, 32)}, 5),
+    ("resnet18", {"channels": (16, 16, 32, 32)}, 8),
 ]
 
 
@@ -131,10 +132,28 @@ def rows() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
             ),
             batches[kind],
         )
-    for name, options in TIMM:
-        size = options.get("img_size", 64 if "levit" not in name and "efficientformer" not in name else 224)
+    for name, options, _ in TIMM:
+        size = options.get("img_size", 64 if "efficientformer" not in name else 224)
         yield (
             f"timm {name}",
             lambda n=name, o=options: timm.create_model(n, pretrained=False, num_classes=7, **o),
             torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3)),
         )
+
+
+def blocks_in(name: str, model: nn.Module) -> int:
+    """How many blocks an architecture has, by its configuration or its paper."""
+    told = {f"timm {each}": blocks for each, _, blocks in TIMM}
+    return told[name] if name in told else _layers(model.config)
+
+
+def _layers(config: Any) -> int:
+    parts = [getattr(config, part) for part in ("text_config", "vision_config") if hasattr(config, part)]
+    if parts:
+        return sum(_layers(part) for part in parts)
+    if hasattr(config, "depths"):
+        return sum(config.depths)
+    for pair in (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers")):
+        if config.is_encoder_decoder and hasattr(config, pair[0]):
+            return sum(getattr(config, part) for part in pair)
+    return config.num_hidden_layers

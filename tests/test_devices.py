@@ -92,7 +92,7 @@ def test_parameters_on_two_devices_are_shrunk_alike(device: str) -> None:
 def test_a_quantized_model_stays_on_its_device_and_comes_back_from_disk(
     device: str, method: str, tmp_path: Path
 ) -> None:
-    layer = nn.TransformerEncoderLayer(72, 4, 80, batch_first=True, dropout=0.0)  # svdquant needs more than 64
+    layer = nn.TransformerEncoderLayer(72, 4, 80, batch_first=True, dropout=0.0)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(device).eval()
     x = torch.randn(1, 16, 72, generator=torch.Generator().manual_seed(1)).to(device)
     quantized = s2d.quantize(model, "w4a8", calibration=[x], method=method)

@@ -336,3 +336,37 @@ def test_a_loop_that_calls_the_parts_one_by_one_conditions_the_same_weights(by_p
     decay.remove()
     assert {record["weight"] for record in decay.history if record["selected"]} == {"0.weight", "2.weight"}
     assert model.get_parameter("0.weight")[3].item() == pytest.approx(40 * math.exp(-0.3), rel=1e-4)
+
+
+class Several(nn.Module):
+    """Weights of all kinds that write no site alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn, self.conv = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1)
+        self.norm, self.up, self.gate, self.down = (
+            nn.LayerNorm(16),
+            nn.Linear(16, 24),
+            nn.Linear(16, 24),
+            nn.Linear(24, 16),
+        )
+        self.last, self.head = nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(torch.relu(self.bn(self.stem(x)))).flatten(2).mT
+        y = self.norm(x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return self.head(self.last(x))
+
+
+def test_what_writes_no_site_is_listed_with_the_reason() -> None:
+    model = fresh(Several)
+    optimizer = sgd(model)
+    with removed(SelectiveSpectralDecay(model, optimizer)) as decay:
+        assert decay.without_site == {}  # nothing has run
+        still_step(model, optimizer, torch.randn(2, 3, 4, 4))
+        reasons = {name.removesuffix(".weight"): why for name, why in decay.without_site.items()}
+        assert {row["weight"].removesuffix(".weight") for row in decay.history} == {"norm", "up", "last"}
+    assert reasons.keys() == {"bn", "gate", "down", "head"}
+    wanted = {"bn": "convolutions", "gate": "other factor", "down": "part of a sum", "head": "the model's output"}
+    assert all(told in reasons[name] for name, told in wanted.items())

@@ -79,8 +79,10 @@ def test_what_is_told_about_files_that_onnxruntime_does_not_run() -> None:
 
 
 def test_windows_of_one_row_become_an_example_of_two() -> None:
-    window = {"input_ids": torch.tensor([[3, 1, 2]])}
-    assert torch.equal(example_of([window, window])["input_ids"], torch.tensor([[3, 1, 2], [3, 1, 2]]))
+    window = {"input_ids": torch.tensor([[3, 1, 2, 4]])}
+    assert torch.equal(example_of([window, window])["input_ids"], torch.tensor([[3, 1], [2, 4]]))
+    odd = {"input_ids": torch.tensor([[3, 1, 2]])}
+    assert torch.equal(example_of([odd])["input_ids"], torch.tensor([[3, 1, 2], [3, 1, 2]]))
     pair = {"input_ids": torch.tensor([[5, 6], [7, 8]])}
     assert example_of([window, pair])["input_ids"] is pair["input_ids"]
     with pytest.raises(InputError, match="no example"):

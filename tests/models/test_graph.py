@@ -574,6 +574,116 @@ def test_interleaved_lists_are_one_sequence() -> None:
     assert [path for path, _ in blocks.members] == ["left.0", "right.0", "left.1", "right.1"]
 
 
+class Mixer(nn.Module):
+    """A block of another class."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(self.norm(x))
+
+
+class Widening(nn.Module):
+    """The first block of a stage: one class with the others, other sizes."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.short, self.first, self.second = (
+            nn.Linear(inputs, width),
+            nn.Linear(inputs, width),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.short(x) + self.second(torch.relu(self.first(x)))
+
+
+class Beside(nn.Module):
+    """Blocks that no list holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        self.b1, self.b2 = Widening(16, 24), Widening(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b2(self.b1(self.stem(x)))
+
+
+@pytest.mark.parametrize(
+    ("model", "containers", "members"),
+    [
+        (nn.Sequential(Block(), Mixer()), [("",)], ["0", "1"]),  # no two of a class
+        (nn.Sequential(Mixer(), Block(), Mixer()), [("",)], ["0", "1", "2"]),
+        (
+            nn.ModuleDict({"stages": nn.Sequential(nn.Sequential(Widening(16, 24), Widening(24, 24)),
+                                                   nn.Sequential(Widening(24, 32)))})["stages"],
+            [("0",), ("1",)], ["0.0", "0.1", "1.0"],
+        ),
+        (Beside(), [("",)], ["b1", "b2"]),
+        (nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 8), nn.GELU()), nn.Linear(8, 4)), [], []),
+    ],
+)  # fmt: skip
+def test_blocks_of_several_classes_sizes_and_owners(
+    model: nn.Module, containers: list[Any], members: list[str]
+) -> None:
+    found = trace(model.eval(), torch.randn(2, 5, 16)).blocks
+    assert [blocks.containers for blocks in found] == containers
+    assert [path for blocks in found for path, _ in blocks.members] == members
+
+
+PICKS: dict[str, Any] = {
+    "last, by a slice": lambda y: y[:, :, -1:].expand(-1, -1, 3, -1)[:, :, 0],
+    "last, by number": lambda y: y[:, :, [-1]][:, :, 0],
+    "a range, by numbers": lambda y: y[:, :, torch.arange(2, 4)].flatten(2),
+    "every second": lambda y: y[:, :, ::2].flatten(2),
+    "turned round": lambda y: y[:, :, [3, 2]].flatten(2),
+    "pairs": lambda y: y[:, :, [0, 1], [2, 3]],
+    "a sum over heads": lambda y: y.sum(2),
+    "the middle of what was selected": lambda y: y[:, :, 2][..., 1:3],
+    "narrowed twice": lambda y: y.narrow(2, 1, 3).narrow(2, 2, 1)[:, :, 0, 2:],
+    "by a number of the data": lambda y: y[:, :, (y.abs().sum() > 0).long()],
+    "halves swapped": lambda y: torch.cat([y[..., 2:], y[..., :2]], -1).flatten(2),
+}
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_the_rows_that_write_what_is_picked_are_those_whose_change_shows(pick: str) -> None:
+    """Where channels cannot be followed the graph says nothing; it never names other rows."""
+
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made, self.read = nn.Linear(8, 16, bias=False), nn.LazyLinear(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(PICKS[pick](self.made(x).unflatten(-1, (4, 4))))
+
+    model, x = Picked(), torch.randn(2, 5, 8)
+    seen: list[Tensor] = []
+    model(x)
+    model.read.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach()))
+    model(x)
+    truth: list[list[int]] = [[] for _ in range(seen[0].shape[-1])]
+    for row in range(16):
+        with torch.no_grad():
+            model.made.weight[row] *= 2
+        model(x)
+        with torch.no_grad():
+            model.made.weight[row] /= 2
+        for channel in (seen[-1] != seen[0]).flatten(0, 1).any(0).nonzero().flatten().tolist():
+            truth[channel].append(row)
+    graph = trace(model, x)
+    told = [w.rows for w in graph.writers(graph.calls_of("read.weight")[0]) if w.rows is not None]
+    if len(told) == 1:
+        assert [[row] for row in told[0].indices()] == truth
+    else:  # a part of the channels each, or nothing where they cannot be followed
+        assert all({row} in map(set, truth) for rows in told for row in rows.indices())
+        assert pick in ("turned round", "pairs", "a sum over heads", "by a number of the data", "halves swapped")
+
+
 def test_the_batch_is_cut_to_two_rows_and_stays() -> None:
     batch = texts(4) | {"position_ids": torch.arange(12)[None]}
     graph = trace(transformers_model("BertModel", "BertConfig", _SMALL), batch)

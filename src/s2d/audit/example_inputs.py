@@ -79,6 +79,46 @@ def audit_batches(
     return [_as_inputs(loaded.model, *tokens.take(rows)) for rows in order.split(_BATCH)]
 
 
+def random_batch(model: nn.Module, rows: int = 2) -> dict[str, Tensor] | Tensor | None:
+    """Random inputs that a model's forward takes, by its configuration: enough to trace it. None if that is not known.
+
+    Tokens, pixels, sound and, for a decoder behind an encoder, its tokens; of the sizes that the configuration names.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = getattr(model, "config", None)
+    sizes = getattr(model, "pretrained_cfg", None) or {}  # timm's
+    if config is None:
+        channels, *side = sizes.get("input_size", ())[:3] or (0,)
+        side = getattr(getattr(model, "patch_embed", None), "img_size", None) or side
+        return torch.randn(rows, channels, *side, generator=generator) if channels else None
+    parts = [config, *(getattr(config, f"{part}_config", None) for part in ("text", "vision", "audio"))]
+
+    def told(*names: str) -> Any:
+        found = [getattr(part, name, None) for name in names for part in parts if part is not None]
+        return next((value for value in found if value is not None), None)
+
+    names, batch = inspect.signature(model.forward).parameters, {}
+    side, words = told("image_size"), told("vocab_size")
+    if "pixel_values" in names and side is not None:
+        side = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
+        batch["pixel_values"] = torch.randn(rows, told("num_channels") or 3, *side, generator=generator)
+    if "input_values" in names:
+        batch["input_values"] = torch.randn(rows, 4000, generator=generator)  # a quarter of a second
+    if "input_features" in names and told("max_source_positions") is not None:
+        frames = told("num_mel_bins"), 2 * told("max_source_positions")
+        batch["input_features"] = torch.randn(rows, *frames, generator=generator)
+    if words is not None:
+        ids = torch.randint(3, words, (rows, 8), generator=generator)
+        picture = told("image_token_id", "image_token_index")
+        if picture is not None and "pixel_values" in batch:
+            ids[ids == picture] = 3
+            ids = torch.cat([torch.full((rows, told("image_seq_length") or 1), picture), ids], 1)
+        batch |= {"input_ids": ids} if "input_ids" in names else {}
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+            batch["decoder_input_ids"] = ids[:, -5:]
+    return batch or None
+
+
 def _as_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     given = {"input_ids": ids, "attention_mask": mask}
     accepted = inspect.signature(model.forward).parameters

@@ -83,10 +83,10 @@ def audit(
     first = load(models[0], device=device_of(device))
     if told is None:
         say(quiet, f"{models[0]}: {footprint.size_text(sum(weight.numel() for weight in first.model.parameters()))}")
-    batches = audit_batches(first, data)
     if graph:
-        _show_graph(first.model, models, batches, html, json_file, quiet)
+        _show_graph(first, models, data, html, json_file, quiet)
         return
+    batches = audit_batches(first, data)
     if len(models) == 1:
         found: Any = look(first.model, batches, name=models[0], **settings)
     else:
@@ -117,14 +117,22 @@ def audit(
 
 
 def _show_graph(
-    model: Any, models: list[str], batches: Any, html: Path | None, json_file: Path | None, quiet: bool
+    loaded: Any, models: list[str], data: str | None, html: Path | None, json_file: Path | None, quiet: bool
 ) -> None:
+    from s2d.audit import audit_batches, random_batch
     from s2d.errors import InputError
     from s2d.models.tracing import trace
 
     if len(models) > 1 or html is not None:
         raise InputError("--graph shows one model as a table; give one MODEL, and --json FILE in place of --html")
-    found = trace(model, batches[0])
+    try:
+        batch = audit_batches(loaded, data)[0]
+    except InputError:
+        batch = random_batch(loaded.model) if data is None else None
+        if batch is None:
+            raise
+        say(quiet, "no data: traced with random inputs, which have no padding")
+    found = trace(loaded.model, batch)
     if json_file is not None:
         save_json(json_file, found.to_json())
     say(quiet, str(found))

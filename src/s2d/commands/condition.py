@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,10 @@ def condition(
     skipped += ", ended early by the held-out measure" if done.stopped_early else ""
     last = f"; last loss {done.losses[-1]:.3g}" if done.losses else ""  # no losses if all blocks were finished before
     say(quiet, f"{out}: conditioned in {done.steps} steps{skipped}, {done.seconds:.0f} s{last}")
+    reasons = Counter(done.not_conditioned.values())
+    told = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+    if told:
+        say(quiet, f"weights that were not conditioned (names: --json FILE): {told}")
 
 
 def _budget(steps: int | None, minutes: float | None) -> dict[str, float]:

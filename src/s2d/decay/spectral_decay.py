@@ -564,6 +564,11 @@ class SelectiveSpectralDecay:
             else:
                 self.skipped.pop(target.name, None)
 
+    @property
+    def without_site(self) -> dict[str, str]:
+        """The targets that write no quantizer's input alone, so that ``metric="site"`` leaves them, with the reason."""
+        return self._structure.without_site() if self.settings.metric == "site" else {}
+
     def _record(self, name: str, finding: Finding) -> dict[str, Any]:
         components = self._metric.selected.get(name)
         return {

@@ -155,6 +155,7 @@ class Structure:
             found = sites_of(graph, self._targets, self._paths.get(module, ""))
             known.uses = {**found.uses, **known.uses}
             known.offsets = {**found.offsets, **known.offsets}
+            known.without = {**found.without, **known.without}
             known.masks = known.masks or found.masks
             seen = {(site.owner, site.reader) for site in known.stacks}
             known.stacks += [site for site in found.stacks if (site.owner, site.reader) not in seen]
@@ -241,6 +242,13 @@ class Structure:
         """The writer of each weight's input, where the weight is its first reader; the last writer of several."""
         found = [pair for sites in self._known.values() for pair in sites.uses.items()]
         return {name: uses.read.writer for name, calls in found for uses in calls if uses.read is not None}
+
+    def without_site(self) -> dict[str, str]:
+        """Targets that have run and write no site in any forward, with the reason."""
+        every = [uses for sites in self._known.values() for calls in sites.uses.values() for uses in calls]
+        sited = {site.writer for uses in every for site in (uses.read, *uses.written) if site is not None}
+        rows = [pair for sites in self._known.values() for pair in sites.without.items() if pair[0] not in sited]
+        return dict(rows)
 
     def offsets(self) -> dict[str, float]:
         """The numbers that norms add to their gains, for norms that have run."""

@@ -25,6 +25,15 @@ from s2d.targets.stacked import StackTarget
 from s2d.targets.weights import Target, clean_name
 
 _WRITES = ("product", "gain", "embedding", "convolution")
+# By what reads a weight's output, the most telling first.
+_NO_SITE = {
+    "add": "part of a sum: no weight alone writes those channels",
+    "gain": "a norm follows, whose gain writes the channels",
+    "norm": "a norm follows, which rescales the channels",
+    "convolution": "only convolutions read it, which are kept in full precision by default",
+    "output": "the model's output",
+    "multiply": "a factor of a product whose other factor is shrunk",
+}
 
 
 @dataclass(frozen=True)
@@ -68,12 +77,14 @@ class Sites:
         uses: By target, the calls of its module in order.
         offsets: The number that a norm adds to its gain; NaN where its output is no linear function of the gain.
         masks: Inputs of the model that mask tokens.
+        without: Targets that ran and write no site, with the reason.
         stacks: Sites inside experts.
     """
 
     uses: dict[str, list[Uses]] = field(default_factory=dict)
     offsets: dict[str, float] = field(default_factory=dict)
     masks: tuple[Mask, ...] = ()
+    without: dict[str, str] = field(default_factory=dict)
     stacks: list[StackSite] = field(default_factory=list)
 
 
@@ -157,7 +168,26 @@ class _Reading:
         for attention in graph.attentions:
             for operand in (attention.q_calls, attention.k_calls):
                 self._operand(found, operand)
+        every = [uses for calls in found.uses.values() for uses in calls]
+        sited = {site.writer for uses in every for site in (uses.read, *uses.written) if site is not None}
+        found.without = {name: self._why(calls) for name, calls in self.calls.items() if calls and name not in sited}
         return found
+
+    def _why(self, calls: Iterable[Call]) -> str:
+        """Why a weight writes no site: what reads its output, behind activations."""
+        kinds, todo, seen = set(), [call.output for call in calls], set()
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            kinds |= {"output"} if node in self.graph.outputs else set()
+            for operation in self.graph.consumers.get(node, []):
+                inside = {c.kind for c in self.graph.at(operation.index) if c.kind != "bias"}
+                through = operation.kind in ("view", "activation", "homogeneous", "reduction") and not inside
+                kinds |= set() if through else inside or {operation.kind}
+                todo += operation.outputs if through else ()
+        return next((reason for kind, reason in _NO_SITE.items() if kind in kinds), "no quantizer's input")
 
     # -- who writes ----------------------------------------------------------------------------------------------------
 

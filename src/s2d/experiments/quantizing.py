@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from s2d import quant
-from s2d.audit import audit_batches
+from s2d.audit import audit_batches, random_batch
 from s2d.checkpoint import load, refuse_in_the_way, save
 from s2d.distributed import processes
 from s2d.distributed.processes import device_of
@@ -97,7 +98,8 @@ def quantize_model(
     loaded = load(order.model, device=device_of(order.device))
     bare = task is not None and not training and is_bare(loaded, task)
     model, spec = loaded.model if task is None or bare else model_for(loaded, task), order.spec
-    inputs = _calibration(order, loaded, task, needed=out is not None or bits is not None)
+    needed = (out, bits, order.data) != (None, None, None)
+    inputs = _calibration(order, loaded, task, needed=needed)
     if bare and task is not None and inputs is not None:
         say(f"{order.model} has no head: the encoder is quantized, calibrated on inputs of {task.name} alone")
         inputs = [encoder_inputs(model, each) for each in inputs]
@@ -111,13 +113,16 @@ def quantize_model(
     plan: list[Site] = []
     if out is None or order.check is not None:
         inputs = None if inputs is None else list(inputs)
-        # The plan that is executed; without data, the plan from the modules alone.
-        plan = quant.plan(model, spec) if inputs is None else quant.planned(model, spec, inputs)
+        plan, traced = _plan(model, spec, inputs)
         if order.check is not None:
             order.check(plan)
     if out is None:
         if inputs is None:
-            say("no data to trace the model with: the plan is that of its modules, without most attention")
+            say(
+                "no data: the model was traced with random inputs"
+                if traced
+                else "no data to trace the model with: the plan is that of its modules, without most attention"
+            )
         say(f"{quant.describe(plan)}\n\n{quant.estimate(model, plan, order.method, inputs)}")
     else:
         quantized, said = _quantized(order, model, task, spec, inputs, held_beside(out), watcher or Silent())
@@ -131,6 +136,17 @@ def quantize_model(
             count = sum(site.format is not None for site in plan)
             say(f"{out}: {order.model} at {spec}{said}, {count} of {len(plan)} sites quantized")
     return plan, run_metadata(spec=spec.to_dict(), method=order.method, model=order.model, seed=order.seed)
+
+
+def _plan(model: nn.Module, spec: QuantSpec, inputs: list[Any] | None) -> tuple[list[Site], bool]:
+    """The plan that is executed, and whether a forward was traced for it; without one it is that of the modules."""
+    if inputs is not None:
+        return quant.planned(model, spec, inputs), True
+    example = random_batch(model)
+    with suppress(InputError):
+        if example is not None:
+            return quant.planned(model, spec, [example]), True
+    return quant.plan(model, spec), False
 
 
 def _refuse_too_little(order: Order, task: Task | None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError, choices
 from s2d.export import coreml, encodings, executorch, layer_formats
 from s2d.export.copies import in_float32
-from s2d.export.fixed_shapes import fitted, padding_id, whole_shape
+from s2d.export.fixed_shapes import fitted, is_sequence, padding_id, whole_shape
 from s2d.export.gate import Check, ExportReport
 from s2d.export.graphs import export_graph
 from s2d.export.onnx import CPU, OnnxModel
@@ -197,7 +197,9 @@ def open_exported(path: str | os.PathLike[str], *, runtime: str | None = None, t
 
 
 def example_of(batches: Iterable[Any]) -> dict[str, Tensor]:
-    """The first batch of keyword inputs with two or more rows, for tracing; else the row of the first batch, twice.
+    """The first batch of keyword inputs with two or more rows, for tracing; else the row of the first batch as two.
+
+    A window of tokens becomes its two halves, any other row stands twice.
 
     Raises:
         InputError: There is none.
@@ -209,7 +211,11 @@ def example_of(batches: Iterable[Any]) -> dict[str, Tensor]:
         if all(len(value) > 1 for value in batch.values()):
             return dict(batch)
         if single is None and all(len(value) == 1 for value in batch.values()):
-            single = {name: torch.cat([value, value]) for name, value in batch.items()}
+            lengths = {value.shape[1] if is_sequence(value) else 1 for value in batch.values()}
+            halves = len(lengths) == 1 and min(lengths) % 2 == 0
+            single = {
+                name: value.reshape(2, -1) if halves else torch.cat([value, value]) for name, value in batch.items()
+            }
     if single is None:
         raise InputError("there is no example to trace the model with; add --data with some")
     return single

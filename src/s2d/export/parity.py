@@ -23,6 +23,7 @@ from s2d.quant.modules.linear import QuantizedLinear
 
 TOLERANCE = 1e-5
 FLIPS = 0.01
+HELD = 2**28  # bytes of layers' inputs and outputs that are held at once
 FEW = 2  # rows; in a small batch a single row exceeds the share
 _TOKEN_BEFORE = ("Cast", "Clip", "Add", "Round", "Div")
 _TOKEN_AFTER = ("Cast", "Sub", "Mul", "Mul")
@@ -89,10 +90,16 @@ def compare_layers(
     del model, graph
     run = session(path, content=content)
     inputs = {each.name: feed[each.name].numpy() for each in run.get_inputs()}
-    rows = []
-    for name, ends in pairs:  # a layer at a time, for memory's sake
-        x, y = (torch.from_numpy(value) for value in run.run(list(ends), inputs))
-        rows.append(_compare(name, reference.get_submodule(name), x, y))
+    rows: list[LayerParity] = []
+    count = 1
+    while len(rows) < len(pairs):  # each run is a whole forward, so it shows as many layers as memory allows
+        part = pairs[len(rows) : len(rows) + count]
+        values = iter(run.run([value for _, ends in part for value in ends], inputs))
+        largest = 0
+        for (name, _), x, y in zip(part, values, values, strict=True):
+            largest = max(largest, x.nbytes + y.nbytes)
+            rows.append(_compare(name, reference.get_submodule(name), torch.from_numpy(x), torch.from_numpy(y)))
+        count = max(1, HELD // largest)
     return rows, missing
 
 

@@ -84,19 +84,23 @@ def reshaped(dims: Dims, shape: Sequence[int]) -> Dims:
     return tuple(out)
 
 
-def sliced(dim: Dim, start: int, count: int, step: int = 1) -> Dim | None:
-    """A part of a dimension; None where it cannot be described as part of an axis."""
+def cut(dims: Dims, position: int, start: int, count: int, step: int = 1) -> Dims | None:
+    """The dimensions after a part of one was taken; None where it cannot be described as part of an axis."""
+    dim = dims[position]
     if not dim or (start == 0 and count == size_of(dim) and step == 1):
-        return dim
+        return dims
+    if count == 1:
+        rest = selected(dims, position, start)
+        return (*rest[:position], (), *rest[position:])
     first, inner = dim[0], size_of(dim[1:])
     if first.axis == 0 and len(dim) == 1:
-        return unknown(count)
+        return (*dims[:position], unknown(count), *dims[position + 1 :])
     if step != 1 and len(dim) > 1 or start % inner or count % inner:
         return None
     moved = Digit(first.axis, count // inner, first.stride * step, first.offset + start // inner * first.stride)
-    if moved.size == 1:
-        return carried((dim[1:],), moved.axis, moved.offset)[0] if len(dim) > 1 else ()
-    return (moved, *dim[1:])
+    kept = dim[1:] if moved.size == 1 else (moved, *dim[1:])
+    left = (*dims[:position], kept, *dims[position + 1 :])
+    return carried(left, moved.axis, moved.offset) if moved.size == 1 else left
 
 
 def carried(dims: Dims, axis: int, offset: int) -> Dims:

@@ -146,6 +146,10 @@ def _from_path(
         if (path / "config.json").is_file():
             return huggingface.load_transformers(str(path), shown=shown, dtype=dtype, **options)
         found = packages.find_model(path)
+        if (path / "adapter_config.json").is_file():
+            raise InputError(
+                f"{shown} holds an adapter (LoRA) without its model; merge both (peft: merge_and_unload) and save that"
+            )
         if found is None:
             listed = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
             raise InputError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2d.models.dimensions import Digit, Dim, Dims, known, reshaped, selected, size_of, sliced, unknown, whole
+from s2d.models.dimensions import Digit, Dim, Dims, cut, known, merged, reshaped, selected, size_of, unknown, whole
 from s2d.models.graph_parts import Node
 
 Shape = tuple[int, ...]
@@ -62,6 +62,20 @@ class Axes:
                     self.parent[second] = first
 
 
+def placed(axes: Axes, before: Dims, after: Dims) -> Dims:
+    """``after``, without the names of channels of which a part is gone since ``before``: which are left is unknown."""
+
+    def counted(dims: Dims) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for digit in (digit for dim in dims for digit in dim if axes.table[digit.axis][0] == "features"):
+            found[digit.axis] = found.get(digit.axis, 1) * digit.size
+        return found
+
+    was, now = counted(before), counted(after)
+    lost = {axis for axis, count in now.items() if was.get(axis) != count}
+    return after if not lost else tuple(merged([d._replace(axis=0) if d.axis in lost else d for d in x]) for x in after)
+
+
 def broadcast(axes: Axes, inputs: Sequence[Dims], shape: Sequence[int]) -> Dims:
     """Dimensions of an elementwise result: aligned from the right, the first operand that knows one names it."""
     out: list[Dim] = []
@@ -83,10 +97,11 @@ def same_sizes(axes: Axes, name: str, dims: Dims, shape: Sequence[int]) -> Dims:
     """Of as many dimensions those whose size stayed; a changed one that counted tokens counts derived ones."""
     if len(dims) != len(shape):
         return tuple(unknown(n) for n in shape)
-    return tuple(
+    made = tuple(
         dim if size_of(dim) == size else whole(axes.derived(name, dim), size) if known(dim) else unknown(size)
         for dim, size in zip(dims, shape, strict=True)
     )
+    return placed(axes, dims, made)
 
 
 def matrix_product(axes: Axes, a: Dims, b: Dims, shape: Sequence[int]) -> Dims:
@@ -133,7 +148,7 @@ def view(axes: Axes, name: str, args: Sequence[Any], x: Dims, given: Shape, out:
                 "unsqueeze", "view_copy"):  # fmt: skip
         if out.numel() != math.prod(given):
             return tuple(unknown(n) for n in shape)
-        return reshaped(x, shape)
+        return placed(axes, x, reshaped(x, shape))
     if name == "permute":
         return tuple(x[d] for d in args[1])
     if name == "transpose":
@@ -186,10 +201,8 @@ def _cut(axes: Axes, name: str, args: Sequence[Any], x: Dims, given: Shape, shap
     if start is None:
         return same_sizes(axes, name, x, shape)
     start = min(max(start + given[dim] if start < 0 else start, 0), given[dim])
-    cut = sliced(x[dim], start, shape[dim], step)
-    if cut is None:
-        cut = whole(axes.derived("slice", x[dim]), shape[dim])
-    return (*x[:dim], cut, *x[dim + 1 :])
+    part_of = cut(x, dim, start, shape[dim], step)
+    return same_sizes(axes, "slice", x, shape) if part_of is None else part_of
 
 
 def joined(axes: Axes, dim: int, inputs: Sequence[Dims], shapes: Sequence[Shape], shape: Sequence[int]) -> Dims:
@@ -212,7 +225,7 @@ def joined(axes: Axes, dim: int, inputs: Sequence[Dims], shapes: Sequence[Shape]
             return (*rest[:dim], (first._replace(size=shape[dim]),), *rest[dim + 1 :])
     source = next((part for part in parts if any(axes.is_position(d.axis) for d in part)), None)
     changed = whole(axes.derived("cat", source), shape[dim]) if source is not None else unknown(shape[dim])
-    return (*rest[:dim], changed, *rest[dim + 1 :])
+    return placed(axes, several[0][0], (*rest[:dim], changed, *rest[dim + 1 :]))
 
 
 def reduced(axes: Axes, name: str, args: Sequence[Any], x: Dims, shape: Sequence[int]) -> Dims:
@@ -222,13 +235,13 @@ def reduced(axes: Axes, name: str, args: Sequence[Any], x: Dims, shape: Sequence
     over = args[1] if len(args) > 1 else None
     gone = [over] if isinstance(over, int) else list(over) if isinstance(over, (list, tuple)) else []
     kept = [dim for i, dim in enumerate(x) if i not in {d % len(x) for d in gone}]
-    return tuple(kept) if len(kept) == len(shape) else tuple(unknown(n) for n in shape)
+    return placed(axes, x, tuple(kept)) if len(kept) == len(shape) else tuple(unknown(n) for n in shape)
 
 
 def looked_up(
     axes: Axes, name: str, args: Sequence[Any], x: Dims, shape: Sequence[int], node: Callable[[Tensor], Node]
 ) -> Dims:
-    """Rows taken by number. A constant list of all positions in order takes what is there: it changes no dimension.
+    """Rows taken by number. A constant list of numbers in even steps is a slice.
 
     One that the data made (tokens of an expert) is in order by chance only.
     """
@@ -236,31 +249,41 @@ def looked_up(
         return same_sizes(axes, name, x, shape)
     if name not in ("index", "_unsafe_index"):
         return tuple(unknown(n) for n in shape)
-    indices = [i for i in args[1]]
-    used = [(d, i) for d, i in enumerate(indices) if i is not None]
+    used = [(d, i) for d, i in enumerate(args[1]) if i is not None]
     if not used or any(i.dtype in _MASKS for _, i in used):
         return tuple(unknown(n) for n in shape)
     together = [d for d, _ in used] == list(range(used[0][0], used[0][0] + len(used)))
     wide = max(i.ndim for _, i in used)
     lead = used[0][0] if together else 0
+    places = {d: [i + wide - index.ndim for i, n in enumerate(index.shape) if n > 1] for d, index in used}
+    beside = [at for each in places.values() for at in each]  # two lists in one place pick pairs
+    slices = set()
+    for d, index in used:
+        alone = len(places[d]) < 2 and all(beside.count(at) == 1 for at in places[d])
+        steps = _even_steps(index, size_of(x[d])) if alone and node(index).state == "constant" else None
+        part_of = None if steps is None else cut(x, d, *steps)
+        if part_of is not None:
+            x = part_of
+            slices.add(d)
     taken: list[Dim] = [unknown(n) for n in shape[lead : lead + wide]]
     for d, index in used:
-        long = [i for i, n in enumerate(index.shape) if n > 1]
-        if len(long) > 1:
-            named = node(index).dims
-            for i in long:
-                at = i + wide - index.ndim
-                if known(named[i]) and not known(taken[at]):
-                    taken[at] = named[i]
-            continue
-        if len(long) == 1:
-            at = long[0] + wide - index.ndim
-            dim, flat = x[d], index.flatten()
-            fixed = node(index).state == "constant" and flat.numel() == size_of(dim)
-            if fixed and bool((flat.diff() == 1).all()) and int(flat[0]) == 0:
-                taken[at] = dim
-            elif known(dim):
-                taken[at] = whole(axes.derived("index", dim), flat.numel())
+        for at in places[d]:
+            if len(places[d]) > 1:
+                named = node(index).dims[at - wide + index.ndim]
+                taken[at] = named if known(named) and not known(taken[at]) else taken[at]
+            elif d in slices:
+                taken[at] = x[d]
+            elif known(x[d]):
+                taken[at] = whole(axes.derived("index", x[d]), index.numel())
     rest = [dim for d, dim in enumerate(x) if d not in {d for d, _ in used}]
     result = (*rest[:lead], *taken, *rest[lead:])
-    return tuple(dim if size_of(dim) == n else unknown(n) for dim, n in zip(result, shape, strict=True))
+    return placed(axes, x, tuple(d if size_of(d) == n else unknown(n) for d, n in zip(result, shape, strict=True)))
+
+
+def _even_steps(index: Tensor, size: int) -> tuple[int, int, int] | None:
+    """First, number and step of a list of positions; None for one that goes back or leaves some out unevenly."""
+    flat = index.flatten() % max(size, 1)
+    steps = flat.diff()
+    if len(steps) and (int(steps[0]) < 1 or bool((steps != steps[0]).any())):
+        return None
+    return int(flat[0]), len(flat), int(steps[0]) if len(steps) else 1

@@ -45,7 +45,7 @@ def finish(tracer: Tracer, given: dict[str, Tensor]) -> Graph:
     graph.attentions = _attentions(graph)
     graph.masks = _masks(graph, tracer.padding)
     graph.norms = _norms(graph)
-    graph.blocks = _blocks(tracer, {one.context for one in graph.attentions})
+    graph.blocks = _blocks(tracer, {one.context for one in graph.attentions}, _residual_sums(graph))
     return graph
 
 
@@ -310,32 +310,58 @@ def _before_mean(graph: Graph, node: Node) -> int:
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(tracer: Tracer, attended: set[int]) -> list[Blocks]:
-    by_container: dict[str, list[int]] = {}
-    for index, run in enumerate(tracer.runs):
-        container = run.path.rpartition(".")[0]
-        owner = tracer.by_path.get(container)
-        module = tracer.by_path[run.path]
-        if isinstance(owner, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and any(True for _ in module.children()):
-            by_container.setdefault(container, []).append(index)
+def _residual_sums(graph: Graph) -> set[int]:
+    """The operations that add two activations of one shape."""
+    found = set()
+    for operation in graph.operations:
+        shapes = [node.shape for node in activations(graph, operation)] if operation.kind == "add" else []
+        if len(shapes) == 2 and shapes[0] == shapes[1]:
+            found.add(operation.index)
+    return found
+
+
+def _blocks(tracer: Tracer, attended: set[int], sums: set[int]) -> list[Blocks]:
     work = {op for op in (call.operation for call in tracer.calls if call.kind in ("product", "convolution"))}
     spans = [range(run.first, run.last) for run in tracer.runs]
-    working = {c: [i for i in runs if any(op in work for op in spans[i])] for c, runs in by_container.items()}
+    by_owner: dict[str, list[int]] = {}
+    for index, run in enumerate(tracer.runs):
+        parts = bool(run.path) and any(True for _ in tracer.by_path[run.path].children())
+        if parts and any(op in work for op in spans[index]):
+            by_owner.setdefault(run.path.rpartition(".")[0], []).append(index)
+    lists = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+    working = {c: runs for c, runs in by_owner.items() if isinstance(tracer.by_path.get(c), lists)}
     found: dict[str, list[int]] = {}
     for container, runs in working.items():
         kinds = [_signature(tracer, tracer.runs[i]) for i in runs]
         if any(_alike(a, b) for i, a in enumerate(kinds) for b in kinds[:i]):
             found[container] = runs
+
+    def apart(runs: list[int]) -> bool:
+        """Whether runs hold no block found so far, and are in none."""
+        others = [spans[i] for members in found.values() for i in members]
+        return not any(o.start < spans[i].stop and spans[i].start < o.stop for o in others for i in runs)
+
+    # Blocks of one class with several sizes (the first of a stage widens), or of several classes that take turns
+    # (attention and a state space): each adds to a stream. Inner lists come first.
+    # Where no list holds blocks, modules of one class that stand beside each other (RegNet's b1, b2) are some.
+    inner_first = sorted(by_owner, key=lambda path: -len(path.split(".")) if path else 0)
+    for listed in (True, False):
+        for container in () if found and not listed else inner_first:
+            classes = [type(tracer.by_path[tracer.runs[i].path]) for i in by_owner[container]]
+            runs = [i for i, c in zip(by_owner[container], classes, strict=True) if listed or classes.count(c) > 1]
+            adding = [any(op in sums for op in spans[i]) for i in runs]
+            enough = any(adding) if listed and len(set(classes)) == 1 else all(adding)
+            if listed == (container in working) and len(runs) > 1 and enough and apart(runs):
+                found[container] = runs
     # A stage of one block is a sequence too, where other stages hold more of its kind.
     known = {_kind(tracer, i) for runs in found.values() for i in runs}
-    found |= {c: runs for c, runs in working.items() if runs and all(_kind(tracer, i) in known for i in runs)}
+    beside = working if found.keys() <= working.keys() else by_owner
+    found |= {c: runs for c, runs in beside.items() if all(_kind(tracer, i) in known for i in runs)}
     # So is a list of one block with attention in it, in a model of one layer.
     for container, runs in working.items():
         lone = len(runs) == 1 and isinstance(tracer.by_path[container], nn.ModuleList)
-        if lone and any(op in attended for op in spans[runs[0]]):
-            others = [spans[i] for members in found.values() for i in members]
-            if not any(span.start < spans[runs[0]].stop and spans[runs[0]].start < span.stop for span in others):
-                found[container] = runs
+        if lone and any(op in attended for op in spans[runs[0]]) and apart(runs):
+            found[container] = runs
     ordered = sorted((((container,), runs) for container, runs in found.items()), key=lambda pair: pair[1][0])
     sequences: list[tuple[tuple[str, ...], list[int]]] = _interleaved(tracer, ordered)
     members = {i for _, runs in sequences for i in runs}

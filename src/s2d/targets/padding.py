@@ -1,4 +1,11 @@
-"""Which tokens of a call are real: the padding masks that models receive."""
+"""Which tokens of a call are real: the padding masks that models receive.
+
+The names here are for what no graph can tell. Where one was traced, it says whose mask a key of the batch is, and the
+names are not asked (`s2d.models.masks`, `s2d.decay.traced_model`). Three cases are left: a forward without a trace (the
+teacher's, a model that cannot be traced, a part that a training loop calls by itself), tokens that the model picked or
+moved after its mask was laid on them, and a traced batch without any padding, whose values do not show whether 0 or 1
+marks a token. In each the only witness is the argument's name, which transformers and torch keep by contract.
+"""
 
 from __future__ import annotations
 

@@ -151,6 +151,7 @@ def train(
         held_out.checks,
         held_out.spent,
         run.precision,
+        {**spectral.skipped, **spectral.without_site} if isinstance(spectral, SelectiveSpectralDecay) else {},
     )
 
 

@@ -122,6 +122,7 @@ class Training:
         checks: Step and value of each check on the validation split.
         stopped_early: Whether it ended by ``settings.patience``.
         precision: Precision of the computation, as ``precision="auto"`` chose it.
+        not_conditioned: Weights that the decay left out, and those that write no site alone, with the reason.
     """
 
     steps: int
@@ -133,6 +134,7 @@ class Training:
     checks: list[dict[str, Any]] = field(default_factory=list)
     stopped_early: bool = False
     precision: str = "fp32"
+    not_conditioned: dict[str, str] = field(default_factory=dict)
 
 
 OnStep = Callable[[int, float], None]

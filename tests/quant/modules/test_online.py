@@ -24,7 +24,6 @@ METHODS = ["smoothquant", "rotation", "svdquant", "rotation+awq+svdquant"]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(svdquant, "RANK", 4)
     monkeypatch.setattr(svdquant, "STRENGTHS", (0.5,))
     monkeypatch.setattr("s2d.quant.ptq.awq.STEPS", 2)
 

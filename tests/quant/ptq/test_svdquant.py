@@ -17,12 +17,6 @@ from s2d.quant.ptq import svdquant as module
 from s2d.quant.ptq.svdquant import TokenSample, low_rank, low_rank_quickly, svdquant
 
 
-@pytest.fixture(autouse=True)
-def small_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of width 48 have room for a branch of rank 4."""
-    monkeypatch.setattr(module, "RANK", 4)
-
-
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30)])
 def test_the_branch_is_the_best_of_its_rank(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -98,11 +92,17 @@ def test_it_comes_last() -> None:
             quantize(case.model, "w4a4", calibration=case.batches, method=method)
 
 
-def test_a_model_too_small_for_a_branch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RANK", 32)
-    case = build("vit")
-    with pytest.raises(InputError, match="more than 64 inputs and outputs in ViTModel"):
-        quantize(case.model, "w4a4", calibration=case.batches, method="svdquant")
+@pytest.mark.parametrize(("sides", "rank"), [((384, 384), 32), ((128, 512), 32), ((48, 96), 12), ((6, 4), 1)])
+def test_the_rank_is_32_or_a_quarter_of_the_narrower_side(sides: tuple[int, int], rank: int) -> None:
+    model, x = nn.Sequential(nn.Linear(*sides)).eval(), torch.randn(16, sides[0])
+    made = quantize(model, "w4a8", calibration=[x], method="svdquant")[0]
+    assert isinstance(made, OnlineLinear) and made.down is not None and made.down.shape == (rank, sides[0])
+
+
+def test_layers_without_room_for_a_branch_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 8)).eval()
+    with pytest.raises(InputError, match="no quantized Linear of at least 4 inputs and outputs in Sequential"):
+        quantize(model, "w4a4", calibration=[torch.randn(4, 3)], method="svdquant")
 
 
 def test_a_failed_call_in_place_leaves_the_model_as_it_was() -> None:

@@ -163,10 +163,14 @@ def file_bytes(model: nn.Module, sites: Sequence[Site], runtime: Runtime, embedd
     return total
 
 
-def branch_bytes(sites: Sequence[Site]) -> int:
-    """Bytes of the branches that SVDQuant adds to a plan."""
-    weights = [site.shape for site in sites if site.what == "weight" and site.format is not None]
-    return sum(4 * RANK * (shape[0] + math.prod(shape[1:])) for shape in weights)
+def added_bytes(sites: Sequence[Site], method: str) -> int:
+    """Bytes that a method adds to a plan's file: SVDQuant's branches, and at most a rotation's matrices."""
+    shapes = [site.shape for site in sites if site.what == "weight" and site.format is not None]
+    sizes = [(shape[0], math.prod(shape[1:])) for shape in shapes]
+    branches = sum(4 * RANK * (outputs + inputs) for outputs, inputs in sizes) if "svdquant" in method else 0
+    # The inputs of an MLP's second Linear are rotated in every forward; other rotations are in the weights.
+    turned = sum(4 * inputs * inputs for outputs, inputs in sizes if inputs > outputs) if "rotation" in method else 0
+    return branches + turned
 
 
 def tables_of(model: nn.Module) -> list[nn.Embedding]:

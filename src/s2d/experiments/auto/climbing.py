@@ -10,7 +10,7 @@ from torch import nn
 
 from s2d import quant
 from s2d.errors import InputError
-from s2d.experiments.auto.candidates import Candidate, Scored, branch_bytes, file_bytes, front
+from s2d.experiments.auto.candidates import Candidate, Scored, added_bytes, file_bytes, front
 from s2d.experiments.auto.forecast import Forecast
 from s2d.experiments.auto.ladder import PRODUCTS, RUNGS, View, scored_specs
 from s2d.experiments.auto.promise import Promise
@@ -21,6 +21,7 @@ from s2d.export.runtime import Runtime
 from s2d.quant import QuantSpec
 
 _MOST = 40  # candidates that are tried, at most
+_FILLS = 8  # of them only because they are expected on the front, between the safest and the most wanted
 
 
 class Climbing:
@@ -70,7 +71,7 @@ class Climbing:
                 self._sizes[name] = (0, None, str(error))
                 return self._sizes[name]
             size = file_bytes(self.model, sites, self.runtime, candidate.embeddings)
-            size += branch_bytes(sites) if "svdquant" in candidate.method else 0
+            size += added_bytes(sites, candidate.method)
             self._sizes[name] = (size, self.runtime.time_of(sites), self.runtime.complaint(sites))
         return self._sizes[name]
 
@@ -82,16 +83,16 @@ class Climbing:
         Returns:
             Whether the end of the ladder was reached.
         """
-        tried = 0
+        tried = fills = 0
         while tried < _MOST:
             forecast = self.forecast(records)
             pool = self._pool(forecast, records)
             chosen = forecast.next(pool)
             if chosen is None:
                 missing = [each for each in self._front(forecast, pool, records) if each.key not in records.scored]
-                if not missing:
+                if not missing or fills == _FILLS:
                     break
-                chosen = missing[0]
+                chosen, fills = missing[0], fills + 1
             if over():
                 return False
             self.watcher.advance(tried, chosen.label)

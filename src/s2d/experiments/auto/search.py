@@ -182,11 +182,12 @@ class Search:
         self._decide()
         self._judge_rounds()
         hopeless = self.safest.key in self.records.files and self.safest.key not in self.rounds.accepted
-        # Where the safest is not accepted, every round would end with it.
-        while not (hopeless or self._stopped or (self._climbed and self.rounds.wanted_most)):
-            ended = self._climbed or self.climbing.climb(self.records, lambda: self._left() <= self._reserve())
-            if ended and not self._climbed:
-                self.records.climbed.append(self.promise.within)
+        climbed, within = self.records.climbed, self.promise.within
+        # Where the safest is not accepted, every round would end with it; what a looser promise found is enough.
+        while not (hopeless or self._stopped or (max(climbed, default=0.0) >= within and self.rounds.wanted_most)):
+            ended = within in climbed or self.climbing.climb(self.records, lambda: self._left() <= self._reserve())
+            if ended and within not in climbed:
+                climbed.append(within)
             planned = self._next_round()
             if not planned:
                 break
@@ -198,11 +199,6 @@ class Search:
                 break
             if kind not in self._repairs_done():
                 self._repair(kind)
-
-    @property
-    def _climbed(self) -> bool:
-        """Whether the ladder was tried to its end for this promise."""
-        return self.promise.within in self.records.climbed
 
     def _next_round(self) -> list[Candidate]:
         """The candidates to judge next, the safest first: at first all that are worth a file, later those between the

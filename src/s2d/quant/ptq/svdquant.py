@@ -1,14 +1,14 @@
 """SVDQuant: the strongest singular directions of a weight are kept beside it at 16 bits, the rest is rounded.
 
 Li et al., "SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models", ICLR 2025, arXiv
-2411.05007, section 4. With inputs smoothed by s (a grid of strengths, the best per layer) and the top 32 singular
-triplets of the smoothed weight:
+2411.05007, section 4. With inputs smoothed by s (a grid of strengths, the best per layer) and the top singular
+triplets of the smoothed weight, 32 of them or, where that is less, a quarter of its narrower side:
 
     X^ = X / s,   W^ = W s,   W^ ~ U D  (rank r),        Y = X^ (U D)^T [16 bits] + Q(X^) Q(W^ - U D)^T
 
 The smoothing happens where the input is rounded, so it needs no norm in front and works on every family and layer. The
-branch costs r (I + O) products a token against I O. It is the counterpart of conditioning: SVDQuant takes the top
-directions out of the rounded weight, conditioning makes them smaller.
+branch costs r (I + O) products a token against I O, never more than half of them. It is the counterpart of
+conditioning: SVDQuant takes the top directions out of the rounded weight, conditioning makes them smaller.
 
 Factors are rounded to bfloat16 before they are subtracted, so the remainder includes their rounding error; the
 branch's inputs stay at the model's own precision, which 16-bit kernels round. The strength is chosen for the error of
@@ -66,6 +66,11 @@ class TokenSample:
         self.rows, self.keys = rows[chosen.to(rows.device)].clone(), keys[chosen]
 
 
+def rank_for(weight: Tensor) -> int:
+    """The rank of the branch of a weight ``[O, I]``: 32, or a quarter of its narrower side."""
+    return min(RANK, min(weight.shape) // 4)
+
+
 def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation ``up @ down`` of a weight with that rank, factors of equal size, rounded to bfloat16.
 
@@ -103,9 +108,9 @@ def low_rank_quickly(weight: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     return basis.T.bfloat16().to(weight), up.bfloat16().to(weight)
 
 
-@register("svdquant", f"a 16-bit branch of rank {RANK} beside each smoothed, rounded weight", stage="transform")
+@register("svdquant", f"a 16-bit branch of rank {RANK} or less beside each smoothed, rounded weight", stage="transform")
 def svdquant(job: Job) -> None:
-    """Smooth and split every quantized Linear whose weight is larger than its branch; reads the data once or twice.
+    """Smooth and split every quantized Linear; reads the data once or twice.
 
     The fused projection of an `nn.MultiheadAttention` is no Linear and is left to the rounding alone, and so is a head
     that shares its weight with the embedding.
@@ -113,7 +118,7 @@ def svdquant(job: Job) -> None:
     Own protocol: ranges of least squared error (the paper's are those of groups of 64, found anew in every forward).
 
     Raises:
-        InputError: No quantized Linear is large enough for a branch.
+        InputError: The model has no quantized Linear of at least 4 inputs and outputs.
     """
     least_error(job)
     refuse_low_rank(job.model, "svdquant")
@@ -135,8 +140,8 @@ def svdquant(job: Job) -> None:
             done += split(job, name, module, sample)
     if not done:
         raise InputError(
-            f"svdquant finds no quantized Linear of more than {2 * RANK} inputs and outputs in "
-            f"{type(job.model).__name__}; use another method"
+            f"svdquant finds no quantized Linear of at least 4 inputs and outputs in {type(job.model).__name__}; "
+            "use another method"
         )
 
 
@@ -147,7 +152,8 @@ def split(job: Job, name: str, module: QuantizedLinear, sample: TokenSample) -> 
     weight, rows = module.weight.detach().float(), sample.rows.float()
     wanted = F.linear(rows, weight)
     best: tuple[float, Tensor] | None = None
-    start = torch.randn(weight.shape[1], RANK, generator=sample.generator).to(weight)
+    rank = rank_for(weight)
+    start = torch.randn(weight.shape[1], rank, generator=sample.generator).to(weight)
     for strength in STRENGTHS:
         scale = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
         if strength:
@@ -163,7 +169,7 @@ def split(job: Job, name: str, module: QuantizedLinear, sample: TokenSample) -> 
     assert isinstance(module, nn.Module)
     online = make_online(module)
     online.smooth_input(best[1])
-    online.split_off(*low_rank(online.weight, RANK))
+    online.split_off(*low_rank(online.weight, rank))
     return True
 
 
@@ -180,9 +186,9 @@ def _error(job: Job, name: str, x: Tensor, wanted: Tensor, smoothed: Tensor, dow
 
 
 def _worth_it(job: Job, module: QuantizedLinear) -> bool:
-    """Whether the weight is rounded, larger than its branch, and no other module's too, as a tied head's is."""
+    """Whether the weight is rounded, has room for a branch, and is no other module's too, as a tied head's is."""
     users = sum(weight is module.weight for each in job.model.modules() for weight in each._parameters.values())
-    return module.weight_quantizer is not None and min(module.weight.shape) > 2 * RANK and users == 1
+    return module.weight_quantizer is not None and rank_for(module.weight) > 0 and users == 1
 
 
 def _outside(job: Job) -> Iterator[tuple[str, QuantizedLinear, TokenSample]]:
