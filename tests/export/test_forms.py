@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import s2d
 from s2d.errors import InputError, MissingExtra
-from s2d.export import open_exported
+from s2d.export import graphs, open_exported
 from s2d.export.gate import cosine
 from s2d.optional import require
 
@@ -81,6 +81,35 @@ def test_forms_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             s2d.export(model, tmp_path / name, example=example, form=form)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "site"),
+    [("w8a2", "uint2"), ("w3a3", "uint3"), ({"base": "w8a8", "activation": {"format": "int4"}}, "int4")],
+)
+def test_grids_inside_a_4_bit_type_are_refused_before_the_trace(
+    spec: Any, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "write_onnx", lambda *_, **__: pytest.fail("traced"))
+    model, example = quantized("bert", spec)
+    with pytest.raises(InputError, match=f" is {site}, which form types stores in a 4-bit type.*use form qdq, or"):
+        s2d.export(model, tmp_path / "model.onnx", example=example, form="types")
+
+
+def test_a_span_of_a_free_length_is_refused_before_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(graphs, "write_onnx", lambda *_, **__: pytest.fail("traced"))
+    for name, spec in (("llama", "w8a8kv8"), ("bert", "w16a16kv4")):
+        model, example = quantized(name, spec)
+        with pytest.raises(InputError, match="k has a range for 32 tokens, which OpenVINO.* name the file NAME.onnx"):
+            s2d.export(model, tmp_path / "model.xml", example=example)
+
+
+@pytest.mark.parametrize("spec", ["w8a5", "w8a3"])
+def test_the_encodings_file_takes_no_grid_inside_a_type(spec: str, tmp_path: Path) -> None:
+    model, example = quantized("bert", {"base": spec, "attention": False})
+    with pytest.raises(InputError, match=f"rounds its input to uint{spec[-1]}, and the encodings file describes"):
+        s2d.export(model, tmp_path / "model.encodings", example=example)
 
 
 def test_a_package_that_is_too_old_is_named_with_the_install_line(

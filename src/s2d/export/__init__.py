@@ -18,7 +18,7 @@ from s2d.export.fixed_shapes import fitted, is_sequence, padding_id, whole_shape
 from s2d.export.gate import Check, ExportReport
 from s2d.export.graphs import export_graph
 from s2d.export.onnx import CPU, OnnxModel
-from s2d.export.openvino import OpenVinoModel
+from s2d.export.openvino import OpenVinoModel, refuse_spans
 from s2d.export.operators import FORMS, Form
 from s2d.export.runtime import stack_complaint
 from s2d.export.torch_int import integer_model
@@ -114,6 +114,8 @@ def export(
     complaint = stack_complaint(kept.sites, target.suffix or "compressed-tensors")
     if complaint is not None:
         raise InputError(complaint)
+    if target.suffix == ".xml":
+        refuse_spans(kept.sites, example)
     model, example = in_float32(model, example, notes)
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
     asked = provider if provider is not None or fallback else CPU

@@ -34,6 +34,7 @@ SUFFIX = ".encodings"
 VERSION = "1.0.0"
 # Types of ONNX: the width of their codes, and whether they are signed.
 _BITS = {21: (4, False), 22: (4, True), 2: (8, False), 3: (8, True), 4: (16, False), 5: (16, True)}
+TYPES = (4, 8, 16)  # bits of a tensor; a narrower grid inside a type would be lost with its Clip
 SAME = 1e-4  # of the largest output: float32 in another order of sums
 
 
@@ -58,6 +59,11 @@ def export_encodings(
             raise InputError(
                 f"{layer.name}: {NAME} has static ranges for inputs, and a scale a channel or a tensor for weights; "
                 "the nearest spec is w8a8"
+            )
+        if layer.activation is not None and layer.activation.format.bits not in TYPES:
+            raise InputError(
+                f"{layer.name} rounds its input to {layer.activation.format.name}, and {NAME} describes activations of "
+                f"{', '.join(map(str, TYPES))} bits; the nearest spec is '{{base: w8a8, attention: false}}'"
             )
     if (size := sum(each.numel() for each in model.parameters()) * 4) > TWO_GB:
         raise InputError(f"{type(model).__name__} has {size / 1e9:.1f} GB in float32, and one ONNX file holds 2 GB")

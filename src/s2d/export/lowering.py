@@ -219,7 +219,7 @@ def _lower_linear(module: Any, form: Form) -> None:
     if quantizer is not None:
         activation = integer_activation(quantizer)
         token = activation if activation.dynamic else None
-        module.input_quantizer = None if token else Rounded(activation, form)
+        module.input_quantizer = None if token else _rounded(quantizer, activation, form)
     weights: WeightQuantizer | None = module.weight_quantizer
     if weights is None:
         if quantizer is not None:
@@ -289,7 +289,19 @@ def _lowered(quantizer: Quantizer, form: Form) -> nn.Module:
     if isinstance(quantizer, (LogSqrt2Quantizer, TwinQuantizer)):
         return _Plain(quantizer)
     activation = integer_activation(quantizer)
-    return _Plain(quantizer) if activation.scale is None or activation.scale.ndim else Rounded(activation, form)
+    if activation.scale is None or activation.scale.ndim:
+        return _Plain(quantizer)
+    return _rounded(quantizer, activation, form)
+
+
+def _rounded(quantizer: Quantizer, activation: IntegerActivation, form: Form) -> Rounded:
+    made = Rounded(activation, form)
+    if made.clips and operators.narrow(made.low, made.top, form) is not None:
+        raise InputError(
+            f"{quantizer.name} is {activation.format.name}, which form types stores in a 4-bit type behind a Clip, and "
+            "onnxruntime loads no such file; use form qdq, or activations in uint4 or uint8 (w4a4, w8a8)"
+        )
+    return made
 
 
 class _Plain(nn.Module):

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.export.fixed_shapes import is_sequence
 from s2d.export.onnx import named
 from s2d.optional import require
+from s2d.quant.modules.sites import Site
+
+
+def refuse_spans(sites: Sequence[Site], example: Mapping[str, Tensor]) -> None:
+    """Refuse ranges of several tokens where the length is free: OpenVINO 2026.4 ends its process on such a graph.
+
+    Args:
+        sites: The plan.
+        example: A batch of keyword inputs.
+
+    Raises:
+        InputError: The first such site, and what to use instead.
+    """
+    span = next((each for each in sites if each.format is not None and each.granularity == "span"), None)
+    if span is not None and any(is_sequence(value) for value in example.values()):
+        raise InputError(
+            f"{span.name} has a range for {span.group} tokens, which OpenVINO cannot run where the length is free; "
+            "name the file NAME.onnx (for onnxruntime), or quantize with one range (w8a8) or one a token (w8a8-token)"
+        )
 
 
 def convert(source: Path, path: Path) -> None:

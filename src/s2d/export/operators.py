@@ -43,6 +43,13 @@ def clips(low: int, top: int, form: Form) -> bool:
     return (low, top) not in _WHOLE and not (form == "types" and (low, top) == (0, 15))
 
 
+def narrow(low: int, top: int, form: Form) -> int | None:
+    """The 4-bit type of ONNX in which a form stores codes ``low..top``; None for a wider type."""
+    if form != "types":
+        return None
+    return next((kind for (a, b), kind in _NARROW.items() if a <= low and top <= b), None)
+
+
 @torch.library.custom_op("s2d::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, top: int, axis: int) -> Tensor:
     """``x`` as its codes low..top hold it; scale and zero point (typed as codes) ``[]``, or ``[n]`` along ``axis``."""
@@ -143,9 +150,9 @@ def translations(form: Form = "qdq") -> dict[Any, Any]:
         along = max(axis, 0)
         if clips(low, top, form):
             x = clipped(x, scale, zero_point, low, top, axis)
-        narrow = next((kind for (a, b), kind in _NARROW.items() if a <= low and top <= b), None)
-        if form == "types" and narrow is not None:
-            zero_point = op.Cast(zero_point, to=narrow)
+        kind = narrow(low, top, form)
+        if kind is not None:
+            zero_point = op.Cast(zero_point, to=kind)
         codes = op.QuantizeLinear(x, scale, zero_point, axis=along)
         return op.DequantizeLinear(codes, scale, zero_point, axis=along)
 
