@@ -175,13 +175,15 @@ def at_site(
 
     kinds = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or type(m).__name__ == "Conv1D"]
     hooks = [module.register_forward_pre_hook(note) for module in kinds]
-    kept = rows[channel].clone()
+    kept, training = rows[channel].clone(), model.training
+    model.eval()  # some models hide random times by numpy's own numbers
     for factor in (1.0, 2.0):
         rows[channel] = (kept + offset) * factor - offset
         seen.append([])
         torch.manual_seed(0)
         run(model, batch)
     rows[channel] = kept
+    model.train(training)
     for hook in hooks:
         hook.remove()
     return next((pair for pair in zip(*seen, strict=True) if not torch.equal(*pair)), None)
