@@ -175,14 +175,14 @@ class Audit(_Saved):
     def records(self) -> list[JSON]:
         """The rows as plain dictionaries, as they are in the JSON; the error's key names its bits, ``w4a4_error``.
 
-        What was not asked for (``propagated``) has no key.
+        What was not asked for (``propagated``) has no key, nor has what only parameters of several experts have.
         """
         asked = any(row.propagated is not None for row in self.rows)
         return [
             {
                 (f"{self.spec}_error" if name == "error" else name): value
                 for name, value in vars(row).items()
-                if asked or name != "propagated"
+                if (asked or name != "propagated") and (row.experts is not None or name not in ("expert", "experts"))
             }
             for row in self.rows
         ]

@@ -130,6 +130,7 @@ def quantize(
     from s2d.experiments.quantizing import Order, quantize_model
     from s2d.export.runtime import find_runtime
     from s2d.quant import QuantSpec
+    from s2d.quant.modules.sites import described
 
     runtime = None if for_ is None else find_runtime(for_)
     parsed = QuantSpec.parse(spec or (runtime.spec if runtime is not None and runtime.spec else "w4a4"))
@@ -147,5 +148,4 @@ def quantize(
     with Watch(Console(stderr=True), quiet=quiet or steps is None) as watch:  # else the bars are those of quantize
         plan, run = quantize_model(order, None if dry_run else out, say=partial(say, quiet), watcher=watch)
     if json_file is not None and processes.leads():
-        sites = [{**vars(site), "format": None if site.format is None else site.format.name} for site in plan]
-        save_json(json_file, {"run": run, "plan": sites})
+        save_json(json_file, {"run": run, "plan": [described(site) for site in plan]})

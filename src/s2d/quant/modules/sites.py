@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -175,6 +175,12 @@ def describe(sites: Sequence[Site]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def described(site: Site) -> dict[str, Any]:
+    """A site as plain data, as files hold it; only those of stacks have a ``summed``."""
+    row = {**vars(site), "format": None if site.format is None else site.format.name}
+    return row if site.summed else {name: value for name, value in row.items() if name != "summed"}
 
 
 def insert(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Quantizer]:

@@ -16,7 +16,6 @@ import copy
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from s2d.io.files import in_place_of
 from s2d.models.saved import types_of
 from s2d.quant.modules import online
 from s2d.quant.modules.record import Record, record, remove, switch_on
-from s2d.quant.modules.sites import Site, insert, refuse_quantized, replace_quantizer, weight_name
+from s2d.quant.modules.sites import Site, described, insert, refuse_quantized, replace_quantizer, weight_name
 from s2d.quant.numerics import log_and_twin  # noqa: F401 - power enters its kinds of quantizers
 from s2d.quant.numerics.formats import (
     BlockFormat,
@@ -152,7 +151,7 @@ def write_into(model: nn.Module, folder: Path) -> None:
         "model": type(model).__name__,
         "method": kept.method,
         "spec": kept.spec.to_dict(),
-        "sites": [{**asdict(site), "format": site.format.name if site.format else None} for site in kept.sites],
+        "sites": [described(site) for site in kept.sites],
         "quantizers": [name for name, module in model.named_modules() if isinstance(module, Quantizer)],
         "kinds": _kinds(model),
         "online": online.describe(model),
