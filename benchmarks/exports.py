@@ -226,7 +226,7 @@ def main() -> int:
         text = ["# Exports: what is written, what is refused", ""]
         text += ["Tiny models, every spec, every exporter. Made by", ""]
         text += ["    python benchmarks/exports.py --json build/exports.json --markdown docs/results/exports.md", ""]
-        text += ["which goes on where it stopped. No data file: the page holds every cell.", ""]
+        text += ["which goes on where it stopped.", "", "No data file: the page holds every cell.", ""]
         each = ", ".join(f"{suffix} {sum(key.endswith(f'| {suffix}') for key in found)}" for suffix in EXPORTERS)
         text += [f"{len(found)} cells were run ({each}), {missing} were not; {faults} faults.", "", *LEGEND, ""]
         text += [*tables(found), ""]
