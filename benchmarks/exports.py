@@ -223,10 +223,10 @@ def main() -> int:
     faults = sum(text.startswith(("DIFFERS", "CRASH")) for text in found.values())
     print(f"{len(found)} cells, {missing} missing, {faults} faults")
     if chosen.markdown is not None:
-        text = ["# Exports: what is written, what is refused", ""]
+        text = ["# Exports: what is written, what is refused", "", "No data file: the page holds every cell.", ""]
         text += ["Tiny models, every spec, every exporter. Made by", ""]
         text += ["    python benchmarks/exports.py --json build/exports.json --markdown docs/results/exports.md", ""]
-        text += ["which goes on where it stopped. No data file: the page holds every cell.", ""]
+        text += ["which goes on where it stopped.", ""]
         each = ", ".join(f"{suffix} {sum(key.endswith(f'| {suffix}') for key in found)}" for suffix in EXPORTERS)
         text += [f"{len(found)} cells were run ({each}), {missing} were not; {faults} faults.", "", *LEGEND, ""]
         text += [*tables(found), ""]

@@ -114,7 +114,32 @@ def weight_of(model: nn.Module, what: str, batch: Any) -> str | None:
     if what == "gain":
         names += [name for name, p in everything if p.ndim == 1 and name not in names]
         return next((name for name in names if is_read(model, name, batch)), names[0] if names else None)
-    return names[0] if names else None
+    stacks = [n for n, p in model.named_parameters() if n.endswith("experts.gate_up_proj") and p.ndim == 3]
+    return names[0] if names else stacks[len(stacks) // 2] if stacks and what == "fc1" else None
+
+
+@torch.no_grad()
+def plant_expert(model: nn.Module, name: str, batch: Any, limit: float) -> int:
+    """Scale one row of one expert; which, counted through all experts. A loop over the experts tells what is there."""
+    module: Any = model.get_submodule(name.rpartition(".")[0])
+    weight, seen = model.get_parameter(name), []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, *kwargs.values())), with_kwargs=True
+    )
+    model.eval()
+    run(model, batch)
+    model.train()
+    handle.remove()
+    x, chosen = seen[0][:2]
+    made = [
+        x.flatten(0, -2)[(chosen.flatten(0, -2) == expert).any(1)] @ weight[expert].mT for expert in range(len(weight))
+    ]
+    sites = [module.act_fn(gate) * up for gate, up in (y.chunk(2, -1) for y in made)]
+    expert = max(range(len(sites)), key=lambda each: len(sites[each]))
+    row = weight.shape[1] // 2 + int(sites[expert].abs().amax(0).argmax())
+    largest = sites[expert][:, row - weight.shape[1] // 2].abs().max()
+    weight[expert, row] *= TIMES * limit * (torch.cat(sites).square().mean().sqrt() / largest).item()
+    return expert * weight.shape[1] + row
 
 
 @torch.no_grad()
@@ -132,6 +157,17 @@ def is_read(model: nn.Module, name: str, batch: Any) -> bool:
 def offset_of(weight: Tensor) -> float:
     """1 for Gemma's gains, which are stored less 1."""
     return 1.0 if weight.ndim == 1 and bool((weight == 0).all()) else 0.0
+
+
+def linear_rows(model: nn.Module, name: str, width: int) -> tuple[int, int]:
+    """The first row of a weight that is no gate, query or key, and the one after the last."""
+    if re.search(r"qkv|query_key_value|c_attn|Wqkv", name):
+        return (width - 4 if "query_key_value" in name else width - width // 3), width  # in NeoX heads take turns
+    parent = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    last = getattr(parent, "fc2", None)  # timm's GluMlp: fc1 makes the gate too, and fc2 reads half as many
+    if isinstance(last, nn.Linear) and 2 * last.in_features == width:
+        return (0, width // 2) if getattr(parent, "gate_last", False) else (width // 2, width)
+    return (width // 2 if re.search(r"gate_up|mlp\.Wi|\.kv\.", name) else 0), width
 
 
 def channels_first(module: nn.Module) -> bool:
@@ -175,13 +211,15 @@ def at_site(
 
     kinds = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) or type(m).__name__ == "Conv1D"]
     hooks = [module.register_forward_pre_hook(note) for module in kinds]
-    kept = rows[channel].clone()
+    kept, training = rows[channel].clone(), model.training
+    model.eval()  # some models hide random times by numpy's own numbers
     for factor in (1.0, 2.0):
         rows[channel] = (kept + offset) * factor - offset
         seen.append([])
         torch.manual_seed(0)
         run(model, batch)
     rows[channel] = kept
+    model.train(training)
     for hook in hooks:
         hook.remove()
     return next((pair for pair in zip(*seen, strict=True) if not torch.equal(*pair)), None)
@@ -196,12 +234,8 @@ def plant(model: nn.Module, name: str, what: str, batch: Any, limit: float) -> i
     y = output_of(model, name.rpartition(".")[0], batch)
     width = len(rows)
     size = torch.ones(width) if y is None else (y.mean(0).abs() if what == "value" else y.amax(0))
-    first = width - width // 3 if re.search(r"qkv|query_key_value|c_attn|Wqkv", name) else 0
-    if re.search(r"query_key_value", name):
-        first = width - 4  # heads take turns
-    if re.search(r"gate_up|mlp\.Wi|\.kv\.", name):
-        first = width // 2
-    channel = first + int(size[first:].argmax())
+    first, end = linear_rows(model, name, width)
+    channel = first + int(size[first:end].argmax())
     others = torch.arange(width) != channel
     site = at_site(model, rows, channel, batch) if what == "value" else None
     if site is not None:  # attention averages values: its own output tells how large the channel is
@@ -256,7 +290,8 @@ def condition(make: Any, batch: Any, what: str, limit: float) -> dict[str, Any]:
         if told is None and name not in {target.name for target in decay.targets}:
             told = "a convolution: no target of the default kinds"
         return {"weight": name, "ok": None, "why": told or "it has a site; channels first are not planted here"}
-    channel = plant(model, name, what, batch, limit)
+    stacked = model.get_parameter(name).ndim == 3
+    channel = plant_expert(model, name, batch, limit) if stacked else plant(model, name, what, batch, limit)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -283,6 +318,7 @@ def condition(make: Any, batch: Any, what: str, limit: float) -> dict[str, Any]:
         if n == name:
             conv1d = type(model.get_submodule(n.rpartition(".")[0])).__name__ == "Conv1D"
             p, here = (p.mT, here.mT) if conv1d else (p, here)
+            p, here = (p.flatten(0, 1), here.flatten(0, 1)) if stacked else (p, here)
         same = (
             torch.tensor([torch.equal(a, b) for a, b in zip(p, here, strict=True)]) if p.ndim else torch.equal(p, here)
         )

@@ -112,6 +112,8 @@ def _reason(call: Call) -> str:
         return "a parameter of three dimensions that is no stack of matrices, in which no quantizer can sit yet"
     if not call.plain:
         return "the weight is computed from this parameter, and no quantizer can sit in between yet"
+    if call.module in {name.rpartition(".")[0] for name in call.parameters}:
+        return f"a parameter that {call.module_class} multiplies by itself; no quantizer can sit there yet"
     return f"{call.module_class} uses this weight without calling its module, so a quantizer there would never run"
 
 

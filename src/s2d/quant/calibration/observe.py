@@ -335,7 +335,10 @@ def _observer(site: Site) -> Observer | PerHead:
 
 
 def _watcher(
-    observer: Observer | PerHead, site: Site, mask: Callable[[], Padding], rows: Callable[[], Any] | None
+    observer: Observer | PerHead,
+    site: Site,
+    mask: Callable[[], Padding],
+    rows: Callable[[], tuple[Tensor | None, int]] | None,
 ) -> Callable[[Tensor], None]:
     def see(x: Tensor) -> None:
         if rows is not None:  # of a stack: the tokens were sorted and picked since

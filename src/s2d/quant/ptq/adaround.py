@@ -174,7 +174,9 @@ def reconstruct(job: Job, block: Block, steps: int = STEPS) -> None:
 
     def penalise(progress: float) -> None:
         beta = beta_at(progress)
-        for module in soft.values() if beta is not None else ():  # one after the other, for memory's sake
+        if beta is None:
+            return
+        for module in soft.values():  # one after the other, for memory's sake
             (PENALTY * module.penalty(beta)).backward(inputs=[module.V])
 
     with replaced(job, block, soft) as ranges:
