@@ -25,7 +25,7 @@ _LEGEND = """
 PCDR₁       share of the outliers that the weight's first singular component makes; near 1: that component is the cause
 out/RMS     the largest output over the root mean square of all; a bell curve has about 5
 {error:<11} change of the typical output channel when this weight and its input alone are quantized
-selected    what s2d condition would shrink: components of the weight or directions of the data, and how many
+selected    how many components make them, of the weight or of its outputs (data); the decay's default selects channels
 """
 
 

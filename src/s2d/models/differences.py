@@ -22,7 +22,6 @@ JSON = dict[str, Any]
 _LIBRARIES = ("torch.nn.", "timm.", "open_clip.")
 _FUNCTIONS = ("torch.nn.functional", "torch._C._nn", "timm.layers.")
 _INTERNAL = frozenset({*nn.Module().__dict__, "forward"})
-_ADDED = ("left", "right", "smooth", "down", "up", "enter", "leave")  # added by methods, see quant/online.py
 # A library's notes on the origin of weights; no computation uses them.
 _NOTES = frozenset({"pretrained_cfg", "default_cfg", "config", "generation_config", "feature_info"})
 
@@ -201,7 +200,7 @@ def _buffers(module: nn.Module) -> JSON:
         kind = "float32" if value is None or value.is_floating_point() else str(value.dtype).removeprefix("torch.")
         return [None if value is None else list(value.shape), kind, kept]
 
-    added = _ADDED if hasattr(type(module), "plain_class") else ()  # stored with the quantizers
+    added = getattr(type(module), "added_buffers", ())  # of methods; stored with the quantizers
     return {key: entry(key, value) for key, value in module._buffers.items() if key not in added}
 
 

@@ -13,6 +13,7 @@ from tests.quant.tiny_models import Case
 from torch import Tensor, nn
 
 from s2d import quant
+from s2d.checkpoint import load, save
 from s2d.quant.calibration.corrections import RIDGE, Moments
 from s2d.quant.modules.online import OnlineBlock
 from s2d.quant.ptq.qwt import compensation, with_ones
@@ -96,3 +97,14 @@ def test_saved_is_what_is_in_memory_and_taken_out_leaves_the_plain_model(
     assert [type(module) for module in model.modules()] == [type(module) for module in case.model.modules()]
     if rounding == "rtn":
         assert torch.equal(case.output(model), case.output())
+
+
+def test_a_timm_model_with_compensation_comes_back(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    images = [(torch.randn(4, 3, 16, 16),) for _ in range(2)]
+    quantized = quant.quantize(model, "w4a8", calibration=images, method="qwt")
+    save(quantized, tmp_path / "model")
+    assert torch.equal(load(tmp_path / "model").model(images[0][0]), quantized(images[0][0]))

@@ -46,6 +46,7 @@ class OnlineLinear(QuantizedLinear):
         up: U ``[O, r]``.
     """
 
+    added_buffers = LINEAR_BUFFERS  # which `s2d.models.differences` leaves to storage
     left: Tensor | None
     right: Tensor | None
     smooth: Tensor | None
@@ -114,6 +115,7 @@ class OnlineBlock(Quantized):
         compensation_bias: c ``[D]``, or None.
     """
 
+    added_buffers = BLOCK_BUFFERS
     enter: Tensor | None
     leave: Tensor | None
     compensation: Tensor | None
