@@ -114,7 +114,9 @@ def weight_of(model: nn.Module, what: str, batch: Any) -> str | None:
     if what == "gain":
         names += [name for name, p in everything if p.ndim == 1 and name not in names]
         return next((name for name in names if is_read(model, name, batch)), names[0] if names else None)
-    stacks = [n for n, p in model.named_parameters() if n.endswith("experts.gate_up_proj") and p.ndim == 3]
+    # Of experts whose gates come first; where gates and values take turns (gpt-oss), the tests plant one.
+    stacks = [n for n, p in model.named_parameters() if n.endswith("experts.gate_up_proj") and p.ndim == 3
+              and hasattr(model.get_submodule(n.rpartition(".")[0]), "act_fn")]  # fmt: skip
     return names[0] if names else stacks[len(stacks) // 2] if stacks and what == "fc1" else None
 
 
