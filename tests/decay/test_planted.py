@@ -14,8 +14,6 @@ sweep: Any = importlib.import_module("planted_outliers")
 
 # Shared blocks, gains of 1 + w, experts, two towers that read each other, two beside one another, functional weights.
 SHARE = ("AlbertModel", "GemmaForCausalLM", "MixtralForCausalLM", "WhisperModel", "CLIPModel", "eva02_tiny_patch14_224")
-# The weights of experts are three-dimensional parameters: test_planted_experts.py.
-NO_FC1 = ("MixtralForCausalLM",)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +27,5 @@ def made() -> dict[str, tuple[Any, Any]]:
 def test_a_planted_outlier_is_shrunk_below_the_limit_and_nothing_else_changes(name: str, made: Any) -> None:
     found = sweep.look(*made[name])
     for what, row in found.items():
-        if what == "fc1" and name in NO_FC1:
-            assert row["weight"] is None
-        else:
-            assert row["ok"], (what, row)
-            assert row["first_ratio"] > row["limit"] > row["last_ratio"] and not row["others_changed"]
+        assert row["ok"], (what, row)
+        assert row["first_ratio"] > row["limit"] > row["last_ratio"] and not row["others_changed"]
