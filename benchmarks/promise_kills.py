@@ -21,12 +21,13 @@ import sys
 import time
 from pathlib import Path
 
-from s2d.experiments.recipe import make_recipe
+from promises import add_subject, task_of
+
 from s2d.export import open_exported
 from s2d.io.files import write_json
 from s2d.io.provenance import run_metadata
 from s2d.models import load
-from s2d.tasks import Task, create
+from s2d.tasks import Task
 from s2d.tasks.evaluation import model_for
 
 
@@ -54,10 +55,7 @@ def usable(file: Path | None, runtime: str, task: Task) -> bool:
 def main() -> None:
     """Kill, look, go on."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("-o", action="append", default=[])
+    add_subject(parser)
     parser.add_argument("--for", dest="runtime", default="onnxruntime")
     parser.add_argument("--within", default="1")
     parser.add_argument("--kills", type=int, default=20)
@@ -66,9 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/kills"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    content = {"model": arguments.model, "task": {"name": arguments.task, "data": arguments.data}}
-    recipe = make_recipe(content, arguments.o)
-    task = create(recipe.task.name, **recipe.task.options)
+    task = task_of(arguments)
     model_for(load(arguments.model), task)  # tokenizes
     draw, out = random.Random(arguments.seed), arguments.out
     words = [sys.executable, "-m", "s2d.cli", "quantize", arguments.model, "--task", arguments.task]

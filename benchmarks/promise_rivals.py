@@ -23,16 +23,17 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import static_quantizers
 import torch
+from promises import add_subject, task_of
 
-from s2d.experiments.recipe import make_recipe
 from s2d.export import open_exported
 from s2d.export.gate import take_turns
 from s2d.export.onnx import write_onnx
 from s2d.io.files import JSON, write_json
 from s2d.io.provenance import run_metadata
 from s2d.models import load
-from s2d.tasks import Split, Task, create
+from s2d.tasks import Split, Task
 from s2d.tasks.base import calibration_inputs
 from s2d.tasks.evaluation import evaluate, model_for
 
@@ -58,16 +59,7 @@ def inputs_of(file: Path) -> list[str]:
 
 def by_onnxruntime(full: Path, target: Path, calibration: list[Row], task: Task, within: float) -> None:
     """Static quantization at its defaults."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    class Rows(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter(calibration)
-
-        def get_next(self) -> Any:
-            return next(self.left, None)
-
-    quantize_static(full, target, Rows())
+    static_quantizers.by_onnxruntime(full, target, calibration)
 
 
 def by_nncf(full: Path, target: Path, calibration: list[Row], task: Task, within: float) -> None:
@@ -111,17 +103,12 @@ def by_nncf(full: Path, target: Path, calibration: list[Row], task: Task, within
 def main() -> None:
     """Every rival in every runtime at every promise."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("-o", action="append", default=[])
+    add_subject(parser)
     parser.add_argument("--for", dest="runtimes", nargs="+", default=["onnxruntime"])
     parser.add_argument("--within", nargs="+", type=float, default=[1.0])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    content = {"model": arguments.model, "task": {"name": arguments.task, "data": arguments.data}}
-    recipe = make_recipe(content, arguments.o)
-    task = create(recipe.task.name, **recipe.task.options)
+    task = task_of(arguments)
     plain = model_for(load(arguments.model), task)
     batches = calibration_inputs(task, SAMPLES, 16, 0)
     splits: tuple[Split, ...] = ("validation", "test")

@@ -19,13 +19,34 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2d.errors import InputError
 from s2d.io.files import JSON, read_json, write_json
 from s2d.io.provenance import run_metadata
 
+if TYPE_CHECKING:
+    from s2d.tasks import Task
+
 _CORRELATED = 24  # of the legal candidates, evenly
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """The words that say which model is asked to keep a promise, and on what."""
+    parser.add_argument("model")
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("-o", action="append", default=[])
+
+
+def task_of(arguments: argparse.Namespace) -> Task:
+    """The task that these words name."""
+    from s2d.experiments.recipe import make_recipe
+    from s2d.tasks import create
+
+    content = {"model": arguments.model, "task": {"name": arguments.task, "data": arguments.data}}
+    recipe = make_recipe(content, arguments.o)
+    return create(recipe.task.name, **recipe.task.options)
 
 
 def afresh(arguments: argparse.Namespace, option: str, value: object) -> JSON:
@@ -38,15 +59,11 @@ def afresh(arguments: argparse.Namespace, option: str, value: object) -> JSON:
 
 def score(arguments: argparse.Namespace) -> None:
     """In the fresh process: print the scores as JSON."""
-    from s2d.experiments.recipe import make_recipe
     from s2d.export import open_exported
     from s2d.models import load
-    from s2d.tasks import create
     from s2d.tasks.evaluation import evaluate, model_for
 
-    content = {"model": arguments.model, "task": {"name": arguments.task, "data": arguments.data}}
-    recipe = make_recipe(content, arguments.o)
-    task = create(recipe.task.name, **recipe.task.options)
+    task = task_of(arguments)
     plain = model_for(load(arguments.model), task)
     found: dict[str, Any] = {"full": evaluate(plain, task, split="test")[task.primary], "test": task.sizes()["test"]}
     for file, runtime in json.loads(arguments.score).items():
@@ -67,17 +84,13 @@ def correlate(arguments: argparse.Namespace) -> None:
     from s2d.experiments.auto.search import Search
     from s2d.experiments.auto.search_records import SCORES, Records
     from s2d.experiments.auto.simulation import as_in_file
-    from s2d.experiments.recipe import make_recipe
     from s2d.experiments.watcher import Silent
     from s2d.models import load
     from s2d.quant.numerics.formats import integer_format
-    from s2d.tasks import create
     from s2d.tasks.evaluation import evaluate, model_for
 
     runtime, folder = json.loads(arguments.correlate)
-    content = {"model": arguments.model, "task": {"name": arguments.task, "data": arguments.data}}
-    recipe = make_recipe(content, arguments.o)
-    task = create(recipe.task.name, **recipe.task.options)
+    task = task_of(arguments)
     loaded = load(arguments.model)
     promise = Promise.parse(runtime, arguments.within[0])
     search = Search(loaded, model_for(loaded, task), task, promise, Path(folder), 0, Silent())
@@ -173,10 +186,7 @@ def judge(arguments: argparse.Namespace, runtime: str, cells: list[JSON]) -> JSO
 def main() -> None:
     """Every cell, then the truth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("-o", action="append", default=[])
+    add_subject(parser)
     parser.add_argument("--for", dest="runtimes", nargs="+", default=["onnxruntime"])
     parser.add_argument("--within", nargs="+", type=float, default=[1.0, 0.5], help="in this order")
     parser.add_argument("--minutes", type=float, default=0.0)

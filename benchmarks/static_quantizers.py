@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,13 @@ def feeds(rows: Any) -> Iterator[dict[str, np.ndarray]]:
     return ({name: value[i : i + 1] for name, value in held.items()} for i in range(len(next(iter(held.values())))))
 
 
-def by_onnxruntime(source: Path, target: Path, rows: Any) -> None:
+def by_onnxruntime(source: Path, target: Path, examples: Iterable[dict[str, np.ndarray]]) -> None:
     """Onnxruntime's static quantizer at its defaults."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     class Rows(CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = feeds(rows)
+            self.left = iter(examples)
 
         def get_next(self) -> Any:
             return next(self.left, None)
@@ -103,12 +103,12 @@ def by_onnxruntime(source: Path, target: Path, rows: Any) -> None:
     quantize_static(source, target, Rows())
 
 
-def by_nncf(source: Path, target: Path, rows: Any) -> None:
+def by_nncf(source: Path, target: Path, examples: Iterable[dict[str, np.ndarray]]) -> None:
     """NNCF's post-training quantizer at its defaults."""
     import nncf  # pyright: ignore[reportMissingImports]
     import onnx
 
-    onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(list(feeds(rows))), subset_size=TEXTS), target)
+    onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(list(examples)), subset_size=TEXTS), target)
 
 
 QUANTIZERS = {"onnxruntime": by_onnxruntime, "nncf": by_nncf}
@@ -152,7 +152,7 @@ def scored(bed: Bed, folder: Path, missing: list[tuple[str, str]]) -> Iterator[t
             continue
         target = folder / f"{FILES[file]}.{way}.onnx"
         try:
-            QUANTIZERS[way](folder / f"{FILES[file]}.onnx", target, rows)
+            QUANTIZERS[way](folder / f"{FILES[file]}.onnx", target, feeds(rows))
             yield (file, way), {"value": bed.accuracy(target)}
         except Exception as error:  # a quantizer's own
             yield (file, way), {"value": None, "failed": f"{type(error).__name__}: {str(error)[-200:]}"}

@@ -245,10 +245,9 @@ class Structure:
 
     def without_site(self) -> dict[str, str]:
         """Targets that have run and write no site in any forward, with the reason."""
-        every = [uses for sites in self._known.values() for calls in sites.uses.values() for uses in calls]
-        sited = {site.writer for uses in every for site in (uses.read, *uses.written) if site is not None}
-        rows = [pair for sites in self._known.values() for pair in sites.without.items() if pair[0] not in sited]
-        return dict(rows)
+        sited = {name for sites in self._known.values() for name in sites.writers()}
+        every = {name: why for sites in self._known.values() for name, why in sites.without.items()}
+        return {name: why for name, why in every.items() if name not in sited}
 
     def offsets(self) -> dict[str, float]:
         """The numbers that norms add to their gains, for norms that have run."""

@@ -87,6 +87,11 @@ class Sites:
     without: dict[str, str] = field(default_factory=dict)
     stacks: list[StackSite] = field(default_factory=list)
 
+    def writers(self) -> set[str]:
+        """The targets that write a site."""
+        every = [uses for calls in self.uses.values() for uses in calls]
+        return {site.writer for uses in every for site in (uses.read, *uses.written) if site is not None}
+
 
 def sites_of(graph: Graph, targets: Sequence[Target], prefix: str = "") -> Sites:
     """Read a graph.
@@ -168,8 +173,7 @@ class _Reading:
         for attention in graph.attentions:
             for operand in (attention.q_calls, attention.k_calls):
                 self._operand(found, operand)
-        every = [uses for calls in found.uses.values() for uses in calls]
-        sited = {site.writer for uses in every for site in (uses.read, *uses.written) if site is not None}
+        sited = found.writers()
         found.without = {name: self._why(calls) for name, calls in self.calls.items() if calls and name not in sited}
         return found
 

@@ -89,11 +89,10 @@ def export_model(
         loaded.model = loaded.model if type(loaded.model) is type(built) else built
         del built  # the memory of the model that is not exported
         inputs = (each for batch in task.batches("train", batch_size=16) for each in task.inputs(batch))
-    onnx = runtime is not None and out.suffix == ".onnx"
     options: dict[str, Any] = {
         "example": example_of(inputs),
         "embeddings": order.embeddings,
-        "form": order.form or (runtime.form if runtime is not None and onnx else FORMS[0]),
+        "form": order.form or (runtime.form if runtime is not None and out.suffix == ".onnx" else FORMS[0]),
         "shape": sizes,
         "provider": device,
         "fallback": order.fallback,

@@ -2,8 +2,9 @@
 
 Methods come in three stages. A *transform* changes weights so that they quantize better and the full-precision function
 stays what it was (rotation, smoothing). A *rounding* finds the ranges and the final weights (round to nearest, GPTQ). A
-*correction* adds what makes up for the rounding (QwT). ``"rotation+gptq+qwt"`` runs any number of transforms in the
-given order, then one rounding (without one, ``rtn``), then any number of corrections.
+*correction* makes up for the rounding: it adds a layer (QwT), or trains the weights on their grid (Block-AP).
+``"rotation+gptq+qwt"`` runs any number of transforms in the given order, then one rounding (without one, ``rtn``), then
+any number of corrections.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Method(Protocol):
 
     A transform finds the quantizers inserted, off and without ranges, and leaves them so. A rounding gives every static
     quantizer its range and leaves the final weights in place, with all quantizers off when it returns. So does a
-    correction, which finds them so; it changes neither weights nor ranges.
+    correction, which finds them so.
     """
 
     def __call__(self, job: Job) -> None:
