@@ -53,6 +53,8 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "strength-double": {"strength": 0.06},
     "weight": {"metric": "weight", "threshold": 0.5, "outlier_ratio": 6.0},
     "paper": {"preset": "paper", "refresh_every": 10},
+    "paper-fall": {"preset": "paper", "refresh_every": 10, "fall": 2.0},
+    "paper-decoupled-fall": {"preset": "paper", "refresh_every": 10, "fall": 2.0, "mode": "decoupled"},
 }
 WAYS = ("rtn minmax", "rtn percentile", "rtn mse", "repq", "erq", "ptq4vit", "rotation+gptq", "svdquant")
 FULL = "full precision"
@@ -200,7 +202,9 @@ class Bed:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm, (args.steps - step) / args.steps)
         )
-        decay = None if settings is None else s2d.SelectiveSpectralDecay(model, optimizer, **settings)
+        decay = None
+        if settings is not None:
+            decay = s2d.SelectiveSpectralDecay(model, optimizer, total_steps=args.steps, **settings)
         random = torch.Generator().manual_seed(1 + seed)
         order, losses, selected = torch.randperm(len(images), generator=random), [], []
         half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -219,12 +223,19 @@ class Bed:
                 selected.append(dict(decay.selected) if decay else {})
                 channels = sum(selected[-1].values())
                 print(f"  step {step + 1} loss {statistics.mean(losses[-25:]):.3f} channels {channels}", flush=True)
-        first = [row for row in decay.history if row["step"] == 0 and row["selected"]] if decay else []
+        rows = [row for row in decay.history if row["selected"]] if decay else []
+        first, last = ([row for row in rows if row["step"] == rows[at]["step"]] for at in (0, -1))
         pace = [row.get("pace", 1.0) for row in decay.history] if decay else []
         if decay:
             decay.remove()
         means = [statistics.mean(losses[at : at + 25]) for at in range(0, len(losses), 25)]
-        return {"losses": means, "selected": selected, "first": first, "least_pace": min(pace, default=1.0)}
+        return {
+            "losses": means,
+            "selected": selected,
+            "first": first,
+            "last": last,
+            "least_pace": min(pace, default=1.0),
+        }
 
     def trained_on_the_grid(self, arm: str, seed: int, inputs: list[dict[str, Tensor]], way: Way) -> nn.Module:
         """Weights and ranges of an arm's model trained together, so that logits and last features stay its own.
@@ -242,7 +253,9 @@ class Bed:
         )
         teacher = s2d.Distiller(student, model, inputs)
         settings = ARMS[arm] if way.decay else None
-        decay = None if settings is None else s2d.SelectiveSpectralDecay(student, optimizer, **settings)
+        decay = None
+        if settings is not None:
+            decay = s2d.SelectiveSpectralDecay(student, optimizer, total_steps=way.steps, **settings)
         images, labels = self.images("train", 0, args.steps * BATCH if way.labels else PROBE)
         random = torch.Generator().manual_seed(100 + seed if way.labels else 0)
         half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
