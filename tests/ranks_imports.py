@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 
 import tests.ranks  # noqa: F401
+
 from s2d.optional import declare_missing_operators
 
 declare_missing_operators()
