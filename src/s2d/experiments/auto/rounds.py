@@ -36,7 +36,8 @@ class Rounds:
             higher_is_better: Whether a higher metric is better.
         """
         self.records, self.safest, self.full, self.within = records, safest, full, within
-        self.objective, self.higher = objective, higher_is_better
+        self.objective: Objective = objective
+        self.higher = higher_is_better
 
     @property
     def orders(self) -> list[list[Candidate]]:
