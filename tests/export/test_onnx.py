@@ -24,7 +24,7 @@ from s2d.export.integers import embedding_codes
 from s2d.export.lowering import lower, round_embeddings
 from s2d.export.onnx import EXACT, kernels, session, write_onnx
 from s2d.export.parity import LayerParity, compare_layers
-from s2d.export.tables import table_bits
+from s2d.export.table_bits import table_bits
 from s2d.quant.numerics.quantizer import spread
 
 onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
