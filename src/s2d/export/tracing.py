@@ -35,9 +35,10 @@ def lean_exporter() -> Iterator[None]:
 def _keep_the_operators() -> None:
     """Let onnxscript make its list of operators once a process, not once an export: a second each."""
     try:
-        from torch.onnx._internal._lazy_import import onnxscript_apis
+        from torch.onnx._internal import _lazy_import
 
-        onnxscript_apis.get_torchlib_ops = lru_cache(maxsize=1)(onnxscript_apis.get_torchlib_ops)
+        functions: Any = _lazy_import.onnxscript_apis  # pyright: ignore[reportPrivateImportUsage]
+        functions.get_torchlib_ops = lru_cache(maxsize=1)(functions.get_torchlib_ops)
     except (ImportError, AttributeError):
         return
 
@@ -118,11 +119,12 @@ def simplified(graph: fx.Graph, known: set[Any]) -> bool:
     if not {operator for _, operator in changes if operator is not None} <= known:
         return False
     for node, operator in changes:
+        source: Any = node.args[0]
         if operator is None:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(source)
             graph.erase_node(node)
         elif operator is _aten._to_copy.default:
-            node.target, node.args, node.kwargs = operator, (node.args[0],), {"dtype": node.meta["val"].dtype}
+            node.target, node.args, node.kwargs = operator, (source,), {"dtype": node.meta["val"].dtype}
         else:
             node.target = operator
     return True
