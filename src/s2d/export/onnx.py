@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import fixed_shapes
+from s2d.export.lean_exporter import lean_exporter, quiet
 from s2d.export.operators import Form, translations
-from s2d.export.tracing import lean_exporter, quiet
 from s2d.optional import require
 
 OPSET = 21

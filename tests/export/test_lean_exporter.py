@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from s2d.export import tracing
+from s2d.export import lean_exporter
 from s2d.export.onnx import write_onnx
 
 onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
@@ -52,14 +52,14 @@ def test_the_second_trace_is_skipped_where_it_changes_nothing(
     model: type[nn.Module], skipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    simplified = tracing.simplified
+    simplified = lean_exporter.simplified
 
     def watched(*given: object) -> bool:
         seen.append(simplified(*given))  # type: ignore[arg-type]
         return seen[-1]
 
-    monkeypatch.setattr(tracing, "simplified", watched)
+    monkeypatch.setattr(lean_exporter, "simplified", watched)
     lean = written(model(), tmp_path / "lean.onnx")
     assert seen == [skipped]
-    monkeypatch.setattr(tracing, "_without_decompositions", nullcontext)
+    monkeypatch.setattr(lean_exporter, "_without_decompositions", nullcontext)
     assert lean == written(model(), tmp_path / "whole.onnx")
