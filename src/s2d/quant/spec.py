@@ -365,4 +365,5 @@ def _granularity(group: Group, text: Any) -> tuple[Granularity, int]:
 def _refuse_unknown(where: str, form: Mapping[str, Any], known: tuple[str, ...]) -> None:
     unknown = ", ".join(sorted(str(key) for key in form if key not in known))
     if unknown:
-        raise InputError(f"unknown keys in {where}: {unknown}; known: {', '.join(known)}")
+        names = "; names of layers belong under overrides" if "overrides" in known else ""
+        raise InputError(f"unknown keys in {where}: {unknown}; known: {', '.join(known)}{names}")
