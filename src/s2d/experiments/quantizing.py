@@ -160,16 +160,18 @@ def _held_widths(order: Order, model: nn.Module, spec: QuantSpec, inputs: list[A
     Raises:
         InputError: It holds none; the reason is that of the largest.
     """
-    held: list[int] = []
-    for bits in CHOICES if order.check is not None else ():
+    check, held = order.check, list[int]()
+    if check is None:
+        return CHOICES
+    for bits in CHOICES:
         try:
-            order.check(_plan(model, all_with_bits(spec, bits, follow=False), inputs)[0])
+            check(_plan(model, all_with_bits(spec, bits, follow=False), inputs)[0])
         except InputError:
             if bits == CHOICES[-1] and not held:
                 raise
         else:
             held.append(bits)
-    return tuple(held) or CHOICES
+    return tuple(held)
 
 
 def _refuse_too_little(order: Order, task: Task | None) -> None:
