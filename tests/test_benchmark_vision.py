@@ -14,14 +14,16 @@ import torch
 from s2d.report.schema import read_results
 
 pytest.importorskip("transformers")
+ENDS = ("strong-*full-precision", "rtn-minmax-qat=3", "rtn-minmax-qat=3-decay")
 HERE = Path(__file__).resolve().parents[1] / "benchmarks" / "vision.py"
 
 
 @pytest.fixture
-def vision() -> ModuleType:
+def vision(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("vision_benchmark", HERE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -52,6 +54,16 @@ def test_it_runs_resumes_and_reports(
     assert len(read_results({"records": records}).records) == 4
     run(vision, monkeypatch, tmp_path, "--arms", "adamw,ratio8")
     assert "step" not in capsys.readouterr().out, "nothing is trained again"
+    trained = ["rtn minmax qat=3", "rtn minmax qat=3 decay"]
+    monkeypatch.setitem(vision.ARMS, "strong", {"outlier_ratio": 1.01, "strength": 0.5, "refresh_every": 1})
+    arguments = ["--ways", ",".join(trained), "--arms", "strong", "--report", str(tmp_path / "qat.json")]
+    run(vision, monkeypatch, tmp_path, *arguments)
+    records = json.loads((tmp_path / "qat.json").read_text())["records"]
+    assert [r["method"] for r in records] == ["none", "rtn + 3 QAT", "rtn + 3 QAT, decay"]
+    losses = [json.loads(next((tmp_path / "cells").glob(f"*{end}.json")).read_text())["losses"] for end in ENDS]
+    assert losses[0] != losses[1] != losses[2], (
+        "in full precision, trained with the labels, and with the decay beside it"
+    )
 
 
 def test_pairs_are_compared_image_by_image(vision: ModuleType) -> None:

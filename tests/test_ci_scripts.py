@@ -74,6 +74,15 @@ def test_constraints_are_versions_and_nothing_of_the_machine_they_were_made_on()
     assert pin.removeprefix("TORCH ?= ") in lines, "the Makefile and the constraints name the same torch"
 
 
+def test_uv_is_told_what_pip_is_configured_with() -> None:
+    listed = ":env:.constraint='/here/c.txt'\n:env:.find-links='/a /b'\nglobal.constraint='/other.txt'\n"
+    listed += "global.extra-index-url='https://a/simple\\nhttps://b/simple'\nfreeze.timeout='10'\n"
+    told = script("uv_settings").settings(listed)
+    assert told["UV_CONSTRAINT"] == "/here/c.txt", "the environment counts more than a file"
+    assert told["UV_FIND_LINKS"] == "/a,/b" and told["UV_INDEX"] == "https://a/simple https://b/simple"
+    assert set(told) == {"UV_CONSTRAINT", "UV_FIND_LINKS", "UV_INDEX", "UV_INDEX_STRATEGY"}
+
+
 def test_a_wheel_with_too_much_or_too_little_is_found_out(tmp_path: Path) -> None:
     check, wheel = script("check_wheel"), tmp_path / "s2d-0-py3-none-any.whl"
     tracked = [f"src/s2d/{name}" for name in check.NEEDED]

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from tests.quant.modules.test_experts import MODELS, TOKENS, Loop, language_model, output, owners
-from torch import Tensor
+from torch import Tensor, nn
 
 import s2d
 
@@ -21,7 +21,7 @@ class Noting(Loop):
         return super().product(name, x, expert)
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
 def test_a_row_shows_the_worst_of_the_experts(name: str, experts: str) -> None:
     model = language_model(name, experts)
@@ -51,11 +51,21 @@ def test_a_row_shows_the_worst_of_the_experts(name: str, experts: str) -> None:
             assert row.pcdr and 0 < row.pcdr[0] <= 1 and row.error and row.error > 0
 
 
+class Functions(nn.Module):
+    """Experts whose matrices are functions of their parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 8, 8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.bmm(x.expand(3, -1, -1), self.experts.tanh()).sum(0))
+
+
 def test_experts_that_cannot_be_followed_are_listed() -> None:
-    found = s2d.audit(language_model("Mixtral", "batched_mm"), [TOKENS])
-    assert {name for name in found.missed if "layers.1" in name} == {
-        f"model.layers.1.mlp.experts.{each}" for each in ("gate_up_proj", "down_proj")
-    }
+    found = s2d.audit(Functions(), [torch.randn(5, 8)])
+    assert found.missed.keys() == {"experts"} and [row.weight for row in found.rows] == ["head.weight"]
 
 
 def test_experts_without_tokens_are_listed_and_patterns_name_experts() -> None:

@@ -451,3 +451,11 @@ def test_whatever_happens_to_a_model_it_and_its_copies_stay_plain(events: list[s
     assert all(torch.equal(value, before[name]) for other, before in kept for name, value in other.state_dict().items())
     if "freeze" in events and "step" not in events[: events.index("freeze")] and "unfreeze" not in events:
         assert made[0].weight[5] == 40  # type: ignore[operator]
+
+
+def test_a_computed_weight_is_listed_and_what_it_is_computed_from_is_not_called_experts() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3, padding=1), dim=2), nn.Linear(8, 8))
+    decay = SelectiveSpectralDecay(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert decay.skipped == {
+        "0.weight": "computed from other parameters (parametrized, weight norm, pruned); remove that first"
+    }

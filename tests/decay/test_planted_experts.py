@@ -79,7 +79,9 @@ def still(model: nn.Module) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(
-    "case", ["Mixtral eager", "Mixtral grouped_mm", "DeepseekV3 grouped_mm", "GraniteMoe grouped_mm", "GptOss eager"]
+    "case",
+    ["Mixtral eager", "Mixtral grouped_mm", "Mixtral batched_mm", "DeepseekV3 grouped_mm", "GraniteMoe grouped_mm"]
+    + [f"GptOss {experts}" for experts in ("eager", "grouped_mm", "batched_mm")],
 )
 def test_an_outlier_of_one_expert_is_shrunk_in_it_alone(case: str) -> None:
     name, experts = case.split()

@@ -76,3 +76,28 @@ def test_the_plan_is_what_is_executed(tmp_path: Path, made: Any, method: str, ke
     routers = [site["reason"] for site in left if site["module"].endswith(".gate")]
     assert all(reason.startswith("a parameter that MixtralTopKRouter multiplies by itself") for reason in routers)
     assert all("products)" in site["reason"] for site in left if site["what"] == "weight")
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("rotation+gptq", "rotation does not find one norm1, its readers and proj in transformer.h.0"),
+        ("svdquant", "svdquant finds no quantized Linear of at least 4 inputs and outputs"),
+        ("svdquant+awq", "awq changes weights of which svdquant has taken a part out"),
+    ],
+)
+@pytest.mark.parametrize("data", [True, False], ids=["data", "no data"])
+def test_a_dry_run_refuses_what_the_run_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, why: str, data: bool
+) -> None:
+    make_model(tmp_path / "tokens")
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "tokens").save_pretrained(tmp_path / "model")
+    make_texts(tmp_path / "lines.txt", 20)
+    given = ("--data", str(tmp_path / "lines.txt")) if data else ()
+    lines = []
+    for end in (("--dry-run",), ("--out", str(tmp_path / "out"))):
+        assert main(["quantize", str(tmp_path / "model"), "--spec", "w4a8", "--method", method, *given, *end]) == 2
+        lines.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("s2d:")])
+    assert lines[0] == lines[1] and why in lines[0][-1] and not (tmp_path / "out").exists()

@@ -600,6 +600,28 @@ class Widening(nn.Module):
         return self.short(x) + self.second(torch.relu(self.first(x)))
 
 
+class Plain(nn.Module):
+    """A block without a residual sum, as the first one of EfficientNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+class Layer(nn.Module):
+    """A product and an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Linear(32, 8), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
 class Beside(nn.Module):
     """Blocks that no list holds."""
 
@@ -621,6 +643,12 @@ class Beside(nn.Module):
             nn.ModuleDict({"stages": nn.Sequential(nn.Sequential(Widening(16, 24), Widening(24, 24)),
                                                    nn.Sequential(Widening(24, 32)))})["stages"],
             [("0",), ("1",)], ["0.0", "0.1", "1.0"],
+        ),
+        (  # a stage of one block of another class is a stage, a last layer is none
+            nn.ModuleDict({"stages": nn.Sequential(
+                nn.Sequential(Plain()), nn.Sequential(Widening(16, 24), Widening(24, 24)),
+                nn.Sequential(Widening(24, 32), Widening(32, 32)), nn.Sequential(Layer()))})["stages"],
+            [("0",), ("1",), ("2",)], ["0.0", "1.0", "1.1", "2.0", "2.1"],
         ),
         (Beside(), [("",)], ["b1", "b2"]),
         (nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 8), nn.GELU()), nn.Linear(8, 4)), [], []),

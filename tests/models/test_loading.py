@@ -301,3 +301,16 @@ def test_the_hub_is_not_asked_when_it_is_switched_off_or_out_of_reach(monkeypatc
     assert not hub.offline(), "behind a proxy names need not resolve"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hub.offline()
+
+
+def test_the_encoder_of_an_encoder_decoder_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    )
+    model.eval().save_pretrained(tmp_path / "t5")
+    loaded, ids = load(tmp_path / "t5").model, torch.arange(8)[None]
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)  # type: ignore[operator]

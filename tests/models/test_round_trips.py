@@ -146,7 +146,16 @@ def shorter(model: Any) -> None:
     model.blocks = model.blocks[:2]
 
 
+def exchanged(model: Any) -> None:
+    """A block of another class with children of the same names; an attention that keeps what it computed."""
+    from timm.models import efficientformer, vision_transformer
+
+    model.blocks[0] = vision_transformer.ResPostBlock(48, 3)
+    model.blocks[1] = nn.Sequential(efficientformer.Attention(48, key_dim=8, num_heads=3, attn_ratio=2, resolution=2))
+
+
 ODD: dict[str, Any] = {
+    "exchanged": lambda: tiny_timm(change=exchanged, class_token=False, global_pool="avg", depth=2, **SMALL),
     "deeper": lambda: tiny_timm(depth=14, qkv_bias=False, **SMALL),
     "cut": lambda: tiny_timm(change=shorter, **SMALL),
     "swin": lambda: tiny_timm(

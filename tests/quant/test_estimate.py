@@ -8,7 +8,7 @@ import torch
 from tests.quant.tiny_models import Case
 
 from s2d.errors import InputError
-from s2d.quant import QuantSpec, estimate, plan, quantize, record, save
+from s2d.quant import QuantSpec, estimate, plan, planned, quantize, record, save
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,17 @@ def test_the_time_is_that_of_the_forwards(make: Callable[[str], Case]) -> None:
     assert estimate(case.model, sites, "rtn", (batch for batch in case.batches)).seconds is None
     with pytest.raises(InputError, match="does not fit"):
         estimate(case.model, sites, "rtn", [{"x": torch.randn(2, 7, 3)}])
+
+
+def test_a_spec_stands_for_its_plan(make: Callable[[str], Case]) -> None:
+    case = make("bert-sdpa")
+    sites = planned(case.model, QuantSpec.parse("w4a4"), case.batches)
+    for spec in ("w4a4", {"base": "w4a4"}, QuantSpec.parse("w4a4")):
+        assert (
+            estimate(case.model, spec, calibration=case.batches).stored_bytes
+            == estimate(case.model, sites).stored_bytes
+        )
+    assert (
+        estimate(case.model, "w4a4").stored_bytes
+        == estimate(case.model, plan(case.model, QuantSpec.parse("w4a4"))).stored_bytes
+    )

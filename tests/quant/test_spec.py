@@ -59,6 +59,8 @@ def test_formats_can_be_mixed() -> None:
     assert spec.weight and spec.weight.granularity == "block" and spec.activation
     (_, fc2), *_ = spec.overrides
     assert fc2.weight and (fc2.weight.format.name, fc2.weight.granularity) == ("int8", "channel")
+    shifted = {"weight": {"format": "int8-pow2"}, "activation": {"format": "int8-pow2"}}
+    assert str(QuantSpec.parse(shifted)) == "w8a8-pow2" and str(QuantSpec.parse("w8a8")) == "w8a8"
 
 
 @pytest.mark.parametrize("text", ["", "w4", "a4w4", "w4a4g128", "int4", "4/4", "w4 a4"])

@@ -13,6 +13,7 @@ import torch
 from s2d.errors import InputError
 from s2d.models import Loaded, load, save_model
 from s2d.tasks import create
+from s2d.tasks.evaluation import model_for
 from s2d.tasks.text_classification import TextClassification
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -172,3 +173,36 @@ def test_bad_folders(tmp_path: Path) -> None:
 def test_published_data_sets(name: str, sizes: dict[str, int], classes: int) -> None:
     made = task(SHARED / name)
     assert made.sizes() == sizes and len(made.labels) == classes
+
+
+def test_the_head_of_a_sequence_classifier_is_kept_by_names_or_numbers(tmp_path: Path, encoder: Loaded) -> None:
+    import transformers
+
+    def classifier(names: list[str]) -> Loaded:
+        config = transformers.BertConfig(
+            vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            id2label=dict(enumerate(names)), label2id={name: place for place, name in enumerate(names)},
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(config).eval()
+        folder = tmp_path / "-".join(names)
+        model.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
+        return load(folder)
+
+    named = task(write_csv(tmp_path / "a.csv"))
+    loaded = classifier(["up", "other", "down"])
+    model = model_for(loaded, named)
+    batch = next(named.batches("test", batch_size=12))
+    scores = loaded.model(**named.inputs(batch)[0]).logits
+    right = {0: "up", 2: "down"}
+    truth = dict(ROWS)
+    texts = named.texts("test")[:12]
+    hits = [right.get(int(row.argmax())) == truth[text] for row, text in zip(scores, texts, strict=True)]
+    assert float(named.outcomes(model, batch).score()) == pytest.approx(100 * sum(hits) / 12)
+    assert float(named.loss(model, batch)) > 0 and not named.new_head
+    numbered = task(write_csv(tmp_path / "b.csv", [(text, str(int(name == "up"))) for text, name in ROWS]))
+    model_for(classifier(["LABEL_0", "LABEL_1"]), numbered)
+    for names, made in ((["LABEL_0", "LABEL_1"], named), (["up", "left"], named), (["LABEL_0"] * 1, numbered)):
+        with pytest.raises(InputError, match="has no trained head"):
+            model_for(classifier(names), made)

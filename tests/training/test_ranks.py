@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests import train_job
+from tests.ranks import preload_ranks
 from tests.tiny_text import make_data, make_model
 
 from s2d.distributed import processes
@@ -23,24 +24,36 @@ from s2d.training.batching import _share
 
 pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]
+# With gloo the processes of a restart would find the addresses of those before them in the agent's store.
+OWN_STORE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
 
 def torchrun(ranks: int, *given: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     places = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
-    # With gloo the processes of a restart would find the addresses of those before them in the agent's store.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", OWN_STORE[0]: OWN_STORE[1]}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", *given]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
 
-def job(folder: Path, ranks: int, decay: str, *given: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    script = str(ROOT / "tests" / "train_job.py")
-    ended = torchrun(ranks, script, str(folder), decay, *given, restarts=len(given))
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    name = f"{decay}-{ranks}{'-killed' if given else ''}"
-    return read_json(folder / f"{name}.json"), torch.load(folder / f"{name}.pt")
+def killed_job(folder: Path, ranks: int, decay: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """torchrun's own agent, in this process; its ranks are forked off one that has imported what they need."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    preload_ranks()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=folder.name,
+        rdzv_endpoint="localhost:0",
+        rdzv_backend="c10d",
+        max_restarts=1,
+        monitor_interval=0.2,
+        start_method="forkserver",
+    )
+    elastic_launch(config, train_job.main)(folder, decay, True)
+    return read_json(folder / f"{decay}-{ranks}-killed.json"), torch.load(folder / f"{decay}-{ranks}-killed.pt")
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +65,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_end_where_one_does_and_survive_a_kill(folder: Path) -> None:
+def test_two_processes_end_where_one_does_and_survive_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*OWN_STORE)
     train_job.main(folder, "default", kill=False)  # here: another interpreter would only import torch once more
     alone, weights = read_json(folder / "default-1.json"), torch.load(folder / "default-1.pt")
     assert sum(number for _, number in alone["selected"])
-    told, found = job(folder, 2, "default", "kill")  # the killed run saves after each step
+    told, found = killed_job(folder, 2, "default")  # it saves after each step
     assert told["continued_from"] > 0, "it began again from the start"
     assert told["selected"] == alone["selected"]
     assert told["losses"] == pytest.approx(alone["losses"], rel=1e-4)

@@ -56,15 +56,17 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attach(
-    model: nn.Module, optimizer: Optimizer, arm: Mapping[str, Any], *, seed: int = 0
+    model: nn.Module, optimizer: Optimizer, arm: Mapping[str, Any], *, total_steps: int | None = None, seed: int = 0
 ) -> SelectiveSpectralDecay | Baseline:
     """The training method of an arm: the baseline that it names, else spectral decay with these keywords.
+
+    ``total_steps`` is the length of the run, where it is known.
 
     Raises:
         InputError: As `create` or `SelectiveSpectralDecay`.
     """
     if KEY not in arm:
-        return SelectiveSpectralDecay(model, optimizer, seed=seed, **arm)
+        return SelectiveSpectralDecay(model, optimizer, **{"total_steps": total_steps, "seed": seed, **arm})
     settings = {name: value for name, value in arm.items() if name != KEY}
     return create(arm[KEY], model, optimizer, seed=seed, **settings)
 

@@ -48,8 +48,11 @@ def export(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Examples in that set.")] = 128,
     embeddings: Annotated[
-        int, typer.Option(help="Bits of embedding tables: 8, 4, or 0 to keep them in full precision.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="Bits of embedding tables: 8, 4, or 0 for full precision; by default 4 where little is lost."
+        ),
+    ] = None,
     form: Annotated[
         str | None,
         typer.Option(help="ONNX operators: qdq, integer (MatMulInteger) or types (INT4, UINT4); as --for reads them."),

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from s2d.distributed.sharding import is_dtensor
 from s2d.errors import InputError
@@ -72,7 +73,7 @@ def no_matrices(model: nn.Module) -> dict[str, str]:
             found[f"{name}weight"] = (
                 "computed from other parameters (parametrized, weight norm, pruned); remove that first"
             )
-        elif not isinstance(module, nn.modules.conv._ConvNd):
+        elif not isinstance(module, nn.modules.conv._ConvNd | ParametrizationList):  # what a weight is computed from
             for own, parameter in module._parameters.items():
                 if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1:
                     found[f"{name}{own}"] = (

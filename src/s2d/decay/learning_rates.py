@@ -23,9 +23,10 @@ _RISING = 100_000
 class PeakRates:
     """The largest learning rate of every group of some optimizers, and which group trains a parameter."""
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        """Remember who trains what."""
-        self._optimizers = list(optimizers)
+    def __init__(self, optimizers: Sequence[Optimizer], steps: int = 0) -> None:
+        """Remember who trains what; the run has so many steps (0: not known)."""
+        self._optimizers, self._steps = list(optimizers), steps
+        self._sums: dict[tuple[int, int], float] = {}
         self._place: dict[int, tuple[Optimizer, int]] = {}
         self._followers: list[nn.Parameter] = []
         self._peak: dict[tuple[int, int], float] = {}
@@ -69,11 +70,12 @@ class PeakRates:
         begun = len(starts) == len(optimizer.param_groups) and self._scheduled.get(number) != starts
         if begun:  # since the last step
             self._scheduled[number] = starts
-            peaks, whole = _peaks_ahead(optimizer)
+            peaks, whole, sums = _peaks_ahead(optimizer, self._steps)
             self._whole = self._whole - {number} | ({number} if whole else set())
             for index, peak in enumerate(peaks):
                 known = float(optimizer.param_groups[index]["initial_lr"])
                 self._peak[number, index] = peak if whole or peak > known * (1 + 1e-6) else known
+                self._sums.setdefault((number, index), sums[index])
         for index, group in enumerate(optimizer.param_groups):
             key = number, index
             announced = max(float(group.get("max_lr", group.get("initial_lr", 0.0))), self._built.get(key, 0.0))
@@ -86,13 +88,20 @@ class PeakRates:
         peak = self._peak[self._optimizers.index(optimizer), index]
         return _rate(optimizer.param_groups[index]) / peak if peak > 0 else 0.0
 
+    def whole(self, parameter: nn.Parameter) -> float:
+        """The sum of `share` over all steps of the run; without a schedule that can be run ahead, the steps."""
+        optimizer, index = self._place[id(parameter)]
+        key = self._optimizers.index(optimizer), index
+        return self._sums[key] / self._peak[key] if key in self._sums and self._peak[key] > 0 else float(self._steps)
+
     def state(self) -> list[list[Any]]:
-        """The peaks, as plain data."""
-        return [[*key, value] for key, value in self._peak.items()]
+        """The peaks, and the sums that are known, as plain data."""
+        return [[*key, value, *([self._sums[key]] if key in self._sums else [])] for key, value in self._peak.items()]
 
     def load_state(self, state: Sequence[Sequence[Any]]) -> None:
-        """Restore the peaks from `state`."""
-        self._peak = {(a, b): value for a, b, value in state}
+        """Restore the peaks and sums from `state`."""
+        self._peak = {(a, b): value for a, b, value, *_ in state}
+        self._sums = {(a, b): rest[0] for a, b, _, *rest in state if rest}
 
 
 def _rate(group: dict[str, Any]) -> float:
@@ -100,19 +109,20 @@ def _rate(group: dict[str, Any]) -> float:
     return min(float(group["lr"]), float(group.get("scheduled_lr", group["lr"])))
 
 
-def _peaks_ahead(optimizer: Optimizer) -> tuple[list[float], bool]:
+def _peaks_ahead(optimizer: Optimizer, steps: int) -> tuple[list[float], bool, list[float]]:
     """The largest rate that an optimizer's schedule will reach in each group; empty where that is not known.
 
     The schedule is copied and run on an optimizer without weights. A schedule that still rises at the end of the search
     has no peak, which a warning says.
 
     Returns:
-        The rates, and whether they cover the whole schedule. A schedule of factors is run from its first step, so that
-        a rate that it never reaches (Noam is given 1) is ignored.
+        The rates, whether they cover the whole schedule, and the sum of each group's rates over the first ``steps``.
+        A schedule of factors is run from its first step, so that a rate that it never reaches (Noam is given 1) is
+        ignored.
     """
     found = [each for each in _schedulers(optimizer) if type(each).__name__ != "ReduceLROnPlateau"]
     if len(found) != 1:  # several schedulers are stepped in an unknown order
-        return [], False
+        return [], False, []
     empty = torch.optim.SGD([_without_weights(group) for group in optimizer.param_groups], lr=0.0)
     try:
         with warnings.catch_warnings():
@@ -123,24 +133,27 @@ def _peaks_ahead(optimizer: Optimizer) -> tuple[list[float], bool]:
                 for group, rate in zip(empty.param_groups, ahead.get_lr(), strict=True):
                     group["lr"] = float(rate)
             peaks, at, step = [_rate(group) for group in empty.param_groups], 0, 0
-            while step < _AHEAD or (at > 0.9 * step and step < _RISING):
+            sums = list(peaks) if steps else [0.0] * len(peaks)
+            while step < max(_AHEAD, steps) or (at > 0.9 * step and step < _RISING):
                 step += 1
                 ahead.step()
                 rates = [_rate(group) for group in empty.param_groups]
+                if step < steps:
+                    sums = [total + rate for total, rate in zip(sums, rates, strict=True)]
                 if any(rate > peak * (1 + 1e-6) for rate, peak in zip(rates, peaks, strict=True)):
                     at = step
                 peaks = [max(pair) for pair in zip(rates, peaks, strict=True)]
     except Exception:  # a third-party schedule may end, or need more than a step
-        return [], False
+        return [], False, []
     if at > 0.9 * step:
         warnings.warn(
             f"the learning rate still rises after {step:,} steps of its schedule, so its peak is unknown: the decay's "
             "strength is relative to the largest rate so far; let the schedule end its rise, as min(factor, 1) does",
             stacklevel=2,
         )
-        return [], False
+        return [], False, []
     # A schedule whose first rate is its largest may depend on a clock or be truncated: the optimizer's own rate counts.
-    return peaks, whole and at > 0
+    return peaks, whole and at > 0, sums
 
 
 def _without_weights(group: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class DecaySettings:
         strength: lambda. Decoupled: per step, times the schedule. Coupled: factor on the penalty in the loss.
         budget: The decay may change the loss by this share of the change by the optimizer's steps. Above it, the
             strength falls (site metric; see `s2d.decay.budget`). 0: no limit.
+        fall: In place of a fixed strength: what a selected value is divided by over the whole run (2: it falls to a
+            half), whose length the decay must know (``total_steps``); see `s2d.decay.fall`. None: ``strength`` counts.
         threshold: tau, the share of the outliers that selects a component (weight and data metric).
         max_rank: K_max, most components per weight (weight and data metric).
         refresh_every: m, optimizer steps between two refreshes, which measure the activations.
@@ -38,6 +40,7 @@ class DecaySettings:
     power: float = 1.0
     strength: float = 0.03
     budget: float = 0.0
+    fall: float | None = None
     threshold: float = 0.3
     max_rank: int = 3
     refresh_every: int = 5
@@ -64,12 +67,13 @@ class DecaySettings:
         ranges = (
             ("strength", self.strength, 0.0, math.inf, "at least 0"),
             ("budget", self.budget, 0.0, math.inf, "at least 0, where 0 sets no limit"),
+            ("fall", self.fall, math.nextafter(1.0, 2.0), math.inf, "above 1, or None for a fixed strength"),
             ("power", self.power, 1.0, 16.0, "between 1 (plain decay) and 16"),
             ("threshold", self.threshold, 0.0, 1.0, "between 0 and 1 (a share of the outliers)"),
             ("outlier_ratio", self.outlier_ratio, 0.0, math.inf, "at least 0"),
         )
         for name, value, low, high, text in ranges:
-            if name == "outlier_ratio" and value is None:
+            if name in ("outlier_ratio", "fall") and value is None:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not low <= value <= high or value == math.inf:  # pyright: ignore
@@ -77,6 +81,8 @@ class DecaySettings:
         for name, value in (("max_rank", self.max_rank), ("refresh_every", self.refresh_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r} is out of range; it must be a whole number, at least 1")
+        if self.fall is not None and self.metric == "site" and self.power != 1:
+            raise InputError(f"fall={self.fall!r} with metric='site' divides channels by one factor; leave power at 1")
         if self.metric == "site" and self.mode == "coupled":
             raise InputError(
                 "metric='site' shrinks rows and gains directly and has no loss form; "

@@ -44,6 +44,7 @@ from s2d.decay.closed_forms import (
     summed_over,
 )
 from s2d.decay.eligibility import eligible, no_matrices, sort_out
+from s2d.decay.fall import Fall
 from s2d.decay.learning_rates import PeakRates
 from s2d.decay.refresh_hooks import Eager, Watch, is_recomputed, is_transformed
 from s2d.decay.schedule_free import moving_together
@@ -100,7 +101,8 @@ class SelectiveSpectralDecay:
         targets: The observed weights.
         skipped: Weights left out, by name, with the reason.
         history: One record per refresh and weight: ``step, weight, sigma, pcdr, outlier_max, outlier_ratio, selected``
-            (how many components), with a budget ``pace`` (see `pace`). The newest 100,000 are kept.
+            (how many components), with a budget ``pace`` (see `pace`), with a fall the weight's ``strength``. The
+            newest 100,000 are kept.
         step_count: Optimizer steps seen.
     """
 
@@ -115,6 +117,7 @@ class SelectiveSpectralDecay:
         power: float | None = None,
         strength: float | None = None,
         budget: float | None = None,
+        fall: float | None = None,
         threshold: float | None = None,
         max_rank: int | None = None,
         refresh_every: int | None = None,
@@ -124,6 +127,7 @@ class SelectiveSpectralDecay:
         include: Selector = "all-linear",
         exclude: Selector = (),
         frozen: bool = False,
+        total_steps: int | None = None,
         seed: int = 0,
     ) -> None:
         """Attach to a model and its optimizer.
@@ -139,6 +143,7 @@ class SelectiveSpectralDecay:
             frozen: Also shrink weights that are not trained, for training with LoRA. Components are those of the merged
                 weight; the change is applied to the frozen weight. Adapters saved alone no longer fit the original
                 base; save the merged model.
+            total_steps: Optimizer steps of the whole run; ``fall`` needs them. Recipes and adapters fill them in.
             seed: Seed of the random starts of the spectral iterations.
 
         Raises:
@@ -154,7 +159,7 @@ class SelectiveSpectralDecay:
             name: value
             for name, value in (
                 ("metric", metric), ("mode", mode), ("power", power), ("strength", strength), ("budget", budget),
-                ("threshold", threshold), ("max_rank", max_rank), ("refresh_every", refresh_every),
+                ("fall", fall), ("threshold", threshold), ("max_rank", max_rank), ("refresh_every", refresh_every),
                 ("outlier_ratio", outlier_ratio), ("track", track),
                 ("kinds", (kinds,) if isinstance(kinds, str) else kinds and tuple(kinds)),
             )
@@ -168,7 +173,12 @@ class SelectiveSpectralDecay:
         self._data_groups, self._everyone = data_groups(model), all_ranks(model)
         if frozen and self.settings.mode == "coupled":
             raise InputError("frozen=True shrinks weights that no loss can reach; use it with mode='decoupled'")
-        self._rates = PeakRates(self.optimizers)
+        if self.settings.fall is not None and (not isinstance(total_steps, int) or total_steps < 1):
+            raise InputError(
+                f"fall={self.settings.fall!r} is over the whole run; give its length, total_steps=N, "
+                f"not {total_steps!r}"
+            )
+        self._rates = PeakRates(self.optimizers, total_steps or 0)
         self._model, self._take_frozen, self._seed = model, frozen, seed
         self._include, self._exclude = include, exclude
         self._found: list[Target] = []
@@ -189,9 +199,10 @@ class SelectiveSpectralDecay:
         self._budget = None
         if s.metric == "site" and s.budget > 0 and s.strength > 0:
             self._budget = Budget(s.budget, self.optimizers, self._everyone)
+        self._fall = None if s.fall is None else Fall(s.fall, s.power, s.strength)
         self._slopes: dict[str, Tensor] = {}
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY_LENGTH)
-        self.step_count = 0
+        self.step_count, self._refreshed_at = 0, -1
         self._ran: set[str] = set()
         self._structure = Structure(model, self._found)
         self._handles: list[Watch | Eager] = []
@@ -252,6 +263,9 @@ class SelectiveSpectralDecay:
             if self.settings.mode == "decoupled":
                 with self._exact_arithmetic():
                     self._shrink(optimizer)
+            elif self._fall is not None:
+                for target in [each for each, _ in self._selected_of(optimizer)]:
+                    self._fall.spend(target.name, self._rates.share(target.parameter))
             if last:
                 self.step_count += 1
                 if self.step_count % self.settings.refresh_every == 0:
@@ -278,17 +292,20 @@ class SelectiveSpectralDecay:
 
     def _shrink(self, optimizer: Optimizer) -> None:
         """Decoupled mode: apply the closed form to the selected components."""
-        strength = self.settings.strength
-        if strength == 0:
+        if self.settings.strength == 0:
             return
         members = list(self._selected_of(optimizer))
+        if self._fall is not None:
+            for target, components in members:
+                if not self._fall.strength(target.name):
+                    self._fall.solve(target.name, float(components.S.max()), self._rates.whole(target.parameter))
         present = self._present(members)
         if self._budget is not None and self._budget.looks(optimizer):
             known = [t for t, _ in members if t.name in self._slopes]
-            costs = [strength * self._rates.share(t.parameter) * self._slopes[t.name] for t in known]
+            costs = [self._strength(t) * self._rates.share(t.parameter) * self._slopes[t.name] for t in known]
             self._budget.moved(optimizer, sum(costs, torch.zeros(())))
         for target, components in members:
-            amount = strength * self.pace * self._rates.share(target.parameter)
+            amount = self._strength(target) * self.pace * self._rates.share(target.parameter)
             bias = self._own_bias(target)
             along, along_bias = present.get(target.name, (None, None))
 
@@ -347,6 +364,10 @@ class SelectiveSpectralDecay:
         seed = hash((self._seed, self.step_count, number)) & (2**63 - 1)  # of integers, the same in every process
         return torch.Generator(device).manual_seed(seed)
 
+    def _strength(self, target: Target) -> float:
+        """The lambda of a weight."""
+        return self.settings.strength if self._fall is None else self._fall.strength(target.name)
+
     def _present(self, members: list[tuple[Target, Components]]) -> dict[str, tuple[Tensor, Tensor | None]]:
         """The summed `measured` of each sharded weight, and of its bias, which its step needs."""
         divided = [(t, c) for t, c in members if is_dtensor(t.parameter) and c.U is not None]
@@ -374,8 +395,7 @@ class SelectiveSpectralDecay:
 
     def _add_gradients(self, optimizer: Optimizer) -> None:
         """Coupled mode: add the gradient of the penalty to the gradient of the loss."""
-        factor = self.settings.strength * _loss_scale(optimizer)
-        if factor == 0:
+        if self.settings.strength == 0:
             return
         members = [
             (target, components, _oriented(target), _oriented(target, target.parameter.grad))
@@ -384,13 +404,23 @@ class SelectiveSpectralDecay:
         ]
         known = self._measured([(W, components) for _, components, W, _ in members])
         for (target, components, W, grad), present in zip(members, known, strict=True):
+            scale, rows = _loss_scale(optimizer), None
             if target.kind == "norm":
                 _, rows = channels_here(W, components)
                 gain = W.local[rows] + target.offset
-                grad.local[rows] += factor * gain.sign() * gain.abs().pow(self.settings.power)
-                continue
-            gradient = penalty_gradient(grad, components, self.settings.power, self.settings.metric, present)
-            grad.local.add_(gradient.to(grad.local.dtype), alpha=factor)
+                gradient = gain.sign() * gain.abs().pow(self.settings.power)
+            else:
+                gradient = penalty_gradient(grad, components, self.settings.power, self.settings.metric, present)
+            if self._fall is not None and self._refreshed_at == self.step_count:
+                lengths = torch.stack([part.float().square().sum() for part in (grad.local, gradient)])
+                of_loss, of_penalty = all_reduce(lengths, W.groups).sqrt().tolist()
+                most = of_loss / (scale * of_penalty) if of_penalty > 0 else 0.0
+                largest, whole = float(components.S.max()), self._rates.whole(target.parameter)
+                self._fall.steer(target.name, largest, whole, most)
+            if rows is None:
+                grad.local.add_(gradient.to(grad.local.dtype), alpha=self._strength(target) * scale)
+            else:
+                grad.local[rows] += self._strength(target) * scale * gradient
 
     # -- refresh -------------------------------------------------------------------------------------------------------
 
@@ -525,6 +555,7 @@ class SelectiveSpectralDecay:
         if self._budget is not None:
             self._measure_slopes()
             self._budget.look()
+        self._refreshed_at = self.step_count
         for name, finding in findings.items():
             self.history.append(self._record(name, finding))
         self._note_what_ran()
@@ -597,6 +628,7 @@ class SelectiveSpectralDecay:
             "outlier_ratio": finding.outlier_ratio,
             "selected": 0 if components is None else len(components),
             **({} if self._budget is None else {"pace": self.pace}),
+            **({} if self._fall is None else {"strength": self._fall.strength(name)}),
         }
 
     def _agree(self) -> None:
@@ -657,6 +689,7 @@ class SelectiveSpectralDecay:
             "frozen": {name: _stored(self._frozen[name]) for name in sorted(self._changed) if name in self._frozen},
             "owed": {name: owed.cpu() for name, owed in self._owed.items()},
             "budget": None if self._budget is None else self._budget.state(),
+            "fall": None if self._fall is None else self._fall.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -674,7 +707,7 @@ class SelectiveSpectralDecay:
             )
         mine = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
         other = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
-        other.setdefault("budget", 0.0)  # states of older versions have no budget
+        other = {"budget": 0.0, "fall": None} | other  # states of older versions have neither
         changed = [name for name in mine if mine[name] != other.get(name)]
         if changed:
             text = ", ".join(f"{name}: {other.get(name)!r} saved, {mine[name]!r} here" for name in changed)
@@ -704,6 +737,8 @@ class SelectiveSpectralDecay:
         self._owed = {name: owed.clone() for name, owed in state.get("owed", {}).items()}
         if self._budget is not None:
             self._budget.load_state(state["budget"])
+        if self._fall is not None:
+            self._fall.load_state(state["fall"])
         self.history = deque(state["history"], maxlen=_HISTORY_LENGTH)
         self._ran = set(state["ran"])
         if self.step_count:

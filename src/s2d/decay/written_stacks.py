@@ -70,8 +70,9 @@ def _site(graph: Graph, call: Call, reader: str, stacks: dict[tuple[str, str], S
     owner, made = call.module, writer.call
     names = [name.rpartition(".")[2] for name in made.parameters if name.rpartition(".")[0] == owner == made.module]
     stack = next((stacks[owner, name] for name in names if (owner, name) in stacks), None)
-    rows = tuple(writer.rows.indices())
-    if stack is None or len(rows) != graph.nodes[call.input].shape[-1] or len(set(rows)) < len(rows):
+    rows, shape = tuple(writer.rows.indices()), list(graph.nodes[call.input].shape)
+    width = shape[-2] if call.side == "left" and len(shape) > 1 else shape[-1]
+    if stack is None or len(rows) != width or len(set(rows)) < len(rows):
         return None
     first = next(each for each in graph.products if each.module == owner and each.input is not None)
     assert first.input is not None
@@ -81,15 +82,18 @@ def _site(graph: Graph, call: Call, reader: str, stacks: dict[tuple[str, str], S
 
 def _bias(graph: Graph, made: Call, owner: str) -> str:
     """The parameter ``[E, O]`` that is added to a product, its rows picked as the matrices are."""
-    for operation in graph.consumers.get(made.output, []):
-        for number in operation.inputs if operation.kind == "add" else ():
-            node = graph.nodes[number]
-            while not node.parameters and node.operation >= 0 and graph.operations[node.operation].kind == "lookup":
-                node = graph.nodes[graph.operations[node.operation].inputs[0]]
-            for parameter in node.parameters:
-                for name in graph.names[parameter]:
-                    if name.rpartition(".")[0] == owner and len(graph.shapes[parameter]) == 2:
-                        return name.rpartition(".")[2]
+    todo = [made.output]
+    while todo:
+        for operation in graph.consumers.get(todo.pop(), []):
+            todo += operation.outputs if operation.kind == "view" else ()
+            for number in operation.inputs if operation.kind == "add" else ():
+                node = graph.nodes[number]
+                while not node.parameters and node.operation >= 0 and graph.operations[node.operation].kind == "lookup":
+                    node = graph.nodes[graph.operations[node.operation].inputs[0]]
+                for parameter in node.parameters:
+                    for name in graph.names[parameter]:
+                        if name.rpartition(".")[0] == owner and len(graph.shapes[parameter]) == 2:
+                            return name.rpartition(".")[2]
     return ""
 
 

@@ -43,7 +43,7 @@ class ExportOrder:
     recipe: Recipe | None = None
     data: str | None = None
     runtime: Runtime | None = None
-    embeddings: int = 8
+    embeddings: int | None = None
     form: Form | None = None
     shape: dict[str, int] = field(default_factory=dict)
     provider: str | None = None

@@ -23,6 +23,7 @@ from s2d.experiments.watcher import Silent, Watcher
 from s2d.io.files import JSON
 from s2d.io.provenance import run_metadata
 from s2d.models import Loaded, footprint
+from s2d.models.tracing import trace
 from s2d.quant import QuantSpec, Site
 from s2d.quant.allocate import CHOICES, affordable, all_with_bits, sensitivity
 from s2d.tasks import Task, create
@@ -118,7 +119,7 @@ def quantize_model(
     plan: list[Site] = []
     if out is None or order.check is not None:
         inputs = None if inputs is None else list(inputs)
-        plan, traced = _plan(model, spec, inputs)
+        plan, traced = _plan(model, spec, inputs, order.method)
         if order.check is not None:
             order.check(plan)
     if out is None:
@@ -143,15 +144,16 @@ def quantize_model(
     return plan, run_metadata(spec=spec.to_dict(), method=order.method, model=order.model, seed=order.seed)
 
 
-def _plan(model: nn.Module, spec: QuantSpec, inputs: list[Any] | None) -> tuple[list[Site], bool]:
+def _plan(model: nn.Module, spec: QuantSpec, inputs: list[Any] | None, method: str) -> tuple[list[Site], bool]:
     """The plan that is executed, and whether a forward was traced for it; without one it is that of the modules."""
     if inputs is not None:
-        return quant.planned(model, spec, inputs), True
-    example = random_batch(model)
+        return quant.planned(model, spec, inputs, method=method), True
+    example, graph = random_batch(model), None
     with suppress(InputError):
-        if example is not None:
-            return quant.planned(model, spec, [example]), True
-    return quant.plan(model, spec), False
+        graph = None if example is None else trace(model, example)
+    if graph is None:
+        return quant.plan(model, spec), False
+    return quant.planned(model, spec, [example], graph, method), True
 
 
 def _held_widths(order: Order, model: nn.Module, spec: QuantSpec, inputs: list[Any]) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from s2d.training.train_settings import TrainSettings
 
 FULL = "fp32"
 UNTRAINED = "none"
-_NOT_FOR_RECIPES = ("model", "optimizer", "seed")  # parameters of the decay that a recipe does not set
+_NOT_FOR_RECIPES = ("model", "optimizer", "seed", "total_steps")  # parameters of the decay that a recipe does not set
 
 
 class _Section(BaseModel):

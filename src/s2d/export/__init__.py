@@ -21,6 +21,7 @@ from s2d.export.onnx import CPU, OnnxModel
 from s2d.export.openvino import OpenVinoModel, refuse_spans
 from s2d.export.operators import FORMS, Form
 from s2d.export.runtime import stack_complaint
+from s2d.export.table_bits import WIDE, table_bits
 from s2d.export.torch_int import integer_model
 from s2d.io.files import write_json
 from s2d.io.provenance import run_metadata
@@ -53,7 +54,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     example: Mapping[str, Tensor],
-    embeddings: int = 8,
+    embeddings: int | None = None,
     form: Form = "qdq",
     shape: Mapping[str, int] | None = None,
     tokenizer: Any = None,
@@ -78,7 +79,8 @@ def export(
             name without a suffix for a folder of compressed-tensors; ``NAME.json`` beside it will hold the report.
         example: Keyword inputs of the model, a batch of two or more; batch size and length stay dynamic in the file.
         embeddings: Bits of the embedding tables (one scale a row at 8, one for 32 columns below), 0 to keep them.
-            compressed-tensors always keeps them.
+            By default 8, and in ONNX and OpenVINO 4 where little is lost (`s2d.export.table_bits`). compressed-tensors
+            always keeps them.
         form: Of ONNX: ``"qdq"``, ``"integer"`` or ``"types"``; see `s2d.export.operators`.
         shape: Sizes that an ONNX file fixes, for runtimes that compile one shape: ``{"batch": 1, "tokens": 128}``, the
             batch alone for images. `open_exported` fills inputs up to them.
@@ -117,9 +119,11 @@ def export(
     if target.suffix == ".xml":
         refuse_spans(kept.sites, example)
     model, example = in_float32(model, example, notes)
-    report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
     asked = provider if provider is not None or fallback else CPU
     check = Check(task, split, batch_size, time_it, describe, force, notes, asked, fallback)
+    if embeddings is None:
+        embeddings = table_bits(model, example, check) if target.suffix in RUNNABLE else WIDE
+    report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix in layer_formats.FORMATS:
@@ -142,7 +146,7 @@ def export(
     return report
 
 
-def _check_target(target: Path, embeddings: int, form: str) -> None:
+def _check_target(target: Path, embeddings: int | None, form: str) -> None:
     if target.suffix not in _FORMATS:
         names = ", ".join(f"NAME{each}" for each in _FORMATS if each)
         raise InputError(f"{target}: unknown kind of file; name it {names}, or without a suffix for a folder")
@@ -151,7 +155,7 @@ def _check_target(target: Path, embeddings: int, form: str) -> None:
             raise InputError(f"{target} exists and is not an empty folder; choose another name or remove it")
     elif target.is_dir():
         raise InputError(f"{target} is a folder; name a file, or remove it")
-    if embeddings != 0 and not 2 <= embeddings <= 8:
+    if embeddings not in (None, 0, *range(2, 9)):
         raise InputError(f"embeddings={embeddings!r} is a number of bits, 2 to 8, or 0 to leave the tables")
     if form not in FORMS:
         raise InputError(f"unknown form {form!r}; {choices(form, FORMS)}")

@@ -40,7 +40,7 @@ from s2d.tasks import Split, Task
 POINTS = 0.3
 COSINE = 0.02  # a wrong graph differs by far more, flipped codes by less; single layers must agree to 1e-5
 PERTURBATIONS = (1e-6, -1e-6, 3e-6)
-_ROUNDS = 7
+_ROUNDS, _FEWEST, _LONG = 7, 3, 10.0  # fewer turns where they take long, in seconds
 
 
 @dataclass(frozen=True)
@@ -207,17 +207,11 @@ def judge(
 def judge_task(report: ExportReport, reference: nn.Module, runner: nn.Module, task: Task, check: Check) -> None:
     """Record the metric of the simulated model and of the file."""
     check.notes(f"comparing {task.primary} on {check.split}")
-
-    def score(model: nn.Module) -> float:
-        found = task.evaluate(model, split=check.split, batch_size=check.batch_size)[task.primary]
-        model.eval()  # quantizers forget the rounded weights that they keep
-        give_back()
-        return found
-
-    simulated, exported = score(reference), score(runner)
+    simulated, exported = score(reference, task, check), score(runner, task, check)
     control = simulated
     for size in PERTURBATIONS:
-        control = max(control, score(perturbed(reference, size)), key=lambda each: abs(each - simulated))
+        moved = score(perturbed(reference, size), task, check)
+        control = max(control, moved, key=lambda each: abs(each - simulated))
         allowed = POINTS + 2.0 * abs(control - simulated)
         if abs(exported - simulated) <= allowed:  # more of them would only allow more
             break
@@ -235,12 +229,23 @@ def judge_task(report: ExportReport, reference: nn.Module, runner: nn.Module, ta
         )
 
 
+def score(model: nn.Module, task: Task, check: Check) -> float:
+    """The task's first metric, on the split of the comparison."""
+    found = task.evaluate(model, split=check.split, batch_size=check.batch_size)[task.primary]
+    model.eval()  # quantizers forget the rounded weights that they keep
+    give_back()
+    return found
+
+
 @torch.no_grad()
 def judge_output(report: ExportReport, reference: nn.Module, runner: nn.Module, example: Mapping[str, Tensor]) -> None:
     """Record the cosine of the outputs."""
     expected = reference(**example)
-    control = min(cosine(perturbed(reference, size)(**example), expected) for size in PERTURBATIONS)
-    found = cosine(runner(**example), expected)
+    found, control = cosine(runner(**example), expected), 1.0
+    for size in PERTURBATIONS:
+        control = min(control, cosine(perturbed(reference, size)(**example), expected))
+        if 1.0 - found <= max(COSINE, 10.0 * (1.0 - control)):  # more of them would only allow more
+            break
     report.parity = {"metric": "cosine", "split": "example", "simulated": 1.0, "exported": found, "perturbed": control}
     if 1.0 - found > max(COSINE, 10.0 * (1.0 - control)):
         report.failures.append(f"the output's cosine to the simulated one is {found:.4f} (perturbed: {control:.4f})")
@@ -273,7 +278,9 @@ def describe_cost(
 ) -> None:
     """Record kernels, bytes and latency, timed in turns with the model at full precision.
 
-    One row is timed, or where a file has fixed sizes its example.
+    One row is timed, or where a file has fixed sizes its example. The file in full precision is traced for these sizes
+    alone, which takes less than half the time. onnxruntime runs it as fast as one of free sizes, OpenVINO up to 7 %
+    faster, so the gain over it may be a little more than is said.
     """
     report.kernels, held = kernels(path)
     report.memory_mb = held / 1e6
@@ -295,7 +302,7 @@ def describe_cost(
         runtimes["openvino"] = openvino.OpenVinoModel
     with tempfile.TemporaryDirectory() as folder:
         full = Path(folder) / "fp32.onnx"
-        write_onnx(plain, example, full, beside=True, fixed=fixed)
+        write_onnx(plain, one, full, beside=True, fixed=True)
         give_back()
         for runtime, opened in runtimes.items():  # one at a time, for memory's sake
             runners = {"torch": plain, "fp32": opened(full), "file": opened(path)}
@@ -310,16 +317,24 @@ def latencies(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        spent = take_turns([partial(model, **inputs) for model in models.values()], _ROUNDS)
+        spent = take_turns([partial(model, **inputs) for model in models.values()], _ROUNDS, _FEWEST, _LONG)
     finally:
         torch.set_num_threads(threads)
     return {name: statistics.median(times) for name, times in zip(models, spent, strict=True)}
 
 
-def take_turns(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """The milliseconds of every call of each, sorted, after one turn that does not count."""
+def take_turns(
+    calls: Sequence[Callable[[], Any]], rounds: int, fewest: int | None = None, seconds: float = 0.0
+) -> list[list[float]]:
+    """The milliseconds of every call of each, sorted, after one turn that does not count.
+
+    With ``fewest``, only so many rounds once ``seconds`` have passed.
+    """
     spent: list[list[float]] = [[] for _ in calls]
+    began = time.perf_counter()
     for turn in range(rounds + 1):
+        if fewest is not None and turn > fewest and time.perf_counter() - began > seconds:
+            break
         for call, times in zip(calls, spent, strict=True):
             start = time.perf_counter()
             call()

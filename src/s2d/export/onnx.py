@@ -101,6 +101,7 @@ def write_onnx(
 
     with torch.no_grad():
         outputs = list(tensors_of(model(**example)))
+    _keep_the_operators()
     with _quiet(), _without_slow_rewrites():
         try:
             program = torch.onnx.export(
@@ -344,6 +345,17 @@ def _reason(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
+@lru_cache(maxsize=1)
+def _keep_the_operators() -> None:
+    """Let onnxscript make its list of operators once a process, not once an export: half a second each."""
+    try:
+        from torch.onnx._internal._lazy_import import onnxscript_apis
+
+        onnxscript_apis.get_torchlib_ops = lru_cache(maxsize=1)(onnxscript_apis.get_torchlib_ops)
+    except (ImportError, AttributeError):  # another version
+        return
+
+
 @contextlib.contextmanager
 def _without_slow_rewrites() -> Iterator[None]:
     """Leave out the rewrites of several outputs at once (onnxscript has one, of two Slices to a Split).
@@ -371,12 +383,14 @@ def _has_one_output(rule: Any) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress the exporter's messages for developers."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

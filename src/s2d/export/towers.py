@@ -99,7 +99,7 @@ def export_towers(
     path: str | os.PathLike[str],
     *,
     example: Mapping[str, Tensor],
-    embeddings: int = 8,
+    embeddings: int | None = None,
     form: Form = "qdq",
     shape: Mapping[str, int] | None = None,
     task: Task | None = None,
@@ -118,7 +118,7 @@ def export_towers(
         path: ``NAME.onnx`` or ``NAME.xml``; the files are ``NAME.image.onnx`` and ``NAME.text.onnx``, and ``NAME.json``
             holds both reports, scale and bias.
         example: A batch: ``pixel_values`` of two or more images, and the keywords of two or more texts.
-        embeddings: Bits of embedding tables; 0 leaves them.
+        embeddings: Bits of embedding tables, as for `s2d.export`.
         form: As for `s2d.export`.
         shape: As for `s2d.export`; the image tower takes its batch alone.
         task: Zero-shot or retrieval: its metric is compared too, with both files together.
@@ -164,8 +164,8 @@ def export_towers(
             )
         if task is not None:
             reference = shared_copy(model)
-            if embeddings:
-                round_embeddings(reference, embeddings)
+            if reports["text"].embeddings:  # the image tower has no tables
+                round_embeddings(reference, reports["text"].embeddings)
             opened = ExportedTowers(*(open_exported(targets[kind]) for kind in TOWERS))
             gate.judge_task(reports["image"], reference, opened, task, check)
             reports["text"].parity = reports["image"].parity

@@ -36,10 +36,10 @@ class Conditioning:
         self.settings = settings
         self.decay: SelectiveSpectralDecay | None = None
 
-    def _attach(self, model: Any, optimizer: Any, state: dict[str, Any] | None) -> None:
-        """Begin, or continue from the state of an earlier training, in place of whatever was attached."""
+    def _attach(self, model: Any, optimizer: Any, state: dict[str, Any] | None, steps: int | None) -> None:
+        """Begin a run of ``steps``, or continue from the state of an earlier one, in place of what was attached."""
         self._remove()
-        self.decay = SelectiveSpectralDecay(model, optimizer, **self.settings)
+        self.decay = SelectiveSpectralDecay(model, optimizer, **{"total_steps": steps, **self.settings})
         if state is not None:
             self.decay.load_state_dict(state)
 

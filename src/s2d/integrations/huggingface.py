@@ -38,7 +38,7 @@ class SpectralDecayCallback(Conditioning, transformers.TrainerCallback):
             InputError: The checkpoint that the trainer resumes from has no state of a decay, or that of another.
         """
         known = _read_state(args, self.resumed_from, state.global_step) if state.global_step else None
-        self._attach(kwargs["model"], kwargs["optimizer"], known)
+        self._attach(kwargs["model"], kwargs["optimizer"], known, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state into the checkpoint that the trainer has just written."""

@@ -23,7 +23,8 @@ class SpectralDecay(Conditioning, pytorch.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The optimizers exist: attach to them, and continue where a resumed fit stopped."""
-        self._attach(pl_module, trainer.optimizers, self._restored)
+        steps = trainer.estimated_stepping_batches  # inf for a training without an end
+        self._attach(pl_module, trainer.optimizers, self._restored, steps if isinstance(steps, int) else None)
         self._restored = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:

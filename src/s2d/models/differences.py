@@ -7,6 +7,7 @@ loading. They contain no code: classes are modules of torch.nn, timm and open_cl
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import math
@@ -41,11 +42,15 @@ def changes(model: nn.Module, built: nn.Module) -> JSON:
         InputError: A difference that cannot be stored; the module and the attribute are named.
     """
     theirs = dict(built.named_modules())
-    return {
-        name: found
-        for name, module in model.named_modules()
-        if not _is_ours(module) and (found := _change(name, module, theirs.get(name)))
-    }
+    found: dict[str, JSON] = {}
+    for name, module in model.named_modules():
+        if _is_ours(module):
+            continue
+        if "class" in found.get(name.rpartition(".")[0], {}):
+            theirs.pop(name, None)  # what was below went with the module that is replaced
+        if change := _change(name, module, theirs.get(name)):
+            found[name] = change
+    return found
 
 
 def apply(model: nn.Module, written: Mapping[str, JSON]) -> nn.Module:
@@ -165,7 +170,7 @@ def _change(name: str, module: nn.Module, built: nn.Module | None) -> JSON:
     attributes: JSON = {}
     for key, value in changed.items():
         try:
-            attributes[key] = _encode(value)
+            attributes[key] = _encode(value if _is_plain(value) else _without_caches(module).get(key))
         except _OpaqueError:
             raise InputError(
                 f"{name or 'the model'}.{key} is a {type(value).__name__} that its library does not put there and s2d "
@@ -187,6 +192,22 @@ def _attributes(module: nn.Module) -> JSON:
         for k, v in module.__dict__.items()
         if k not in _INTERNAL | _NOTES and not k.startswith(("_s2d", "_plain_"))
     }
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        _encode(value)
+    except _OpaqueError:
+        return False
+    return True
+
+
+def _without_caches(module: nn.Module) -> JSON:
+    """A module's attributes after its own `_apply`, as ``.to`` calls it: what a forward keeps for later is dropped."""
+    bare = copy.copy(module)
+    own = {part: dict(getattr(module, part)) for part in ("_parameters", "_buffers")}
+    bare.__dict__ = {**module.__dict__, **own, "_modules": {}}
+    return bare._apply(lambda tensor: tensor).__dict__
 
 
 def _parameters(module: nn.Module) -> JSON:

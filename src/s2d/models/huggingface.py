@@ -138,6 +138,8 @@ def _model_class(transformers: Any, config: Any, *, of_gguf: bool) -> tuple[Any,
     if of_gguf and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:  # a GGUF does not say which head it has
         return transformers.AutoModelForCausalLM, {}
     for architecture in getattr(config, "architectures", None) or ():
+        if architecture.endswith("EncoderModel") and hasattr(transformers, architecture):
+            return getattr(transformers, architecture), {}  # half of what its configuration describes (T5)
         for pattern, auto_class in _HEADS:
             if re.search(pattern + "$", architecture) and hasattr(transformers, auto_class):
                 return getattr(transformers, auto_class), {}

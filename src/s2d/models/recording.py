@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ class Tracer(Memory):
         if function or states <= {"constant"}:
             state = "weight" if "weight" in states else "constant"
         parameters = tuple(dict.fromkeys(p for n in inputs for p in n.parameters)) if state == "weight" else ()
+        if kind == "product":
+            inputs = [self._matrices(node) for node in inputs]
         calls = self._operands(kind, name, inputs) if state == "activation" else []
         features = 0
         weight = next((inputs[i] for i, what in calls if what in ("product", "convolution", "embedding", "gain")), None)
@@ -137,9 +140,12 @@ class Tracer(Memory):
                 )  # fmt: skip
                 fresh[id(value)] = node
                 self._keep(value, node, any(value is each for each in written))
-                if plain and name in _COPIES and has_storage(value) and value.ndim > 1:
-                    along = self._dimensions(tensors[0], inputs[0].parameters[0])
-                    if len(along) == value.ndim:
+                if kind == "lookup":
+                    self._pick(name, args, inputs[0], value, node)
+                held = self._matrices(inputs[0]) if inputs and name in _COPIES else None
+                if held is not None and held.plain and has_storage(value):
+                    along = self._dimensions(tensors[0], held.parameters[0])
+                    if len(along) == value.ndim > 1:
                         self._storage(value).walks = dict(zip(value.stride(), along, strict=True))
             made.append(node)
         numbers = numbers_in(args) if kind in ("multiply", "add", "lookup") or name == "expand" else ()
@@ -269,7 +275,32 @@ class Tracer(Memory):
                     )
                 )
 
+    def _pick(self, name: str, args: Any, table: Node, value: Tensor, node: Node) -> None:
+        """Note which matrices of a stack ``[E, a, b]`` a lookup by its first dimension picks: ``[..., a, b]``."""
+        whole_stack = table.plain and table.rows is None and len(table.parameters) == 1
+        if not whole_stack or len(self.shapes[table.parameters[0]]) != 3 or len(table.shape) != 3:
+            return
+        places = args[1] if name == "index" else [args[2]] if name == "index_select" and args[1] == 0 else []
+        if len(places) == 1 and isinstance(places[0], Tensor) and value.ndim > 2 and has_storage(value):
+            chosen = places[0].nonzero() if places[0].dtype == torch.bool else places[0]
+            self.picks[node.id] = tuple(chosen.flatten().unique().tolist())
+            self._storage(value).walks = {value.stride(-2): 1, value.stride(-1): 2}
+
+    def _matrices(self, node: Node) -> Node:
+        """A value that holds matrices picked out of a stack, as that weight; any other node as it is."""
+        found = node
+        while found.id not in self.picks:
+            operation = self.operations[found.operation] if found.operation >= 0 else None
+            if found.state != "activation" or operation is None or operation.kind != "view":
+                return node
+            found = self.nodes[operation.inputs[0]]
+        table = self.nodes[self.operations[found.operation].inputs[0]]
+        self.picks[node.id] = self.picks[found.id]
+        return replace(node, state="weight", parameters=table.parameters, plain=True)
+
     def _experts(self, name: str, node: Node, parameter: int, tensors: list[Tensor]) -> tuple[int, ...]:
+        if node.id in self.picks:
+            return self.picks[node.id]
         first, stop = node.rows if node.rows is not None else (0, self.shapes[parameter][0])
         if name in GROUPED and len(tensors) > 2 and not tensors[2].is_floating_point():
             ends = tensors[2].tolist()

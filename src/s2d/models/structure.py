@@ -357,6 +357,16 @@ def _blocks(tracer: Tracer, attended: set[int], sums: set[int]) -> list[Blocks]:
     known = {_kind(tracer, i) for runs in found.values() for i in runs}
     beside = working if found.keys() <= working.keys() else by_owner
     found |= {c: runs for c, runs in beside.items() if all(_kind(tracer, i) in known for i in runs)}
+    # Stages stand in a list: where two of them hold blocks, so do the others, if not a single layer (a last 1x1).
+    stages: dict[str, list[str]] = {}
+    for container in found:
+        stages.setdefault(container.rpartition(".")[0], []).append(container)
+    for container, runs in working.items():
+        others = stages.get(container.rpartition(".")[0], [])
+        kinds_of = {type(tracer.by_path[other]) for other in others} if len(others) > 1 else set()
+        layers = [sum(op in work for op in spans[i]) for i in runs]
+        if type(tracer.by_path[container]) in kinds_of and min(layers) > 1 and apart(runs):
+            found[container] = runs
     # So is a list of one block with attention in it, in a model of one layer.
     for container, runs in working.items():
         lone = len(runs) == 1 and isinstance(tracer.by_path[container], nn.ModuleList)

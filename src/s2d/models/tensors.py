@@ -76,6 +76,7 @@ class Memory(TorchDispatchMode):
         self.unknown: dict[tuple[str, str], None] = {}
         self.outputs: list[int] = []
         self.padding: dict[str, float] = {}
+        self.picks: dict[int, tuple[int, ...]] = {}  # which matrices of a stack a node holds
         self.failed_in: str | None = None
         self.error_before: BaseException | None = None
         self._failed: BaseException | None = None

@@ -129,6 +129,8 @@ def _steps(graph: Graph, operation: Operation, node: Node, since: int) -> Iterat
     elif kind == "add":
         others = any(graph.nodes[i].state == "constant" and graph.nodes[i].shape for i in inputs)
         moved = bool(operation.arguments) and len(inputs) == 1
+        biases = [each for each in live if _is_bias_of_stack(graph, each)]
+        live = live if len(biases) == len(live) else [each for each in live if each not in biases]
         for each in live:
             yield each.id, "none" if len(live) > 1 or others or moved else "exact", len(live) > 1
     elif kind == "attention":
@@ -148,6 +150,18 @@ def _steps(graph: Graph, operation: Operation, node: Node, since: int) -> Iterat
             yield each.id, "exact", len(live) > 1
     elif kind == "lookup" and live and node.shape and live[0].shape and node.shape[-1] == live[0].shape[-1]:
         yield live[0].id, "exact", False
+
+
+def _is_bias_of_stack(graph: Graph, node: Node) -> bool:
+    """Whether rows of a bias ``[E, O]`` were picked as the matrices of a stack of the same module are."""
+    made = graph.nodes[source_of(graph, node.id)].operation
+    tables = [call for call in graph.at(made) if call.kind == "lookup"] if made >= 0 else []
+    return any(
+        call.experts and call.module == table.module
+        for table in tables
+        for call in graph.products
+        if call.operation > made
+    )
 
 
 def _factors(graph: Graph, operation: Operation, node: Node, live: list[Node]) -> Iterator[tuple[int, Exactness, bool]]:

@@ -147,7 +147,7 @@ def _quantize(
     batches = Batches(calibration)
     decide(model, parsed)  # a spec that does not fit the modules fails before any work
     graph = traced(model, batches)
-    decided = planned(model, parsed, batches, graph)
+    decided = planned(model, parsed, batches, graph, name)
     store = None if resume is None else Store(resume, _belongs(model, parsed, batches, name, protocol, seed))
     snapshot = Snapshot(model) if held == "snapshot" and name != "rtn" else None
     if held == "copy":

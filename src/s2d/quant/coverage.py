@@ -20,6 +20,7 @@ from s2d.models.tracing import unwrapped
 from s2d.quant.calibration.observe import Batches, traced
 from s2d.quant.modules.products import KEPT, attention_flops, other_products
 from s2d.quant.modules.sites import MORE, TURNED, Site, plan, refuse_quantized, weight_name
+from s2d.quant.ptq import refuse_unfit
 from s2d.quant.spec import QuantSpec
 
 # The share of products that cannot be quantized above which a warning is given.
@@ -29,7 +30,11 @@ PRODUCTS = ("product", "convolution")
 
 
 def planned(
-    model: nn.Module, spec: QuantSpec, calibration: Iterable[Any] | Batches, graph: Graph | None = None
+    model: nn.Module,
+    spec: QuantSpec,
+    calibration: Iterable[Any] | Batches,
+    graph: Graph | None = None,
+    method: str = "rtn",
 ) -> list[Site]:
     """The plan that `quantize` executes: from the modules, completed by one traced forward.
 
@@ -38,16 +43,19 @@ def planned(
         spec: What to quantize.
         calibration: Batches; the first one is traced.
         graph: The graph of the first batch, if it has been traced.
+        method: As for `quantize`.
 
     Raises:
-        InputError: As `plan` does, or the model cannot run the first batch.
+        InputError: As `plan` does, the model cannot run the first batch, or the method cannot work on it.
     """
     model = unwrapped(model)
     refuse_quantized(model)
     if graph is None:
         batches = calibration if isinstance(calibration, Batches) else Batches(calibration)
         graph = traced(model, batches)
-    return covered(model, plan(model, spec, graph), graph)
+    sites = covered(model, plan(model, spec, graph), graph)
+    refuse_unfit(method, model, sites, graph)
+    return sites
 
 
 def covered(model: nn.Module, sites: Sequence[Site], graph: Graph) -> list[Site]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from s2d.models.running import evaluating, run
 from s2d.quant.calibration.observe import Batches
-from s2d.quant.modules.sites import Site, weight_name
+from s2d.quant.coverage import planned
+from s2d.quant.modules.sites import Site, plan, weight_name
 from s2d.quant.numerics.formats import BlockFormat
 from s2d.quant.ptq import get_methods
+from s2d.quant.spec import QuantSpec
 
 PAIR_BYTES = 8  # a float32 scale and an int32 zero point
 
@@ -55,23 +57,31 @@ class Estimate:
         return text
 
 
-def estimate(model: nn.Module, sites: Sequence[Site], method: str = "rtn", calibration: Any = None) -> Estimate:
+def estimate(
+    model: nn.Module,
+    sites: Sequence[Site] | str | Mapping[str, Any] | QuantSpec,
+    method: str = "rtn",
+    calibration: Any = None,
+) -> Estimate:
     """Estimate size and time; changes nothing.
 
     Args:
         model: The plain model.
-        sites: Its plan.
+        sites: Its plan, or a spec as for `quantize`: its plan is made, from the modules alone without calibration.
         method: As for `quantize`.
         calibration: The batches; one forward of the first is timed. None to leave the time out.
 
     Raises:
-        InputError: An unknown method, or a batch that does not fit.
+        InputError: An unknown method, a batch or a spec that does not fit, or as `planned`.
     """
+    batches = None if calibration is None else Batches(calibration)
+    if isinstance(sites, (str, Mapping, QuantSpec)):
+        spec = QuantSpec.parse(sites)
+        sites = plan(model, spec) if batches is None else planned(model, spec, batches, method=method)
     passes = max(sum(entry.passes for entry in get_methods(method)), 1.0)
     plain = _bytes(model)
     seconds, count = None, 0
-    if calibration is not None:
-        batches = Batches(calibration)
+    if batches is not None:
         with evaluating(model):
             run(model, batches.first)  # the first forward of a process is slower than all others
             start = time.perf_counter()

@@ -187,7 +187,9 @@ class QuantSpec:
                 return text
         bits = [_width(tensor) for tensor in (self.weight, self.activation)]
         by_token = self.activation is not None and self.activation.granularity == "token"
-        return f"w{bits[0]}a{bits[1]}{self._cache_name()}{'-token' if by_token else ''}"
+        shifts = any(t is not None and t.format.name.endswith("-pow2") for t in (self.weight, self.activation))
+        kinds = f"{'-token' if by_token else ''}{'-pow2' if shifts else ''}"
+        return f"w{bits[0]}a{bits[1]}{self._cache_name()}{kinds}"
 
     def _cache_name(self) -> str:
         """``kv8`` where the overrides say what that does."""
@@ -363,4 +365,5 @@ def _granularity(group: Group, text: Any) -> tuple[Granularity, int]:
 def _refuse_unknown(where: str, form: Mapping[str, Any], known: tuple[str, ...]) -> None:
     unknown = ", ".join(sorted(str(key) for key in form if key not in known))
     if unknown:
-        raise InputError(f"unknown keys in {where}: {unknown}; known: {', '.join(known)}")
+        names = "; names of layers belong under overrides" if "overrides" in known else ""
+        raise InputError(f"unknown keys in {where}: {unknown}; known: {', '.join(known)}{names}")

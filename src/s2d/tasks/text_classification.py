@@ -21,7 +21,7 @@ from s2d.data.tables import TABLE_SUFFIXES, Table, find_columns, read_table
 from s2d.data.tokens import by_length, digest, row_batches
 from s2d.errors import InputError
 from s2d.models import Loaded, TextClassifier
-from s2d.models.classes import both_lists, match
+from s2d.models.classes import both_lists, match, only_numbered, places_of
 from s2d.models.heads import encoder_of
 from s2d.models.image_heads import class_names
 from s2d.models.running import evaluating
@@ -42,7 +42,8 @@ class Example:
 class TextClassification(TokenizedTexts):
     """Assign texts to classes, from CSV, TSV, JSON lines or Parquet with a text and a label column.
 
-    The encoder's mean-pooled tokens go through one linear layer; cross-entropy; the metric is ``accuracy`` in points.
+    The encoder's mean-pooled tokens go through one linear layer, or a transformers model's own head is kept;
+    cross-entropy; the metric is ``accuracy`` in points.
 
     A folder has one file per split, named ``train``, ``test`` and ``validation`` (or ``valid``, ``val``, ``dev``). A
     split without a file (or both, when `data` is a single file) is taken out of train: 20 % for test, 10 % for
@@ -76,19 +77,24 @@ class TextClassification(TokenizedTexts):
         """The texts of a split."""
         return [example.text for example in self._examples[split]]
 
-    def build(self, loaded: Loaded, seed: int = 0) -> TextClassifier:
+    def build(self, loaded: Loaded, seed: int = 0) -> nn.Module:
         """A classifier on a copy of the encoder.
 
-        A model that was loaded with this task's classes (by name, in any order, or more of them) keeps its head. The
-        task then uses the model's classes.
+        A model that was loaded with this task's classes (by name, in any order, or more of them) keeps its head: a
+        `TextClassifier`, or a sequence classifier of transformers. Where one side only numbers its classes, as many on
+        both sides are the same ones in their order. The task then uses the model's classes.
         """
         self.prepare(loaded)
         model, wanted = loaded.model, self._own_labels
-        known = model.labels if isinstance(model, TextClassifier) else class_names(model)
-        places = match(wanted, known) if isinstance(model, TextClassifier) else None
-        self._number(wanted if places is None else known, places)
+        known, places = class_names(model), None
+        if isinstance(model, TextClassifier):
+            known = model.labels
+            places = match(wanted, known)
+        elif type(model).__name__.endswith("ForSequenceClassification") and (known or only_numbered(wanted)):
+            places = places_of(wanted, known, int(model.config.num_labels))  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportArgumentType]
+        self._number(wanted if places is None else known or wanted, places)
         self.new_head = ""
-        if isinstance(model, TextClassifier) and places is not None:
+        if places is not None:
             return copy.deepcopy(model).train()
         self.new_head = f"a new head of {len(wanted)} classes would be random"
         if known:
@@ -112,7 +118,7 @@ class TextClassification(TokenizedTexts):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy."""
         batch = to_device(batch, device_of(model))
-        return F.cross_entropy(model(**self.inputs(batch)[0]), batch["labels"])
+        return F.cross_entropy(_scores(model(**self.inputs(batch)[0])), batch["labels"])
 
     @torch.no_grad()
     def outcomes(self, model: nn.Module, batch: Batch) -> Outcomes:
@@ -120,7 +126,7 @@ class TextClassification(TokenizedTexts):
         device = device_of(model)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         with evaluating(model):
-            scores = model(input_ids=ids, attention_mask=mask).float().cpu()
+            scores = _scores(model(input_ids=ids, attention_mask=mask)).float().cpu()
         # NaN scores are no answer; argmax would treat them as the largest.
         return Outcomes.of_hits((scores.argmax(1) == batch["labels"]) & scores.isfinite().all(1))
 
@@ -147,6 +153,11 @@ class TextClassification(TokenizedTexts):
                 hint = f"close: {', '.join(close)}" if close else f"train has {', '.join(self.labels[:6])}"
                 raise InputError(f"{example.place}: label {example.label!r} does not occur in train ({hint})")
         return torch.tensor([numbers[example.label] for example in self._examples[split]])
+
+
+def _scores(output: Any) -> Tensor:
+    """Class scores ``[batch, classes]``: what a classifier returns, or transformers' part of it."""
+    return getattr(output, "logits", output)
 
 
 def _splits(data: Path, text: str | None, label: str | None) -> dict[Split, list[Example]]:

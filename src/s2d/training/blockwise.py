@@ -153,7 +153,9 @@ def _condition(
     place = next(alone.parameters()).device
     optimizer = make_optimizer(settings.optimizer, alone, parameter_groups(alone, settings), settings.lr)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, settings.steps, settings.warmup))
-    spectral = None if decay is None else SelectiveSpectralDecay(alone, optimizer, **decay, seed=seed)
+    spectral = None
+    if decay is not None:
+        spectral = SelectiveSpectralDecay(alone, optimizer, **decay, total_steps=settings.steps, seed=seed)
     guard = StepGuard(settings.spike, settings.lr)
     order = _order(len(block.inputs), generator)
     alone.train()

@@ -89,7 +89,7 @@ def train(
             stack.callback(companion.remove)
         spectral = None
         if decay is not None:
-            spectral = attach(model, raw, decay, seed=seed)
+            spectral = attach(model, raw, decay, total_steps=settings.steps, seed=seed)
             stack.callback(spectral.remove)
         if companion is not None:
             companion.attach(raw)

@@ -79,6 +79,7 @@ def test_how_many_examples_would_do() -> None:
     times = math.ceil(needed / 400)
     assert paired_drop(*pair(8 * times, 6 * times, 400 * times), True).within(1.0)
     assert drop.examples_needed(0.4) is None, "the drop itself is larger"
+    assert drop.examples_needed(drop.points + 1e-6) is None, "as large as the promise: no number of examples decides"
 
 
 def test_a_lower_score_can_be_the_better_one() -> None:

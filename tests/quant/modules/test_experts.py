@@ -136,7 +136,7 @@ def test_experts_are_rounded_each_by_its_outputs_and_so_is_what_they_read(name: 
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_rounded_weights_give_the_outputs_of_a_model_that_holds_them_and_come_back(
     name: str, experts: str, tmp_path: Path
 ) -> None:

@@ -76,6 +76,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaround.reconstruct, "__defaults__", (60,))
 
 
+@pytest.fixture
+def shortest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what holds after any number of steps: a few of all three phases."""
+    monkeypatch.setattr(adaround.reconstruct, "__defaults__", (12,))
+
+
 @pytest.mark.parametrize("spec", ["w3a16", "w3a8"])
 def test_the_model_comes_closer_than_by_rounding_to_nearest(
     make: Callable[[str], Case], spec: str, short: None
@@ -101,7 +107,7 @@ def test_a_block_comes_closer_to_what_it_was(make: Callable[[str], Case], short:
     assert errors["adaround"] < 0.6 * errors["rtn"]
 
 
-def test_weights_lie_on_their_grid_next_to_where_they_were(case: Case, short: None) -> None:
+def test_weights_lie_on_their_grid_next_to_where_they_were(case: Case, shortest: None) -> None:
     before = copy.deepcopy(case.model)
     model = quant.quantize(case.model, "w4a4", calibration=case.batches, method="adaround")
     for site, weight, quantizer in weights(model):
@@ -115,7 +121,7 @@ def test_weights_lie_on_their_grid_next_to_where_they_were(case: Case, short: No
     assert not any(isinstance(module, SoftRounding) for module in model.modules())
 
 
-def test_the_unified_protocol_keeps_the_ranges_of_the_spec(make: Callable[[str], Case], short: None) -> None:
+def test_the_unified_protocol_keeps_the_ranges_of_the_spec(make: Callable[[str], Case], shortest: None) -> None:
     case = make("bert-sdpa")
     both = [
         quant.quantize(case.model, "w4a4", calibration=case.batches, method=method, protocol="unified")

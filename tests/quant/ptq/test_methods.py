@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -119,3 +120,27 @@ def test_random_numbers_depend_on_the_seed_and_the_name() -> None:
     assert torch.equal(draw(0, "blocks.0"), draw(0, "blocks.0"))
     assert not torch.equal(draw(0, "blocks.0"), draw(0, "blocks.1"))
     assert not torch.equal(draw(0, "blocks.0"), draw(1, "blocks.0"))
+
+
+class Shortcut(nn.Module):
+    """A 3x3 and a 1x1 convolution that read the same pixels, and a grouped one behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.short = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(4, 8, 1, stride=2)
+        self.deep, self.head = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.deep((self.conv(x) + self.short(x)).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", sorted(set(methods()) - {"rotation"}))
+def test_convolutions_that_read_the_same_pixels_are_rounded_each_by_its_patches(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Shortcut().eval(), torch.randn(32, 4, 6, 6)
+    spec = {"base": "w8a8", "overrides": {"*": "w8a8"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = quantize(model, spec, calibration=[x], method=method)
+    with torch.no_grad():
+        assert float((quantized(x) - model(x)).norm() / model(x).norm()) < 0.03

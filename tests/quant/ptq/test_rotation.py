@@ -123,7 +123,7 @@ def test_a_family_that_is_wrong_about_its_model_is_found_out() -> None:
 
     case.model.layers[0].__class__ = PostNormed
     with pytest.raises(InputError, match=r"cos in layers\.0 reads it as well"):
-        rotation(job(case))
+        quantize(case.model, "w4a4", calibration=case.batches, method="rotation")
 
 
 def test_it_comes_first() -> None:

@@ -25,7 +25,7 @@ from s2d.tasks.base import Outcomes
 LEVEL = 0.95
 _DRAWS = 2000
 _LEAST = 20  # examples for a bootstrap; fewer do not show the spread
-_MOST = 10_000_000  # largest answer to "how many examples are needed"
+_MOST = 1_000_000  # a drop that needs more examples to be accepted is as large as the promise
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,15 @@ class Drop:
         return self.lower > points
 
     def examples_needed(self, points: float) -> int | None:
-        """How many examples like these would accept the drop; None when the drop itself is too large."""
+        """How many examples like these would accept the drop; None when no number that one could have would."""
         room = points - self.points
         if room <= 0:
             return None
         if math.isinf(self.upper):
             return _LEAST
         spread = (self.upper - self.points) * math.sqrt(self.examples)  # bounds shrink with the square root
-        return min(max(math.ceil((spread / room) ** 2), self.examples), _MOST)
+        needed = max(math.ceil((spread / room) ** 2), self.examples)
+        return needed if needed <= _MOST else None
 
 
 def level_of(round: int) -> float:

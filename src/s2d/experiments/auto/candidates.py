@@ -17,7 +17,8 @@ from s2d.quant import QuantSpec, Site
 from s2d.quant.ptq.svdquant import RANK
 
 Objective = Literal["smallest", "fastest"]
-_SAME = 0.02  # sizes (or times) this close count as equal: the time (or size) decides
+_SAME = 0.02  # a candidate must be this much better than a safer one
+_OTHER = 0.1  # the other quantity's share in the cost: a file 2.7 times as slow must be a tenth smaller
 _MOST = 5  # files of one round
 
 
@@ -113,8 +114,7 @@ class Scored:
 def front(scored: Sequence[Scored], objective: Objective, most: int = _MOST) -> list[Scored]:
     """The Pareto front of the candidates, the safest first and the most wanted last.
 
-    None of them is both less safe and less wanted than another. Sizes (or times) within 2 % count as equal, and the
-    time (or size) then decides.
+    None of them is both less safe and less wanted than another, by `cost`.
 
     Args:
         scored: Candidates that were tried.
@@ -122,8 +122,11 @@ def front(scored: Sequence[Scored], objective: Objective, most: int = _MOST) -> 
         most: Largest number of candidates; the first and the last are among them.
     """
     found: list[Scored] = []
-    for each in sorted(scored, key=lambda each: (each.error, _wanted(each, objective))):
-        if math.isfinite(each.error) and all(_wanted(each, objective) < _wanted(safer, objective) for safer in found):
+    best = math.inf
+    for each in sorted(scored, key=lambda each: (each.error, cost(each.bytes, each.time, objective))):
+        least = cost(each.bytes, each.time, objective)
+        if math.isfinite(each.error) and least < best - math.log1p(_SAME):
+            best = least
             found.append(each)
     while len(found) > most:  # drop the one whose neighbours are closest to each other
         gaps = [math.log(found[i + 1].error + 1e-12) - math.log(found[i - 1].error + 1e-12) for i in _inner(found)]
@@ -135,10 +138,17 @@ def _inner(members: Sequence[object]) -> range:
     return range(1, len(members) - 1)
 
 
-def _wanted(each: Scored, objective: Objective) -> tuple[int, int]:
-    size = round(math.log(max(each.bytes, 1)) / math.log1p(_SAME))
-    time = round(math.log(each.time if each.time is not None else 1.0) / math.log1p(_SAME))
-    return (size, time) if objective == "smallest" else (time, size)
+def cost(size: float, time: float | None, objective: Objective) -> float:
+    """What is to be small: the logarithm of the size (or the time), and a tenth of that of the other.
+
+    Args:
+        size: In any unit.
+        time: In any unit; None where it is not known.
+        objective: ``"smallest"`` or ``"fastest"``.
+    """
+    logarithms = math.log(max(size, 1.0)), math.log(1.0 if time is None else time)
+    first, other = logarithms if objective == "smallest" else logarithms[::-1]
+    return first + _OTHER * other
 
 
 def file_bytes(model: nn.Module, sites: Sequence[Site], runtime: Runtime, embeddings: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2d.errors import InputError
-from s2d.experiments.auto.candidates import Objective
+from s2d.experiments.auto.candidates import Objective, cost
 from s2d.experiments.auto.search_records import put, with_companions
 from s2d.experiments.auto.verdict import Row, Verdict
 
@@ -14,10 +14,9 @@ from s2d.experiments.auto.verdict import Row, Verdict
 def best_of(verdicts: Mapping[str, Verdict], objective: Objective) -> str | None:
     """The name of the verdict with the smallest (or fastest) accepted file; None where no promise is met."""
 
-    def wanted(name: str) -> tuple[float, float]:
+    def wanted(name: str) -> float:
         row: Row = next(row for row in reversed(verdicts[name].frontier) if row.accepted)
-        slow = 1.0 / row.speedup if row.speedup else 1.0
-        return (row.bytes, slow) if objective == "smallest" else (slow, row.bytes)
+        return cost(row.bytes, 1.0 / row.speedup if row.speedup else None, objective)
 
     return min((name for name, each in verdicts.items() if each.status == "MET"), key=wanted, default=None)
 

@@ -6,15 +6,11 @@ files are accepted up to the first whose drop is not surely within the promise; 
 
 from __future__ import annotations
 
-import math
-
 from s2d.experiments.auto.acceptance import Drop, level_of, paired_drop
-from s2d.experiments.auto.candidates import Candidate, Objective
+from s2d.experiments.auto.candidates import Candidate, Objective, cost
 from s2d.experiments.auto.search_records import Records
 from s2d.experiments.auto.verdict import Row
 from s2d.tasks.base import Outcomes
-
-_SAME_SIZE, _SAME_TIME = 1.02, 1.1  # ratios below which files count as equal; measured times vary
 
 
 class Rounds:
@@ -40,7 +36,8 @@ class Rounds:
             higher_is_better: Whether a higher metric is better.
         """
         self.records, self.safest, self.full, self.within = records, safest, full, within
-        self.objective, self.higher = objective, higher_is_better
+        self.objective: Objective = objective
+        self.higher = higher_is_better
 
     @property
     def orders(self) -> list[list[Candidate]]:
@@ -111,9 +108,6 @@ class Rounds:
         speedup = file.full_ms / file.ms if file.ms and file.full_ms else None
         return Row(candidate.label, file.file, file.bytes, file.ms, speedup, outcomes.score(), drop, accepted, file.ran)
 
-    def _preference(self, candidate: Candidate) -> tuple[int, int]:
+    def _preference(self, candidate: Candidate) -> float:
         file = self.records.files[candidate.key]
-        time = file.ms / file.full_ms if file.ms and file.full_ms else 1.0
-        size = round(math.log(max(file.bytes, 1)) / math.log(_SAME_SIZE))
-        speed = round(math.log(time) / math.log(_SAME_TIME))
-        return (size, speed) if self.objective == "smallest" else (speed, size)
+        return cost(file.bytes, file.ms / file.full_ms if file.ms and file.full_ms else None, self.objective)

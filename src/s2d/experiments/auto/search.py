@@ -267,9 +267,10 @@ class Search:
         best = paired_drop(self.full, self.full, self.task.higher_is_better)
         if not best.within(self.promise.within):
             needed = best.examples_needed(self.promise.within)
+            number = "more than a million" if needed is None else f"about {needed:,}"
             self.watcher.say(
                 f"{self.examples} examples of {self.promise.split} cannot show a drop of at most "
-                f"{self.promise.within:g} points: even a file that changes nothing needs about {needed:,}"
+                f"{self.promise.within:g} points: even a file that changes nothing needs {number}"
             )
 
     def _refuse_full_disk(self, candidate: Candidate) -> None:

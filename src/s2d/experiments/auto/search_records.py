@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from s2d.errors import InputError
 from s2d.experiments.auto.candidates import Candidate, Scored
-from s2d.io.files import JSON, read_json, write_atomic, write_json
+from s2d.io.files import JSON, in_place_of, read_json, write_atomic, write_json
 from s2d.tasks.base import Outcomes
 
 NAME, CANDIDATES, RESULT = "auto.json", "candidates", "model"
@@ -203,14 +202,8 @@ def put(source: Path, target: Path) -> None:
     """
     if target.is_file() and os.path.samefile(source, target):
         return
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    os.close(handle)
-    try:
-        os.unlink(temporary)
+    with in_place_of(target) as made:
         try:
-            os.link(source, temporary)  # no second copy where the file system has hard links
+            os.link(source, made)  # no second copy where the file system has hard links
         except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror or error}; free some space") from error
+            shutil.copyfile(source, made)

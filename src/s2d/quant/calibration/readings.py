@@ -63,6 +63,12 @@ class Layer:
             return not isinstance(conv, QuantizedConv)
         return conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
+    @property
+    def _unfolding(self) -> tuple[Any, ...]:
+        """How a convolution cuts its input into patches; empty for a product of vectors."""
+        conv = self.module
+        return (conv.kernel_size, conv.dilation, conv.padding, conv.stride) if isinstance(conv, nn.Conv2d) else ()
+
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors that a call of the module multiplies the weight with: one, or query, key and value."""
         if isinstance(self.module, nn.MultiheadAttention):
@@ -84,16 +90,14 @@ class Layer:
             part: Which it is of query, key and value; None for the only one.
         """
         if isinstance(self.module, nn.Conv2d):
-            conv = self.module
-            assert not isinstance(conv.padding, str)
-            patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+            patches = F.unfold(x, *self._unfolding)
             return patches.transpose(1, 2).flatten(0, 1)
         where: Where = "input" if part is None else _OPERANDS[part]
         return real_tokens(x, masks(self.site.module, where), "input").flatten(0, -2)
 
     def reads_as(self, other: Layer) -> bool:
-        """Whether the same input reaches both weights as the same numbers, after their input quantizers."""
-        if not _same_tensors(_online(self.module), _online(other.module)):
+        """Whether the same input reaches both weights as the same vectors, after their input quantizers."""
+        if self._unfolding != other._unfolding or not _same_tensors(_online(self.module), _online(other.module)):
             return False
         mine, theirs = self.input_quantizer, other.input_quantizer
         if mine is None or theirs is None:

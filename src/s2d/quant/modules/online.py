@@ -179,12 +179,6 @@ def make_online_block(module: nn.Module, name: str) -> OnlineBlock:
     return module
 
 
-def refuse_low_rank(model: nn.Module, method: str) -> None:
-    """Raise InputError when a low-rank branch has been split off: no method may change the weight after that."""
-    if any(isinstance(module, OnlineLinear) and module.down is not None for module in model.modules()):
-        raise InputError(f"{method} changes weights of which svdquant has taken a part out; write {method}+svdquant")
-
-
 def describe(model: nn.Module) -> dict[str, dict[str, list[int]]]:
     """The shape of every buffer that `attach` has to make room for, by module and name."""
     found: dict[str, dict[str, list[int]]] = {}

@@ -407,7 +407,10 @@ def _nothing(model: nn.Module, spec: QuantSpec, sites: Sequence[Site]) -> str:
     if spec.weight is None and spec.activation is None and spec.attention is None and not spec.overrides:
         return f"{spec} keeps everything at full precision: there is nothing to quantize; use for example w8a8"
     kept = ", ".join(f"{site.name} ({site.reason})" for site in sites[:3])
-    return f'{spec} quantizes nothing in {type(model).__name__}: {kept}; name layers with overrides, as {{"*": "w8a8"}}'
+    return (
+        f"{spec} quantizes nothing in {type(model).__name__}: {kept}; name layers with overrides, as "
+        '{"base": "w8a8", "overrides": {"*": "w8a8"}}'
+    )
 
 
 def _fast_paths(model: nn.Module, *, on: bool) -> None:

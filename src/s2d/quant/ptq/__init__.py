@@ -11,10 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from itertools import pairwise
+from typing import Protocol, TypeAlias, get_args
+
+from torch import nn
 
 from s2d.errors import InputError
+from s2d.models.graph import Graph
 from s2d.quant.calibration.observe import Job, Stage
+from s2d.quant.modules.sites import Site
 from s2d.registry import Registry
 
 DEFAULT_ROUNDING = "rtn"
@@ -33,11 +38,13 @@ class Method(Protocol):
         ...
 
 
+# Raises InputError where a method cannot work on a model: its plan, its graph, the methods that come before.
+Check: TypeAlias = Callable[[nn.Module, Sequence[Site], Graph, Sequence[str]], None]
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A registered method: its name, one line about it, its stage, how often it reads the data, the method, and whether
-    ranks can each read a share of the data.
-    """
+    """A registered method; see `register`."""
 
     name: str
     summary: str
@@ -45,13 +52,22 @@ class Entry:
     passes: float
     method: Method
     shares: bool
+    check: Check | None
+    splits: bool
 
 
 _METHODS: Registry[Entry] = Registry("method", "s2d.quant.ptq")
 
 
 def register(
-    name: str, summary: str, stage: Stage = "rounding", *, passes: float = 1.0, shares: bool = False
+    name: str,
+    summary: str,
+    stage: Stage = "rounding",
+    *,
+    passes: float = 1.0,
+    shares: bool = False,
+    check: Check | None = None,
+    splits: bool = False,
 ) -> Callable[[Method], Method]:
     """Register the decorated function as a method.
 
@@ -61,11 +77,13 @@ def register(
         stage: What kind of method it is.
         passes: How many forwards of the whole model a batch costs, about; for estimates of time.
         shares: The method reduces all its statistics over ``job.ranks``, so ranks can share the data.
+        check: Called with the plan, before any work and by a dry run: raises InputError where the method cannot work.
+        splits: It takes a part out of the weights, so no other transform may follow.
     """
 
     def add(method: Method) -> Method:
         assert "+" not in name, f"a + joins methods; {name} cannot be one"
-        _METHODS.add(name, Entry(name, summary, stage, passes, method, shares))
+        _METHODS.add(name, Entry(name, summary, stage, passes, method, shares, check, splits))
         return method
 
     return add
@@ -99,8 +117,24 @@ def get_methods(text: str) -> list[Entry]:
         raise InputError(
             f"method {text!r}: transforms come first, then the rounding, then corrections; write {'+'.join(ordered)}"
         )
+    for name, after in pairwise(by_stage["transform"]):
+        if known[name].splits:
+            raise InputError(f"{after} changes weights of which {name} has taken a part out; write {after}+{name}")
     by_stage["rounding"] = by_stage["rounding"] or [DEFAULT_ROUNDING]
     return [known[name] for members in by_stage.values() for name in members]
+
+
+def refuse_unfit(text: str, model: nn.Module, sites: Sequence[Site], graph: Graph) -> None:
+    """Refuse methods (as for `get_methods`) that cannot work on a model.
+
+    Raises:
+        InputError: The first method's reason.
+    """
+    earlier: list[str] = []
+    for entry in get_methods(text):
+        if entry.check is not None:
+            entry.check(model, sites, graph, earlier)
+        earlier.append(entry.name)
 
 
 def refuse_undivided(entries: Sequence[Entry]) -> None:

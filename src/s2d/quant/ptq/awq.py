@@ -28,7 +28,6 @@ from s2d.quant.calibration.transforms import ChannelStatistics, channel_statisti
 from s2d.quant.calibration.unchanged import function_kept
 from s2d.quant.calibration.walk import Block, walk
 from s2d.quant.modules.folding import matrix
-from s2d.quant.modules.online import refuse_low_rank
 from s2d.quant.modules.sites import Site
 from s2d.quant.ptq import register
 from s2d.quant.ptq.smoothquant import Pair, apply, input_statistics, pairs, shared_scale
@@ -64,7 +63,6 @@ def awq(job: Job) -> None:
     activations at full precision).
     """
     least_error(job)
-    refuse_low_rank(job.model, "awq")
     chosen = [pair for pair in pairs(job) if _weights_of(job, pair)]
     within = tuple(f"{name}." for name in blocks_of(job.model, job.graph))
     chosen = [pair for pair in chosen if all(reader.startswith(within) for reader in pair.readers)]

@@ -139,10 +139,13 @@ class Sample:
 
 @register("ptq4vit", "PTQ4ViT: twin ranges behind softmax and GELU, scales searched by a Fisher-weighted output error")
 def ptq4vit(job: Job) -> None:
-    """PTQ4ViT; weights stay as they are and are rounded to nearest in the ranges that were found."""
+    """PTQ4ViT; weights stay as they are and are rounded to nearest in the ranges that were found.
+
+    Grouped convolutions, which are no matrix product, keep the ranges of the spec's observers.
+    """
     observe(job)
     layers = layers_of(job, job.quantizers)
-    samples = {layer: Sample() for layer in layers}
+    samples = {layer: Sample() for layer in layers if layer.unfolds}
     operands = {
         site: torch.zeros(2**16, dtype=torch.float64)
         for site, quantizer in job.quantizers.items()
@@ -152,9 +155,10 @@ def ptq4vit(job: Job) -> None:
     for site, counts in operands.items():
         if bool(counts.any()):
             _search_operand(job, site, *coded_distribution(counts))
-    for layer, sample in samples.items():
+    for layer in layers:
         set_weight_range(layer.site, layer.quantizer, layer.weight.detach())
-        if sample.x:
+        sample = samples.get(layer)
+        if sample is not None and sample.x:
             _search_layer(layer, _with_twin(job, layer, sample), sample)
 
 

@@ -28,11 +28,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from s2d.errors import InputError
+from s2d.models.graph import Graph
 from s2d.quant.calibration.observe import Job, least_error
 from s2d.quant.calibration.unchanged import function_kept
 from s2d.quant.modules.folding import (
@@ -48,6 +50,7 @@ from s2d.quant.modules.folding import (
 )
 from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.modules.online import OnlineLinear, make_online, rotate_stream
+from s2d.quant.modules.sites import Site
 from s2d.quant.modules.stream_check import refuse_contradicted
 from s2d.quant.numerics.hadamard import factors, random_rotation
 from s2d.quant.ptq import register
@@ -55,11 +58,24 @@ from s2d.quant.ptq import register
 _ROTARY = re.compile(r"rotary|rope", re.IGNORECASE)
 
 
+_ROTATION_FIRST = "rotation comes before methods that scale or split layers; write rotation first"
+
+
+def refuse_unknown_streams(model: nn.Module, sites: Sequence[Site], graph: Graph, earlier: Sequence[str]) -> None:
+    """Raise InputError where a residual stream cannot be turned, or a method before adds work to a layer's input."""
+    quantized = {site.module for site in sites if site.format is not None}
+    if earlier and any(fold.residual and quantized & {*fold.readers} for fold in norm_folds(model, graph)):
+        raise InputError(_ROTATION_FIRST)
+    if not is_post_norm(model):
+        refuse_contradicted(streams(model, "rotation"), graph, "rotation")
+
+
 @register(
     "rotation",
     "QuaRot: Hadamard rotations of the residual stream, heads and MLP inputs",
     stage="transform",
     shares=True,
+    check=refuse_unknown_streams,
 )
 def rotation(job: Job) -> None:
     """Rotate the model; the data are only looked at to check that its function was kept.
@@ -67,12 +83,11 @@ def rotation(job: Job) -> None:
     Own protocol: ranges of least squared error (the paper's are each token's own, clipped, and searched for weights).
 
     Raises:
-        InputError: No blocks that a family knows, a part of a block whose place in the residual stream is not known, or
-            work that another method has added to a layer's input already.
+        InputError: Another method has added work to a layer's input already.
     """
     least_error(job)
     if any(isinstance(module, OnlineLinear) for module in job.model.modules()):
-        raise InputError("rotation comes before methods that scale or split layers; write rotation first")
+        raise InputError(_ROTATION_FIRST)
     post = is_post_norm(job.model)
     with function_kept(job, "rotation") as bases:
         if post:
@@ -93,13 +108,9 @@ def rotate_residual(job: Job) -> dict[str, torch.Tensor]:
 
     Returns:
         The rotation ``[D, D]`` of each block's output, but for the last of a stream, whose output has its own basis.
-
-    Raises:
-        InputError: The graph of a forward shows another reader of a stream than the names of its parts tell.
     """
-    found, bases = streams(job.model, "rotation"), {}
-    refuse_contradicted(found, job.graph, "rotation")
-    for stream in found:
+    bases: dict[str, torch.Tensor] = {}
+    for stream in streams(job.model, "rotation"):
         Q = random_rotation(stream.width, job.generator(f"rotation {stream.blocks[0]}"), keep_ones=stream.centred)
         for branch in stream.branches:
             merge_norm(job.model, branch)

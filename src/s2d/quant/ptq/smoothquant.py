@@ -36,7 +36,7 @@ from s2d.quant.modules.folding import (
     value_folds,
 )
 from s2d.quant.modules.linear import QuantizedLinear
-from s2d.quant.modules.online import OnlineLinear, make_online, refuse_low_rank
+from s2d.quant.modules.online import OnlineLinear, make_online
 from s2d.quant.ptq import register
 
 ALPHA = 0.5
@@ -125,7 +125,6 @@ def smoothquant(job: Job) -> None:
     Own protocol: ranges of least squared error (the paper's are min-max, which are enough at its 8 bits).
     """
     least_error(job)
-    refuse_low_rank(job.model, "smoothquant")
     chosen = pairs(job)
     with function_kept(job, "smoothquant"):
         statistics = channel_statistics(job, [pair.readers[0] for pair in chosen])

@@ -19,13 +19,14 @@ Shapes: I inputs of a layer, O outputs, N tokens, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.models.graph import Graph
 from s2d.models.masks import token_mask
 from s2d.models.running import evaluating, run
 from s2d.quant.calibration.observe import Job, least_error, watch_inputs
@@ -33,7 +34,8 @@ from s2d.quant.calibration.transforms import rounded_input, rounded_weight
 from s2d.quant.calibration.unchanged import function_kept
 from s2d.quant.calibration.walk import outside, walk
 from s2d.quant.modules.linear import QuantizedLinear
-from s2d.quant.modules.online import make_online, refuse_low_rank
+from s2d.quant.modules.online import make_online
+from s2d.quant.modules.sites import Site
 from s2d.quant.ptq import register
 from s2d.quant.ptq.smoothquant import smoothing_scale
 
@@ -108,7 +110,21 @@ def low_rank_quickly(weight: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     return basis.T.bfloat16().to(weight), up.bfloat16().to(weight)
 
 
-@register("svdquant", f"a 16-bit branch of rank {RANK} or less beside each smoothed, rounded weight", stage="transform")
+def refuse_without_room(model: nn.Module, sites: Sequence[Site], graph: Graph, earlier: Sequence[str]) -> None:
+    """Raise InputError where no weight of a plan gets a branch."""
+    rounded = {site.module for site in sites if site.what == "weight" and site.format is not None and not site.summed}
+    layers = [module for name in rounded if isinstance(module := model.get_submodule(name), nn.Linear)]
+    if not any(_has_room(model, layer.weight) for layer in layers):
+        raise _nothing(model)
+
+
+@register(
+    "svdquant",
+    f"a 16-bit branch of rank {RANK} or less beside each smoothed, rounded weight",
+    stage="transform",
+    check=refuse_without_room,
+    splits=True,
+)
 def svdquant(job: Job) -> None:
     """Smooth and split every quantized Linear; reads the data once or twice.
 
@@ -121,7 +137,6 @@ def svdquant(job: Job) -> None:
         InputError: The model has no quantized Linear of at least 4 inputs and outputs.
     """
     least_error(job)
-    refuse_low_rank(job.model, "svdquant")
     done = 0
     with function_kept(job, "svdquant"):
         for block in walk(job):
@@ -139,10 +154,14 @@ def svdquant(job: Job) -> None:
         for name, module, sample in _outside(job):
             done += split(job, name, module, sample)
     if not done:
-        raise InputError(
-            f"svdquant finds no quantized Linear of at least 4 inputs and outputs in {type(job.model).__name__}; "
-            "use another method"
-        )
+        raise _nothing(job.model)
+
+
+def _nothing(model: nn.Module) -> InputError:
+    return InputError(
+        f"svdquant finds no quantized Linear of at least 4 inputs and outputs in {type(model).__name__}; "
+        "use another method"
+    )
 
 
 def split(job: Job, name: str, module: QuantizedLinear, sample: TokenSample) -> bool:
@@ -186,9 +205,14 @@ def _error(job: Job, name: str, x: Tensor, wanted: Tensor, smoothed: Tensor, dow
 
 
 def _worth_it(job: Job, module: QuantizedLinear) -> bool:
-    """Whether the weight is rounded, has room for a branch, and is no other module's too, as a tied head's is."""
-    users = sum(weight is module.weight for each in job.model.modules() for weight in each._parameters.values())
-    return module.weight_quantizer is not None and rank_for(module.weight) > 0 and users == 1
+    """Whether the weight is rounded and has room for a branch."""
+    return module.weight_quantizer is not None and _has_room(job.model, module.weight)
+
+
+def _has_room(model: nn.Module, weight: Tensor) -> bool:
+    """Whether a weight has room for a branch, and is no other module's too, as a tied head's is."""
+    users = sum(weight is other for each in model.modules() for other in each._parameters.values())
+    return rank_for(weight) > 0 and users == 1
 
 
 def _outside(job: Job) -> Iterator[tuple[str, QuantizedLinear, TokenSample]]:
