@@ -203,16 +203,18 @@ def of_torchao(model: Any) -> Any:
     """A copy with torchao's quantizers of training; None without torchao."""
     import copy
 
+    import torch
+
     try:
         from torchao.quantization import PerAxis, PerToken, quantize_
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
-        from torchao.quantization.quant_primitives import MappingType, TorchAODType
+        from torchao.quantization.quant_primitives import MappingType
     except ImportError:
         print("left out, as torchao is not installed: its step of training", file=sys.stderr)
         return None
     made = copy.deepcopy(model)
-    inputs = IntxFakeQuantizeConfig(TorchAODType.INT4, PerToken(), MappingType.ASYMMETRIC)
-    weights = IntxFakeQuantizeConfig(TorchAODType.INT4, PerAxis(0), MappingType.SYMMETRIC)
+    inputs = IntxFakeQuantizeConfig(torch.int4, PerToken(), MappingType.ASYMMETRIC)
+    weights = IntxFakeQuantizeConfig(torch.int4, PerAxis(0), MappingType.SYMMETRIC)
     quantize_(made, QATConfig(activation_config=inputs, weight_config=weights, step="prepare"))
     return made
 
