@@ -244,6 +244,12 @@ def test_a_budget_of_bits_is_kept_and_explained(
     average = sum(b * size for b, size in zip(bits, sizes, strict=True)) / sum(sizes)
     assert 3 < average <= 4.5 and len(set(bits)) > 1
     assert main(["evaluate", str(out), *task]) == 0
+    # A runtime multiplies by the inputs that the spec names, whatever the weights' widths.
+    given = ("--budget", "5 bits", "--spec", "w4a8", "--for", "onnxruntime", "--out", f"{out}-held")
+    assert main(["quantize", str(conditioned), *task, *given, "--json", str(file)]) == 0
+    sites = [site for site in json.loads(file.read_text())["plan"] if site["format"]]
+    assert len({site["format"] for site in sites if site["what"] == "weight"}) > 1
+    assert {site["format"] for site in sites if site["what"] == "input"} == {"uint8"}
 
 
 def test_run_prints_a_table_and_report_reads_its_results(

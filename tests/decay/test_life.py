@@ -120,6 +120,30 @@ def test_a_parameter_put_in_later_is_followed_once_an_optimizer_holds_it() -> No
     decay.remove()
 
 
+@pytest.mark.parametrize("metric", ["site", "data", "weight"])
+def test_a_module_put_in_later_is_followed_once_an_optimizer_holds_it(metric: Any) -> None:
+    made = model()
+    optimizer = sgd(made)
+    decay = SelectiveSpectralDecay(made, optimizer, metric=metric, strength=0.05, outlier_ratio=2.0, refresh_every=2)
+    still(made, optimizer)
+    old = made[0]
+    made[0] = copy.deepcopy(made[0])  # and a wider layer behind it
+    made[1], made[3] = nn.Linear(64, 96), nn.Linear(96, 4)
+    before = made[0].weight[5].item()  # type: ignore[operator]
+    for _ in range(3):
+        still(made, optimizer)
+    assert made[0].weight[5].item() == before and "no optimizer" in decay.skipped["0.weight"]  # type: ignore[operator]
+    optimizer.add_param_group({"params": list(made.parameters())})
+    for _ in range(4):
+        still(made, optimizer)
+    assert made[0].weight[5].item() < before - 1 or metric != "site"  # type: ignore[operator]
+    assert decay.targets and all(target.module in set(made.modules()) for target in decay.targets)
+    last = old.weight[5].item()  # type: ignore[operator, union-attr]
+    still(made, optimizer)
+    assert old.weight[5].item() == last  # type: ignore[operator, union-attr]
+    decay.remove()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strength", [0.0003, 0.001, 0.004])
 def test_half_precision_shrinks_as_much_as_single(dtype: torch.dtype, strength: float) -> None:
@@ -396,6 +420,7 @@ EVENTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
     "unfreeze": lambda made, _: freeze(made, False),
     "retie": retied,
     "untie": untied,
+    "replace": lambda made, _: made.__setitem__(1, copy.deepcopy(made[1])),
     "evaluate": lambda made, _: made.eval()(X.to(next(made.parameters()).dtype)),
     "transform": transformed,
     "infer": inferred,

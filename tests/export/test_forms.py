@@ -32,7 +32,7 @@ def quantized(name: str, spec: Any) -> tuple[nn.Module, dict[str, Tensor]]:
 @pytest.mark.parametrize(("form", "spec"), [("integer", "w4a4"), ("integer", "w8a8"), ("types", "w4a4")])
 def test_every_layer_computes_the_same_in_every_form(name: str, form: Any, spec: str, tmp_path: Path) -> None:
     model, example = quantized(name, spec)
-    report = s2d.export(model, tmp_path / "model.onnx", example=example, form=form, embeddings=0, time_it=False)
+    report = s2d.export(model, tmp_path / "model.onnx", example=example, form=form, embeddings=0, describe=False)
     assert report.passed and report.layers
     file = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(file, full_check=True)
@@ -51,7 +51,7 @@ def test_every_layer_computes_the_same_in_every_form(name: str, form: Any, spec:
 def test_tables_of_4_bits_and_token_ranges_in_the_form_of_types(tmp_path: Path) -> None:
     spec = {"weight": {"bits": 4}, "activation": {"bits": 8, "granularity": "token"}}
     model, example = quantized("bert", spec)
-    report = s2d.export(model, tmp_path / "model.onnx", example=example, form="types", embeddings=4, time_it=False)
+    report = s2d.export(model, tmp_path / "model.onnx", example=example, form="types", embeddings=4, describe=False)
     assert report.passed and report.embeddings == 4
 
 
@@ -68,7 +68,7 @@ def test_a_model_from_the_disk_is_the_one_that_was_calibrated(tmp_path: Path) ->
     model, example = quantized("bert", "w4a8")
     s2d.save(model, tmp_path / "q")
     loaded = s2d.load(tmp_path / "q").model
-    s2d.export(loaded, tmp_path / "model.onnx", example=example, time_it=False)
+    s2d.export(loaded, tmp_path / "model.onnx", example=example, describe=False)
     stored = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
     assert stored["s2d.spec"] == "w4a8" and len(stored["s2d.calibrated"]) == 16
 

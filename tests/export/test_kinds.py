@@ -56,7 +56,7 @@ def written(
 ) -> ExportReport:
     """Export, and compare with the simulation on one row and on three."""
     quantized = s2d.quantize(model, spec, calibration=batches)
-    report = s2d.export(quantized, path, example=batches[0], embeddings=0, time_it=False)
+    report = s2d.export(quantized, path, example=batches[0], embeddings=0, describe=False)
     assert report.passed and not report.unchecked
     runner, simulated = open_exported(path), copies.in_float32(quantized, {})[0]
     for count in (1, 3):

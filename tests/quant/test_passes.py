@@ -73,7 +73,30 @@ def test_every_pass_sees_the_batches_of_the_first(source: Any) -> None:
     assert torch.equal(first, second) and torch.equal(first, third) and torch.equal(begun, first[: len(begun)])
 
 
+class Stream(IterableDataset[Tensor]):
+    """Rows without a known number, other ones in every pass."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return iter(torch.randn(9, 8, generator=torch.Generator().manual_seed(self.passes)))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "smoothquant"])
+def test_a_loader_over_a_stream_has_no_length(method: str) -> None:
+    plain = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    held = s2d.quantize(plain, "w4a8", calibration=list(DataLoader(Stream(), batch_size=3)), method=method)
+    streamed = s2d.quantize(plain, "w4a8", calibration=DataLoader(Stream(), batch_size=3), method=method)
+    assert all(
+        torch.equal(a, b) for a, b in zip(held.state_dict().values(), streamed.state_dict().values(), strict=True)
+    )
+    assert s2d.audit(plain, DataLoader(Stream(), batch_size=3)).rows
+
+
 SOURCES = {
+    "stream": lambda: DataLoader(Stream(), batch_size=2),
     "shuffle": lambda: DataLoader(TensorDataset(torch.arange(20.0)), 4, shuffle=True),
     "augment": lambda: DataLoader(Growing(), batch_size=2),
     "turn": Alternating,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
+from operator import length_hint
 from typing import Any, TypeAlias
 
 import torch
@@ -45,7 +46,7 @@ def batches_twice(batches: Iterable[Any], most: int | None) -> Iterable[Any]:
         raise InputError(f"max_batches={most} is out of range; it must be at least 1")
     if isinstance(batches, Iterator):
         batches = list(islice(batches, most))
-    if isinstance(batches, Sized) and len(batches) == 0:
+    if length_hint(batches, 1) == 0:  # a loader over a stream does not know its length
         raise InputError("the audit was given no batches; give at least one")
     return batches
 
@@ -158,7 +159,7 @@ def watching(
 
 def with_progress(source: Iterable[Any], most: int | None, words: str, shown: bool) -> Iterable[Any]:
     """The first `most` items, with a progress bar or without."""
-    total = len(source) if isinstance(source, Sized) else None
+    total = length_hint(source) or None
     total = total if most is None or total is None else min(most, total)
     console = Console(stderr=True)  # standard output is for results
     return track(islice(source, most), words, total=total, disable=not shown, transient=True, console=console)

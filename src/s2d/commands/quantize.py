@@ -52,7 +52,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="BITS",
-            help='Average bits per weight, as "4.5 bits": each layer gets 3, 4, 6 or 8, by its measured error.',
+            help='Average bits per weight, as "4.5 bits": each layer gets 3, 4, 6 or 8, by its measured error. Its '
+            "input gets as many, unless --for names a runtime.",
         ),
     ] = None,
     method: Annotated[

@@ -179,15 +179,11 @@ class SelectiveSpectralDecay:
                 f"not {total_steps!r}"
             )
         self._rates = PeakRates(self.optimizers, total_steps or 0)
-        self._found = with_adapters(model, find_targets(model, include, exclude, self.settings.kinds))
         self._model, self._take_frozen, self._seed = model, frozen, seed
-        coupled = self.settings.mode == "coupled"
-        self._unfit = (
-            no_matrices(unwrapped(model)) if include == "all-linear" and "linear" in self.settings.kinds else {}
-        )
-        inside = self.settings.metric == "site" and "linear" in self.settings.kinds
-        self._stacks = StackSites(unwrapped(model)) if inside else None
         self._include, self._exclude = include, exclude
+        self._found: list[Target] = []
+        self._find()
+        coupled = self.settings.mode == "coupled"
         self.targets, self.skipped = eligible(model, self._found, self._rates, coupled=coupled, frozen=frozen)
         self.skipped |= self._unfit
         self._changed: set[str] = set()
@@ -220,6 +216,14 @@ class SelectiveSpectralDecay:
             self._step_hooks.append(each.register_step_pre_hook(self._before_step(first=index == 0)))
             self._step_hooks.append(each.register_step_post_hook(self._after_step(last=last)))
         self._arm()
+
+    def _find(self) -> None:
+        """The weights of the modules that the model has now."""
+        model, linear = self._model, "linear" in self.settings.kinds
+        self._modules = [*model.modules()]
+        self._found[:] = with_adapters(model, find_targets(model, self._include, self._exclude, self.settings.kinds))
+        self._unfit = no_matrices(unwrapped(model)) if self._include == "all-linear" and linear else {}
+        self._stacks = StackSites(unwrapped(model)) if self.settings.metric == "site" and linear else None
 
     # -- the optimizer's hooks -----------------------------------------------------------------------------------------
 
@@ -429,7 +433,20 @@ class SelectiveSpectralDecay:
     def _look_for_changes(self) -> None:
         """Update the targets: since the last refresh weights may have been frozen, replaced, tied, or newly trained."""
         self._rates.look()
+        if self._modules != [*self._model.modules()]:
+            self._find_again()
         self._sort_out()
+
+    def _find_again(self) -> None:
+        """Modules were replaced, added or removed: their weights take the place of those that were found before."""
+        before = {target.name: target for target in self._found}
+        with contextlib.suppress(InputError):  # none is left; those of before are then left out by name
+            self._find()
+        self._found[:] = [replace(t, offset=before[t.name].offset) if t.name in before else t for t in self._found]
+        same = {t.name for t in self._found if t.name in before and before[t.name].module is t.module}
+        for name in before.keys() - same:  # what is known of them may have another shape
+            self._metric.forget(name)
+            self._owed.pop(name, None)
 
     def _sort_out(self) -> None:
         coupled = self.settings.mode == "coupled"

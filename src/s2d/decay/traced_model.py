@@ -79,7 +79,7 @@ class Structure:
         modules = {module: clean_name(path) for path, module in self._model.named_modules()}
         numbers: dict[int, int] = {}
         tied = [numbers.setdefault(id(p), i) for i, p in enumerate(_parameters(self._model))]
-        mark = [(path, type(module).__name__) for module, path in modules.items()], tied
+        mark = [(path, module, type(module).__name__) for module, path in modules.items()], tied
         if mark != self._mark or self._looks >= _TRACE_AGAIN:
             self._known, self._asked, self._looks = {}, set(), 0
             signatures = {module: inspect.signature(module.forward) for module in modules}

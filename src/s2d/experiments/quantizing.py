@@ -25,7 +25,7 @@ from s2d.io.provenance import run_metadata
 from s2d.models import Loaded, footprint
 from s2d.models.tracing import trace
 from s2d.quant import QuantSpec, Site
-from s2d.quant.allocate import CHOICES, affordable, sensitivity
+from s2d.quant.allocate import CHOICES, affordable, all_with_bits, sensitivity
 from s2d.tasks import Task, create
 from s2d.tasks.base import calibration_inputs
 from s2d.tasks.evaluation import encoder_inputs, is_bare, model_for
@@ -108,7 +108,12 @@ def quantize_model(
         inputs = _share(inputs)
     if bits is not None:
         assert inputs is not None  # only a plan needs no data
-        found = sensitivity(model, calibration=inputs, base=spec, progress=order.progress)
+        inputs = list(inputs)
+        widths = _held_widths(order, model, spec, inputs)
+        follow = "follow" if order.check is None else "base"  # a runtime multiplies by the inputs that the spec names
+        found = sensitivity(
+            model, choices=widths, calibration=inputs, base=spec, activations=follow, progress=order.progress
+        )
         spec = found.allocate(bits)
         say(found.explain(spec))
     plan: list[Site] = []
@@ -149,6 +154,26 @@ def _plan(model: nn.Module, spec: QuantSpec, inputs: list[Any] | None, method: s
     if graph is None:
         return quant.plan(model, spec), False
     return quant.planned(model, spec, [example], graph, method), True
+
+
+def _held_widths(order: Order, model: nn.Module, spec: QuantSpec, inputs: list[Any]) -> tuple[int, ...]:
+    """The widths of weights that a budget may choose from: those that the runtime holds, known before any is measured.
+
+    Raises:
+        InputError: It holds none; the reason is that of the largest.
+    """
+    check, held = order.check, list[int]()
+    if check is None:
+        return CHOICES
+    for bits in CHOICES:
+        try:
+            check(_plan(model, all_with_bits(spec, bits, follow=False), inputs)[0])
+        except InputError:
+            if bits == CHOICES[-1] and not held:
+                raise
+        else:
+            held.append(bits)
+    return tuple(held)
 
 
 def _refuse_too_little(order: Order, task: Task | None) -> None:

@@ -7,12 +7,9 @@ that onnxruntime chose.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 
 from s2d.errors import InputError
 from s2d.export import fixed_shapes
+from s2d.export.lean_exporter import lean_exporter, quiet
 from s2d.export.operators import Form, translations
 from s2d.optional import require
 
@@ -101,8 +99,7 @@ def write_onnx(
 
     with torch.no_grad():
         outputs = list(tensors_of(model(**example)))
-    _keep_the_operators()
-    with _quiet(), _without_slow_rewrites():
+    with lean_exporter():
         try:
             program = torch.onnx.export(
                 Face(model, tuple(example)).eval(),
@@ -126,7 +123,7 @@ def write_onnx(
     _forget_sources(graph, ir)
     program.model.metadata_props.update(metadata or {})
     size = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
-    with _quiet():
+    with quiet():
         ir.save(program.model, path, external_data=f"{path.name}.data" if beside or size > TWO_GB else None)
 
 
@@ -343,54 +340,3 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
-
-
-@lru_cache(maxsize=1)
-def _keep_the_operators() -> None:
-    """Let onnxscript make its list of operators once a process, not once an export: half a second each."""
-    try:
-        from torch.onnx._internal._lazy_import import onnxscript_apis
-
-        onnxscript_apis.get_torchlib_ops = lru_cache(maxsize=1)(onnxscript_apis.get_torchlib_ops)
-    except (ImportError, AttributeError):  # another version
-        return
-
-
-@contextlib.contextmanager
-def _without_slow_rewrites() -> Iterator[None]:
-    """Leave out the rewrites of several outputs at once (onnxscript has one, of two Slices to a Split).
-
-    They look through the whole graph for each of its nodes: half an hour for a language model of 30 layers.
-    """
-    from onnxscript import rewriter
-
-    all_rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
-    if all_rules is None:  # another version
-        yield
-        return
-    try:
-        rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in all_rules if _has_one_output(rule))
-        yield
-    finally:
-        rewriter._DEFAULT_REWRITE_RULES = all_rules
-
-
-def _has_one_output(rule: Any) -> bool:
-    pattern = getattr(getattr(rule, "_matcher", None), "pattern", None)
-    return getattr(pattern, "has_single_output_node", True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the exporter's messages for developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from s2d.models.tracing import trace
 from s2d.quant import QuantSpec
 from s2d.quant.calibration import walk as walking
 from s2d.quant.calibration.observe import Batches, Job, observe, set_weight_ranges
-from s2d.quant.calibration.walk import Block, observe_block, observe_outside, outside, walk
+from s2d.quant.calibration.walk import Block, Call, each_tensor, observe_block, observe_outside, outside, walk
 from s2d.quant.modules.sites import insert, plan
 
 
@@ -307,3 +308,21 @@ def test_memory_is_that_of_one_block(reference: bool) -> None:
     assert max(live[1:]) == live[1]
     # The data itself, what the block reads, and with a reference what the full-precision block reads and returns.
     assert live[-1] <= (4 if reference else 2) * one
+
+
+def test_what_a_block_was_called_with_is_let_go_at_once_not_by_the_collector() -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def change(value: Tensor) -> Tensor:
+        made.append(weakref.ref(new := value + 1))
+        return new
+
+    gc.collect()
+    gc.disable()
+    try:
+        call = each_tensor(Call((torch.zeros(3),), {"pair": [torch.ones(2), torch.ones(1)]}), change)
+        assert len(made) == 3 and all(ref() is not None for ref in made)
+        del call
+        assert all(ref() is None for ref in made)
+    finally:
+        gc.enable()

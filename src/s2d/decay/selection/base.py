@@ -114,6 +114,10 @@ class Metric:
     def begin(self) -> None:
         """A refresh starts: forget the last one's sums."""
 
+    def forget(self, name: str) -> None:
+        """Another weight, perhaps of another shape, took the place of the target of this name."""
+        self.selected.pop(name, None)
+
     def observe(
         self,
         target: Target,

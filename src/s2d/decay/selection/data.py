@@ -33,6 +33,11 @@ class DataMetric(Metric):
         """Forget the sums of the last refresh."""
         self._findings, self._norms = {}, {}
 
+    def forget(self, name: str) -> None:
+        """Its directions are of the weight that is gone."""
+        super().forget(name)
+        self.directions.pop(name, None)
+
     def _observe(
         self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts, uses: Uses | None
     ) -> None:

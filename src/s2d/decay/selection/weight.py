@@ -67,6 +67,11 @@ class WeightMetric(Metric):
         """Forget the sums of the last refresh."""
         self._seen, self._norms = {}, {}
 
+    def forget(self, name: str) -> None:
+        """Its triplets are of the weight that is gone."""
+        super().forget(name)
+        self.triplets.pop(name, None)
+
     def _observe(
         self, target: Target, x: Tensor, y: Tensor, mask: Tensor | None, parts: Parts, uses: Uses | None
     ) -> None:

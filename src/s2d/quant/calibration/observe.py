@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from operator import length_hint
 from typing import Any, Literal
 
 import torch
@@ -68,7 +69,7 @@ class Batches:
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._source) if isinstance(self._source, Sized) else 0
+        return length_hint(self._source)  # 0 where it is not known, as of a loader over a stream
 
     def __iter__(self) -> Iterator[Any]:
         if self._held is not None:

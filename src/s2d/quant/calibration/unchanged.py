@@ -6,7 +6,7 @@ trained) gives the same output whatever the blocks compute. So the output of eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,17 +74,6 @@ def _outputs(job: Job) -> dict[str, Tensor]:
         if value.is_floating_point():
             found[path] = value.detach().masked_fill(~torch.isfinite(value), 0.0).cpu()
 
-    def collect(value: Any, path: str) -> None:
-        if isinstance(value, Tensor):
-            keep(path, value)
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                if key not in _STATES:
-                    collect(item, f"{path}.{key}".lstrip("."))
-        elif isinstance(value, (tuple, list)):
-            for index, item in enumerate(value):
-                collect(item, f"{path}[{index}]")
-
     turns: dict[str, int] = {}
 
     def of_block(name: str):
@@ -96,7 +85,7 @@ def _outputs(job: Job) -> dict[str, Tensor]:
 
     blocks = dict.fromkeys(path for blocks in job.graph.blocks if not blocks.inside for path, _ in blocks.members)
     hooks = [job.model.get_submodule(name).register_forward_hook(of_block(name)) for name in blocks]
-    hooks.append(job.model.register_forward_hook(lambda module, args, output: collect(output, "")))
+    hooks.append(job.model.register_forward_hook(lambda module, args, output: _each(output, "", keep)))
     try:
         with evaluating(job.model), _result_alone(job.model):
             run(job.model, job.batches.first)
@@ -104,6 +93,19 @@ def _outputs(job: Job) -> dict[str, Tensor]:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _each(value: Any, path: str, keep: Callable[[str, Tensor], None]) -> None:
+    """Pass every tensor in an output, with its path, to `keep`."""
+    if isinstance(value, Tensor):
+        keep(path, value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in _STATES:
+                _each(item, f"{path}.{key}".lstrip("."), keep)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            _each(item, f"{path}[{index}]", keep)
 
 
 @contextmanager

@@ -232,7 +232,9 @@ def each_tensor(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
             changed[id(value)] = change(value)
         return changed[id(value)]
 
-    return Call(take(call.args), take(call.kwargs))
+    made = Call(take(call.args), take(call.kwargs))
+    changed.clear()  # `take` refers to itself: what it holds would live until Python looks for cycles
+    return made
 
 
 def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
