@@ -60,7 +60,7 @@ def export(model: str, target: Path, texts: list[str]) -> None:
     quantized = s2d.quantize(
         SentenceEncoder(encoder_of(loaded.model)).eval(), "w4a8", calibration=calibration, observer="mse", inplace=True
     )
-    report = s2d.export(quantized, target / "model.onnx", example=calibration[0], time_it=False)
+    report = s2d.export(quantized, target / "model.onnx", example=calibration[0], embeddings=8, time_it=False)
     for line in report.label:
         print(line)
     save_parts(target, loaded.tokenizer, None)

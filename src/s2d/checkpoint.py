@@ -6,6 +6,7 @@ the description of its architecture, and its tokenizer; it loads again, bit-iden
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from s2d import models, quant
 from s2d.errors import InputError
-from s2d.io.files import in_place_of, json_text, read_json
+from s2d.io.files import in_place_of, json_text, parse_json, read_json
 from s2d.models import Loaded, describe, family_of, fingerprint, rebuild, save_model
 from s2d.models.differences import match_types, tie, ties
 from s2d.models.huggingface import load_parts
@@ -67,11 +68,12 @@ def save(
     folder = Path(path)
     refuse_in_the_way(folder)
     content = {"_type": _TYPE, "_version": _VERSION, "model": describe(model), "ties": ties(model)}
-    content["notes"] = dict(notes or {})
+    content["notes"] = parse_json(json_text(dict(notes or {})))
     with in_place_of(folder) as new:
         new.mkdir()
         write_into(model, new)
-        (new / ARCHITECTURE).write_text(json_text(content), encoding="utf-8")
+        # A configuration may hold infinities (Mamba 2), which results files write as null.
+        (new / ARCHITECTURE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         save_buffers(model, new)
         save_parts(new, tokenizer, processor)
     return folder

@@ -797,3 +797,19 @@ def test_exact_moves_leave_the_output() -> None:
             bias[rows] *= scale
             model.get_parameter(call.parameter).div_(scale)
     torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
+
+
+class Normalised(nn.Module):
+    """Values over their own length, as in YOSO and cosine attention; the length is expanded to all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(nn.functional.normalize(self.first(x), dim=-1))
+
+
+def test_no_scale_moves_through_a_division_by_the_own_length() -> None:
+    graph = trace(Normalised().eval(), torch.randn(2, 5, 16))
+    assert wrote(graph, "second.weight") == {"first.weight": "none"}

@@ -263,3 +263,19 @@ def test_a_description_names_layers_only(tmp_path: Path) -> None:
         path.write_text(json.dumps(bad))
         with pytest.raises(InputError, match="which is no layer"):
             load(tmp_path / "m")
+
+
+def test_an_infinity_in_the_configuration_comes_back(tmp_path: Path) -> None:
+    transformers = library("transformers", "hf")
+    config = transformers.Mamba2Config(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, state_size=8, num_heads=4, head_dim=8, n_groups=2,
+        chunk_size=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, batch = transformers.Mamba2ForCausalLM(config).eval(), {"input_ids": torch.arange(16).reshape(2, 8)}
+    quantized = s2d.quantize(model, "w8a8", calibration=[batch])
+    save(quantized, tmp_path / "q")
+    loaded: Any = load(tmp_path / "q").model
+    assert tuple(loaded.config.time_step_limit) == (0.0, float("inf"))
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, quantized(**batch).logits)

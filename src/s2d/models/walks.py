@@ -167,7 +167,9 @@ def _is_bias_of_stack(graph: Graph, node: Node) -> bool:
 def _factors(graph: Graph, operation: Operation, node: Node, live: list[Node]) -> Iterator[tuple[int, Exactness, bool]]:
     divides = operation.name.startswith(("div", "true_div")) and len(operation.inputs) > 1
     wide = node.shape[-1] if node.shape else 1
-    full = [one for one in live if (one.shape[-1] if one.shape else 1) == wide]
+    # One number for all channels stays one where it is expanded to them.
+    before = {one.id: graph.nodes[source_of(graph, one.id)].shape for one in live}
+    full = [one for one in live if (one.shape[-1] if one.shape and before[one.id][-1:] != (1,) else 1) == wide]
     narrow = [one for one in live if one not in full]
     if len(operation.inputs) == 2 and operation.inputs[0] == operation.inputs[1]:
         yield operation.inputs[0], "near", False
