@@ -167,7 +167,7 @@ def _held_widths(order: Order, model: nn.Module, spec: QuantSpec, inputs: list[A
         return CHOICES
     for bits in CHOICES:
         try:
-            check(_plan(model, all_with_bits(spec, bits, follow=False), inputs)[0])
+            check(_plan(model, all_with_bits(spec, bits, follow=False), inputs, order.method)[0])
         except InputError:
             if bits == CHOICES[-1] and not held:
                 raise
