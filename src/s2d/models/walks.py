@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 
@@ -167,9 +168,7 @@ def _is_bias_of_stack(graph: Graph, node: Node) -> bool:
 def _factors(graph: Graph, operation: Operation, node: Node, live: list[Node]) -> Iterator[tuple[int, Exactness, bool]]:
     divides = operation.name.startswith(("div", "true_div")) and len(operation.inputs) > 1
     wide = node.shape[-1] if node.shape else 1
-    # One number for all channels stays one where it is expanded to them.
-    before = {one.id: graph.nodes[source_of(graph, one.id)].shape for one in live}
-    full = [one for one in live if (one.shape[-1] if one.shape and before[one.id][-1:] != (1,) else 1) == wide]
+    full = [one for one in live if (one.shape[-1] if one.shape and not _is_expanded(graph, one) else 1) == wide]
     narrow = [one for one in live if one not in full]
     if len(operation.inputs) == 2 and operation.inputs[0] == operation.inputs[1]:
         yield operation.inputs[0], "near", False
@@ -178,6 +177,12 @@ def _factors(graph: Graph, operation: Operation, node: Node, live: list[Node]) -
         # What is divided by its own root mean square does not keep a scale, nor does a divisor.
         lost = (divides and one.id == operation.inputs[1]) or any(reads(graph, other, one.id) for other in narrow)  # pyright: ignore[reportGeneralTypeIssues]
         yield one.id, "none" if lost else "exact", len(full) > 1
+
+
+def _is_expanded(graph: Graph, node: Node) -> bool:
+    """Whether a value is one number a token, expanded to all channels."""
+    before = graph.nodes[source_of(graph, node.id)].shape
+    return before[-1:] == (1,) and math.prod(before) < math.prod(node.shape)
 
 
 def reads(graph: Graph, node: Node, wanted: int, steps: int = _STATISTIC_STEPS) -> bool:
