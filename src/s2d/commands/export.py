@@ -50,7 +50,8 @@ def export(
     embeddings: Annotated[
         int | None,
         typer.Option(
-            help="Bits of embedding tables: 8, 4, or 0 for full precision; by default 4 where little is lost."
+            help="Bits of embedding tables: 8, 4, or 0 for full precision; by default 8, or 4 beside 4-bit weights "
+            "where little is lost."
         ),
     ] = None,
     form: Annotated[

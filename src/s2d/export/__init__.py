@@ -21,7 +21,7 @@ from s2d.export.onnx import CPU, OnnxModel
 from s2d.export.openvino import OpenVinoModel, refuse_spans
 from s2d.export.operators import FORMS, Form
 from s2d.export.runtime import stack_complaint
-from s2d.export.table_bits import WIDE, table_bits
+from s2d.export.table_bits import NARROW, WIDE, table_bits
 from s2d.export.torch_int import integer_model
 from s2d.io.files import write_json
 from s2d.io.provenance import run_metadata
@@ -79,8 +79,8 @@ def export(
             name without a suffix for a folder of compressed-tensors; ``NAME.json`` beside it will hold the report.
         example: Keyword inputs of the model, a batch of two or more; batch size and length stay dynamic in the file.
         embeddings: Bits of the embedding tables (one scale a row at 8, one for 32 columns below), 0 to keep them.
-            By default 8, and in ONNX and OpenVINO 4 where little is lost (`s2d.export.table_bits`). compressed-tensors
-            always keeps them.
+            By default 8, and in ONNX and OpenVINO 4 beside weights of at most 4 bits where little is lost
+            (`s2d.export.table_bits`). compressed-tensors always keeps them.
         form: Of ONNX: ``"qdq"``, ``"integer"`` or ``"types"``; see `s2d.export.operators`.
         shape: Sizes that an ONNX file fixes, for runtimes that compile one shape: ``{"batch": 1, "tokens": 128}``, the
             batch alone for images. `open_exported` fills inputs up to them.
@@ -122,7 +122,9 @@ def export(
     asked = provider if provider is not None or fallback else CPU
     check = Check(task, split, batch_size, time_it, describe, force, notes, asked, fallback)
     if embeddings is None:
-        embeddings = table_bits(model, example, check) if target.suffix in RUNNABLE else WIDE
+        weight = kept.spec.weight
+        few = weight is not None and weight.format.bits <= NARROW and target.suffix in RUNNABLE
+        embeddings = table_bits(model, example, check) if few else WIDE
     report = ExportReport(str(target), str(kept.spec), kept.method, embeddings)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
