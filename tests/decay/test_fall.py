@@ -124,3 +124,26 @@ def test_the_length_of_the_run_is_needed() -> None:
     for steps in (None, 0, "many"):
         with pytest.raises(InputError, match="total_steps=N"):
             SelectiveSpectralDecay(model, optimizer, preset="paper", fall=2.0, total_steps=steps)  # type: ignore[arg-type]
+
+
+def test_a_weight_in_the_place_of_another_begins_its_own_course() -> None:
+    """A module is exchanged before the last refreshes: its value falls from its own, not from the old one's."""
+    model = Two(nn.Linear(20, 24), nn.Linear(24, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    settings: dict[str, Any] = PAPER | {"mode": "decoupled", "power": 2.0, "fall": 2.0}
+    with removed(SelectiveSpectralDecay(model, optimizer, total_steps=40, **settings)) as decay:
+
+        def steps(count: int) -> None:
+            for _ in range(count):
+                model(torch.randn(30, 20)).sum().backward()
+                optimizer.step()
+
+        steps(10)
+        model.first = nn.Linear(20, 24)
+        with torch.no_grad():
+            model.first.weight.copy_(spiked(24, 20, [9.0]))
+        optimizer.add_param_group({"params": list(model.first.parameters())})
+        before = largest(model)[0]
+        steps(20)
+        strength = next(row["strength"] for row in reversed(decay.history) if row["weight"] == "first.weight")
+    assert strength == pytest.approx(1 / (before * 40), rel=1e-2), "lambda sigma N = 2 - 1 for n = 2"

@@ -44,15 +44,20 @@ class Fall:
         if name in self._spent:
             self._spent[name] += share
 
+    def forget(self, name: str) -> None:
+        """Another weight took the place of the one of this name: its course begins anew."""
+        for known in (self._strengths, self._first, self._spent):
+            known.pop(name, None)
+
     def solve(self, name: str, sigma: float, whole: float) -> None:
-        """Decoupled: set the strength of a weight, once.
+        """Decoupled: set the strength of a weight that has none yet.
 
         Args:
             name: The weight.
             sigma: Its largest selected value.
             whole: Sum over the run of the learning rate as a share of its peak.
         """
-        if name in self._strengths or sigma <= 0 or whole <= 0:
+        if sigma <= 0 or whole <= 0:
             return
         n = self.power - 1
         time = math.log(self.factor) if n == 0 else math.expm1(n * math.log(self.factor)) / (n * sigma**n)

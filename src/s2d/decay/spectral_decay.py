@@ -447,6 +447,8 @@ class SelectiveSpectralDecay:
         for name in before.keys() - same:  # what is known of them may have another shape
             self._metric.forget(name)
             self._owed.pop(name, None)
+            if self._fall is not None:
+                self._fall.forget(name)
 
     def _sort_out(self) -> None:
         coupled = self.settings.mode == "coupled"

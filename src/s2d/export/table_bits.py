@@ -2,7 +2,7 @@
 
 A table is read a row at a time and takes no time, so its bits cost accuracy alone. The simulated model with tables of 4
 bits has to come as near to that with tables of 8 as a file has to come to its simulation: in its outputs on the
-example, and with a task in its score.
+example, and with a task in its score. `s2d.export.export` asks this beside weights of at most 4 bits only.
 """
 
 from __future__ import annotations
