@@ -43,9 +43,10 @@ class Bed:
     higher_is_better: bool = True
 
     @torch.no_grad()
-    def score(self, model: nn.Module) -> float:
-        """Accuracy in percent, or perplexity."""
-        found = torch.cat([self._judge(model(**inputs), labels) for inputs, labels in self.test]).double().mean()
+    def score(self, model: nn.Module, alone: bool = False) -> float:
+        """Accuracy in percent, or perplexity; of rows one by one where a range belongs to a call."""
+        rows = self.test if alone or self.metric == "perplexity" else together(self.test)
+        found = torch.cat([self._judge(model(**inputs), labels) for inputs, labels in rows]).double().mean()
         return found.exp().item() if self.metric == "perplexity" else 100 * found.item()
 
     def _judge(self, output: Any, labels: Tensor) -> Tensor:
@@ -66,15 +67,34 @@ def every(rows: Rows, count: int) -> Rows:
     return [rows[at * len(rows) // count] for at in range(min(count, len(rows)))] if count else rows
 
 
-def text_bed(folder: str, data: Path, rows: int, max_length: int = 48) -> Bed:
-    """MiniLM under a head, from a folder of `s2d condition` or an arm of `s2d run`; a text at a time, no padding."""
+def together(rows: Rows) -> Rows:
+    """Single texts of one length in batches, which need no padding; batches as they are."""
+    lengths: dict[Any, Rows] = {}
+    for inputs, labels in rows:
+        key = tuple(value.shape[1:] for value in inputs.values()) if len(labels) == 1 else len(lengths)
+        lengths.setdefault(key, []).append((inputs, labels))
+    groups = [group[at : at + BATCH] for group in lengths.values() for at in range(0, len(group), BATCH)]
+    return [
+        (
+            {name: torch.cat([inputs[name] for inputs, _ in group]) for name in group[0][0]},
+            torch.cat([y for _, y in group]),
+        )
+        for group in groups
+    ]
+
+
+def text_bed(folder: str, data: Path, rows: int, max_length: int = 48, padded: int = 1) -> Bed:
+    """MiniLM under a head, from a folder of `s2d condition` or an arm of `s2d run`.
+
+    Calibration texts come in batches of ``padded``, with padding where that is more than 1.
+    """
     task = create("text-classification", data=str(data), max_length=max_length)
     model = model_for(load(folder), task)
 
     def labelled(split: Any) -> Rows:
         return [(task.inputs(batch)[0], batch["labels"]) for batch in task.batches(split, batch_size=1)]
 
-    test, examples = every(labelled("test"), rows), calibration_inputs(task, TEXTS, 1, 0)
+    test, examples = every(labelled("test"), rows), calibration_inputs(task, TEXTS, padded, 0)
     return Bed("MiniLM", data.name, model.eval(), "encoder", examples, test, lambda: labelled("validation"))
 
 

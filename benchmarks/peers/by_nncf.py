@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers.contract import ENCODERS, Job, way
+from peers.contract import ENCODERS, Job, Row, rows, way
 
 PACKAGE = "nncf"
 SAMPLES = 128
 
 
-def by_nncf(source: Path, target: Path, examples: Iterable[dict[str, np.ndarray]], **settings: Any) -> None:
+def by_nncf(source: Path, target: Path, examples: Iterable[Row], **settings: Any) -> None:
     """Its post-training quantizer on ONNX; at its defaults without settings."""
     import nncf  # pyright: ignore[reportMissingImports]
     import onnx
@@ -25,7 +25,7 @@ def controlled(
     full: Path,
     target: Path,
     calibration: Iterable[Any],
-    examples: list[tuple[dict[str, np.ndarray], int]],
+    examples: list[tuple[Row, int]],
     within: float,
 ) -> None:
     """Its accuracy control, on OpenVINO's or onnxruntime's model as the target's suffix says.
@@ -86,11 +86,9 @@ def transformer(job: Job) -> Path:
 @way("w8a8-static", "accuracy control within 1 point, OpenVINO", file=True, beds=ENCODERS)
 def control(job: Job) -> Path:
     """It searches on the validation split."""
-    examples = []
-    for inputs, labels in job.labelled():
-        for at, label in enumerate(labels.tolist()):
-            row = {name: value[at : at + 1].numpy() for name, value in inputs.items() if name in job.names}
-            examples.append((row, label))
+    found = job.labelled()
+    labels = [label for _, each in found for label in each.tolist()]
+    examples = list(zip(rows((inputs for inputs, _ in found), job.names), labels, strict=True))
     controlled(job.s2d_file, job.folder / "model.xml", job.feeds(), examples, within=1.0)
     return job.folder / "model.xml"
 

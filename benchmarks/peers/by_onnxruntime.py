@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from peers.contract import ENCODERS, TEXT, Job, way
+from peers.contract import ENCODERS, TEXT, Job, Row, way
 
 PACKAGE = "onnxruntime"
 
 
-def by_onnxruntime(source: Path, target: Path, examples: Iterable[dict[str, np.ndarray]], **settings: Any) -> None:
+def by_onnxruntime(source: Path, target: Path, examples: Iterable[Row], **settings: Any) -> None:
     """Its static quantizer; at its defaults without settings."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
@@ -26,16 +25,16 @@ def by_onnxruntime(source: Path, target: Path, examples: Iterable[dict[str, np.n
     quantize_static(source, target, Rows(), **settings)
 
 
-def _static(job: Job, source: Path, **settings: Any) -> Path:
+def _static(job: Job, source: Path, padded: bool = False, **settings: Any) -> Path:
     target = job.folder / "model.onnx"
-    by_onnxruntime(source, target, job.feeds(), **settings)
+    by_onnxruntime(source, target, job.feeds(padded), **settings)
     return target
 
 
-@way("w8a8-static", "quantize_static on torch's file, its defaults", file=True, beds=(TEXT,))
+@way("w8a8-static", "quantize_static on torch's file, padded texts", file=True, beds=(TEXT,))
 def static_torch(job: Job) -> Path:
-    """The whole graph, one range a tensor."""
-    return _static(job, job.torch_file)
+    """The range of the masked scores is that of the mask."""
+    return _static(job, job.torch_file, padded=True)
 
 
 @way("w8a8-static", "quantize_static, its defaults", file=True, beds=ENCODERS)
@@ -46,15 +45,13 @@ def static(job: Job) -> Path:
 
 @way("w8a8-static", "quantize_static, int8 a channel, percentile", file=True, beds=ENCODERS)
 def static_percentile(job: Job) -> Path:
-    """What its page advises where min-max loses."""
+    """What its page advises where min-max loses. It takes calibration texts of one length only."""
     from onnxruntime.quantization import CalibrationMethod
 
-    return _static(job, job.s2d_file, per_channel=True, calibrate_method=CalibrationMethod.Percentile)
+    return _static(job, job.s2d_file, padded=True, per_channel=True, calibrate_method=CalibrationMethod.Percentile)
 
 
-@way(
-    "w8a8-static", "quantize_static, MatMul and Gemm only, uint8 activations, int8 a channel", file=True, beds=ENCODERS
-)
+@way("w8a8-static", "quantize_static, products only, uint8 activations, int8 a channel", file=True, beds=ENCODERS)
 def static_products(job: Job) -> Path:
     """The operators that have integer kernels."""
     from onnxruntime.quantization import QuantType
@@ -70,19 +67,19 @@ def _four(job: Job, activation: str) -> Path:
     return _static(job, job.s2d_file, op_types_to_quantize=["MatMul", "Gemm"], **kinds)
 
 
-@way("w4a8-static", "quantize_static, MatMul and Gemm, int4 a tensor, uint8 activations", file=True, beds=ENCODERS)
+@way("w4a8-static", "quantize_static, products only, int4 a tensor, uint8 activations", file=True, beds=ENCODERS)
 def static_w4a8(job: Job) -> Path:
     """It takes 4-bit weights a tensor."""
     return _four(job, "QUInt8")
 
 
-@way("w4a4-static", "quantize_static, MatMul and Gemm, int4 a tensor, uint4 activations", file=True, beds=ENCODERS)
+@way("w4a4-static", "quantize_static, products only, int4 a tensor, uint4 activations", file=True, beds=ENCODERS)
 def static_w4a4(job: Job) -> Path:
     """4-bit activations too."""
     return _four(job, "QUInt4")
 
 
-@way("w8a8-dynamic", "quantize_dynamic, its defaults", file=True, beds=ENCODERS)
+@way("w8a8-dynamic", "quantize_dynamic, its defaults", file=True, alone=True, beds=ENCODERS)
 def dynamic(job: Job) -> Path:
     """Products only; one range a tensor and call."""
     from onnxruntime.quantization import quantize_dynamic
@@ -91,7 +88,7 @@ def dynamic(job: Job) -> Path:
     return job.folder / "model.onnx"
 
 
-@way("w8a8-dynamic", "quantize_dynamic, int8 a channel", file=True, beds=ENCODERS)
+@way("w8a8-dynamic", "quantize_dynamic, int8 a channel", file=True, alone=True, beds=ENCODERS)
 def dynamic_channel(job: Job) -> Path:
     """A scale a channel for weights."""
     from onnxruntime.quantization import quantize_dynamic

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 PACKAGE = "torch"
 
 
-@way("w8a8-dynamic", "quantize_dynamic: int8 a tensor, one range a tensor and call")
+@way("w8a8-dynamic", "quantize_dynamic: int8 a tensor, one range a tensor and call", alone=True)
 def dynamic(job: Job) -> nn.Module:
     """FBGEMM's kernels."""
     made = torch.ao.quantization.quantize_dynamic(job.inner, {nn.Linear}, dtype=torch.qint8)

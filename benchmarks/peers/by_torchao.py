@@ -86,10 +86,8 @@ def pt2e(job: Job) -> nn.Module:
 
     example = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in job.inputs[0].items()}
     auto = torch.export.Dim.AUTO
-    shapes = {name: [auto] * min(value.dim(), 2) + [None] * (value.dim() - 2) for name, value in example.items()}
-    shapes = {
-        name: [auto, *([auto] if value.dim() == 2 else [None] * (value.dim() - 1))] for name, value in example.items()
-    }
+    shapes = {name: [auto, auto if value.dim() == 2 else None] for name, value in example.items()}
+    shapes = {name: each + [None] * (example[name].dim() - 2) for name, each in shapes.items()}
     graph = torch.export.export(job.model, (), example, dynamic_shapes=shapes).module()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     job.model = prepare_pt2e(graph, quantizer)

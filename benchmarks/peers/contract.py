@@ -7,7 +7,7 @@ prefix, because `torchao.py` would hide torchao.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 ROWS = ("fp32", "w8a8-static", "w8a8-dynamic", "w4a16", "w4a8-static", "w4a8-dynamic", "w4a4-static", "w4a4-dynamic")
 Inputs = dict[str, Tensor]
+Row = dict[str, np.ndarray]
 
 
 @dataclass
@@ -70,15 +71,39 @@ class Job:
     @cached_property
     def names(self) -> list[str]:
         """The inputs of the files."""
-        import onnx
+        return inputs_of(self.torch_file)
 
-        return [each.name for each in onnx.load(self.torch_file, load_external_data=False).graph.input]
+    def feeds(self, padded: bool = False) -> Iterator[Row]:
+        """Calibration examples one by one, as a file reads them; texts padded to one length if asked."""
+        return rows(even(self.inputs) if padded else self.inputs, self.names)
 
-    def feeds(self) -> Iterator[dict[str, np.ndarray]]:
-        """Calibration examples one by one, as a file reads them."""
-        for batch in self.inputs:
-            for at in range(len(next(iter(batch.values())))):
-                yield {name: value[at : at + 1].numpy() for name, value in batch.items() if name in self.names}
+
+def inputs_of(file: Path) -> list[str]:
+    """The names of an ONNX file's inputs."""
+    import onnx
+
+    return [each.name for each in onnx.load(file, load_external_data=False).graph.input]
+
+
+def rows(batches: Iterable[Inputs], names: Iterable[str]) -> Iterator[Row]:
+    """One example after another, with the inputs that a file reads."""
+    wanted = set(names)
+    for batch in batches:
+        for at in range(len(next(iter(batch.values())))):
+            yield {name: value[at : at + 1].numpy() for name, value in batch.items() if name in wanted}
+
+
+def even(batches: Sequence[Inputs]) -> list[Inputs]:
+    """Batches of texts filled with zeros, which their masks hide, to the longest; images as they are."""
+    longest = max(value.shape[1] for batch in batches for value in batch.values())
+    fill = nn.functional.pad
+    return [
+        {
+            name: fill(value, (0, longest - value.shape[1])) if value.dim() == 2 else value
+            for name, value in each.items()
+        }
+        for each in batches
+    ]
 
 
 Quantizer = Callable[[Job], "nn.Module | Path"]
@@ -92,6 +117,7 @@ class Way:
     about: str
     quantize: Quantizer
     file: bool
+    alone: bool
     beds: tuple[str, ...]
 
     @property
@@ -105,7 +131,7 @@ ENCODERS = (TEXT, IMAGE)
 
 
 def way(
-    row: str, about: str, *, file: bool = False, beds: tuple[str, ...] = (*ENCODERS, LANGUAGE)
+    row: str, about: str, *, file: bool = False, alone: bool = False, beds: tuple[str, ...] = (*ENCODERS, LANGUAGE)
 ) -> Callable[[Quantizer], Quantizer]:
     """Mark a function.
 
@@ -113,11 +139,12 @@ def way(
         row: One of `ROWS`.
         about: Bits, granularity and settings, for the table.
         file: It reads the model's ONNX files or makes a file.
+        alone: A range belongs to a call, so texts are scored one by one.
         beds: Where it is asked.
     """
 
     def mark(function: Quantizer) -> Quantizer:
-        function.ways = [*getattr(function, "ways", []), Way(row, about, function, file, beds)]  # type: ignore
+        function.ways = [*getattr(function, "ways", []), Way(row, about, function, file, alone, beds)]  # type: ignore
         return function
 
     return mark

@@ -37,8 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parent)  # peers.NAME and the other benchmarks; this folder itself would hide nothing, but may
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -48,6 +47,7 @@ from peers.contract import IMAGE, LANGUAGE, ROWS, TEXT, Job, Way
 from s2d.io.files import JSON, read_json, write_json
 from s2d.io.provenance import measured, run_metadata
 
+HERE = Path(__file__).resolve().parent
 PEERS = sorted(
     (file.stem[3:] for file in HERE.glob("by_*.py")), key=lambda name: (name != "plain", name == "s2d", name)
 )
@@ -141,13 +141,14 @@ def serve(options: argparse.Namespace, model: str, peer: str) -> None:
     from peers.beds import BEDS
 
     *_, source = parts(model)
-    bed = BEDS[options.bed](source, options.data, options.rows)
+    more = {"max_length": options.max_length} if options.bed == TEXT else {}
+    bed = BEDS[options.bed](source, options.data, options.rows, **more)
     ways = missing(options, model, peer)
     files = options.out / "files" / model.partition("=")[0].replace(":", "-") / options.bed
     if any(way.file for way in ways) and not (files / "torch.onnx").exists():
         write_files(bed, files)
     for way in ways:
-        log = tempfile.TemporaryFile("w+")
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the child's, too
         started = time.monotonic()
         child = os.fork()
         if child == 0:
@@ -232,7 +233,7 @@ def run(options: argparse.Namespace, model: str, peer: str, way: Way, bed: Any, 
             from s2d.export import open_exported
 
             made = open_exported(made)
-        row["value"] = bed.score(made)
+        row["value"] = bed.score(made, way.alone)
         package, _ = ways_of(peer)
         row |= {"rows": sum(len(labels) for _, labels in bed.test), "version": version(package), "commit": commit()}
         write_json(cell(options, model, peer, way), row)
@@ -273,11 +274,12 @@ def collected(options: argparse.Namespace) -> None:
     """All cells as the records of a results file."""
     rows = [read_json(path) for path in sorted(options.out.glob("cells/*.json"))]
     models = ["MiniLM", "DINOv2-small", "SmolLM2"]
+    order = {each: at for names in (models, ROWS, PEERS) for at, each in enumerate(names)}
     rows.sort(
         key=lambda r: (
-            models.index(r["model"]), ROWS.index(r["spec"]), PEERS.index(r["method"]), r["way"], r["seed"], r["conditioning"]
+            [order[r[field]] for field in ("model", "spec", "method")] + [r["way"], r["seed"], r["conditioning"]]
         )
-    )  # fmt: skip
+    )
     versions = sorted({row["version"] for row in rows if "version" in row})
     commits = sorted({row["commit"] for row in rows if "commit" in row})
     write_json(options.json, {"run": run_metadata(peers=versions, commits=commits), "records": rows})
@@ -294,6 +296,7 @@ def main() -> int:
     parser.add_argument("--row", nargs="+", choices=ROWS)
     parser.add_argument("--way", nargs="+")
     parser.add_argument("--rows", type=int, default=0, help="test rows; all without it")
+    parser.add_argument("--max-length", type=int, default=48, help="tokens of a text")
     parser.add_argument("--minutes", type=float, default=10.0, help="limit of a cell")
     parser.add_argument("--again", action="store_true", help="compute what --peer, --row and --way name once more")
     parser.add_argument("--out", type=Path, default=Path("build/peers"))
@@ -332,6 +335,7 @@ def fill(options: argparse.Namespace, model: str, peer: str) -> None:
         return
     words = ["--serve", "--bed", options.bed, "--model", model, "--data", options.data, "--peer", peer]
     words += ["--rows", options.rows, "--minutes", options.minutes, "--out", options.out]
+    words += ["--max-length", options.max_length]
     words += ["--verbose"] * options.verbose + (["--row", *options.row] if options.row else [])
     words += ["--way", *options.way] if options.way else []
     done = subprocess.run([python, __file__, *map(str, words)], stderr=subprocess.PIPE, text=True)
