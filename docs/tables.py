@@ -19,6 +19,7 @@ columns, in the order of the file. Records of one cell (seeds) are averaged. Fur
     gain=yes            a last column with the last value less the first
     spread=yes          the standard deviation of the averaged values behind each (n - 1)
     also="A, B"         further columns, the mean of these fields over all records of a row
+    shows=FIELD         another field than "value", numbers or texts; only records that have it
 
 A record whose value is null has a field "failed" with the reason, or is left out; of a failed cell the table says so.
 
@@ -41,7 +42,7 @@ from typing import Any
 PAGES = Path(__file__).resolve().parent / "results"
 TABLE = re.compile(r"^<!-- table: (\S+) (.*?) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 WITHOUT = "No data file: "
-OPTIONS = ("rows", "columns", "head", "names", "digits", "gain", "spread", "also")
+OPTIONS = ("rows", "columns", "head", "names", "digits", "gain", "spread", "also", "shows")
 
 Records = list[dict[str, Any]]
 
@@ -91,6 +92,8 @@ def table_of(records: Records, options: dict[str, str]) -> list[str]:
     """
     wanted = {field: values.split("|") for field, values in options.items() if field not in OPTIONS}
     records = [r for r in records if all(str(r[field]) in values for field, values in wanted.items())]
+    if shows := options.get("shows"):
+        records = [{**r, "value": r[shows]} for r in records if shows in r]
     if not records:
         raise ValueError("no record is left")
     names = dict(part.split(": ", 1) for part in options["names"].split(", ")) if "names" in options else {}
@@ -138,6 +141,8 @@ def cell(values: list[Any], options: dict[str, str]) -> str:
     """The mean of what was measured, and how far seeds are apart where that is asked for."""
     if not values:
         return ""
+    if isinstance(values[0], str):
+        return "; ".join(called(text, {}) for text in dict.fromkeys(values))
     if len(values) == 1 and isinstance(values[0], int) and "digits" not in options:
         return f"{values[0]:,}"
     spread = options.get("spread") == "yes" and len(values) > 1

@@ -85,6 +85,8 @@ def test_a_failed_cell_says_so_and_costs_are_means_of_the_row(tables: ModuleType
         "| one | 50.0 | 60.0 | +10.0 | 1.50 |",
         "| two | failed | 70.0 |  | 4.00 |",
     ]
+    shown = tables.table_of(records, {"rows": "peer", "columns": "spec", "shows": "failed", "names": "w4a4: why"})
+    assert shown[2:] == ["| two | no memory |"]
 
 
 @pytest.mark.parametrize(

@@ -31,16 +31,16 @@ def _observed(job: Job, weights: int, activations: int) -> nn.Module:
     return model
 
 
-def _gptq(job: Job, model: nn.Module) -> nn.Module:
+@torch.no_grad()
+def _gptq(job: Job) -> nn.Module:
     from brevitas.graph.gptq import gptq_mode
 
-    with torch.no_grad(), gptq_mode(job.inner, use_quant_activations=True, create_weight_orig=False) as mode:
-        inner = mode.model
+    with gptq_mode(job.inner, use_quant_activations=True, create_weight_orig=False) as mode:
         for _ in range(mode.num_layers):
-            job.replace(inner)
-            job.calibrate()
+            for batch in job.inputs:
+                mode.model(**batch)  # it ends behind the layer that is rounded
             mode.update()
-    return job.replace(inner)
+    return job.model
 
 
 @way("w8a8-static", "int8 a channel, one range a tensor, simulated")
@@ -64,7 +64,8 @@ def w4a4(job: Job) -> nn.Module:
 @way("w4a4-static", "the same, weights by its GPTQ", beds=ENCODERS)
 def w4a4_gptq(job: Job) -> nn.Module:
     """Layer after layer, activations quantized."""
-    return _gptq(job, _observed(job, 4, 4))
+    _observed(job, 4, 4)
+    return _gptq(job)
 
 
 @way("w4a16", "int4 a channel, simulated")

@@ -67,7 +67,7 @@ def w4a4(job: Job) -> nn.Module:
     return _quantized(job, channel(4), tensor(4), "max")
 
 
-@way("w4a4-static", "the same, ranges by squared error, simulated")
+@way("w4a4-static", "the same, scales of weights by squared error, simulated")
 def w4a4_mse(job: Job) -> nn.Module:
     """Its search of scales."""
     return _quantized(job, channel(4), tensor(4), {"method": "mse"})

@@ -51,6 +51,7 @@ HERE = Path(__file__).resolve().parent
 PEERS = sorted(
     (file.stem[3:] for file in HERE.glob("by_*.py")), key=lambda name: (name != "plain", name == "s2d", name)
 )
+CALLED = {"plain": "none", "s2d": "s2d itself"}  # in the tables, beside the models that are called s2d
 ABSENT = "not installed"
 ROUNDS = 15
 
@@ -280,6 +281,7 @@ def collected(options: argparse.Namespace) -> None:
             [order[r[field]] for field in ("model", "spec", "method")] + [r["way"], r["seed"], r["conditioning"]]
         )
     )
+    rows = [{**row, "method": CALLED.get(row["method"], row["method"])} for row in rows]
     versions = sorted({row["version"] for row in rows if "version" in row})
     commits = sorted({row["commit"] for row in rows if "commit" in row})
     write_json(options.json, {"run": run_metadata(peers=versions, commits=commits), "records": rows})
