@@ -55,7 +55,7 @@ def w8a8_token(job: Job) -> nn.Module:
     return _quantized(job, "w8a8-token")
 
 
-GROUP = {"weight": {"bits": 4, "granularity": "group-32"}}
+GROUP = {"bits": 4, "granularity": "group-32"}
 
 
 @way("w4a16", "Linears, int4 a channel, GPTQ, simulated")
@@ -67,13 +67,13 @@ def w4_channel(job: Job) -> nn.Module:
 @way("w4a16", "Linears, int4 in groups of 32, simulated")
 def w4_group(job: Job) -> nn.Module:
     """Rounded."""
-    return _quantized(job, "w4a16", **GROUP)
+    return _quantized(job, "w4a16", weight=GROUP)
 
 
 @way("w4a16", "Linears, int4 in groups of 32, GPTQ, simulated")
 def w4_group_gptq(job: Job) -> nn.Module:
     """With data."""
-    return _quantized(job, "w4a16", "gptq", **GROUP)
+    return _quantized(job, "w4a16", "gptq", weight=GROUP)
 
 
 @way("w4a8-static", "Linears, int4 a channel, squared error; tables at 4 or 8 bits", file=True, beds=ENCODERS)
@@ -91,13 +91,13 @@ def w4a8_gptq(job: Job) -> nn.Module:
 @way("w4a8-dynamic", "Linears, int4 in groups of 32, a range a token, simulated")
 def w4a8_token(job: Job) -> nn.Module:
     """Rounded."""
-    return _quantized(job, "w4a8-token", weight=GROUP["weight"])
+    return _quantized(job, "w4a8-token", weight=GROUP)
 
 
 @way("w4a8-dynamic", "the same, GPTQ, simulated")
 def w4a8_token_gptq(job: Job) -> nn.Module:
     """With data."""
-    return _quantized(job, "w4a8-token", "gptq", weight=GROUP["weight"])
+    return _quantized(job, "w4a8-token", "gptq", weight=GROUP)
 
 
 @way("w4a4-static", "Linears, rtn, min-max ranges, simulated")

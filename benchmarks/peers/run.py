@@ -170,10 +170,12 @@ def serve(options: argparse.Namespace, model: str, peer: str) -> None:
             text = log.read()
             if options.verbose:
                 print(text)
-            took = f"after {time.monotonic() - started:.0f} s"
-            reasons = {None: f"stopped {took}: the limit", -signal.SIGKILL: f"killed {took}: out of memory?"}
-            reason = reasons.get(status, last_line(text))
-            failed(options, model, peer, way, reason if status in reasons or status > 0 else f"signal {-status}")
+            reason = last_line(text)
+            if status is None:
+                reason = f"stopped after {time.monotonic() - started:.0f} s: the limit"
+            elif status < 0:
+                reason = "killed: out of memory?" if status == -signal.SIGKILL else f"signal {-status}"
+            failed(options, model, peer, way, reason)
         else:
             row = read_json(cell(options, model, peer, way))
             print(f"{model.partition('=')[0]} {way.row} {peer} {way.name}: {row['value']:.2f}", flush=True)
