@@ -136,18 +136,18 @@ def about(options: argparse.Namespace, model: str, peer: str, way: Way) -> JSON:
     return row | {"metric": "perplexity" if language else "accuracy", "higher_is_better": not language}
 
 
-def serve(options: argparse.Namespace, model: str, peer: str) -> None:
-    """In a peer's environment: load the bed once, then one forked process for every missing cell."""
+def serve(options: argparse.Namespace, model: str) -> None:
+    """In an environment: load the bed once, then one forked process for every missing cell of its peers."""
     from peers.beds import BEDS
 
     *_, source = parts(model)
     more = {"max_length": options.max_length} if options.bed == TEXT else {}
     bed = BEDS[options.bed](source, options.data, options.rows, **more)
-    ways = missing(options, model, peer)
+    cells = [(peer, way) for peer in options.peer for way in missing(options, model, peer)]
     files = options.out / "files" / model.partition("=")[0].replace(":", "-") / options.bed
-    if any(way.file for way in ways) and not (files / "torch.onnx").exists():
+    if any(way.file for _, way in cells) and not (files / "torch.onnx").exists():
         write_files(bed, files)
-    for way in ways:
+    for peer, way in cells:
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the child's, too
         started = time.monotonic()
         child = os.fork()
@@ -310,41 +310,43 @@ def main() -> int:
     for peer in options.install or []:
         install(peer, options.out)
     if options.serve:
-        serve(options, options.model[0], options.peer[0])
+        serve(options, options.model[0])
         return 0
     if options.model and options.data is None:
         parser.error("--model needs --data")
     for model in options.model:
-        for peer in options.peer:
-            fill(options, model, peer)
+        fill(options, model)
     if options.json:
         collected(options)
     return 0
 
 
-def fill(options: argparse.Namespace, model: str, peer: str) -> None:
-    """The missing cells of a model and a peer, in the peer's environment."""
-    if options.again:
-        for way in wanted(options, peer):
-            cell(options, model, peer, way).unlink(missing_ok=True)
-    if not (ways := missing(options, model, peer)):
-        return
-    python = environment(peer, options.out)
-    package = ways_of(peer)[0]
-    there = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
-    if subprocess.run([python, "-c", there], stderr=subprocess.DEVNULL).returncode:
+def fill(options: argparse.Namespace, model: str) -> None:
+    """The missing cells of a model, one environment after the other; peers without one of their own share."""
+    shared: dict[Path, list[str]] = {}
+    for peer in options.peer:
+        if options.again:
+            for way in wanted(options, peer):
+                cell(options, model, peer, way).unlink(missing_ok=True)
+        if not (ways := missing(options, model, peer)):
+            continue
+        python = environment(peer, options.out)
+        there = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({ways_of(peer)[0]!r}) is None)"
+        if not subprocess.run([python, "-c", there], stderr=subprocess.DEVNULL).returncode:
+            shared.setdefault(python, []).append(peer)
+            continue
         for way in ways:
             failed(options, model, peer, way, f"{ABSENT}; python benchmarks/peers/run.py --install {peer}")
-        return
-    words = ["--serve", "--bed", options.bed, "--model", model, "--data", options.data, "--peer", peer]
-    words += ["--rows", options.rows, "--minutes", options.minutes, "--out", options.out]
-    words += ["--max-length", options.max_length]
-    words += ["--verbose"] * options.verbose + (["--row", *options.row] if options.row else [])
-    words += ["--way", *options.way] if options.way else []
-    done = subprocess.run([python, __file__, *map(str, words)], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        for way in missing(options, model, peer):
-            failed(options, model, peer, way, last_line(done.stderr) or f"exit {done.returncode}")
+    for python, peers in shared.items():
+        words = ["--serve", "--bed", options.bed, "--model", model, "--data", options.data, "--peer", *peers]
+        words += ["--rows", options.rows, "--minutes", options.minutes, "--out", options.out]
+        words += ["--max-length", options.max_length]
+        words += ["--verbose"] * options.verbose + (["--row", *options.row] if options.row else [])
+        words += ["--way", *options.way] if options.way else []
+        done = subprocess.run([python, __file__, *map(str, words)], stderr=subprocess.PIPE, text=True)
+        for peer in peers if done.returncode else []:
+            for way in missing(options, model, peer):
+                failed(options, model, peer, way, last_line(done.stderr) or f"exit {done.returncode}")
 
 
 if __name__ == "__main__":
