@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -53,8 +55,19 @@ def test_a_peer_scores_resumes_and_fails_as_a_row(
     made = cell.stat().st_mtime_ns
     call("--peer", "torch", "--way", "w4a4_minmax")
     assert cell.stat().st_mtime_ns == made, "nothing was computed again"
-    stopped = call("--peer", "torch", "--way", "w4a4_minmax", "--again", "--minutes", "0")["torch"]
-    assert stopped["value"] is None and "the limit" in str(stopped["failed"])
+
+
+def test_a_peer_that_hangs_is_ended_at_the_limit_and_one_that_fails_says_its_last_line(runner: ModuleType) -> None:
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(0.1)  # until it leads its group
+    assert runner.waited(child, 0.3) is None
+    with pytest.raises(ChildProcessError):
+        os.waitpid(child, 0)
+    assert runner.last_line("Traceback\n  File x\nValueError: no\n\n") == "ValueError: no"
 
 
 def test_every_way_names_a_row_and_no_two_share_a_cell(runner: ModuleType) -> None:

@@ -282,7 +282,12 @@ def collected(options: argparse.Namespace) -> None:
             [order[r[field]] for field in ("model", "spec", "method")] + [r["way"], r["seed"], r["conditioning"]]
         )
     )
-    rows = [{**row, "method": CALLED.get(row["method"], row["method"])} for row in rows]
+    said = {(peer, way.name): way.about for peer in PEERS for way in ways_of(peer)[1]}
+    for row in rows:
+        row["observer"] = said.get(
+            (row["method"], row["way"]), row["observer"]
+        )  # its words may be newer than its number
+        row["method"] = CALLED.get(row["method"], row["method"])
     versions = sorted({row["version"] for row in rows if "version" in row})
     commits = sorted({row["commit"] for row in rows if "commit" in row})
     write_json(options.json, {"run": run_metadata(peers=versions, commits=commits), "records": rows})
