@@ -126,7 +126,8 @@ class Search:
     def beginning(self) -> list[tuple[Candidate, int, str | None]]:
         """The candidates that need no scores, with their predicted bytes and, if one is not legal, the reason."""
         found = [self.safest, *(Candidate(each, "rtn", self.tables, "ranges") for each in scored_specs(self.runtime))]
-        return [(each, self.climbing.bytes(each), self.climbing.complaint(each)) for each in found]
+        once = {each.key: each for each in found}.values()
+        return [(each, self.climbing.bytes(each), self.climbing.complaint(each)) for each in once]
 
     def expected_seconds(self) -> float:
         """Estimate the time of the whole search from the time of one forward."""
