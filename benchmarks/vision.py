@@ -35,16 +35,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import s2d
+from s2d.baselines import Baseline, attach
 from s2d.errors import choices
 from s2d.io.files import JSON, read_json, write_json
 from s2d.io.provenance import digest, run_metadata
 from s2d.models import load
 from s2d.optional import require
+from s2d.training.optimizers import make_optimizer
 
 PIXELS, CLASSES, BATCH, CALIBRATION = 98, 10, 32, 64
 PROBE, HELD_OUT = 3_000, 3_000
+TRAIN = "train"  # an arm's key for what differs in the training itself
 SITES = {"adamw": None, "default": {}, "ratio8": {"outlier_ratio": 8.0}, "ratio16": {"outlier_ratio": 16.0}}
 ARMS: dict[str, dict[str, Any] | None] = {
     **SITES,
@@ -55,6 +59,17 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "paper": {"preset": "paper", "refresh_every": 10},
     "paper-fall": {"preset": "paper", "refresh_every": 10, "fall": 2.0},
     "paper-decoupled-fall": {"preset": "paper", "refresh_every": 10, "fall": 2.0, "mode": "decoupled"},
+    # Rivals (docs/baselines.md), each with the setting that benchmarks/rivals.py tries first.
+    "weight-decay": {"baseline": "l2", "strength": 0.01, "kinds": ["linear", "norm"]},
+    "muon": {TRAIN: {"optimizer": "muon"}},
+    "averaged": {TRAIN: {"end": 0.5, "averaged": 0.5}},  # 2510.06213: a higher end rate, and the mean of the last half
+    "tweo": {"baseline": "tweo", "at": "inputs"},
+    "kurtosis": {"baseline": "kure", "of": "activations", "weight": 0.3},
+    "colinearity": {"baseline": "colinearity", "strength": 0.1},
+    "spectral-norm": {"baseline": "spectral-norm", "weight": 0.01},
+    "random-directions": {"baseline": "random-directions", "strength": 0.05},
+    "singular-values": {TRAIN: {"singular_values": 1e-3}},  # as SINDER trains, without its loss
+    "clipping": {"baseline": "clip", "limit": 3.0},
 }
 WAYS = ("rtn minmax", "rtn percentile", "rtn mse", "repq", "erq", "ptq4vit", "rotation+gptq", "svdquant")
 FULL = "full precision"
@@ -195,16 +210,19 @@ class Bed:
         args, model = self.args, self.model.train()
         images, labels = self.images("train", 0, min(args.steps * BATCH, 50_000 - HELD_OUT))
         torch.manual_seed(seed)
-        groups = [{"params": list(model.encoder.parameters()), "lr": 5e-5}]
-        groups += [{"params": list(model.head.parameters()), "lr": args.head_lr}]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        warm = max(1, round(0.08 * args.steps))
+        how = (settings or {}).get(TRAIN, {})
+        values = singular_values(model.encoder) if "singular_values" in how else list(model.encoder.parameters())
+        groups = [{"params": values, "lr": how.get("singular_values", 5e-5), "weight_decay": 0.01}]
+        groups += [{"params": list(model.head.parameters()), "lr": args.head_lr, "weight_decay": 0.01}]
+        optimizer = make_optimizer(how.get("optimizer", "adamw"), model, groups, 5e-5)
+        warm, end = max(1, round(0.08 * args.steps)), how.get("end", 0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm, (args.steps - step) / args.steps)
+            optimizer, lambda step: min((step + 1) / warm, max(end, (args.steps - step) / args.steps))
         )
-        decay = None
-        if settings is not None:
-            decay = s2d.SelectiveSpectralDecay(model, optimizer, total_steps=args.steps, **settings)
+        mean = torch.optim.swa_utils.AveragedModel(model) if "averaged" in how else None
+        acts = settings is not None and TRAIN not in settings
+        acting = attach(model, optimizer, settings, total_steps=args.steps) if acts and settings is not None else None
+        decay = acting if isinstance(acting, s2d.SelectiveSpectralDecay) else None
         random = torch.Generator().manual_seed(1 + seed)
         order, losses, selected = torch.randperm(len(images), generator=random), [], []
         half = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -214,10 +232,13 @@ class Bed:
             x = x.flip(-1) if torch.rand(1, generator=random) < 0.5 else x
             with half:
                 loss = nn.functional.cross_entropy(model(x), y)
+            term = acting.loss() if isinstance(acting, Baseline) else None
             optimizer.zero_grad()
-            loss.backward()
+            (loss if term is None else loss + term).backward()
             optimizer.step()
             schedule.step()
+            if mean is not None and step >= how["averaged"] * args.steps:
+                mean.update_parameters(model)
             losses.append(loss.item())
             if (step + 1) % 25 == 0:
                 selected.append(dict(decay.selected) if decay else {})
@@ -226,8 +247,12 @@ class Bed:
         rows = [row for row in decay.history if row["selected"]] if decay else []
         first, last = ([row for row in rows if row["step"] == rows[at]["step"]] for at in (0, -1))
         pace = [row.get("pace", 1.0) for row in decay.history] if decay else []
-        if decay:
-            decay.remove()
+        if acting:
+            acting.remove()
+        if mean is not None:
+            model.load_state_dict(mean.module.state_dict())
+        for linear in parametrized(model):
+            parametrize.remove_parametrizations(linear, "weight")
         means = [statistics.mean(losses[at : at + 25]) for at in range(0, len(losses), 25)]
         return {
             "losses": means,
@@ -308,6 +333,36 @@ class Bed:
         write_json(path, found)
         print(arm, seed, args.split, way, f"{found['value']:.1f} ({found['cpu_seconds']:.0f} s)", flush=True)
         return found
+
+
+class Spectrum(nn.Module):
+    """A weight whose singular values alone are trained."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        left, values, right = torch.linalg.svd(weight.detach(), full_matrices=False)
+        self.register_buffer("left", left), self.register_buffer("right", right)
+        self.register_buffer("rest", weight.detach() - (left * values) @ right)
+        self.values = nn.Parameter(values)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with the values of now."""
+        return (self.left * self.values) @ self.right + self.rest
+
+
+def singular_values(encoder: nn.Module) -> list[nn.Parameter]:
+    """Put `Spectrum` on every Linear; the parameters that it trains."""
+    found = []
+    for linear in [module for module in encoder.modules() if isinstance(module, nn.Linear)]:
+        spectrum = Spectrum(linear.weight)
+        parametrize.register_parametrization(linear, "weight", spectrum)
+        found.append(spectrum.values)
+    return found
+
+
+def parametrized(model: nn.Module) -> list[nn.Module]:
+    """The modules that `singular_values` changed."""
+    return [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
 
 
 def fit(head: nn.Linear, features: Tensor, labels: Tensor) -> None:

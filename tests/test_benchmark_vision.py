@@ -34,11 +34,18 @@ def run(vision: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *more: s
     vision.main()
 
 
+def first_weight(out: Path, arm: str) -> torch.Tensor:
+    """A square weight of an arm's model, the last that was trained."""
+    files = out.glob("probe-*.pt") if arm == "probe" else (out / "models").glob(f"{arm}-0-*.pt")
+    weights = torch.load(max(files, key=lambda file: file.stat().st_mtime_ns), weights_only=True)
+    return next(weight for weight in weights.values() if weight.ndim == 2 and weight.shape[0] == weight.shape[1])
+
+
 def test_it_runs_resumes_and_reports(
     vision: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    for first, count in ((0, 3000), (0, 64), (47_000, 20)):  # prepared before, so that no table is read
+    for first, count in ((0, 3000), (0, 64), (0, 128), (47_000, 20)):  # prepared before, so that no table is read
         images = torch.randint(0, 256, (min(count, 64), 3, 32, 32), generator=generator, dtype=torch.uint8)
         labels = torch.randint(0, 10, (len(images),), generator=generator)
         torch.save((images, labels), tmp_path / f"train-32-{first}-{count}.pt")
@@ -54,6 +61,13 @@ def test_it_runs_resumes_and_reports(
     assert len(read_results({"records": records}).records) == 4
     run(vision, monkeypatch, tmp_path, "--arms", "adamw,ratio8")
     assert "step" not in capsys.readouterr().out, "nothing is trained again"
+    rivals = ("adamw", "muon", "averaged", "tweo", "singular-values")
+    run(vision, monkeypatch, tmp_path, "--arms", ",".join(rivals), "--ways", "", "--steps", "4")
+    weights = {arm: first_weight(tmp_path, arm) for arm in rivals}
+    assert len({weights[arm].sum().item() for arm in rivals}) == len(rivals), "each trains in its own way"
+    left, _, right = torch.linalg.svd(first_weight(tmp_path, "probe"))
+    moved = left.T @ weights["singular-values"] @ right.T
+    assert (moved - moved.diagonal().diag()).abs().max() < 1e-5 < moved.diagonal().abs().min()
     trained = ["rtn minmax qat=3", "rtn minmax qat=3 decay"]
     monkeypatch.setitem(vision.ARMS, "strong", {"outlier_ratio": 1.01, "strength": 0.5, "refresh_every": 1})
     arguments = ["--ways", ",".join(trained), "--arms", "strong", "--report", str(tmp_path / "qat.json")]

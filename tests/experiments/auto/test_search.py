@@ -146,6 +146,26 @@ def test_an_interruption_leaves_the_file_and_the_next_call_goes_on(
         tried = len(records.scored)
 
 
+def test_more_examples_are_taken_where_a_few_cannot_decide(
+    met: Any, folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]
+) -> None:
+    loaded, model, task = trained
+    out = folder / "few"
+    shutil.copytree(folder / "out", out)
+    content = {**json.loads((out / "auto.json").read_text()), "examples": 12, "files": {}, "rounds": []}
+    (out / "auto.json").write_text(json.dumps(content))
+    with pytest.raises(KeyboardInterrupt):  # before the first candidate that is tried in simulation
+        auto(loaded, model, task, runtime="onnxruntime", within=15.0, out=out, watcher=Interrupting(1))
+    records = Records.open(out, content["key"])
+    assert (records.extended, len(records.files)) == (1, 1) and 12 < records.examples < task.sizes()["validation"]
+    full, (safest,) = records.outcomes("full"), records.files
+    assert full is not None
+    rounds = Rounds(records, records.files[safest].candidate, full, 15.0, "smallest", True)
+    drop = rounds.accepted[safest]
+    assert (drop.examples, drop.level) == (records.examples, 0.975), "a second look at the same data"
+    assert (out / "model.onnx").is_file(), "12 that agree would show 18 points"
+
+
 def test_a_killed_call_leaves_the_file_and_the_next_goes_on(
     met: Any, folder: Path, trained: tuple[Loaded, torch.nn.Module, Task]
 ) -> None:

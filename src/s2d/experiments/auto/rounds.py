@@ -41,14 +41,20 @@ class Rounds:
 
     @property
     def orders(self) -> list[list[Candidate]]:
-        """Every round; before the first is planned, the safest candidate alone."""
-        return self.records.rounds or [[self.safest]]
+        """Every round, the first of them with the safest candidate, which is judged before any is planned."""
+        rounds = self.records.rounds
+        planned = any(each.key == self.safest.key for order in rounds for each in order)
+        return rounds if planned else [[self.safest], *rounds]
+
+    def level(self, number: int) -> float:
+        """The level of a round's bounds (from 0); examples that became more count as rounds."""
+        return level_of(number + 1 + self.records.extended)
 
     def drop(self, candidate: Candidate, number: int) -> Drop:
         """The drop of a judged file, with bounds at the level of a round (from 0)."""
         outcomes = self.records.outcomes(candidate.key)
         assert outcomes is not None, "a file is recorded after its outcomes"
-        return paired_drop(self.full, outcomes, self.higher, level_of(number + 1))
+        return paired_drop(self.full, outcomes, self.higher, self.level(number))
 
     @property
     def accepted(self) -> dict[str, Drop]:
@@ -84,7 +90,21 @@ class Rounds:
     def wanted_most(self) -> bool:
         """Whether the last file of a round was accepted, so that no better file is left."""
         accepted = self.accepted
-        return any(made[-1].key in accepted for order in self.orders if (made := self._made(order)))
+        return any(
+            made[-1].key in accepted for order in self.records.rounds or [[self.safest]] if (made := self._made(order))
+        )
+
+    def too_few(self, split: str) -> str | None:
+        """A message if there are too few examples to accept any file, even one that changes nothing."""
+        best = paired_drop(self.full, self.full, self.higher, self.level(0))
+        if best.within(self.within):
+            return None
+        needed = best.examples_needed(self.within)
+        number = "more than a million" if needed is None else f"about {needed:,}"
+        return (
+            f"{len(self.full.values)} examples of {split} cannot show a drop of at most {self.within:g} points: "
+            f"even a file that changes nothing needs {number}"
+        )
 
     def rows(self) -> list[Row]:
         """Every judged file, in the order of judging; the chosen one is the last of the accepted ones."""

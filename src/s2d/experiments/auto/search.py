@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from s2d import quant
 from s2d.errors import InputError
-from s2d.experiments.auto.acceptance import level_of, paired_drop
 from s2d.experiments.auto.candidates import Candidate, Objective, tables_of
 from s2d.experiments.auto.climbing import Climbing
 from s2d.experiments.auto.judging import Judge, Judged, outcomes_on
@@ -33,7 +32,7 @@ from s2d.experiments.auto.promise import Promise
 from s2d.experiments.auto.repair import repaired
 from s2d.experiments.auto.rounds import Rounds
 from s2d.experiments.auto.search_records import CANDIDATES, File, Records, with_companions
-from s2d.experiments.auto.simulation import SEARCHED, Simulation, as_in_file
+from s2d.experiments.auto.simulation import Simulation, as_in_file
 from s2d.experiments.auto.verdict import Verdict, status_of, what_would_help
 from s2d.experiments.watcher import Silent, Watcher
 from s2d.export import example_of, export
@@ -48,6 +47,7 @@ from s2d.tasks.base import Outcomes
 REPAIRS = ("conditioning", "training")
 _TRAINING = 120.0  # seconds below which no repair begins
 _RESERVED = 0.5  # of the time, for judging
+_MORE = 1.5  # times the examples that would accept the safest file: its drop is an estimate, and is held to more
 _MOST_ROUNDS = 4  # with the repairs' two
 
 
@@ -114,7 +114,7 @@ class Search:
         promise.refuse_task(task)
         self.runs = self.runtime.installed
         self.simulation = Simulation(model, task, seed)
-        self.examples = self.simulation.affordable(promise.split, promise.minutes)
+        self.examples = self.simulation.affordable(promise.split, promise.minutes, promise.within)
         self.tables = max(self.runtime.embedding_bits) if tables_of(model) else 0
         self.climbing = Climbing(model, self.runtime, self.simulation, promise, self.tables, watcher)
         self.safest = first(self.runtime, self.tables, self.climbing.legal)
@@ -126,16 +126,12 @@ class Search:
     def beginning(self) -> list[tuple[Candidate, int, str | None]]:
         """The candidates that need no scores, with their predicted bytes and, if one is not legal, the reason."""
         found = [self.safest, *(Candidate(each, "rtn", self.tables, "ranges") for each in scored_specs(self.runtime))]
-        return [(each, self.climbing.bytes(each), self.climbing.complaint(each)) for each in found]
+        once = {each.key: each for each in found}.values()
+        return [(each, self.climbing.bytes(each), self.climbing.complaint(each)) for each in once]
 
     def expected_seconds(self) -> float:
         """Estimate the time of the whole search from the time of one forward."""
-        calibrating = self.simulation.pass_seconds
-        per_row = calibrating / self.simulation.samples
-        tried = 8 * (6 * calibrating + SEARCHED * per_row)
-        scored = 12 * calibrating
-        judged = 4 * (15.0 + 3 * per_row * self.examples)
-        return tried + scored + judged + per_row * self.examples
+        return self.simulation.expected_seconds(self.examples)
 
     # -- the work
 
@@ -154,7 +150,8 @@ class Search:
             higher = self.task.higher_is_better
             within, objective = self.promise.within, self.promise.objective
             self.rounds = Rounds(self.records, self.safest, self.full, within, objective, higher)
-            self._tell_few()
+            if (told := self.rounds.too_few(self.promise.split)) is not None:
+                self.watcher.say(told)
             save_parts(self.out / "model.inputs", self.loaded.tokenizer, self.loaded.processor)
             with tempfile.TemporaryDirectory(prefix=".judging-", dir=self.out) as scratch:
                 self._scratch = Path(scratch)
@@ -179,6 +176,7 @@ class Search:
 
     def _work(self) -> None:
         self._file(self.safest)
+        self._score_more()
         self._decide()
         self._judge_rounds()
         hopeless = self.safest.key in self.records.files and self.safest.key not in self.rounds.accepted
@@ -195,10 +193,29 @@ class Search:
             self._judge_rounds()
             self._stopped = self._stopped or not ended
         for kind in REPAIRS:
+            if hopeless and not self.rounds.drop(self.safest, 0).beyond(within):
+                break  # what is too few are the examples
             if self.rounds.wanted_most or self._left() <= _TRAINING + 2 * self._slowest or self.promise.minutes is None:
                 break
             if kind not in self._repairs_done():
                 self._repair(kind)
+
+    def _score_more(self) -> None:
+        """Take more examples where they cannot tell whether the safest file keeps the promise, and judge it again."""
+        if self.safest.key not in self.records.files or self.safest.key in self.rounds.accepted:
+            return
+        needed = self.rounds.drop(self.safest, 0).examples_needed(self.promise.within)
+        most = self.task.sizes()[self.promise.split]
+        if self.promise.minutes is not None:
+            most = min(most, self.simulation.scored_in(self._left() / 2, scorings=2))
+        wanted = 0 if needed is None else min(most, math.ceil(_MORE * needed))
+        if wanted <= self.examples:
+            return
+        self.watcher.say(f"{self.examples} examples cannot decide on the safest file; {wanted} are scored instead")
+        self.examples, self._judge = wanted, None
+        self.records.extend(wanted)
+        self.full = self.rounds.full = self._full()
+        self._file(self.safest)
 
     def _next_round(self) -> list[Candidate]:
         """The candidates to judge next, the safest first: at first all that are worth a file, later those between the
@@ -251,7 +268,7 @@ class Search:
 
     def _full(self) -> Outcomes:
         kept = self.records.outcomes("full")
-        if kept is None:
+        if kept is None or len(kept.values) != self.examples:
             self.watcher.stage(f"full precision on {self.promise.split}", 1)
             kept = outcomes_on(self.model, self.task, self.promise.split, self.examples)
             self.records.save_outcomes("full", kept)
@@ -261,17 +278,6 @@ class Search:
             f"{self.task.primary} in full precision: {kept.score():.2f} ({self.examples} of {self.promise.split})"
         )
         return kept
-
-    def _tell_few(self) -> None:
-        """Tell the user before the work if there are too few examples to accept any file."""
-        best = paired_drop(self.full, self.full, self.task.higher_is_better)
-        if not best.within(self.promise.within):
-            needed = best.examples_needed(self.promise.within)
-            number = "more than a million" if needed is None else f"about {needed:,}"
-            self.watcher.say(
-                f"{self.examples} examples of {self.promise.split} cannot show a drop of at most "
-                f"{self.promise.within:g} points: even a file that changes nothing needs {number}"
-            )
 
     def _refuse_full_disk(self, candidate: Candidate) -> None:
         """Refuse to begin a file for which there is no space: its own, and full precision's for the comparison."""
@@ -409,12 +415,9 @@ class Search:
             notes.append(f"the files were not run: {self.runtime.name} {why}; their drops are those of the simulation")
         size = self.task.sizes()[self.promise.split]
         if self.examples < size:
-            notes.append(
-                f"{self.examples:,} of {size:,} examples were scored, as the minutes of the first call allowed"
-            )
-        if len(self.records.rounds) > 1:
-            notes.append(f"round {len(self.records.rounds)} is held to {level_of(len(self.records.rounds)):.2%}")
-        return notes
+            notes.append(f"{self.examples:,} of {size:,} examples were scored, as the minutes allowed")
+        rounds = len(self.records.rounds)
+        return [*notes, f"round {rounds} is held to {self.rounds.level(rounds - 1):.2%}"] if rounds > 1 else notes
 
     # -- repair
 

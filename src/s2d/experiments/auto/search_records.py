@@ -67,6 +67,7 @@ class Records:
         repair: A candidate whose weights are being trained.
         climbed: Points of the promises for which the ladder was tried to its end.
         examples: How many acceptance examples were scored; 0 before the first.
+        extended: How often these became more.
         seconds: Total time of all calls.
     """
 
@@ -80,6 +81,7 @@ class Records:
     climbed: list[float] = field(default_factory=list)
     examples: int = 0
     seconds: float = 0.0
+    extended: int = 0
 
     @staticmethod
     def open(folder: Path, key: JSON) -> Records:
@@ -117,6 +119,7 @@ class Records:
             content["climbed"],
             content["examples"],
             content["seconds"],
+            content.get("extended", 0),
         )
 
     def write(self) -> None:
@@ -132,9 +135,16 @@ class Records:
             "repair": None if self.repair is None else self.repair.to_dict(),
             "climbed": self.climbed,
             "examples": self.examples,
+            "extended": self.extended,
             "seconds": self.seconds,
         }
         write_json(self.folder / NAME, content)
+
+    def extend(self, examples: int) -> None:
+        """Take more acceptance examples: every file has to be judged again."""
+        self.examples, self.extended = examples, self.extended + 1
+        self.files.clear()
+        self.write()
 
     def save_outcomes(self, name: str, outcomes: Outcomes) -> None:
         """Store a model's outcomes on the acceptance data."""

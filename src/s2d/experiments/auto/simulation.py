@@ -5,12 +5,14 @@ The acceptance data are never read here.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from s2d import quant
 from s2d.errors import InputError
+from s2d.experiments.auto.acceptance import LEVEL
 from s2d.experiments.auto.candidates import Candidate
 from s2d.experiments.auto.fisher_scores import Kind, Scorer, Scores, option_of, table_options
 from s2d.export.copies import shared_copy
@@ -34,6 +37,7 @@ from s2d.tasks.base import Outcomes, calibration_inputs
 SAMPLES, SEARCHED = 128, 256  # training examples: for calibration, and to compare candidates
 _SCORINGS = 7  # passes over the acceptance data: full precision, and the files of a round
 _FEWEST = 320  # examples that are scored whatever the time; with fewer no promise of one point is met
+_CHANGED = 0.03  # of the answers: so many may a file change, as many to the better, and be accepted
 _TOKENS = 2048  # tokens of a batch
 _KEPT = 2**24  # numbers of full precision's output that are held for the comparison
 
@@ -82,15 +86,27 @@ class Simulation:
             run(self.model, batches[0])
         return (time.perf_counter() - start) * len(batches)
 
-    def affordable(self, split: Split, minutes: float | None) -> int:
+    def affordable(self, split: Split, minutes: float | None, within: float) -> int:
         """Acceptance examples: all, or as many as full precision and the files of a round are through with in half the
-        time.
+        time. If they cannot show the promise, as many as can, but no more than half the time allows for two scorings.
         """
         size = self.task.sizes()[split]
         if minutes is None:
             return size
-        found = 60.0 * minutes * self.samples / (2 * _SCORINGS * self.pass_seconds)
-        return min(size, max(_FEWEST, round(found)))
+        twice = self.scored_in(30.0 * minutes, scorings=2)
+        enough = 100.0**2 * _CHANGED * (NormalDist().inv_cdf(LEVEL) / within) ** 2 if within else math.inf
+        return min(size, max(_FEWEST, 2 * twice // _SCORINGS, min(twice, math.ceil(min(enough, size)))))
+
+    def scored_in(self, seconds: float, scorings: int) -> int:
+        """How many examples are scored so often in some time."""
+        return round(seconds * self.samples / (scorings * self.pass_seconds))
+
+    def expected_seconds(self, examples: int) -> float:
+        """An estimate for a whole search with so many acceptance examples."""
+        per_row = self.pass_seconds / self.samples
+        tried = 8 * (6 * self.pass_seconds + SEARCHED * per_row)
+        judged = 4 * (15.0 + 3 * per_row * examples)
+        return tried + 12 * self.pass_seconds + judged + per_row * examples
 
     def quantized(self, candidate: Candidate, trained: Path) -> nn.Module:
         """The model of a candidate.
