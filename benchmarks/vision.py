@@ -61,6 +61,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "paper-decoupled-fall": {"preset": "paper", "refresh_every": 10, "fall": 2.0, "mode": "decoupled"},
     # Rivals (docs/baselines.md), each with the setting that benchmarks/rivals.py tries first.
     "weight-decay": {"baseline": "l2", "strength": 0.01, "kinds": ["linear", "norm"]},
+    "weight-decay-tenth": {"baseline": "l2", "strength": 0.001, "kinds": ["linear", "norm"]},
     "muon": {TRAIN: {"optimizer": "muon"}},
     "averaged": {TRAIN: {"end": 0.5, "averaged": 0.5}},  # 2510.06213: a higher end rate, and the mean of the last half
     "tweo": {"baseline": "tweo", "at": "inputs"},
