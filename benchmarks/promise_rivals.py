@@ -16,15 +16,13 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import numpy as np
-import static_quantizers
-import torch
+from peers.by_nncf import SAMPLES, controlled
+from peers.by_onnxruntime import by_onnxruntime as onnxruntime_static
+from peers.contract import Row, inputs_of, rows
 from promises import add_subject, task_of
 
 from s2d.export import open_exported
@@ -37,67 +35,19 @@ from s2d.tasks import Split, Task
 from s2d.tasks.base import calibration_inputs
 from s2d.tasks.evaluation import evaluate, model_for
 
-SAMPLES = 128
-
-Row = dict[str, np.ndarray]
-
-
-def rows(batches: Iterable[dict[str, torch.Tensor]], names: Iterable[str]) -> Iterator[Row]:
-    """One example after another, with the inputs that a file reads."""
-    wanted = set(names)
-    for batch in batches:
-        for i in range(len(next(iter(batch.values())))):
-            yield {name: value[i : i + 1].numpy() for name, value in batch.items() if name in wanted}
-
-
-def inputs_of(file: Path) -> list[str]:
-    """The names of a file's inputs."""
-    import onnx
-
-    return [each.name for each in onnx.load(file, load_external_data=False).graph.input]
-
 
 def by_onnxruntime(full: Path, target: Path, calibration: list[Row], task: Task, within: float) -> None:
     """Static quantization at its defaults."""
-    static_quantizers.by_onnxruntime(full, target, calibration)
+    onnxruntime_static(full, target, calibration)
 
 
 def by_nncf(full: Path, target: Path, calibration: list[Row], task: Task, within: float) -> None:
-    """Accuracy control, on OpenVINO's or onnxruntime's model as the target's suffix says."""
-    import nncf  # pyright: ignore[reportMissingImports]
-    import onnx
-    import openvino
-
-    names = inputs_of(full)
-    examples = []
+    """Accuracy control on the validation split."""
+    names, examples = inputs_of(full), []
     for batch in task.batches("validation", batch_size=1):
-        (inputs,) = task.inputs(batch)
-        examples.append(({name: value.numpy() for name, value in inputs.items() if name in names}, batch["labels"][0]))
-
-    def hits(model: Any, data: Iterable[Any]) -> tuple[float, None]:
-        if isinstance(model, onnx.ModelProto):
-            import onnxruntime
-
-            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-            answer: Any = lambda inputs: session.run(None, inputs)[0]  # noqa: E731
-        else:
-            answer = lambda inputs: model(inputs)[0]  # noqa: E731
-        found = [int(answer(inputs).argmax(-1)[0]) == int(label) for inputs, label in data]
-        return float(np.mean(found)), None
-
-    model = openvino.Core().read_model(full) if target.suffix == ".xml" else onnx.load(full)
-    made = nncf.quantize_with_accuracy_control(
-        model,
-        nncf.Dataset(calibration),
-        nncf.Dataset(examples),
-        hits,
-        max_drop=within / 100,
-        subset_size=SAMPLES,
-    )
-    if target.suffix == ".xml":
-        openvino.save_model(made, target, compress_to_fp16=False)
-    else:
-        onnx.save(made, target)
+        (row,) = rows(task.inputs(batch), names)
+        examples.append((row, int(batch["labels"][0])))
+    controlled(full, target, calibration, examples, within)
 
 
 def main() -> None:

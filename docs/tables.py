@@ -18,6 +18,10 @@ columns, in the order of the file. Records of one cell (seeds) are averaged. Fur
     digits=2            decimals; without it three significant digits, and counts as they are
     gain=yes            a last column with the last value less the first
     spread=yes          the standard deviation of the averaged values behind each (n - 1)
+    also="A, B"         further columns, the mean of these fields over all records of a row
+    shows=FIELD         another field than "value", numbers or texts; only records that have it
+
+A record whose value is null has a field "failed" with the reason, or is left out; of a failed cell the table says so.
 
 A page with tables that have no data has a line near its top that begins with "No data file:" and says why. Such tables
 may have their comments already: they stay as they are until the command that the page names has written the file.
@@ -38,7 +42,7 @@ from typing import Any
 PAGES = Path(__file__).resolve().parent / "results"
 TABLE = re.compile(r"^<!-- table: (\S+) (.*?) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 WITHOUT = "No data file: "
-OPTIONS = ("rows", "columns", "head", "names", "digits", "gain", "spread")
+OPTIONS = ("rows", "columns", "head", "names", "digits", "gain", "spread", "also", "shows")
 
 Records = list[dict[str, Any]]
 
@@ -88,11 +92,15 @@ def table_of(records: Records, options: dict[str, str]) -> list[str]:
     """
     wanted = {field: values.split("|") for field, values in options.items() if field not in OPTIONS}
     records = [r for r in records if all(str(r[field]) in values for field, values in wanted.items())]
+    if shows := options.get("shows"):
+        records = [{**r, "value": r[shows]} for r in records if shows in r]
     if not records:
         raise ValueError("no record is left")
     names = dict(part.split(": ", 1) for part in options["names"].split(", ")) if "names" in options else {}
     row_fields, column_fields = options["rows"].split(","), options["columns"].split(",")
     cells: dict[tuple[str, ...], dict[str, list[Any]]] = {}
+    also = [part.strip() for part in options.get("also", "").split(",") if part]
+    further: dict[tuple[str, ...], list[list[Any]]] = {}
     columns: dict[str, None] = {}
     for record in records:
         row = tuple(called(record[field], names) for field in row_fields)
@@ -100,14 +108,20 @@ def table_of(records: Records, options: dict[str, str]) -> list[str]:
         columns[column] = None
         if record["value"] is not None:
             cells.setdefault(row, {}).setdefault(column, []).append(record["value"])
+        elif record.get("failed"):
+            cells.setdefault(row, {}).setdefault(column, [])
+        for field, found in zip(also, further.setdefault(row, [[] for _ in also]), strict=True):
+            found += [record[field]] if field in record else []
     head = [part.strip() for part in options["head"].split(",")] if "head" in options else row_fields
     gain = options.get("gain") == "yes"
-    lines = [lined([*head, *columns, *(["gain"] if gain else [])]), "|---" * (len(head) + len(columns) + gain) + "|"]
+    titles = [*head, *columns, *(["gain"] if gain else []), *(called(field, names) for field in also)]
+    lines = [lined(titles), "|---" * len(titles) + "|"]
     for row, values in cells.items():
-        shown = [cell(values.get(column, []), options) for column in columns]
+        shown = [cell(values[column], options) or "failed" if column in values else "" for column in columns]
         if gain:
-            first, last = (values.get(column, [math.nan]) for column in (list(columns)[0], list(columns)[-1]))
+            first, last = (values.get(column) or [math.nan] for column in (list(columns)[0], list(columns)[-1]))
             shown.append(number(statistics.fmean(last) - statistics.fmean(first), options, "+"))
+        shown += [number(statistics.fmean(each), {}) if each else "" for each in further[row]]
         lines.append(lined([*row, *shown]))
     return lines
 
@@ -127,6 +141,8 @@ def cell(values: list[Any], options: dict[str, str]) -> str:
     """The mean of what was measured, and how far seeds are apart where that is asked for."""
     if not values:
         return ""
+    if isinstance(values[0], str):
+        return "; ".join(called(text, {}) for text in dict.fromkeys(values))
     if len(values) == 1 and isinstance(values[0], int) and "digits" not in options:
         return f"{values[0]:,}"
     spread = options.get("spread") == "yes" and len(values) > 1

@@ -70,6 +70,25 @@ def test_a_table_averages_seeds_and_takes_differences(tables: ModuleType) -> Non
     assert made[2:] == ["| adamw | 91.00 ± 1.41 |", "| s2d | 90.50 |", "| none | 1.00 |"]
 
 
+def test_a_failed_cell_says_so_and_costs_are_means_of_the_row(tables: ModuleType) -> None:
+    common = {"spec": "w4a4", "peer": "one", "seed": 0}
+    records = [
+        {**common, "arm": "adamw", "value": 50.0, "seconds": 1.0},
+        {**common, "arm": "s2d", "value": 60.0, "seconds": 2.0},
+        {**common, "arm": "adamw", "peer": "two", "value": None, "failed": "no memory"},
+        {**common, "arm": "s2d", "peer": "two", "value": 70.0, "seconds": 4.0},
+    ]
+    options = {"rows": "peer", "columns": "arm", "gain": "yes", "digits": "1", "also": "seconds", "names": "seconds: s"}
+    assert tables.table_of(records, options) == [
+        "| peer | adamw | s2d | gain | s |",
+        "|---|---|---|---|---|",
+        "| one | 50.0 | 60.0 | +10.0 | 1.50 |",
+        "| two | failed | 70.0 |  | 4.00 |",
+    ]
+    shown = tables.table_of(records, {"rows": "peer", "columns": "spec", "shows": "failed", "names": "w4a4: why"})
+    assert shown[2:] == ["| two | no memory |"]
+
+
 @pytest.mark.parametrize(
     ("marker", "message"),
     [
