@@ -61,8 +61,10 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "paper-decoupled-fall": {"preset": "paper", "refresh_every": 10, "fall": 2.0, "mode": "decoupled"},
     # Rivals (docs/baselines.md), each with the setting that benchmarks/rivals.py tries first.
     "weight-decay": {"baseline": "l2", "strength": 0.01, "kinds": ["linear", "norm"]},
+    "weight-decay-tenth": {"baseline": "l2", "strength": 0.001, "kinds": ["linear", "norm"]},
     "muon": {TRAIN: {"optimizer": "muon"}},
     "averaged": {TRAIN: {"end": 0.5, "averaged": 0.5}},  # 2510.06213: a higher end rate, and the mean of the last half
+    "averaged-default": {TRAIN: {"end": 0.5, "averaged": 0.5}, "metric": "site"},
     "tweo": {"baseline": "tweo", "at": "inputs"},
     "kurtosis": {"baseline": "kure", "of": "activations", "weight": 0.3},
     "colinearity": {"baseline": "colinearity", "strength": 0.1},
@@ -220,8 +222,9 @@ class Bed:
             optimizer, lambda step: min((step + 1) / warm, max(end, (args.steps - step) / args.steps))
         )
         mean = torch.optim.swa_utils.AveragedModel(model) if "averaged" in how else None
-        acts = settings is not None and TRAIN not in settings
-        acting = attach(model, optimizer, settings, total_steps=args.steps) if acts and settings is not None else None
+        arm = {name: value for name, value in (settings or {}).items() if name != TRAIN}
+        acts = bool(arm) if how else settings is not None
+        acting = attach(model, optimizer, arm, total_steps=args.steps) if acts else None
         decay = acting if isinstance(acting, s2d.SelectiveSpectralDecay) else None
         random = torch.Generator().manual_seed(1 + seed)
         order, losses, selected = torch.randperm(len(images), generator=random), [], []
