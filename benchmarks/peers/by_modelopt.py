@@ -11,7 +11,10 @@ from torch import nn
 PACKAGE = "modelopt"
 
 
-def _quantized(job: Job, weight: dict[str, Any], inputs: dict[str, Any] | None, algorithm: Any) -> nn.Module:
+def _quantized(
+    job: Job, weight: dict[str, Any], inputs: dict[str, Any] | None, algorithm: Any, norms: bool = False
+) -> nn.Module:
+    """Its presets quantize the inputs of norms as well, which no other library does; ``norms`` leaves that so."""
     import modelopt.torch.quantization as mtq  # pyright: ignore[reportMissingImports]
 
     config: Any = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
@@ -22,7 +25,8 @@ def _quantized(job: Job, weight: dict[str, Any], inputs: dict[str, Any] | None, 
             entry.update({"cfg": inputs} if inputs else {"enable": False})
             if not inputs:
                 entry.pop("cfg", None)
-    config["quant_cfg"].append({"quantizer_name": "*", "parent_class": "nn.Conv2d", "enable": False})
+    for kind in ["nn.Conv2d"] + ["nn.LayerNorm"] * (not norms):
+        config["quant_cfg"].append({"quantizer_name": "*", "parent_class": kind, "enable": False})
     config["algorithm"] = algorithm
     return job.replace(mtq.quantize(job.inner, config, job.calibrate))
 
@@ -37,16 +41,22 @@ def tensor(bits: int) -> dict[str, Any]:
     return {"num_bits": bits, "axis": None}
 
 
-@way("w8a8-static", "INT8_DEFAULT_CFG: int8 a channel, one symmetric range a tensor, simulated")
+@way("w8a8-static", "INT8_DEFAULT_CFG: inputs of norms too, symmetric ranges by the maximum, simulated")
 def w8a8(job: Job) -> nn.Module:
-    """Ranges by the maximum."""
-    return _quantized(job, channel(8), tensor(8), "max")
+    """Its preset."""
+    return _quantized(job, channel(8), tensor(8), "max", norms=True)
 
 
-@way("w8a8-static", "INT8_SMOOTHQUANT_CFG, simulated")
+@way("w8a8-static", "INT8_SMOOTHQUANT_CFG: inputs of norms too, simulated")
 def w8a8_smooth(job: Job) -> nn.Module:
     """Its preset for transformers."""
-    return _quantized(job, channel(8), tensor(8), "smoothquant")
+    return _quantized(job, channel(8), tensor(8), "smoothquant", norms=True)
+
+
+@way("w8a8-static", "Linears only, int8 a channel, one symmetric range a tensor, simulated")
+def w8a8_linears(job: Job) -> nn.Module:
+    """Ranges by the maximum."""
+    return _quantized(job, channel(8), tensor(8), "max")
 
 
 @way("w4a16", "INT4_AWQ: int4 in blocks of 128, simulated")

@@ -64,16 +64,16 @@ def _four(job: Job, activation: str) -> Path:
     from onnxruntime.quantization import QuantType
 
     kinds = {"weight_type": QuantType.QInt4, "activation_type": getattr(QuantType, activation)}
-    return _static(job, job.s2d_file, op_types_to_quantize=["MatMul", "Gemm"], **kinds)
+    return _static(job, job.s2d_file, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, **kinds)
 
 
-@way("w4a8-static", "quantize_static, products only, int4 a tensor, uint8 activations", file=True, beds=ENCODERS)
+@way("w4a8-static", "quantize_static, products only, int4 a channel, uint8 activations", file=True, beds=ENCODERS)
 def static_w4a8(job: Job) -> Path:
-    """It takes 4-bit weights a tensor."""
+    """The products of attention and the head as well."""
     return _four(job, "QUInt8")
 
 
-@way("w4a4-static", "quantize_static, products only, int4 a tensor, uint4 activations", file=True, beds=ENCODERS)
+@way("w4a4-static", "quantize_static, products only, int4 a channel, uint4 activations", file=True, beds=ENCODERS)
 def static_w4a4(job: Job) -> Path:
     """4-bit activations too."""
     return _four(job, "QUInt4")
