@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tests.tiny_text import make_data, make_model, make_texts
 
@@ -588,3 +590,19 @@ def test_what_one_process_does_is_refused_under_torchrun(
     said = fails(capsys, *given, "--method", "smoothquant+gptq")
     assert "smoothquant cannot divide the calibration data among processes" in said and "gptq, rotation, rtn" in said
     assert "--budget and --dry-run work in one process" in fails(capsys, *given, "--budget", "4 bits")
+
+
+def test_the_time_left_is_never_more_than_the_stage_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    from s2d.commands import terminal
+
+    now = 0.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    written = io.StringIO()
+    watch = terminal.Watch(Console(file=written, width=120))
+    for seconds in (math.inf, 100.0):
+        watch.stage("candidates", 40, seconds)
+        for done in (1, 2):
+            now += 40.0
+            watch.advance(done)
+    told = [line.rpartition("about ")[2] for line in written.getvalue().splitlines()]
+    assert told == ["1560 s left", "1520 s left", "60 s left", "20 s left"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -45,7 +46,7 @@ class Watch:
             disable=quiet or not console.is_terminal,
         )
         self.task: TaskID | None = None
-        self.text, self.total, self.spoke = "", 0, 0.0
+        self.text, self.total, self.spoke, self.end = "", 0, 0.0, math.inf
         self.times: deque[tuple[int, float]] = deque([(0, 0.0)], maxlen=RECENT)
 
     def __enter__(self) -> Watch:
@@ -55,28 +56,30 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def stage(self, text: str, total: int) -> None:
-        """Begin a stage of this many parts."""
+    def stage(self, text: str, total: int, seconds: float = math.inf) -> None:
+        """Begin a stage of this many parts, which ends after so many seconds at the latest."""
         if self.task is not None:
             self.bar.remove_task(self.task)
         self.task = self.bar.add_task(text, total=total, note="")
         self.text, self.total = text, total
         self.spoke = time.monotonic()
+        self.end = self.spoke + seconds
         # The first part of a stage takes longer: it is left out as soon as there is another.
         self.times = deque([(0, self.spoke)], maxlen=RECENT)
 
     def advance(self, done: int, note: str = "") -> None:
         """Report the number of finished parts of the stage."""
-        if self.task is not None:
-            self.bar.update(self.task, completed=done, note=note)
         now = time.monotonic()
+        if self.task is not None:
+            most = f"at most {max(self.end - now, 0.0):.0f} s " if self.end < math.inf else ""
+            self.bar.update(self.task, completed=done, note=f"{most}{note}")
         if done > self.times[-1][0]:
             self.times.append((done, now))
         if self.quiet or self.console.is_terminal or now - self.spoke < LINE_EVERY or not 0 < done < self.total:
             return
         self.spoke = now
         since, began = self.times[1 if len(self.times) > 2 and self.times[0][0] == 0 else 0]
-        left = (now - began) / (done - since) * (self.total - done)
+        left = min((now - began) / (done - since) * (self.total - done), max(self.end - now, 0.0))
         self.say(f"{self.text} {done}/{self.total}, {note + ', ' if note else ''}about {left:.0f} s left")
 
     def say(self, text: str) -> None:

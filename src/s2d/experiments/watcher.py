@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 
 class Watcher(Protocol):
     """Receives the progress of a run."""
 
-    def stage(self, text: str, total: int) -> None:
-        """A stage with `total` parts begins."""
+    def stage(self, text: str, total: int, seconds: float = math.inf) -> None:
+        """A stage with `total` parts begins; it ends after so many seconds, finished or not."""
 
     def advance(self, done: int, note: str = "") -> None:
         """`done` parts of the stage are finished."""

@@ -77,13 +77,19 @@ class Climbing:
 
     # -- the ladder
 
-    def climb(self, records: Records, over: Callable[[], bool]) -> bool:
+    def climb(self, records: Records, left: Callable[[], float]) -> bool:
         """Try candidates while one is worth it and there is time; then those that are worth a file.
+
+        Args:
+            records: They get what was tried.
+            left: The seconds that are left for it.
 
         Returns:
             Whether the end of the ladder was reached.
         """
         tried = fills = 0
+        self.forecast(records)  # scores every layer at the first time, a stage of its own
+        self.watcher.stage("candidates in simulation", _MOST, left())
         while tried < _MOST:
             forecast = self.forecast(records)
             pool = self._pool(forecast, records)
@@ -93,7 +99,7 @@ class Climbing:
                 if not missing or fills == _FILLS:
                     break
                 chosen, fills = missing[0], fills + 1
-            if over():
+            if left() <= 0:
                 return False
             self.watcher.advance(tried, chosen.label)
             expected = forecast.points(chosen)
@@ -108,7 +114,7 @@ class Climbing:
         return True
 
     def _score(self, records: Records) -> None:
-        self.watcher.stage("scores of every layer, and candidates in simulation", _MOST)
+        self.watcher.stage("scores of every layer", 1)
         tables = [bits for bits in self.runtime.embedding_bits if bits] if self.tables else []
         specs = [spec for spec in scored_specs(self.runtime) if self.legal(spec)]
         self.simulation.score(records.folder / SCORES, specs, tables)

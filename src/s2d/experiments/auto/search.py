@@ -183,7 +183,7 @@ class Search:
         climbed, within = self.records.climbed, self.promise.within
         # Where the safest is not accepted, every round would end with it; what a looser promise found is enough.
         while not (hopeless or self._stopped or (max(climbed, default=0.0) >= within and self.rounds.wanted_most)):
-            ended = within in climbed or self.climbing.climb(self.records, lambda: self._left() <= self._reserve())
+            ended = within in climbed or self.climbing.climb(self.records, lambda: self._left() - self._reserve())
             if ended and within not in climbed:
                 climbed.append(within)
             planned = self._next_round()
@@ -298,7 +298,7 @@ class Search:
 
     def _judge_rounds(self) -> None:
         for number, planned in enumerate(self.records.rounds):
-            self.watcher.stage(f"round {number + 1}: files", len(planned))
+            self.watcher.stage(f"round {number + 1}: files", len(planned), self._left())
             for done, candidate in enumerate(planned):
                 if candidate.key not in self.records.files and candidate.key not in self.records.refused:
                     if self._left() < self._slowest:
