@@ -1,8 +1,9 @@
 """How many bits the embedding tables of a file get: 4 where little is lost by it, else 8.
 
-A table is read a row at a time and takes no time, so its bits cost accuracy alone. Tables of 4 bits may move the
-outputs on the example by half of what quantization has moved them: errors that do not depend on each other then add up
-to an eighth more. A task's score may move as far as that of a file may differ from its simulation's.
+A table is read a row at a time and takes no time, so its bits cost accuracy alone. With a task its score decides: it may
+move as far as that of a file may differ from its simulation's. Without one, tables of 4 bits may move the outputs on
+the example by half of what quantization has moved them: errors that do not depend on each other then add up to an
+eighth more.
 `s2d.export.export` asks this beside weights of at most 4 bits only.
 """
 
@@ -35,14 +36,13 @@ def table_bits(model: nn.Module, example: Mapping[str, Tensor], check: Check) ->
     if not round_embeddings(narrow, NARROW) or not round_embeddings(wide, WIDE):
         return WIDE
     check.notes(f"comparing embedding tables of {NARROW} and {WIDE} bits")
+    if check.task is not None:
+        trial = ExportReport("", "", "", NARROW)
+        judge_task(trial, wide, narrow, check.task, check)
+        return NARROW if trial.passed else WIDE
     plain = remove(shared_copy(model))
     before, after, outputs = (_outputs(each, example) for each in (plain, wide, narrow))
-    if (outputs - after).norm() > SHARE * (after - before).norm():
-        return WIDE
-    trial = ExportReport("", "", "", NARROW)
-    if check.task is not None:
-        judge_task(trial, wide, narrow, check.task, check)
-    return NARROW if trial.passed else WIDE
+    return NARROW if (outputs - after).norm() <= SHARE * (after - before).norm() else WIDE
 
 
 @torch.no_grad()
