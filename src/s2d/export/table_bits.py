@@ -1,8 +1,8 @@
 """How many bits the embedding tables of a file get: 4 where little is lost by it, else 8.
 
-A table is read a row at a time and takes no time, so its bits cost accuracy alone. With a task its score decides: it may
-move as far as that of a file may differ from its simulation's. Without one, tables of 4 bits may move the outputs on
-the example by half of what quantization has moved them: errors that do not depend on each other then add up to an
+A table is read a row at a time and takes no time, so its bits cost accuracy alone. With a task its score decides: it
+may move as far as that of a file may differ from its simulation's. Without one, tables of 4 bits may move the outputs
+on the example by half of what quantization has moved them: errors that do not depend on each other then add up to an
 eighth more.
 `s2d.export.export` asks this beside weights of at most 4 bits only.
 """
