@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from s2d.export.copies import shared_copy
 from s2d.export.gate import Check, ExportReport, judge_task
 from s2d.export.lowering import round_embeddings
-from s2d.export.onnx import tensors_of
+from s2d.models.running import main_output
 from s2d.quant.modules.record import remove
 
 WIDE, NARROW = 8, 4
@@ -41,11 +41,6 @@ def table_bits(model: nn.Module, example: Mapping[str, Tensor], check: Check) ->
         judge_task(trial, wide, narrow, check.task, check)
         return NARROW if trial.passed else WIDE
     plain = remove(shared_copy(model))
-    before, after, outputs = (_outputs(each, example) for each in (plain, wide, narrow))
+    with torch.no_grad():
+        before, after, outputs = (main_output(each(**example)).double() for each in (plain, wide, narrow))
     return NARROW if (outputs - after).norm() <= SHARE * (after - before).norm() else WIDE
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor:
-    """The main output, in float64."""
-    return next(iter(tensors_of(model(**example)).values())).double()

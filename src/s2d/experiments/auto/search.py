@@ -192,9 +192,9 @@ class Search:
             self._plan_round(planned)
             self._judge_rounds()
             self._stopped = self._stopped or not ended
+        if hopeless and not self.rounds.drop(self.safest, 0).beyond(within):
+            return  # what is too few are the examples
         for kind in REPAIRS:
-            if hopeless and not self.rounds.drop(self.safest, 0).beyond(within):
-                break  # what is too few are the examples
             if self.rounds.wanted_most or self._left() <= _TRAINING + 2 * self._slowest or self.promise.minutes is None:
                 break
             if kind not in self._repairs_done():
