@@ -319,6 +319,13 @@ def main() -> int:
         return 0
     if options.model and options.data is None:
         parser.error("--model needs --data")
+    for model in options.model:  # a wrong name is no failure of a peer, so it makes no row
+        named, _, source = model.partition("=")
+        if not source or not (named.partition(":")[2] or "0").isdecimal():
+            parser.error(f"--model {model}: give NAME:SEED=SOURCE, such as adamw:0=FOLDER")
+        for path in [options.data] + [Path(source)] * (options.bed != LANGUAGE):
+            if not path.exists():
+                parser.error(f"there is no {path}")
     for model in options.model:
         fill(options, model)
     if options.json:
