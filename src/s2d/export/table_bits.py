@@ -1,9 +1,8 @@
 """How many bits the embedding tables of a file get: 4 where little is lost by it, else 8.
 
 A table is read a row at a time and takes no time, so its bits cost accuracy alone. With a task its score decides: it
-may move as far as that of a file may differ from its simulation's. Without one, tables of 4 bits may move the outputs
-on the example by half of what quantization has moved them: errors that do not depend on each other then add up to an
-eighth more.
+may move as far as that of a file may differ from its simulation's. Without one, tables of 4 bits may make the outputs'
+error on the example, which quantization has made, a quarter larger.
 `s2d.export.export` asks this beside weights of at most 4 bits only.
 """
 
@@ -21,7 +20,7 @@ from s2d.models.running import main_output
 from s2d.quant.modules.record import remove
 
 WIDE, NARROW = 8, 4
-SHARE = 0.5  # of what quantization moves the outputs
+GROWTH = 1.25  # of the outputs' error
 
 
 def table_bits(model: nn.Module, example: Mapping[str, Tensor], check: Check) -> int:
@@ -42,5 +41,5 @@ def table_bits(model: nn.Module, example: Mapping[str, Tensor], check: Check) ->
         return NARROW if trial.passed else WIDE
     plain = remove(shared_copy(model))
     with torch.no_grad():
-        before, after, outputs = (main_output(each(**example)).double() for each in (plain, wide, narrow))
-    return NARROW if (outputs - after).norm() <= SHARE * (after - before).norm() else WIDE
+        exact, at_wide, at_narrow = (main_output(each(**example)).double() for each in (plain, wide, narrow))
+    return NARROW if (at_narrow - exact).norm() <= GROWTH * (at_wide - exact).norm() else WIDE
