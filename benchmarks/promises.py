@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,11 +142,14 @@ def cell(arguments: argparse.Namespace, runtime: str, within: float) -> JSON:
 
 
 def records_of(arguments: argparse.Namespace, cells: list[JSON]) -> list[JSON]:
-    """A number each, for the tables of the docs: a named file is in bold."""
+    """A number each, for the tables of the docs: a named file is in bold, files of one name are counted."""
     records = []
     for each in cells:
+        seen: Counter[str] = Counter()
         named = [row for row in each["verdict"]["frontier"] if row["accepted"]][-1:]
         for row in each["verdict"]["frontier"]:
+            seen[row["name"]] += 1
+            title = row["name"] if seen[row["name"]] == 1 else f"{row['name']} ({seen[row['name']]})"
             values = {
                 "MB": row["bytes"] / 1e6,
                 "times as fast": row["speedup"],
@@ -157,7 +161,7 @@ def records_of(arguments: argparse.Namespace, cells: list[JSON]) -> list[JSON]:
                 "task": Path(arguments.data).stem,
                 "model": arguments.model.rpartition(":")[2],
                 "conditioning": f"{each['runtime']}, {each['within']:g}: {each['verdict']['status']}",
-                "spec": f"**{row['name']}**" if row in named else row["name"],
+                "spec": f"**{title}**" if row in named else title,
                 "split": "test",
             }
             records += [{**about, "metric": metric, "value": value} for metric, value in values.items()]
