@@ -73,7 +73,7 @@ browser: $(STAMP)
 	$(OFFLINE) $(BIN)/python examples/browser/build.py build/browser
 
 test: $(DEV)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations 100 --durations-min 2
 
 # The oldest versions that pyproject.toml admits, in an environment of their own, and the tests of the core. On Linux
 # PyPI's build of that torch brings 3 GB of CUDA libraries, so CI does not run this; docs/status.md has the outcome.

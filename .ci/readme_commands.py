@@ -35,6 +35,7 @@ def run(language: str, code: str) -> int:
     environment = dict(
         os.environ, PATH=f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}", PYTHONUNBUFFERED="1"
     )
+    environment["PS4"] = "+ [$SECONDS s] "  # before each command of a block: since it began
     if language == "python":
         print("\n+ python <<EOF\n" + code + "EOF", flush=True)
         command = [str(ROOT / ".venv" / "bin" / "python"), "-c", code]
