@@ -259,7 +259,8 @@ class Blocks:
 
     Attributes:
         containers: Path of the list that holds them; several if their blocks take turns.
-        members: ``(module path, execution)`` of each block; a shared block comes once for each execution.
+        members: ``(module path, execution)`` of each block; a shared block comes once for each execution. Execution -1:
+            its ``forward`` is called past its hooks.
         inside: The block of an outer sequence that this one is a part of; empty on top.
         shared: A member runs more than once.
     """

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from s2d.models.blocks import find_blocks
 from s2d.models.graph import Graph
-from s2d.models.graph_parts import Attention, Axis, Blocks, Call, Mask, Node, Norm, Operation
+from s2d.models.graph_parts import Attention, Axis, Call, Mask, Node, Norm, Operation
 from s2d.models.operations import BATCH_NORMS, GROUP_NORMS, LAYER_NORMS
 from s2d.models.walks import activations, readers_of, reads, source_of, writers_of
 
 if TYPE_CHECKING:
     from s2d.models.recording import Tracer
-    from s2d.models.tensors import Run
 
 _BETWEEN_SCORES = frozenset(
     ("view", "multiply", "add", "join", "homogeneous", "activation", "routing", "reduction", "lookup")
@@ -45,7 +45,7 @@ def finish(tracer: Tracer, given: dict[str, Tensor]) -> Graph:
     graph.attentions = _attentions(graph)
     graph.masks = _masks(graph, tracer.padding)
     graph.norms = _norms(graph)
-    graph.blocks = _blocks(tracer, {one.context for one in graph.attentions}, _residual_sums(graph))
+    graph.blocks = find_blocks(tracer, graph)
     return graph
 
 
@@ -305,122 +305,3 @@ def _before_mean(graph: Graph, node: Node) -> int:
         return node.id
     first, second = graph.operations[operation].inputs[:2]
     return first if reads(graph, graph.nodes[second], first, 4) else node.id
-
-
-# -- blocks ------------------------------------------------------------------------------------------------------------
-
-
-def _residual_sums(graph: Graph) -> set[int]:
-    """The operations that add two activations of one shape."""
-    found = set()
-    for operation in graph.operations:
-        shapes = [node.shape for node in activations(graph, operation)] if operation.kind == "add" else []
-        if len(shapes) == 2 and shapes[0] == shapes[1]:
-            found.add(operation.index)
-    return found
-
-
-def _blocks(tracer: Tracer, attended: set[int], sums: set[int]) -> list[Blocks]:
-    work = {op for op in (call.operation for call in tracer.calls if call.kind in ("product", "convolution"))}
-    spans = [range(run.first, run.last) for run in tracer.runs]
-    by_owner: dict[str, list[int]] = {}
-    for index, run in enumerate(tracer.runs):
-        parts = bool(run.path) and any(True for _ in tracer.by_path[run.path].children())
-        if parts and any(op in work for op in spans[index]):
-            by_owner.setdefault(run.path.rpartition(".")[0], []).append(index)
-    lists = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-    working = {c: runs for c, runs in by_owner.items() if isinstance(tracer.by_path.get(c), lists)}
-    found: dict[str, list[int]] = {}
-    for container, runs in working.items():
-        kinds = [_signature(tracer, tracer.runs[i]) for i in runs]
-        if any(_alike(a, b) for i, a in enumerate(kinds) for b in kinds[:i]):
-            found[container] = runs
-
-    def apart(runs: list[int]) -> bool:
-        """Whether runs hold no block found so far, and are in none."""
-        others = [spans[i] for members in found.values() for i in members]
-        return not any(o.start < spans[i].stop and spans[i].start < o.stop for o in others for i in runs)
-
-    # Blocks of one class with several sizes (the first of a stage widens), or of several classes that take turns
-    # (attention and a state space): each adds to a stream. Inner lists come first.
-    # Where no list holds blocks, modules of one class that stand beside each other (RegNet's b1, b2) are some.
-    inner_first = sorted(by_owner, key=lambda path: -len(path.split(".")) if path else 0)
-    for listed in (True, False):
-        for container in () if found and not listed else inner_first:
-            classes = [type(tracer.by_path[tracer.runs[i].path]) for i in by_owner[container]]
-            runs = [i for i, c in zip(by_owner[container], classes, strict=True) if listed or classes.count(c) > 1]
-            adding = [any(op in sums for op in spans[i]) for i in runs]
-            enough = any(adding) if listed and len(set(classes)) == 1 else all(adding)
-            if listed == (container in working) and len(runs) > 1 and enough and apart(runs):
-                found[container] = runs
-    # A stage of one block is a sequence too, where other stages hold more of its kind.
-    known = {_kind(tracer, i) for runs in found.values() for i in runs}
-    beside = working if found.keys() <= working.keys() else by_owner
-    found |= {c: runs for c, runs in beside.items() if all(_kind(tracer, i) in known for i in runs)}
-    # Stages stand in a list: where two of them hold blocks, so do the others, if not a single layer (a last 1x1).
-    stages: dict[str, list[str]] = {}
-    for container in found:
-        stages.setdefault(container.rpartition(".")[0], []).append(container)
-    for container, runs in working.items():
-        others = stages.get(container.rpartition(".")[0], [])
-        kinds_of = {type(tracer.by_path[other]) for other in others} if len(others) > 1 else set()
-        layers = [sum(op in work for op in spans[i]) for i in runs]
-        if type(tracer.by_path[container]) in kinds_of and min(layers) > 1 and apart(runs):
-            found[container] = runs
-    # So is a list of one block with attention in it, in a model of one layer.
-    for container, runs in working.items():
-        lone = len(runs) == 1 and isinstance(tracer.by_path[container], nn.ModuleList)
-        if lone and any(op in attended for op in spans[runs[0]]) and apart(runs):
-            found[container] = runs
-    ordered = sorted((((container,), runs) for container, runs in found.items()), key=lambda pair: pair[1][0])
-    sequences: list[tuple[tuple[str, ...], list[int]]] = _interleaved(tracer, ordered)
-    members = {i for _, runs in sequences for i in runs}
-    out: list[Blocks] = []
-    for containers, runs in sequences:
-        rows = [tracer.runs[i] for i in runs]
-        inside = tracer.runs[runs[0]].parent
-        while inside >= 0 and inside not in members:
-            inside = tracer.runs[inside].parent
-        out.append(
-            Blocks(
-                containers,
-                tuple((row.path, row.run) for row in rows),
-                tracer.runs[inside].path if inside >= 0 else "",
-                len({row.path for row in rows}) < len(rows),
-            )
-        )
-    return out
-
-
-def _signature(tracer: Tracer, run: Run) -> tuple[str, dict[str, tuple[int, ...]]]:
-    module = tracer.by_path[run.path]
-    return type(module).__name__, {name: tuple(p.shape) for name, p in module.named_parameters()}
-
-
-def _kind(tracer: Tracer, run: int) -> tuple[str, frozenset[str]]:
-    """Class and parameters by name, whatever their sizes."""
-    name, shapes = _signature(tracer, tracer.runs[run])
-    return name, frozenset(shapes)
-
-
-def _alike(a: tuple[str, dict[str, tuple[int, ...]]], b: tuple[str, dict[str, tuple[int, ...]]]) -> bool:
-    """Whether both have one class and equal common parts: the first block may have an extra table or lack a norm."""
-    common = a[1].keys() & b[1].keys()
-    return a[0] == b[0] and bool(common) and all(a[1][name] == b[1][name] for name in common)
-
-
-def _interleaved(
-    tracer: Tracer, sequences: list[tuple[tuple[str, ...], list[int]]]
-) -> list[tuple[tuple[str, ...], list[int]]]:
-    """Merge sibling lists whose members run alternately into one sequence."""
-    out: list[tuple[tuple[str, ...], list[int]]] = []
-    for names, runs in sequences:
-        for place, (others, theirs) in enumerate(out):
-            beside = others[0].rpartition(".")[0] == names[0].rpartition(".")[0]
-            turns = min(runs) < max(theirs) and min(theirs) < max(runs)
-            if beside and turns and tracer.runs[runs[0]].parent == tracer.runs[theirs[0]].parent:
-                out[place] = ((*others, *names), sorted([*theirs, *runs]))
-                break
-        else:
-            out.append((names, runs))
-    return out

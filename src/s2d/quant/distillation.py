@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.models.blocks import outermost
 from s2d.models.graph import Graph
 from s2d.models.masks import Padding, token_mask
 from s2d.models.running import evaluating, main_output, real_tokens, run
@@ -202,4 +203,4 @@ def _share(found: Tensor, expected: Tensor, spread: float) -> Tensor:
 
 def _last_of_each_tower(graph: Graph) -> list[str]:
     """The block that runs last of each sequence."""
-    return [blocks.members[-1][0] for blocks in graph.blocks if not blocks.inside]
+    return [blocks.members[-1][0] for blocks in outermost(graph)]

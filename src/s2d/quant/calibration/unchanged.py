@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.models.blocks import blocks_of
 from s2d.models.running import evaluating, main_output, run
 from s2d.quant.calibration.observe import Job
 from s2d.quant.modules.cached_steps import CACHES
@@ -83,8 +84,8 @@ def _outputs(job: Job) -> dict[str, Tensor]:
 
         return hook
 
-    blocks = dict.fromkeys(path for blocks in job.graph.blocks if not blocks.inside for path, _ in blocks.members)
-    hooks = [job.model.get_submodule(name).register_forward_hook(of_block(name)) for name in blocks]
+    blocks = blocks_of(job.model, job.graph)
+    hooks = [block.register_forward_hook(of_block(name)) for name, block in blocks.items()]
     hooks.append(job.model.register_forward_hook(lambda module, args, output: _each(output, "", keep)))
     try:
         with evaluating(job.model), _result_alone(job.model):
