@@ -34,7 +34,7 @@ def test_the_compensation_is_numpys_least_squares(ridge: float) -> None:
     x, error = torch.randn(200, 6) * torch.tensor([9.0, 1, 1, 1, 1, 0.2]) + 1.0, torch.randn(200, 6)
     moments = Moments("block")
     for part, other in zip(x.split(70), error.split(70), strict=True):
-        moments.take(with_ones(part), (with_ones(part), other))
+        moments.take(with_ones(part), other)
     found = compensation(moments, ridge)
     assert found is not None
     for value, expected in zip(found, lstsq(x, error, ridge), strict=True):

@@ -6,8 +6,8 @@ inputs, the ridge whose damping grows until a system can be factored, and the wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from s2d.quant.calibration.readings import BlockRuns, Group, Layer, ModelRuns, g
 # Factors on the damping, tried in turn while a system cannot be factored.
 MORE_DAMPING = (1.0, 10.0, 100.0)
 ROWS = 512  # of a sum at a time
+TOGETHER = 256  # tokens that are multiplied at once
 RIDGE = 0.01
 
 # Says of a layer why it is rounded to nearest, in the method's own words.
@@ -31,39 +32,60 @@ class Moments:
     Attributes:
         name: The layer, for messages.
         count: Tokens so far.
-        square: Products of the inputs with themselves; None before the first token.
-        cross: Products of the inputs with their reference values; None without a reference.
+        square: ``x^T x``, ``[d, d]``; None before the first token.
+        cross: ``x^T error``, ``[d, e]``; None without errors.
+        waiting: Tokens that are in neither sum yet: one product of many costs far less than many of a few.
     """
 
     name: str
     count: int = 0
     square: Tensor | None = None
     cross: Tensor | None = None
+    waiting: list[tuple[Tensor, Tensor | None]] = field(default_factory=list, repr=False)
 
-    def take(self, x: Tensor, cross: tuple[Tensor, Tensor] | None) -> None:
-        """Add ``x^T x`` over some more tokens ``[N, d]``, and the product of the pair to ``cross``.
+    def take(self, x: Tensor, error: Tensor | None = None) -> None:
+        """Take in some more tokens ``[N, d]``, float32, and what ``x^T error`` is wanted of, ``[N, e]``.
 
         Raises:
-            InputError: The sums hold NaN or infinity, so some token's input does.
+            InputError: As `settle`.
         """
         self.count += len(x)
-        self.square = self._add(self.square, x, x)
-        if cross is not None:
-            self.cross = self._add(self.cross, *cross)
+        self.waiting.append((x, error))
+        if sum(len(each) for each, _ in self.waiting) >= TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add the tokens that wait to the sums, which are whole only after this.
+
+        Raises:
+            InputError: A token's input is NaN, infinite, or too large to be squared.
+        """
+        if self.waiting:
+            x, errors = (_joined(each) for each in zip(*self.waiting, strict=True))
+            assert x is not None
+            self.waiting = []
+            self.square = self._add(self.square, x, x)
+            if errors is not None:
+                self.cross = self._add(self.cross, x, errors)
 
     def _add(self, total: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
         """Products in float32, sums in float64, some rows at a time: a matrix of inputs by inputs can be large."""
+        # No product of two columns exceeds the product of their lengths.
+        if not all(bool(torch.isfinite(each.square().sum(0)).all()) for each in (x, y)):
+            raise InputError(f"{self.name} received NaN or infinite values; check the weights and the calibration data")
         if total is None:  # on CPU where the device has no float64
             device = "cpu" if x.device.type == "mps" else x.device
             total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=device)
         for start in range(0, x.shape[1], ROWS):
             product = x[:, start : start + ROWS].t() @ y
-            if not bool(torch.isfinite(product).all()):
-                raise InputError(
-                    f"{self.name} received NaN or infinite values; check the weights and the calibration data"
-                )
             total[start : start + ROWS] += product.to(total)
         return total
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Tokens of several calls, one below the other."""
+    there = [each for each in parts if each is not None]
+    return there[0] if len(there) == 1 else torch.cat(there) if there else None
 
 
 def dampings(diagonal: Tensor, share: float) -> Iterator[Tensor]:

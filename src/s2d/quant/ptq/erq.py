@@ -78,10 +78,11 @@ class Moments(corrections.Moments):
         """
         rounded, x = rounded.float(), x.float()
         extended = torch.cat([rounded, rounded.new_ones(len(rounded), 1)], dim=1)
-        self.take(extended, (extended, x - rounded))
+        self.take(extended, x - rounded)
 
     def normalised(self, bias: bool) -> tuple[Tensor, Tensor]:
         """Both sums divided by the tokens, in place, without the constant if there is no bias to take it."""
+        self.settle()
         assert self.square is not None and self.cross is not None
         if self.count > 1:
             self.square.div_(self.count)

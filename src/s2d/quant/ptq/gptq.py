@@ -271,7 +271,7 @@ def gptq_round(weight: Tensor, inputs: Compensation, grid: Grid) -> Tensor:
 
 
 class Moments(corrections.Moments):
-    """``X^T X`` as ``square`` and, where there is a reference, ``(X~ - X)^T X`` as ``cross``, ``[d, d]`` both."""
+    """``X^T X`` as ``square`` and, where there is a reference, ``X^T (X~ - X)`` as ``cross``, ``[d, d]`` both."""
 
     def add(self, x: Tensor, reference: Tensor | None = None) -> None:
         """Take in the inputs of some tokens, ``[N, d]``, and the same tokens' inputs in the full-precision model.
@@ -280,10 +280,11 @@ class Moments(corrections.Moments):
             InputError: NaN or infinity in them.
         """
         x = x.float()
-        self.take(x, None if reference is None else (reference.float() - x, x))
+        self.take(x, None if reference is None else reference.float() - x)
 
     def add_up(self, groups: Groups) -> None:
         """Add the sums of other ranks, which saw other tokens of the same layer."""
+        self.settle()
         if not groups:
             return
         assert self.square is not None
@@ -294,11 +295,12 @@ class Moments(corrections.Moments):
 
     def compensation(self, **options: Any) -> Compensation | None:
         """`compensation` of the inputs; the sums are given up for it."""
+        self.settle()
         square, cross = self.square, self.cross
         assert square is not None
         self.square = self.cross = None
         square.mul_(2.0 / self.count)
-        return compensation(square, cross=None if cross is None else cross.mul_(2.0 / self.count), **options)
+        return compensation(square, cross=None if cross is None else cross.t().mul_(2.0 / self.count), **options)
 
 
 @register(

@@ -45,6 +45,7 @@ def compensation(moments: Moments, ridge: float = RIDGE) -> tuple[Tensor, Tensor
         moments: ``square`` of `with_ones` of the inputs, ``cross`` of these with the errors ``Y - Y^``.
         ridge: lambda / N, relative to the mean of the diagonal of the squares.
     """
+    moments.settle()
     assert moments.square is not None and moments.cross is not None
     solved = ridge_solve(moments.square / moments.count, moments.cross / moments.count, ridge)
     return None if solved is None else (solved[:-1].T.contiguous(), solved[-1])
@@ -85,6 +86,5 @@ def errors_of(block: Block) -> Moments | None:
             x, wanted, got = (
                 real_tokens(y, mask, "input").flatten(0, -2) for y in (hidden, block.outputs[index], output)
             )
-            extended = with_ones(x.float())
-            moments.take(extended, (extended, (wanted - got).float()))
+            moments.take(with_ones(x.float()), (wanted - got).float())
     return moments
