@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.builders import transformers_model
 from tests.quant.tiny_families import FAMILIES, POST_NORM, PRE_NORM, apart, build
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.models.tracing import trace
 from s2d.quant.modules.folding import (
     NormFold,
     PairFold,
@@ -133,6 +135,22 @@ class OddNorm(nn.Module):
         return x.tanh() * self.weight
 
 
+def test_no_scale_moves_from_values_that_are_joined_to_others() -> None:
+    """ConvBERT joins the heads of its attention and those of a convolution: their widths look like grouped heads."""
+    config = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "intermediate_size": 48, "embedding_size": 32}  # fmt: skip
+    model = transformers_model("ConvBertModel", "ConvBertConfig", config).eval()
+    graph = trace(model, {"input_ids": torch.arange(5, 17).view(2, 6)})
+    assert value_folds(model, graph) == []
+
+
+class CentredShiftedGain(nn.LayerNorm):
+    """As in Nemotron."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, 1.0 + self.weight, self.bias, self.eps)
+
+
 class ShiftedGain(nn.RMSNorm):
     """As in Gemma."""
 
@@ -140,9 +158,16 @@ class ShiftedGain(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
 
 
+class ShiftedLayerNorm(nn.LayerNorm):
+    """As in Nemotron."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, 1.0 + self.weight, self.bias, self.eps)
+
+
 def test_norms_are_told_apart_by_what_they_compute() -> None:
     torch.manual_seed(0)
-    norms = {"layer": nn.LayerNorm(8), "rms": nn.RMSNorm(8), "rms+1": ShiftedGain(8)}
+    norms = {"layer": nn.LayerNorm(8), "rms": nn.RMSNorm(8), "rms+1": ShiftedGain(8), "layer+1": CentredShiftedGain(8)}
     x = torch.randn(5, 8)
     for kind, norm in norms.items():
         for parameter in norm.parameters():

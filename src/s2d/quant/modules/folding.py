@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError
 from s2d.models.family import Family, family_of
 from s2d.models.graph import Graph
+from s2d.models.graph_parts import Call, Rows, Writer
 
 _ATTENTION_READERS = ("q", "k", "v", "qkv")
 _MLP_READERS = ("fc1", "gate")
@@ -182,10 +183,11 @@ def _writes_exactly(fold: PairFold, graph: Graph | None) -> bool:
     if graph is None:
         return True
     reads = [call for call in graph.products if call.parameter.rpartition(".")[0] == fold.reader]
+    order = fold.to_reader(torch.arange(*fold.rows)).tolist()  # the row behind each column, as the fold has it
     for call in reads:
         writers = graph.writers(call)
         mine = [w for w in writers if w.call.kind != "bias" and w.call.parameter.rpartition(".")[0] == fold.writer]
-        exact = all(w.exactness == "exact" and (w.rows is None or w.rows.span == fold.rows) for w in mine)
+        exact = all(w.exactness == "exact" and order in _orders(graph, call, w) for w in mine)
         # A bias outside the writer would not be scaled.
         biases = [c for w in mine for c in graph.at(w.call.operation)] + [
             w.call for w in writers if w.exactness == "exact"
@@ -194,6 +196,18 @@ def _writes_exactly(fold: PairFold, graph: Graph | None) -> bool:
         if not mine or not exact or strange:
             return False
     return bool(reads)
+
+
+def _orders(graph: Graph, call: Call, writer: Writer) -> list[list[int]]:
+    """The writer's row behind each column of a product: of those that the way from it forks to, and of its input,
+    whose heads may be repeated. None where other values stand beside them (ConvBERT joins a convolution's).
+    """
+    found = [] if writer.rows is None else [writer.rows.indices()]
+    digits = graph.nodes[call.input].dims[-1] if call.input is not None else ()
+    if all(digit.axis == writer.call.features or digit.stride == 0 for digit in digits):
+        rows = Rows(sum(digit.offset for digit in digits), tuple((digit.size, digit.stride) for digit in digits))
+        found.append(rows.indices())
+    return found
 
 
 def value_folds(model: nn.Module, graph: Graph | None = None) -> list[PairFold]:
@@ -292,7 +306,7 @@ def streams(model: nn.Module, method: str) -> list[Stream]:
         branches = [branch for name in names for branch in _branches(model, name, units[name], method)]
         kinds = [norm_kind(model.get_submodule(branch.norm), branch.norm) for branch in branches]
         width = matrix(model, branches[0].writer)[0].shape[0]
-        found.append(Stream(tuple(names), width, any(kind == "layer" for kind in kinds), tuple(branches)))
+        found.append(Stream(tuple(names), width, any(kind.startswith("layer") for kind in kinds), tuple(branches)))
     return found
 
 
@@ -308,7 +322,7 @@ def matrix(model: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter | No
 @torch.no_grad()
 def scale_norm_output(norm: nn.Module, scale: Tensor) -> None:
     """Divide a norm's output by ``scale [D]`` (> 0), in place, through its gain and its bias."""
-    offset = 1.0 if norm_kind(norm, type(norm).__name__) == "rms+1" else 0.0
+    offset = 1.0 if norm_kind(norm, type(norm).__name__).endswith("+1") else 0.0
     scale = scale.double()
     gain: Tensor = norm.get_parameter("weight")
     gain.copy_((gain.double() + offset) / scale - offset)
@@ -346,9 +360,9 @@ def apply_value_fold(model: nn.Module, fold: PairFold, scale: Tensor) -> None:
     scale_columns(matrix(model, fold.reader)[0], fold.to_reader(scale))
 
 
-def norm_kind(norm: nn.Module, name: str) -> Literal["layer", "rms", "rms+1"]:
-    """What a norm computes, found by a test input: LayerNorm, RMSNorm, or RMSNorm with a gain stored as gain - 1
-    (Gemma).
+def norm_kind(norm: nn.Module, name: str) -> Literal["layer", "rms", "layer+1", "rms+1"]:
+    """What a norm computes, found by a test input: LayerNorm, RMSNorm, or one of them with a gain stored as gain - 1
+    (Nemotron, Gemma).
 
     Raises:
         InputError: It is none of these.
@@ -365,7 +379,8 @@ def norm_kind(norm: nn.Module, name: str) -> Literal["layer", "rms", "rms+1"]:
     gain = torch.ones(width, dtype=torch.float64) if weight is None else weight.detach().double().cpu()
     shift = torch.zeros(width, dtype=torch.float64) if bias is None else bias.detach().double().cpu()
     normed = {"layer": (x - x.mean()) / x.var(correction=0).sqrt(), "rms": x / x.square().mean().sqrt()}
-    candidates = {**{kind: value * gain for kind, value in normed.items()}, "rms+1": normed["rms"] * (gain + 1.0)}
+    candidates = {kind: value * gain for kind, value in normed.items()}
+    candidates |= {f"{kind}+1": value * (gain + 1.0) for kind, value in normed.items()}
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
     for kind, value in candidates.items():
         if (value + shift - y).norm() <= tolerance * y.norm().clamp(min=1e-6):
@@ -387,7 +402,7 @@ def merge_norm(model: nn.Module, branch: Branch) -> None:
     norm = model.get_submodule(branch.norm)
     gain_parameter, shift_parameter = norm._parameters.get("weight"), norm._parameters.get("bias")
     if gain_parameter is not None:
-        offset = 1.0 if norm_kind(norm, branch.norm) == "rms+1" else 0.0
+        offset = 1.0 if norm_kind(norm, branch.norm).endswith("+1") else 0.0
         gain = gain_parameter.double() + offset
         weights = [matrix(model, reader) for reader in branch.readers]
         if shift_parameter is not None:
