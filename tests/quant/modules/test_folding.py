@@ -158,13 +158,6 @@ class ShiftedGain(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
 
 
-class ShiftedLayerNorm(nn.LayerNorm):
-    """As in Nemotron."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, 1.0 + self.weight, self.bias, self.eps)
-
-
 def test_norms_are_told_apart_by_what_they_compute() -> None:
     torch.manual_seed(0)
     norms = {"layer": nn.LayerNorm(8), "rms": nn.RMSNorm(8), "rms+1": ShiftedGain(8), "layer+1": CentredShiftedGain(8)}
