@@ -45,7 +45,7 @@ from s2d.errors import InputError
 from s2d.io.provenance import code_digest, run_metadata
 from s2d.models.graph import Graph
 from s2d.models.tracing import trace
-from s2d.quant.modules.folding import apply_norm_fold, apply_value_fold, gate_folds, norm_folds, value_folds
+from s2d.quant.modules.folding import apply_norm_fold, apply_value_fold, norm_folds, pair_folds
 from s2d.quant.ptq import adaround, awq, ptq4vit, svdquant
 
 SPEC: dict[str, Any] = {"base": "w4a8"}
@@ -190,7 +190,7 @@ def folds(model: nn.Module, batch: Any) -> dict[str, Any]:
         return (2.0 * torch.rand(size, generator=draw, dtype=torch.float64) - 1.0).exp()
 
     norms = [fold for fold in norm_folds(model, graph) if not fold.residual]
-    pairs = [*value_folds(model, graph), *gate_folds(model, graph)]
+    pairs = pair_folds(model, graph)
     for fold in norms:
         apply_norm_fold(model, fold, scale(len(model.get_submodule(fold.norm).get_parameter("weight"))))
     for pair in pairs:

@@ -29,6 +29,7 @@ from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.io.files import write_json
 from s2d.io.provenance import run_metadata
 from s2d.models import Loaded
+from s2d.models.tracing import trace
 from s2d.quant import QuantSpec, quantize
 from s2d.quant.modules.folding import norm_folds
 from s2d.targets.weights import Target
@@ -60,7 +61,7 @@ def shrink(loaded: Loaded, task: Task) -> list[dict[str, Any]]:
     original, model = model_for(loaded, task), task.build(loaded)
     batches = [task.inputs(next(task.batches(split, batch_size=1)))[0] for split in ("train", "validation")]
     channels = _selected(model, batches[0])
-    readers = {fold.norm: fold.readers for fold in norm_folds(model) if not fold.residual}
+    readers = {fold.norm: fold.readers for fold in norm_folds(model, trace(model, batches[0])) if not fold.residual}
     records = []
     ways = [("norms", False), ("norms", True), ("rows", False)]  # of rows no readers are known here
     for amount, (kind, given) in [(0.0, ways[0]), *itertools.product(AMOUNTS, ways)]:

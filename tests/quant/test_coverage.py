@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.quant.ptq.test_folds_confirmed import decoder
+from tests.quant.ptq.test_folds_confirmed import tiny
 from tests.quant.tiny_models import PlainTransformer
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ TOKENS = {"input_ids": torch.arange(4, 28).reshape(2, 12)}
 CASES: dict[str, tuple[Any, Any]] = {
     "bypassing": (Bypassing, (torch.randn(2, 5, 8),)),
     "experts": (experts, TOKENS),
-    "Gemma2": (lambda: decoder("Gemma2"), TOKENS),
+    "Gemma2": (lambda: tiny("Gemma2"), TOKENS),
     "torch": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2),
         (torch.randn(2, 5, 16),),

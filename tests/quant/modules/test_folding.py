@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from tests.quant.tiny_families import FAMILIES, POST_NORM, PRE_NORM, apart, buil
 from torch import Tensor, nn
 
 from s2d.errors import InputError
+from s2d.models.graph import Graph
 from s2d.models.tracing import trace
 from s2d.quant.modules.folding import (
     NormFold,
@@ -17,18 +20,21 @@ from s2d.quant.modules.folding import (
     apply_norm_fold,
     apply_value_fold,
     attention_parts,
-    gate_folds,
     matrix,
     norm_folds,
     norm_kind,
+    pair_folds,
     refuse_post_norm,
     scale_norm_output,
     streams,
-    value_folds,
 )
 
 GATED = {"llama": 2, "llama-tied": 2, "qwen2": 2, "qwen3": 2, "gemma": 2, "dinov2-swiglu": 2}
 TOWERS = {"clip": 2, "siglip": 2, "timm-swin": 2, "open-clip": 2}
+
+
+def graph_of(case: Any) -> Graph:
+    return trace(case.model, case.batches[0])
 
 
 def scales(size: int, seed: int = 0) -> Tensor:
@@ -38,9 +44,12 @@ def scales(size: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("name", PRE_NORM)
 def test_a_scale_moves_from_norms_to_readers(name: str) -> None:
     case = build(name)
-    before, folds = case.output(), norm_folds(case.model)
-    assert len(folds) >= 2 and not any(fold.residual for fold in folds)
-    for fold in folds:
+    before, folds = case.output(), norm_folds(case.model, graph_of(case))
+    moved = [fold for fold in folds if not fold.residual]
+    assert len(moved) >= 2
+    # Only a norm behind the last block may have another reader: it is the model's output, and a pooler reads it too.
+    assert all("pooler" in reader or "head" in reader for fold in folds if fold.residual for reader in fold.readers)
+    for fold in moved:
         apply_norm_fold(case.model, fold, scales(matrix(case.model, fold.readers[0])[0].shape[1]))
     assert apart(case.output(), before) < 1e-5
 
@@ -48,17 +57,59 @@ def test_a_scale_moves_from_norms_to_readers(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "plain"])
 def test_a_scale_moves_from_values_to_the_projection(name: str) -> None:
     case = build(name)
-    before, folds = case.output(), [*value_folds(case.model), *gate_folds(case.model)]
+    before, folds = case.output(), pair_folds(case.model, graph_of(case))
     assert len(folds) >= 2 + GATED.get(name, 0)
     for fold in folds:
         apply_value_fold(case.model, fold, scales(fold.rows[1] - fold.rows[0]))
     assert apart(case.output(), before) < 1e-5
 
 
+def test_folds_of_models_whose_parts_no_family_names() -> None:
+    """T5: ten norms feed a sublayer each, the last of a tower is its output; six attentions have values."""
+    config = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = transformers_model("T5Model", "T5Config", config).eval()
+    ids = torch.arange(5, 17).view(2, 6)
+    batch = {"input_ids": ids, "decoder_input_ids": ids}
+    graph = trace(model, batch)
+    moved, pairs = [fold for fold in norm_folds(model, graph) if not fold.residual], pair_folds(model, graph)
+    towers = {"encoder": ("SelfAttention",), "decoder": ("SelfAttention", "EncDecAttention")}
+    values = {f"{tower}.block.{i}.layer.{j}.{name}" for tower, names in towers.items()
+              for i in (0, 1) for j, name in enumerate(names)}  # fmt: skip
+    assert {(fold.writer, fold.reader) for fold in pairs} == {(f"{name}.v", f"{name}.o") for name in values}
+    assert {fold.norm for fold in moved} == {
+        f"{tower}.block.{i}.layer.{j}.layer_norm" for tower, n in (("encoder", 2), ("decoder", 3)) for i in (0, 1)
+        for j in range(n)
+    }  # fmt: skip
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state
+        for fold in moved:
+            apply_norm_fold(model, fold, scales(32))
+        for pair in pairs:
+            apply_value_fold(model, pair, scales(pair.rows[1] - pair.rows[0]))
+        assert apart(model(**batch).last_hidden_state, before) < 1e-5
+
+
+def test_no_scale_moves_where_tokens_are_mixed_or_a_reader_reads_more() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8)
+            self.tokens, self.shared, self.own = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.tokens(self.first(x).transpose(1, 2)).transpose(1, 2)  # as many tokens as channels
+            x = x + self.shared(self.second(x)) + self.shared(x)
+            return x + self.own(self.third(x))
+
+    model = Both().eval()
+    found = {fold.norm: fold.residual for fold in norm_folds(model, trace(model, torch.randn(2, 8, 8)))}
+    assert found == {"second": True, "third": False}
+
+
 @pytest.mark.parametrize("name", POST_NORM)
 def test_post_norm_models_are_marked_and_refused_by_name(name: str) -> None:
-    model = build(name).model
-    folds = norm_folds(model)
+    case = build(name)
+    model, folds = case.model, norm_folds(case.model, graph_of(case))
     assert folds and all(fold.residual for fold in folds)
     with pytest.raises(InputError, match=f"somemethod folds .* {type(model).__name__} is post-norm"):
         refuse_post_norm(model, "somemethod")
@@ -67,7 +118,8 @@ def test_post_norm_models_are_marked_and_refused_by_name(name: str) -> None:
 
 
 def test_what_feeds_a_post_norm_block_is_the_norm_before_it() -> None:
-    assert norm_folds(build("bert").model) == [
+    case = build("bert")
+    assert norm_folds(case.model, graph_of(case)) == [
         NormFold(norm, readers, residual=True)
         for norm, readers in [
             ("embeddings.LayerNorm", tuple(f"encoder.layer.0.attention.self.{x}" for x in ("query", "key", "value"))),
@@ -77,6 +129,7 @@ def test_what_feeds_a_post_norm_block_is_the_norm_before_it() -> None:
                 tuple(f"encoder.layer.1.attention.self.{x}" for x in ("query", "key", "value")),
             ),
             ("encoder.layer.1.attention.output.LayerNorm", ("encoder.layer.1.intermediate.dense",)),
+            ("encoder.layer.1.output.LayerNorm", ("pooler.dense",)),
         ]
     ]
 
@@ -102,13 +155,15 @@ def test_an_unknown_part_of_a_block_is_named() -> None:
 def test_shared_weights_are_left_alone() -> None:
     case = build("vit")
     case.model.layers[1].mlp.fc1.weight = case.model.layers[0].mlp.fc1.weight
-    assert {fold.norm for fold in norm_folds(case.model)} == {"layers.0.layernorm_before", "layers.1.layernorm_before"}
+    found = {fold.norm for fold in norm_folds(case.model, graph_of(case)) if not fold.residual}
+    assert found == {"layers.0.layernorm_before", "layers.1.layernorm_before"}
     with pytest.raises(InputError, match=r"norm2, its readers and fc2 in layers\.0"):
         streams(case.model, "test")
 
 
 def test_grouped_heads_share_their_values_scale() -> None:
-    fold = value_folds(build("llama").model)[0]
+    case = build("llama")
+    fold = pair_folds(case.model, graph_of(case))[0]
     assert (fold.head_dim, fold.heads, fold.value_heads) == (12, 4, 2)
     per_value = torch.arange(24.0)
     spread = fold.to_reader(per_value)
@@ -119,11 +174,12 @@ def test_grouped_heads_share_their_values_scale() -> None:
 
 
 def test_rows_of_fused_projections() -> None:
-    parts = attention_parts(build("phi3").model)[0]  # 4 query heads and 2 key heads of 12 channels
+    case, normed = build("phi3"), build("qwen3")
+    parts = attention_parts(case.model, graph_of(case))[0]  # 4 query heads and 2 key heads of 12 channels
     name = "model.layers.0.self_attn.qkv_proj"
     assert (parts.q, parts.k) == ((name, 0, 48), (name, 48, 72))
     assert parts.values == PairFold(name, (72, 96), "model.layers.0.self_attn.o_proj", 12, 4)
-    assert [parts.normed for parts in attention_parts(build("qwen3").model)] == [True, True]
+    assert [parts.normed for parts in attention_parts(normed.model, graph_of(normed))] == [True, True]
 
 
 class OddNorm(nn.Module):
@@ -141,7 +197,7 @@ def test_no_scale_moves_from_values_that_are_joined_to_others() -> None:
               "intermediate_size": 48, "embedding_size": 32}  # fmt: skip
     model = transformers_model("ConvBertModel", "ConvBertConfig", config).eval()
     graph = trace(model, {"input_ids": torch.arange(5, 17).view(2, 6)})
-    assert value_folds(model, graph) == []
+    assert pair_folds(model, graph) == []
 
 
 class CentredShiftedGain(nn.LayerNorm):

@@ -17,8 +17,8 @@ SIZES: dict[str, Any] = dict(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0,
 )  # fmt: skip
-# Norms around the sublayers (Gemma), behind them (Olmo 2), on q and k (Qwen 3), LayerNorms that keep gain - 1 (Nemotron),
-# a projection that reads values beside a convolution's outputs (ConvBERT), and the plain kinds.
+# Norms around the sublayers (Gemma), behind them (Olmo 2), on q and k (Qwen 3), LayerNorms that keep gain - 1
+# (Nemotron), a projection that reads values beside a convolution's outputs (ConvBERT), and the plain kinds.
 NAMES = ("Gemma2", "Gemma3Text", "Olmo2", "Qwen3", "Exaone4", "Cohere2", "Mistral", "Nemotron", "ConvBert")
 
 

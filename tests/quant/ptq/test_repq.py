@@ -14,6 +14,7 @@ import torch
 from tests.quant.tiny_models import Case, bert, llama, torch_encoder, vit
 from torch import Tensor, nn
 
+from s2d.models.tracing import trace
 from s2d.quant import quantize
 from s2d.quant.modules.folding import norm_folds
 from s2d.quant.modules.sites import quantizers_of
@@ -128,7 +129,7 @@ def test_the_full_precision_function_stays_what_it_was(build: Callable[[], Case]
     torch.manual_seed(0)
     case = with_random_norms(build())
     model = copy.deepcopy(case.model)
-    folds = [fold for fold in norm_folds(model) if not fold.residual]
+    folds = [fold for fold in norm_folds(model, trace(model, case.batches[0])) if not fold.residual]
     if build is pre_norm_encoder and not folds:
         pytest.skip("no family gives roles to torch's own encoder")
     assert folds

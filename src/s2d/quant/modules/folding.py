@@ -1,10 +1,10 @@
 """Folding: scales and rotations moved from one weight into the next without changing the model's function.
 
-Three exact moves, found from the roles that a model's family gives its parts:
+Three exact moves, the first two found in the graph of a forward, the last from the roles that a family gives its parts:
 
     norm -> readers     the norm's output times 1/s, the readers' columns times s          (pre-norm blocks only)
     v -> proj           rows of v times 1/s, the same columns of proj times s: attention averages over tokens,
-                        channel by channel, so it commutes with a scale
+                        channel by channel, so it commutes with a scale; likewise the other factor of a gate
     basis of a stream   every writer to the residual stream times Q, every reader's input times Q^T
 
 Where norms follow the residual sum (BERT), a norm's output is also the residual, and the first and the last move would
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError
 from s2d.models.family import Family, family_of
 from s2d.models.graph import Graph
-from s2d.models.graph_parts import Call, Rows, Writer
+from s2d.models.graph_parts import Call, Norm, Rows, Writer
 
 _ATTENTION_READERS = ("q", "k", "v", "qkv")
 _MLP_READERS = ("fc1", "gate")
@@ -44,8 +44,8 @@ class NormFold:
     Attributes:
         norm: Dotted name of the norm.
         readers: Dotted names; `nn.MultiheadAttention` stands for its fused projection.
-        residual: The output also feeds something else (the residual sum of post-norm blocks, a reader that the names
-            do not tell), so that no scale can move.
+        residual: The output also feeds something else (the residual sum of post-norm blocks), or a reader reads other
+            values too, so that no scale can move.
     """
 
     norm: str
@@ -55,7 +55,8 @@ class NormFold:
 
 @dataclass(frozen=True)
 class PairFold:
-    """The values of an attention and the output projection that reads their weighted average, channel by channel.
+    """The values of an attention and the output projection that reads their weighted average, channel by channel; or
+    the rows beside a gate and the Linear behind it, as one head.
 
     Attributes:
         writer: The module whose weight holds the rows of v.
@@ -133,55 +134,72 @@ class Stream:
     branches: tuple[Branch, ...] = field(repr=False)
 
 
-def norm_folds(model: nn.Module, graph: Graph | None = None) -> list[NormFold]:
-    """Every norm with a gain whose readers are known, in the model's order.
+def norm_folds(model: nn.Module, graph: Graph) -> list[NormFold]:
+    """Every norm with a gain whose output Linears read, in the order in which they run.
 
-    The names of a family's parts suggest the folds; the graph of a forward (`s2d.trace`), where given, confirms them. A
-    fold whose norm has other readers, or did not run, is marked ``residual``.
+    ``residual`` where anything else reads it too, in any of its executions, or where its readers read other values.
     """
-    named = _named_folds(model)
-    if graph is None:
-        return named
-    return [replace(fold, residual=fold.residual or not _confirmed(fold, graph)) for fold in named]
-
-
-def _confirmed(fold: NormFold, graph: Graph) -> bool:
-    """Whether the fold's readers are all that ever read the norm's output, each with a product."""
-    uses = [norm for norm in graph.norms if f"{fold.norm}.weight" in norm.gain]
-    for norm in uses:
-        read = {name.rpartition(".")[0] for r in norm.readers if r.call is not None for name in r.call.parameters}
-        if not norm.foldable or read != set(fold.readers):
-            return False
-    return bool(uses)
-
-
-def _named_folds(model: nn.Module) -> list[NormFold]:
-    family = family_of(model)
-    folds: list[NormFold] = []
-    before: str | None = next((n for n, _ in model.named_modules() if family.role(n) == "norm_embed"), None)
-    for unit, parts in _units(model, family).items():
-        attention_readers = _present(parts, _ATTENTION_READERS)
-        mlp_readers = _present(parts, _MLP_READERS)
-        norm1, norm2 = _only(parts, "norm1"), _only(parts, "norm2")
-        if _is_pre_norm(model, family, unit):
-            pairs = [(norm1, attention_readers), (norm2, mlp_readers)]
-        else:
-            pairs, before = [(before, attention_readers), (norm1, mlp_readers)], norm2
-        for norm, readers in pairs:
-            if norm is not None and readers and _scalable(model, norm) and _own_weights(model, readers):
-                folds.append(NormFold(norm, readers, not _is_pre_norm(model, family, unit)))
-    for name, _ in model.named_modules():
-        if family.role(name) == "patch_merge":
-            norm = f"{name.rpartition('.')[0]}.norm".lstrip(".")
-            if _has(model, norm) and _scalable(model, norm) and _own_weights(model, (name,)):
-                folds.append(NormFold(norm, (name,), False))
+    uses: dict[str, list[Norm]] = {}
+    for norm in graph.norms:
+        if norm.gain and norm.kind in ("layer", "rms"):
+            uses.setdefault(_owner(norm.gain[0]), []).append(norm)
+    folds = []
+    for name, norms in uses.items():
+        read = [(norm, r.call) for norm in norms for r in norm.readers if r.call is not None and r.kind == "product"]
+        readers = tuple(dict.fromkeys(_owner(call.parameter) for _, call in read))
+        if not readers or not _scalable(model, name) or not _own_weights(model, readers):
+            continue
+        calls = {call.operation for _, call in read}
+        alone = all(call.operation in calls for call in graph.products if _owner(call.parameter) in readers)
+        if all(_sums_channels(graph, norm, call) for norm, call in read):
+            folds.append(NormFold(name, readers, not (alone and all(norm.foldable for norm in norms))))
     return folds
 
 
-def _writes_exactly(fold: PairFold, graph: Graph | None) -> bool:
-    """Whether a scale of the writer's rows reaches the reader unchanged; true without a graph."""
-    if graph is None:
-        return True
+def _sums_channels(graph: Graph, norm: Norm, call: Call) -> bool:
+    """Whether a product sums over the channels of a norm, not over its tokens (MLP-Mixer)."""
+    dims = graph.nodes[norm.output].dims
+    read = () if call.input is None else graph.nodes[call.input].dims
+    return read[-1:] == dims[-1:] and dims.count(dims[-1]) == 1
+
+
+def pair_folds(model: nn.Module, graph: Graph) -> list[PairFold]:
+    """Every weight whose rows match the columns of the one Linear that reads them, in the order of the readers.
+
+    Between them is an attention over tokens (values and output projection), or the product with a gate.
+    """
+    kinds = {operation.name: operation.kind for operation in graph.operations}
+    heads = {w.call.operation: one.head_dim for one in graph.attentions for w in one.v_calls}
+    pairs = [(call, writer) for call in graph.products for writer in graph.writers(call)]
+    readers: dict[tuple[int, int], set[str]] = {}  # of each row
+    for call, writer in pairs:
+        rows = range(writer.call.output_shape[-1]) if writer.rows is None else writer.rows.indices()
+        for row in rows:
+            readers.setdefault((writer.call.operation, row), set()).add(call.parameter)
+    found: dict[PairFold, None] = {}
+    for call, writer in pairs:
+        made, names = writer.call, (_owner(writer.call.parameter), _owner(call.parameter))
+        between = {kinds[name] for name in writer.path} & {"attention", "product", "multiply"}
+        if writer.exactness != "exact" or made.kind != "product" or writer.rows is None or not between:
+            continue
+        span = writer.rows.span
+        if (
+            span is None
+            or any(len(readers[made.operation, row]) > 1 for row in range(*span))
+            or not _own_weights(model, names)
+        ):
+            continue
+        first, width = (made.rows or (0, 0))[0], matrix(model, names[1])[0].shape[1]
+        head_dim = heads.get(made.operation, span[1] - span[0])
+        if width % head_dim == 0 and (span[1] - span[0]) % head_dim == 0:
+            fold = PairFold(names[0], (first + span[0], first + span[1]), names[1], head_dim, width // head_dim)
+            if fold not in found and fold.heads % fold.value_heads == 0 and _writes_exactly(fold, graph):
+                found[fold] = None
+    return list(found)
+
+
+def _writes_exactly(fold: PairFold, graph: Graph) -> bool:
+    """Whether a scale of the writer's rows reaches the reader unchanged."""
     reads = [call for call in graph.products if call.parameter.rpartition(".")[0] == fold.reader]
     order = fold.to_reader(torch.arange(*fold.rows)).tolist()  # the row behind each column, as the fold has it
     for call in reads:
@@ -202,36 +220,13 @@ def _orders(graph: Graph, call: Call, writer: Writer) -> list[list[int]]:
     """The writer's row behind each column of a product: of those that the way from it forks to, and of its input,
     whose heads may be repeated. None where other values stand beside them (ConvBERT joins a convolution's).
     """
+    first = (writer.call.rows or (0, 0))[0]
     found = [] if writer.rows is None else [writer.rows.indices()]
     digits = graph.nodes[call.input].dims[-1] if call.input is not None else ()
     if all(digit.axis == writer.call.features or digit.stride == 0 for digit in digits):
         rows = Rows(sum(digit.offset for digit in digits), tuple((digit.size, digit.stride) for digit in digits))
         found.append(rows.indices())
-    return found
-
-
-def value_folds(model: nn.Module, graph: Graph | None = None) -> list[PairFold]:
-    """Every attention whose output projection reads the heads' averages untouched, in the model's order.
-
-    The graph of a forward, where given, confirms the names.
-    """
-    return [parts.values for parts in attention_parts(model, graph)]
-
-
-def gate_folds(model: nn.Module, graph: Graph | None = None) -> list[PairFold]:
-    """Every gated MLP whose ungated half has its own weight: its rows match the columns of the second Linear."""
-    family = family_of(model)
-    found = []
-    for parts in _units(model, family).values():
-        gate, up, down = (_only(parts, role) for role in ("gate", "fc1", "fc2"))
-        if gate is None or up is None or down is None or not _own_weights(model, (gate, up, down)):
-            continue
-        width = matrix(model, up)[0].shape[0]
-        normed = any(name.startswith(f"{up.rpartition('.')[0]}.") for name in parts.get("norm_inner", ()))
-        fold = PairFold(up, (0, width), down, width, 1)
-        if not normed and matrix(model, down)[0].shape[1] == width and _writes_exactly(fold, graph):
-            found.append(fold)
-    return found
+    return [[first + row for row in order] for order in found]
 
 
 def second_linears(model: nn.Module) -> list[str]:
@@ -240,7 +235,7 @@ def second_linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and role(name) == "fc2"]
 
 
-def attention_parts(model: nn.Module, graph: Graph | None = None) -> list[AttentionParts]:
+def attention_parts(model: nn.Module, graph: Graph) -> list[AttentionParts]:
     """Every attention whose q, k, v and proj are known by their rows, with nothing between v and proj."""
     family = family_of(model)
     modules = dict(model.named_modules())
@@ -490,17 +485,25 @@ def _present(parts: dict[str, list[str]], roles: tuple[str, ...]) -> tuple[str, 
     return tuple(parts[role][0] for role in roles if role in parts)
 
 
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
 def _only(parts: dict[str, list[str]], role: str) -> str | None:
     return parts[role][0] if len(parts.get(role, ())) == 1 else None
 
 
-def _has(model: nn.Module, name: str) -> bool:
-    return any(name == known for known, _ in model.named_modules())
-
-
 def _scalable(model: nn.Module, norm: str) -> bool:
-    weight = model.get_submodule(norm)._parameters.get("weight")
-    return weight is not None and weight.ndim == 1
+    """Whether a norm has a gain for each channel and computes, given tokens ``[N, D]``, what `norm_kind` knows."""
+    module = model.get_submodule(norm)
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 1:
+        return False
+    try:
+        norm_kind(module, norm)
+    except (InputError, RuntimeError, TypeError):  # of images, or with other inputs
+        return False
+    return True
 
 
 def _own_weights(model: nn.Module, names: tuple[str, ...]) -> bool:

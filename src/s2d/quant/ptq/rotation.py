@@ -100,7 +100,7 @@ def rotation(job: Job) -> None:
             bases.update(rotate_residual(job))
         rotate_heads(job)
         readers = [reader for fold in norm_folds(job.model, job.graph) if fold.residual for reader in fold.readers]
-        rotate_inputs(job, readers + second_linears(job.model))
+        rotate_inputs(job, list(dict.fromkeys(readers + second_linears(job.model))))
 
 
 def rotate_residual(job: Job) -> dict[str, torch.Tensor]:

@@ -30,10 +30,9 @@ from s2d.quant.modules.folding import (
     PairFold,
     apply_norm_fold,
     apply_value_fold,
-    gate_folds,
     matrix,
     norm_folds,
-    value_folds,
+    pair_folds,
 )
 from s2d.quant.modules.linear import QuantizedLinear
 from s2d.quant.modules.online import OnlineLinear, make_online
@@ -78,7 +77,7 @@ def pairs(job: Job) -> list[Pair]:
     """The pairs of a model that have a quantized reader."""
     quantized = {site.module for site in job.quantizers}
     found = [Pair(fold.readers, fold) for fold in norm_folds(job.model, job.graph)]
-    for fold in (*value_folds(job.model, job.graph), *gate_folds(job.model, job.graph)):
+    for fold in pair_folds(job.model, job.graph):
         # An input that is rotated on its way is not what the writer wrote.
         if not isinstance(job.model.get_submodule(fold.reader), OnlineLinear):
             found.append(Pair((fold.reader,), fold))
