@@ -2,9 +2,10 @@
 
 A folder holds ``model.onnx`` (float32, at the opset and the shapes that the compiler reads), ``calibration.npz`` (the
 inputs of real examples, prepared as in training), ``expected.npz`` (the outputs of its first rows) and a page with the
-commands that the user runs there. Three things in a file spoil static ranges and are repaired here. Constants of masks
-are bounded (see `onnx_doctor`). GELU and LayerNorm stay single nodes where the opset has them. Shapes that an exporter
-stored for its own graph are removed, because quantizers infer their own and stop where the two differ.
+commands that the user runs there. Things in a file that spoil static ranges are repaired here. Constants of masks
+are bounded (see `onnx_doctor`). GELU and LayerNorm stay single nodes where the opset has them. Where the runtime may
+compute in floats between products, the residual stream is kept out of ranges (see `float_stream`). Shapes that an
+exporter stored for its own graph are removed, because quantizers infer their own and stop where the two differ.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from s2d.errors import InputError, first_line
 from s2d.export import onnx_doctor
 from s2d.export.copies import in_float32, shared_copy
 from s2d.export.fixed_shapes import is_sequence, padded, padding_id, whole_shape
+from s2d.export.float_stream import keep_stream
 from s2d.export.onnx import TWO_GB, OnnxModel, tensors_of, write_onnx
 from s2d.export.runtime import Compiler, Runtime, find_runtime, runtimes
 from s2d.io.files import in_place_of, write_json
@@ -251,6 +253,8 @@ def _mend(
         if _reads(compiler).opset < 18:
             made = _older(made, compiler)
             strip(made)
+        if _reads(compiler).stream == "float":
+            keep_stream(made)
         onnx.save(made, os.fspath(path))
         runner = OnnxModel(path)
         found = [runner(**feed) for feed in _feeds(held, sizes)]

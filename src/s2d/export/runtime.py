@@ -111,6 +111,7 @@ class Compiler(_Section):
         opset: Of the float32 ONNX file.
         images: ``"nhwc"`` when its calibration images are channels last, in ``calibration.npy``.
         raw: Whether it reads a list of raw files beside the .npz.
+        stream: ``"float"`` where the file keeps the residual stream in full precision, see `float_stream`.
         scripts: Small programs that go into the folder, by name; ``{batch}`` stands for the size of a batch.
         commands: What the user runs there, in order.
         source: Source of these facts.
@@ -120,6 +121,7 @@ class Compiler(_Section):
     opset: int = Field(default=21, ge=13)
     images: Literal["nchw", "nhwc"] = "nchw"
     raw: bool = False
+    stream: Literal["quantized", "float"] = "quantized"
     scripts: dict[str, str] = {}
     commands: list[str] = Field(min_length=1)
     source: str
