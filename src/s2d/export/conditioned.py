@@ -4,8 +4,9 @@ A folder holds ``model.onnx`` (float32, at the opset and the shapes that the com
 inputs of real examples, prepared as in training), ``expected.npz`` (the outputs of its first rows) and a page with the
 commands that the user runs there. Things in a file that spoil static ranges are repaired here. Constants of masks
 are bounded (see `onnx_doctor`). GELU and LayerNorm stay single nodes where the opset has them. Where the runtime may
-compute in floats between products, the residual stream is kept out of ranges (see `float_stream`). Shapes that an
-exporter stored for its own graph are removed, because quantizers infer their own and stop where the two differ.
+compute in floats between products, the residual stream is kept out of ranges (see `float_stream`), and columns of
+weights have one size (see `equal_columns`). Shapes that an exporter stored for its own graph are removed, because
+quantizers infer their own and stop where the two differ.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from s2d.errors import InputError, first_line
 from s2d.export import onnx_doctor
 from s2d.export.copies import in_float32, shared_copy
+from s2d.export.equal_columns import equal_columns
 from s2d.export.fixed_shapes import is_sequence, padded, padding_id, whole_shape
 from s2d.export.float_stream import keep_stream
 from s2d.export.onnx import TWO_GB, OnnxModel, tensors_of, write_onnx
@@ -255,6 +257,7 @@ def _mend(
             strip(made)
         if _reads(compiler).stream == "float":
             keep_stream(made)
+            equal_columns(made)
         onnx.save(made, os.fspath(path))
         runner = OnnxModel(path)
         found = [runner(**feed) for feed in _feeds(held, sizes)]
