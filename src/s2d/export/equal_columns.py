@@ -1,8 +1,8 @@
 """Give the columns of a weight one size, for quantizers that take one range for the whole tensor.
 
-``x W`` is ``(x W diag(s)) / s``. With ``s`` the largest column over each, no column loses bits to a larger one: the file
-itself holds what a scale per channel would keep. The division follows the product in full precision, because neither
-onnxruntime's nor NNCF's quantizer chooses a ``Div``.
+``x W`` is ``(x W diag(s)) / s``. With ``s`` the largest column over each, no column loses bits to a larger one: the
+file itself holds what a scale per channel would keep. The division follows the product in full precision, because
+neither onnxruntime's nor NNCF's quantizer chooses a ``Div``.
 """
 
 from __future__ import annotations
