@@ -118,12 +118,14 @@ class VisualQuestionAnswering(ImageRows):
         return [{"pixel_values": pixels, "input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy of the answers' tokens."""
+        """Cross-entropy of the answers' tokens. Only these are scored: the vocabulary is large, the prompt long."""
         batch = to_device(batch, device_of(model))
         if self.augment and model.training:
             batch = {**batch, "pixels": augment(batch["pixels"])}
-        scores = model(**self.inputs(batch)[0]).logits[:, :-1]
-        return F.cross_entropy(scores.flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=_IGNORED)
+        answers = int((batch["labels"] != _IGNORED).sum(1).max())  # they end the padded rows
+        scores = model(**self.inputs(batch)[0], logits_to_keep=answers + 1).logits[:, :-1]
+        wanted = batch["labels"][:, -answers:]
+        return F.cross_entropy(scores.flatten(0, 1).float(), wanted.flatten(), ignore_index=_IGNORED)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "test", batch_size: int = 64) -> dict[str, float]:
