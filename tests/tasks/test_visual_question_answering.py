@@ -106,6 +106,15 @@ def test_only_the_answer_and_its_end_are_learnt(folder: Path) -> None:
     assert batch["input_ids"][0, -len(learnt) :].tolist() == learnt
 
 
+def test_the_loss_is_that_of_all_logits(folder: Path) -> None:
+    loaded, made = load("new:llava-tiny"), task(folder)
+    model = made.build(loaded).eval()
+    batch = next(made.batches("train", batch_size=4))
+    logits = model(**made.inputs(batch)[0]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert torch.allclose(made.loss(model, batch), expected, atol=1e-6)
+
+
 def test_it_learns_is_quantized_and_saved(folder: Path, tmp_path: Path) -> None:
     loaded, made = load("new:llava-tiny"), task(folder)
     model = made.build(loaded)
