@@ -76,7 +76,7 @@ def kind_of(question: str) -> str:
 
 
 def assembled(tower: Loaded, decoder: Loaded) -> tuple[nn.Module, Any]:
-    """LLaVA out of a DINOv2 and a Llama-type decoder, with a new projector; and the tokenizer with the image's token."""
+    """LLaVA out of a DINOv2 and a Llama-type decoder with a new projector; and the tokenizer, which knows the image."""
     transformers = require("transformers", "hf")
     tokenizer = decoder.tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
