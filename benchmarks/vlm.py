@@ -120,21 +120,23 @@ class Bed:
         if not (start := self.out / "start").exists():
             tower, decoder = s2d.load(args.tower), s2d.load(args.decoder)
             model, tokenizer = assembled(tower, decoder)
-            s2d.save(model, start, tokenizer=tokenizer, processor=tower.processor)
-            self.align(s2d.load(start, device=args.device))
+            s2d.save(model, self.out / "assembled", tokenizer=tokenizer, processor=tower.processor)
+            self.start = s2d.load(self.out / "assembled", device=args.device)
+            self.align()
             self.introduce()
         self.start = s2d.load(start, device=args.device)
         self.task.prepare(self.start)
         self.kept = {"start": self.start}
 
     @torch.no_grad()
-    def align(self, start: Loaded) -> None:
-        """Fit the projector in closed form (ridge), so that the patches read as the word that answers; save it.
+    def align(self) -> None:
+        """Fit the start's projector in closed form (ridge), so that the patches read as the word that answers.
 
         Only questions whose answer is a word other than yes and no tell what is in the image.
         """
-        task, model = self.task, start.model
+        task, start = self.task, self.start
         task.prepare(start)
+        model = start.model
         projector: Any = model.model.multi_modal_projector  # pyright: ignore[reportAttributeAccessIssue]
         words = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
         seen: list[Tensor] = []
@@ -158,17 +160,15 @@ class Bed:
         gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
         solved = torch.linalg.solve(gram, centred.T @ (targets - middle)).T
         second.weight.copy_(solved), second.bias.copy_(middle - solved @ hidden.mean(0))
-        s2d.save(start, self.out / "start")
 
     def introduce(self) -> None:
         """Train projector and adapters before the arms part, the tower frozen: from the closed form alone a few steps
         answer by chance.
         """
-        self.start = s2d.load(self.out / "start", device=self.args.device)
-        self.task.prepare(self.start)
         model = self.adapted(self.start, ("multi_modal_projector",))
-        settings = self.settings(steps=self.args.introduced, lr=10 * self.args.lr)
-        s2d.train(model, self.task, settings, seed=1000, on_step=self.noting("start"))
+        if self.args.introduced:
+            settings = self.settings(steps=self.args.introduced, lr=10 * self.args.lr)
+            s2d.train(model, self.task, settings, seed=1000, on_step=self.noting("start"))
         self.save(model, self.out / "start")
 
     def adapted(self, start: Loaded, parts: tuple[str, ...]) -> Any:

@@ -70,6 +70,7 @@ def test_it_runs_resumes_and_reports(
 def test_the_start_reads_patches_as_words(vlm: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Ridge leaves a patch nearer to the word of its image than the mean of all words is."""
     out = tmp_path / "out"
+    monkeypatch.setitem(vlm.SMOKE, "introduced", 0)
     given = ["--smoke", "--data", str(images(tmp_path / "data")), "--out", str(out), "--arms", "start", "--cells", ""]
     monkeypatch.setattr(sys, "argv", ["vlm.py", *given])
     vlm.main()
