@@ -36,11 +36,14 @@ def find_blocks(tracer: Tracer, graph: Graph) -> list[Blocks]:
     spans = [range(run.first, run.last) for run in tracer.runs]
     layers = [sum(op in work for op in span) for span in spans]
     by_owner: dict[str, list[int]] = {}
-    for index, run in enumerate(tracer.runs):
-        if run.path and (layers[index] > 1 or (layers[index] and _adds_to_stream(graph, spans[index]))):
-            by_owner.setdefault(run.path.rpartition(".")[0], []).append(index)
-    # Some blocks of a list hold more than one layer; the convolutions between Twins' stages hold one.
-    by_owner = {owner: runs for owner, runs in by_owner.items() if max(layers[i] for i in runs) > 1}
+    # Some blocks of a list hold more than one layer (the convolutions between Twins' stages hold one); in the simplest
+    # models, a row of Linears with their activations, none does.
+    for least in (2, 1):
+        for index, run in enumerate(tracer.runs if not by_owner else ()):
+            parts = least == 1 and any(True for _ in tracer.by_path[run.path].children())
+            if run.path and (layers[index] > 1 or (layers[index] and (parts or _adds_to_stream(graph, spans[index])))):
+                by_owner.setdefault(run.path.rpartition(".")[0], []).append(index)
+        by_owner = {owner: runs for owner, runs in by_owner.items() if max(layers[i] for i in runs) >= least}
     _drop_stages(tracer, by_owner, spans, work)
     for runs in by_owner.values():
         runs.sort(key=lambda i: spans[i].start)
