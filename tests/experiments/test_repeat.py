@@ -1,4 +1,4 @@
-"""The same command with the same seed gives the same files, byte for byte but for seconds, memory, free disk and dates."""
+"""The same command with the same seed gives the same files, byte for byte but for seconds, memory, disk and dates."""
 
 from __future__ import annotations
 
