@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from tests.tiny_text import make_data, make_model
 
+from s2d import checkpoint
 from s2d.cli import main
 from s2d.errors import InputError
 from s2d.models import footprint, load, save_model
@@ -101,7 +105,13 @@ def test_too_little_memory_is_one_line_before_any_load(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("it was loaded")
 
-    monkeypatch.setattr("s2d.checkpoint.load", refuse)
+    for package in ("s2d.commands", "s2d.experiments"):  # a module that is imported while `load` is replaced keeps it
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+            importlib.import_module(module.name)
+    original = checkpoint.load
+    for module in [each for name, each in sys.modules.items() if name.startswith("s2d.")]:
+        if getattr(module, "load", None) is original:
+            monkeypatch.setattr(module, "load", refuse)
     command, *rest = arguments
     assert main([command, str(folder), "--task", "text-classification", "--data", str(data), *rest]) == 2
     printed = capsys.readouterr().err.strip().splitlines()
