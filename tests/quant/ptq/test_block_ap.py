@@ -16,35 +16,27 @@ from s2d import quant
 from s2d.quant.ptq import block_ap
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_ap, "STEPS", 40)
-
-
 @torch.no_grad()
 def stream(block: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
     return [block(x) for x in inputs]
 
 
-@pytest.mark.parametrize(("rounding", "bits"), [("rtn", "w3a8"), ("erq", "w4a8")])
-def test_each_block_comes_closer_to_what_it_was(make: Callable[[str], Case], rounding: str, bits: str) -> None:
+@pytest.mark.parametrize("rounding", ["rtn", "erq"])
+def test_each_block_comes_closer_to_what_it_was(make: Callable[[str], Case], rounding: str) -> None:
     case = make("plain-sdpa")
     rounded, trained = (
-        quant.quantize(case.model, bits, calibration=case.batches, method=method)
+        quant.quantize(case.model, "w3a8", calibration=case.batches, method=method)
         for method in (rounding, f"{rounding}+block-ap")
     )
     full = behind = [batch["x"] for batch in case.batches]
-    found = []
     for plain, before, after in zip(case.model.blocks, rounded.blocks, trained.blocks, strict=True):
         full = stream(plain, full)
         errors = [
             sum((y - z).square().sum().item() for y, z in zip(stream(block, behind), full, strict=True))
             for block in (before, after)
         ]
-        assert errors[1] < errors[0]
-        found.append(errors)
+        assert errors[1] < 0.9 * errors[0]
         behind = stream(after, behind)
-    assert sum(after for _, after in found) < 0.9 * sum(before for before, _ in found)
 
 
 @pytest.mark.parametrize("name", ["vit-sdpa", "torch-encoder"])
