@@ -562,7 +562,7 @@ def test_interleaved_lists_are_one_sequence() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.left = nn.ModuleList(Tower(1) for _ in range(2))
-            self.right = nn.ModuleList(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16)) for _ in range(2))
+            self.right = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(2))
 
         def forward(self, x: Tensor) -> Tensor:
             for left, right in zip(self.left, self.right, strict=True):

@@ -35,15 +35,19 @@ def find_blocks(tracer: Tracer, graph: Graph) -> list[Blocks]:
     work = {call.operation for call in tracer.calls if call.kind in ("product", "convolution")}
     spans = [range(run.first, run.last) for run in tracer.runs]
     layers = [sum(op in work for op in span) for span in spans]
-    by_owner: dict[str, list[int]] = {}
+    adding = {i for i, span in enumerate(spans) if layers[i] and _adds_to_stream(graph, span)}
+    rows: dict[str, list[int]] = {}
+    for index, run in enumerate(tracer.runs):
+        parts = any(True for _ in tracer.by_path[run.path].children())
+        if run.path and (layers[index] > 1 or (layers[index] and parts) or index in adding):
+            rows.setdefault(run.path.rpartition(".")[0], []).append(index)
     # Some blocks of a list hold more than one layer (the convolutions between Twins' stages hold one); in the simplest
     # models, a row of Linears with their activations, none does.
-    for least in (2, 1):
-        for index, run in enumerate(tracer.runs if not by_owner else ()):
-            parts = least == 1 and any(True for _ in tracer.by_path[run.path].children())
-            if run.path and (layers[index] > 1 or (layers[index] and (parts or _adds_to_stream(graph, spans[index])))):
-                by_owner.setdefault(run.path.rpartition(".")[0], []).append(index)
-        by_owner = {owner: runs for owner, runs in by_owner.items() if max(layers[i] for i in runs) >= least}
+    by_owner = {owner: [i for i in runs if layers[i] > 1 or i in adding] for owner, runs in rows.items()
+                if max(layers[i] for i in runs) > 1}  # fmt: skip
+    single = {owner: runs for owner, runs in rows.items() if owner not in by_owner}
+    if not by_owner:
+        by_owner, single = single, {}
     _drop_stages(tracer, by_owner, spans, work)
     for runs in by_owner.values():
         runs.sort(key=lambda i: spans[i].start)
@@ -68,8 +72,7 @@ def find_blocks(tracer: Tracer, graph: Graph) -> list[Blocks]:
             classes = [type(tracer.by_path[tracer.runs[i].path]) for i in by_owner[container]]
             alike = [i for i, c in zip(by_owner[container], classes, strict=True) if classes.count(c) > 1]
             runs = by_owner[container] if listed else alike
-            adding = {i for i in runs if _adds_to_stream(graph, spans[i])}
-            enough = len(adding) == len(runs) or (listed and not adding.isdisjoint(alike))
+            enough = adding.issuperset(runs) or (listed and not adding.isdisjoint(alike))
             if listed == (container in working) and len(runs) > 1 and enough and apart(runs):
                 found[container] = runs
     # A stage of one block is a sequence too, where other stages hold more of its kind.
@@ -90,6 +93,9 @@ def find_blocks(tracer: Tracer, graph: Graph) -> list[Blocks]:
         lone = len(runs) == 1 and isinstance(tracer.by_path[container], nn.ModuleList)
         if lone and any(op in attended for op in spans[runs[0]]) and apart(runs):
             found[container] = runs
+    # Lists of single layers hold blocks where they take turns with such a list.
+    lists = {c: runs for c, runs in single.items() if isinstance(tracer.by_path[c], LISTS)}
+    found |= {c: runs for c, runs in lists.items() if any(_take_turns(tracer, (c, runs), it) for it in found.items())}
     ordered = sorted((((container,), runs) for container, runs in found.items()), key=lambda pair: pair[1][0])
     sequences: list[tuple[tuple[str, ...], list[int]]] = _interleaved(tracer, ordered)
     members = {i for _, runs in sequences for i in runs}
@@ -177,6 +183,14 @@ def _alike(a: tuple[str, dict[str, tuple[int, ...]]], b: tuple[str, dict[str, tu
     return a[0] == b[0] and bool(common) and all(a[1][name] == b[1][name] for name in common)
 
 
+def _take_turns(tracer: Tracer, one: tuple[str, list[int]], other: tuple[str, list[int]]) -> bool:
+    """Whether two lists, each with its runs, stand beside each other and run alternately."""
+    (name, runs), (another, theirs) = one, other
+    beside = name.rpartition(".")[0] == another.rpartition(".")[0]
+    turns = min(runs) < max(theirs) and min(theirs) < max(runs)
+    return beside and turns and tracer.runs[runs[0]].parent == tracer.runs[theirs[0]].parent
+
+
 def _interleaved(
     tracer: Tracer, sequences: list[tuple[tuple[str, ...], list[int]]]
 ) -> list[tuple[tuple[str, ...], list[int]]]:
@@ -184,9 +198,7 @@ def _interleaved(
     out: list[tuple[tuple[str, ...], list[int]]] = []
     for names, runs in sequences:
         for place, (others, theirs) in enumerate(out):
-            beside = others[0].rpartition(".")[0] == names[0].rpartition(".")[0]
-            turns = min(runs) < max(theirs) and min(theirs) < max(runs)
-            if beside and turns and tracer.runs[runs[0]].parent == tracer.runs[theirs[0]].parent:
+            if _take_turns(tracer, (names[0], runs), (others[0], theirs)):
                 out[place] = ((*others, *names), sorted([*theirs, *runs]))
                 break
         else:
