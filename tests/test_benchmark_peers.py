@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -11,23 +10,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.scripts import script
 from tests.tiny_text import make_data, make_model, make_task
 
 import s2d
 from s2d.report.schema import read_results
 
 pytest.importorskip("transformers")
-HERE = Path(__file__).resolve().parents[1] / "benchmarks" / "peers" / "run.py"
 
 
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("peers_runner", HERE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/peers/run.py")
 
 
 def test_a_peer_scores_resumes_and_fails_as_a_row(

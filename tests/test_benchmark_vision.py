@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,22 +9,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from tests.scripts import script
 
 from s2d.report.schema import read_results
 
 pytest.importorskip("transformers")
 ENDS = ("strong-*full-precision", "rtn-minmax-qat=3", "rtn-minmax-qat=3-decay")
-HERE = Path(__file__).resolve().parents[1] / "benchmarks" / "vision.py"
 
 
 @pytest.fixture
-def vision(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("vision_benchmark", HERE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def vision() -> ModuleType:
+    return script("benchmarks/vision.py")
 
 
 def run(vision: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> None:

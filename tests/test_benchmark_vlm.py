@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.scripts import script
 from tests.tiny_images import picture
 
 import s2d
@@ -21,16 +21,11 @@ parquet = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("PIL")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture
 def vlm() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("vlm_benchmark", BENCHMARKS / "vlm.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/vlm.py")
 
 
 def images(folder: Path) -> Path:

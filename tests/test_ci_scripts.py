@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from tests.scripts import script
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_only_marked_blocks_count() -> None:
     page = "```bash\nno\n```\n<!-- ci -->\n\n```bash\nmake a\nmake b   # why\n```\ntext\n"
     page += "<!-- ci -->\n```python\nx = 1\n```\n<!-- ci -->\n```text\nno\n```\n"
-    assert script("readme_commands").marked_blocks(page) == [
+    assert script(".ci/readme_commands.py").marked_blocks(page) == [
         ("bash", "make a\nmake b   # why\n"),
         ("python", "x = 1\n"),
     ]
 
 
 def test_skipped_lines_are_whole_commands() -> None:
-    without = script("readme_commands").without
+    without = script(".ci/readme_commands.py").without
     assert without("make demo\nmake test  # the tests\nmake test-all\n", ["make test"]) == "make demo\nmake test-all\n"
 
 
@@ -58,7 +49,7 @@ def test_files_that_do_not_parse_are_named(tmp_path: Path, capsys: pytest.Captur
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.toml"
     good.write_text("a: 1\n")
     bad.write_text("a = = 1\n")
-    check = script("check_config").main
+    check = script(".ci/check_config.py").main
     assert check([str(good)]) == 0
     assert check([str(good), str(bad)]) == 1
     assert "bad.toml" in capsys.readouterr().err
@@ -77,14 +68,14 @@ def test_constraints_are_versions_and_nothing_of_the_machine_they_were_made_on()
 def test_uv_is_told_what_pip_is_configured_with() -> None:
     listed = ":env:.constraint='/here/c.txt'\n:env:.find-links='/a /b'\nglobal.constraint='/other.txt'\n"
     listed += "global.extra-index-url='https://a/simple\\nhttps://b/simple'\nfreeze.timeout='10'\n"
-    told = script("uv_settings").settings(listed)
+    told = script(".ci/uv_settings.py").settings(listed)
     assert told["UV_CONSTRAINT"] == "/here/c.txt", "the environment counts more than a file"
     assert told["UV_FIND_LINKS"] == "/a,/b" and told["UV_INDEX"] == "https://a/simple https://b/simple"
     assert set(told) == {"UV_CONSTRAINT", "UV_FIND_LINKS", "UV_INDEX", "UV_INDEX_STRATEGY"}
 
 
 def test_a_wheel_with_too_much_or_too_little_is_found_out(tmp_path: Path) -> None:
-    check, wheel = script("check_wheel"), tmp_path / "s2d-0-py3-none-any.whl"
+    check, wheel = script(".ci/check_wheel.py"), tmp_path / "s2d-0-py3-none-any.whl"
     tracked = [f"src/s2d/{name}" for name in check.NEEDED]
     with zipfile.ZipFile(wheel, "w") as archive:
         for path in tracked:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.scripts import script
 from torch import Tensor, nn
 
 import s2d
@@ -21,11 +21,7 @@ REFRESH, STEPS, WIDTH = 4, 22, 24
 
 @pytest.fixture(scope="module")
 def minimal() -> Any:
-    spec = importlib.util.spec_from_file_location("minimal_s2d", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("examples/minimal_s2d.py")
 
 
 class Block(nn.Module):

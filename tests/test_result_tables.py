@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.scripts import script
 
 from s2d.report.schema import read_results
 
@@ -18,11 +18,7 @@ DATA = sorted((DOCS / "results").glob("*.json"))
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tables", DOCS / "tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/tables.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.scripts import script
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -17,12 +17,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "rivals.py"
 @pytest.fixture(scope="module")
 def rivals() -> Any:
     """The script as a module; one process saves the imports."""
-    spec = importlib.util.spec_from_file_location("rivals", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rivals"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/rivals.py")
 
 
 def run(rivals: Any, out: Path, methods: str, monkeypatch: pytest.MonkeyPatch) -> None:
