@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.by_onnxruntime import by_onnxruntime
 
 from s2d.errors import first_line
 from s2d.export import onnx_doctor
@@ -73,20 +74,6 @@ def distance(found: Any, expected: Any) -> float:
     return float(100.0 * (a - b).norm() / b.norm())
 
 
-def static(path: Path, target: Path, batch: dict[str, torch.Tensor]) -> None:
-    """Onnxruntime's static quantizer at its defaults."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    class Rows(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = [{name: value.numpy() for name, value in batch.items()}]
-
-        def get_next(self) -> Any:
-            return self.left.pop() if self.left else None
-
-    quantize_static(path, target, Rows())
-
-
 def main() -> None:
     """Export, examine, quantize, print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -107,12 +94,13 @@ def main() -> None:
                 }
                 records += [{"model": name, "what": f"{kind} found", "value": count} for kind, count in kinds.items()]
                 whole = OnnxModel(path)(**batch)
+                rows = [{name: value.numpy() for name, value in batch.items()}]
                 mended = path.with_suffix(".fixed.onnx")
                 repaired = onnx_doctor.mend(onnx_doctor.open_file(path))
                 strip(repaired)  # shapes that the exporter stored stop the quantizer where they differ from its own
                 onnx.save(repaired, mended)
                 for what, source in (("torch's file", path), ("fixed", mended)):
-                    static(source, path.with_suffix(".int8.onnx"), batch)
+                    by_onnxruntime(source, path.with_suffix(".int8.onnx"), rows)
                     value = distance(OnnxModel(path.with_suffix(".int8.onnx"))(**batch), whole)
                     if not math.isfinite(value):
                         raise ValueError(f"{what}: outputs that are not finite")

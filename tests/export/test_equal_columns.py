@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "s2d[export]"')
 
-from s2d.export.conditioned import strip  # noqa: E402  (after the libraries that it needs)
+from tests.export.static_quantizer import in_8_bits, write_stripped  # noqa: E402  (after the libraries that it needs)
+
 from s2d.export.equal_columns import MOST, equal_columns  # noqa: E402
 from s2d.export.onnx import OnnxModel, write_onnx  # noqa: E402
 
@@ -25,27 +25,12 @@ def written(tmp_path: Path) -> tuple[Path, Tensor]:
     layer, x = nn.Linear(32, 16), torch.randn(64, 7, 32)
     layer.weight.data[3] *= 100
     layer.weight.data[5] = 0
-    path = tmp_path / "model.onnx"
-    write_onnx(layer.eval(), {"input": x}, path, opset=20)
-    model = onnx.load(path)
-    strip(model)
-    onnx.save(model, path)
-    return path, x
+    return write_stripped(layer, {"input": x}, tmp_path / "model.onnx"), x
 
 
 def small_channels_error(path: Path, x: Tensor) -> float:
     """Of the 14 ordinary channels, with the weight in 8 bits and one range, relative."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    class Rows(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter([{"input": x.numpy()}])
-
-        def get_next(self) -> Any:
-            return next(self.left, None)
-
-    made = path.with_suffix(".int8.onnx")
-    quantize_static(path, made, Rows(), op_types_to_quantize=["MatMul"])
+    made = in_8_bits(path, {"input": x}, op_types_to_quantize=["MatMul"])
     small = [at for at in range(16) if at not in (3, 5)]
     a, b = OnnxModel(path)(input=x)[..., small], OnnxModel(made)(input=x)[..., small]
     return float((a - b).norm() / a.norm())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
 pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "s2d[export]"')
 
-from s2d.export.conditioned import strip  # noqa: E402  (after the libraries that it needs)
+from tests.export.static_quantizer import in_8_bits, write_stripped  # noqa: E402  (after the libraries that it needs)
+
 from s2d.export.float_stream import keep_stream  # noqa: E402
 from s2d.export.onnx import OnnxModel, write_onnx  # noqa: E402
 
@@ -41,27 +41,12 @@ class Scaled(nn.Module):
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, Tensor]:
     torch.manual_seed(0)
-    x, path = torch.randn(16, 7, 32), tmp_path / "model.onnx"
-    write_onnx(Scaled().eval(), {"x": x}, path, opset=20)
-    model = onnx.load(path)
-    strip(model)
-    onnx.save(model, path)
-    return path, x
+    x = torch.randn(16, 7, 32)
+    return write_stripped(Scaled(), {"x": x}, tmp_path / "model.onnx"), x
 
 
 def quantized_error(path: Path, x: Tensor) -> float:
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    class Rows(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter([{"x": x.numpy()}])
-
-        def get_next(self) -> Any:
-            return next(self.left, None)
-
-    made = path.with_suffix(".int8.onnx")
-    quantize_static(path, made, Rows())
-    a, b = OnnxModel(path)(x=x), OnnxModel(made)(x=x)
+    a, b = OnnxModel(path)(x=x), OnnxModel(in_8_bits(path, {"x": x}))(x=x)
     return float((a - b).norm() / a.norm())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from s2d.export.onnx_nodes import put_nodes
 from s2d.optional import require
 
 MOST = 64.0  # a smaller column, or one of zeros, is not scaled further: its outputs do not count
@@ -43,12 +44,5 @@ def equal_columns(model: Any) -> int:
         written.append(onnx.helper.make_node("Div", [wide, scale], list(node.output), name=f"columns_{count}.Div"))
         node.input[1], node.output[0] = weight, wide
         count += 1
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in written]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    read = {name for node in nodes for name in node.input}
-    kept = [each for each in model.graph.initializer if each.name in read]
-    kept = [onnx.TensorProto.FromString(each.SerializeToString()) for each in (*kept, *made)]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    put_nodes(model, written, made)
     return count

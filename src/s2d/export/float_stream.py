@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from s2d.export.onnx_nodes import put_nodes
 from s2d.optional import require
 
 _LINEAR = ("MatMul", "Gemm", "Conv")
@@ -67,28 +68,25 @@ def keep_stream(model: Any) -> int:
         if vector(node, ("Add",)) and getattr(made_by.get(computed(node)), "op_type", "") in _LINEAR
     ]
     found = {id(node) for node in chosen}
-    written = []
+    written, made = [], []
     for index, node in enumerate(nodes):
-        held_now = {name: onnx.numpy_helper.to_array(held[name]) for name in node.input if name in held}
-        written += _instead(node, f"stream_{index}", held_now, model) if id(node) in found else [_copy(node)]
-    del model.graph.node[:]
-    model.graph.node.extend(written)
-    used = {name for node in written for name in node.input}
-    kept = [each for each in model.graph.initializer if each.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+        if id(node) in found:
+            values = {name: onnx.numpy_helper.to_array(held[name]) for name in node.input if name in held}
+            written += _instead(node, f"stream_{index}", values, made)
+        else:
+            written.append(node)
+    put_nodes(model, written, made)
     return len(found)
 
 
-def _instead(node: Any, name: str, held: dict[str, np.ndarray], model: Any) -> list[Any]:
-    """The nodes that compute what one node did."""
+def _instead(node: Any, name: str, held: dict[str, np.ndarray], made: list[Any]) -> list[Any]:
+    """The nodes that compute what one node did; their constants are added to ``made``."""
     onnx = require("onnx", "export")
     make = onnx.helper.make_node
 
     def constant(what: str, values: Any) -> str:
-        tensor = onnx.numpy_helper.from_array(np.asarray(values), f"{name}.{what}")
-        model.graph.initializer.append(tensor)
-        return tensor.name
+        made.append(onnx.numpy_helper.from_array(np.asarray(values), f"{name}.{what}"))
+        return made[-1].name
 
     if node.op_type == "Add":
         half = constant("half", np.float32(0.5))
@@ -105,18 +103,10 @@ def _instead(node: Any, name: str, held: dict[str, np.ndarray], model: Any) -> l
         f"{name}.double",
         *(constant(f"norm{at}", held[each].astype(np.float64)) for at, each in enumerate(node.input[1:])),
     ]
-    norm = _copy(node)
-    del norm.input[:], norm.output[:]
-    norm.input.extend(inputs)
-    norm.output.append(f"{name}.norm")
+    norm = make(node.op_type, inputs, [f"{name}.norm"], name=node.name)
+    norm.attribute.extend(node.attribute)
     return [
         make("Cast", [node.input[0]], [inputs[0]], name=f"{name}.Cast", to=double),
         norm,
         make("Cast", [f"{name}.norm"], [node.output[0]], name=f"{name}.Cast_1", to=onnx.TensorProto.FLOAT),
     ]
-
-
-def _copy(node: Any) -> Any:
-    made = require("onnx", "export").NodeProto()
-    made.CopyFrom(node)
-    return made
