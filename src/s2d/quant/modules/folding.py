@@ -171,18 +171,22 @@ def pair_folds(model: nn.Module, graph: Graph) -> list[PairFold]:
     kinds = {operation.name: operation.kind for operation in graph.operations}
     heads = {w.call.operation: one.head_dim for one in graph.attentions for w in one.v_calls}
     pairs = [(call, writer) for call in graph.products for writer in graph.writers(call)]
+    moving = [
+        (call, writer) for call, writer in pairs
+        if writer.exactness == "exact" and writer.call.kind == "product" and writer.rows is not None
+        and not {kinds[name] for name in writer.path}.isdisjoint(("attention", "product", "multiply"))
+    ]  # fmt: skip
+    made_here = {writer.call.operation for _, writer in moving}
     readers: dict[tuple[int, int], set[str]] = {}  # of each row
     for call, writer in pairs:
-        rows = range(writer.call.output_shape[-1]) if writer.rows is None else writer.rows.indices()
-        for row in rows:
-            readers.setdefault((writer.call.operation, row), set()).add(call.parameter)
+        if writer.call.operation in made_here:
+            rows = range(writer.call.output_shape[-1]) if writer.rows is None else writer.rows.indices()
+            for row in rows:
+                readers.setdefault((writer.call.operation, row), set()).add(call.parameter)
     found: dict[PairFold, None] = {}
-    for call, writer in pairs:
+    for call, writer in moving:
         made, names = writer.call, (_owner(writer.call.parameter), _owner(call.parameter))
-        between = {kinds[name] for name in writer.path} & {"attention", "product", "multiply"}
-        if writer.exactness != "exact" or made.kind != "product" or writer.rows is None or not between:
-            continue
-        span = writer.rows.span
+        span = writer.rows.span if writer.rows is not None else None
         if (
             span is None
             or any(len(readers[made.operation, row]) > 1 for row in range(*span))
@@ -200,17 +204,17 @@ def pair_folds(model: nn.Module, graph: Graph) -> list[PairFold]:
 
 def _writes_exactly(fold: PairFold, graph: Graph) -> bool:
     """Whether a scale of the writer's rows reaches the reader unchanged."""
-    reads = [call for call in graph.products if call.parameter.rpartition(".")[0] == fold.reader]
+    reads = [call for call in graph.products if _owner(call.parameter) == fold.reader]
     order = fold.to_reader(torch.arange(*fold.rows)).tolist()  # the row behind each column, as the fold has it
     for call in reads:
         writers = graph.writers(call)
-        mine = [w for w in writers if w.call.kind != "bias" and w.call.parameter.rpartition(".")[0] == fold.writer]
+        mine = [w for w in writers if w.call.kind != "bias" and _owner(w.call.parameter) == fold.writer]
         exact = all(w.exactness == "exact" and order in _orders(graph, call, w) for w in mine)
         # A bias outside the writer would not be scaled.
         biases = [c for w in mine for c in graph.at(w.call.operation)] + [
             w.call for w in writers if w.exactness == "exact"
         ]
-        strange = any(c.kind == "bias" and c.parameter.rpartition(".")[0] != fold.writer for c in biases)
+        strange = any(c.kind == "bias" and _owner(c.parameter) != fold.writer for c in biases)
         if not mine or not exact or strange:
             return False
     return bool(reads)
