@@ -123,7 +123,8 @@ class VisualQuestionAnswering(ImageRows):
         if self.augment and model.training:
             batch = {**batch, "pixels": augment(batch["pixels"])}
         answers = int((batch["labels"] != _IGNORED).sum(1).max())  # they end the padded rows
-        scores = model(**self.inputs(batch)[0], logits_to_keep=answers + 1).logits[:, :-1]
+        logits = model(**self.inputs(batch)[0], logits_to_keep=answers + 1).logits  # some models give all (BLIP-2)
+        scores = logits[:, -answers - 1 : -1]
         wanted = batch["labels"][:, -answers:]
         return F.cross_entropy(scores.flatten(0, 1).float(), wanted.flatten(), ignore_index=_IGNORED)
 
