@@ -64,15 +64,18 @@ class Moments:
             x, errors = (_joined(each) for each in zip(*self.waiting, strict=True))
             assert x is not None
             self.waiting = []
+            # No product of two columns exceeds the product of their lengths.
+            lengths = [each.square().sum(0) for each in (x, errors) if each is not None]
+            if not all(bool(torch.isfinite(each).all()) for each in lengths):
+                raise InputError(
+                    f"{self.name} received NaN or infinite values; check the weights and the calibration data"
+                )
             self.square = self._add(self.square, x, x)
             if errors is not None:
                 self.cross = self._add(self.cross, x, errors)
 
     def _add(self, total: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
         """Products in float32, sums in float64, some rows at a time: a matrix of inputs by inputs can be large."""
-        # No product of two columns exceeds the product of their lengths.
-        if not all(bool(torch.isfinite(each.square().sum(0)).all()) for each in (x, y)):
-            raise InputError(f"{self.name} received NaN or infinite values; check the weights and the calibration data")
         if total is None:  # on CPU where the device has no float64
             device = "cpu" if x.device.type == "mps" else x.device
             total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=device)

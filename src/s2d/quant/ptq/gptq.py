@@ -284,9 +284,9 @@ class Moments(corrections.Moments):
 
     def add_up(self, groups: Groups) -> None:
         """Add the sums of other ranks, which saw other tokens of the same layer."""
-        self.settle()
         if not groups:
             return
+        self.settle()
         assert self.square is not None
         self.count = int(all_reduce(torch.tensor(self.count, device=self.square.device), groups))
         all_reduce(self.square, groups)
