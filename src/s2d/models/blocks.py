@@ -36,16 +36,16 @@ def find_blocks(tracer: Tracer, graph: Graph) -> list[Blocks]:
     spans = [range(run.first, run.last) for run in tracer.runs]
     layers = [sum(op in work for op in span) for span in spans]
     adding = {i for i, span in enumerate(spans) if layers[i] and _adds_to_stream(graph, span)}
-    rows: dict[str, list[int]] = {}
+    children: dict[str, list[int]] = {}
     for index, run in enumerate(tracer.runs):
         parts = any(True for _ in tracer.by_path[run.path].children())
         if run.path and (layers[index] > 1 or (layers[index] and parts) or index in adding):
-            rows.setdefault(run.path.rpartition(".")[0], []).append(index)
+            children.setdefault(run.path.rpartition(".")[0], []).append(index)
     # Some blocks of a list hold more than one layer (the convolutions between Twins' stages hold one); in the simplest
     # models, a row of Linears with their activations, none does.
-    by_owner = {owner: [i for i in runs if layers[i] > 1 or i in adding] for owner, runs in rows.items()
+    by_owner = {owner: [i for i in runs if layers[i] > 1 or i in adding] for owner, runs in children.items()
                 if max(layers[i] for i in runs) > 1}  # fmt: skip
-    single = {owner: runs for owner, runs in rows.items() if owner not in by_owner}
+    single = {owner: runs for owner, runs in children.items() if owner not in by_owner}
     if not by_owner:
         by_owner, single = single, {}
     _drop_stages(tracer, by_owner, spans, work)
