@@ -5,7 +5,8 @@
 
 A model is NAME:SEED=FOLDER, a fine-tuned text classifier (`s2d condition`, an arm of `s2d run`), or NAME:SEED=FILE.pt,
 a DINOv2-small that `benchmarks/vision.py` trained (then --data is the folder of CIFAR-10's tables). Each is exported by
-torch.onnx.export at opset 20 and by ``s2d export --for any --calibration-set``, and quantized by onnxruntime's
+torch.onnx.export at opset 20 (as it is, and mended by `s2d doctor --fix` with the first calibration batch) and by
+``s2d export --for any --calibration-set``, and quantized by onnxruntime's
 `quantize_static` (QDQ, min-max, one range a tensor) and by NNCF, both at their defaults, with the same 128 training
 texts or 64 images. Scores are accuracies on the same test rows, by onnxruntime; --rows spreads so many over the file.
 A score is a file in --out: a call that is repeated goes on. A quantizer that fails is a line with the reason.
@@ -27,6 +28,7 @@ from peers.by_nncf import by_nncf
 from peers.by_onnxruntime import by_onnxruntime
 from peers.contract import rows
 
+from s2d.export import onnx_doctor
 from s2d.export.conditioned import export_conditioned, find_compiler
 from s2d.export.onnx import OnnxModel, write_onnx
 from s2d.io.files import read_json, write_json
@@ -34,8 +36,7 @@ from s2d.io.provenance import run_metadata
 
 OPSET, PADDED = 20, 16
 FULL = "full precision"
-FILES = {"torch's file": "torch", "s2d's file": "model"}
-
+FILES = {"torch's file": "torch", "torch's file mended": "mended", "s2d's file": "model"}
 
 QUANTIZERS = {"onnxruntime": by_onnxruntime, "nncf": by_nncf}
 
@@ -71,6 +72,8 @@ def scored(bed: Bed, folder: Path, missing: list[tuple[str, str]]) -> Iterator[t
     """Export once, then quantize and score what is missing: the accuracy, or the last line of the failure."""
     export_conditioned(bed.model, folder, compiler=find_compiler("any"), inputs=bed.calibration)
     write_onnx(bed.model, bed.calibration[0], folder / "torch.onnx", opset=OPSET)
+    feed = {name: value.numpy() for name, value in bed.calibration[0].items()}
+    onnx_doctor.fix(folder / "torch.onnx", folder / "mended.onnx", feed)
     with np.load(folder / "calibration.npz") as held:
         examples = {name: torch.from_numpy(held[name]) for name in held.files}
     for file, way in missing:

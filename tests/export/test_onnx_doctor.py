@@ -14,8 +14,10 @@ from s2d.errors import InputError
 onnx = pytest.importorskip("onnx", reason='onnx is not installed: pip install "s2d[export]"')
 runtime = pytest.importorskip("onnxruntime", reason='onnxruntime is not installed: pip install "s2d[export]"')
 
-from s2d.cli import main  # noqa: E402  (after the libraries that it needs)
-from s2d.export import onnx_doctor  # noqa: E402  (after the libraries that it needs)
+from tests.export.static_quantizer import in_8_bits  # noqa: E402  (after the libraries that it needs)
+
+from s2d.cli import main  # noqa: E402
+from s2d.export import onnx_doctor  # noqa: E402
 
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 LOWEST = float(np.finfo(np.float32).min)
@@ -165,3 +167,97 @@ def test_the_command_names_what_it_finds_and_mends_it(tmp_path: Path, capsys: py
     assert "nothing found" in capsys.readouterr().out
     assert main(["doctor", "--fix", str(fixed)]) == 2
     assert "name it: s2d doctor MODEL.onnx" in capsys.readouterr().err
+
+
+def layers(weight_CC: Any, bias_C: Any, *, fixed_rows: int = 0) -> Any:
+    """``x [batch, tokens, 8]``: ``h = x W + b``, ``y = norm(x + h)``."""
+    node, tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
+    gain = np.ones(8, np.float32)
+    gain[5] = 0.01  # as trained norms have it: the channel is large, not its effect
+    held = [
+        tensor(weight_CC, "weight"),
+        tensor(bias_C, "bias"),
+        tensor(gain, "gain"),
+        tensor(np.eye(8, dtype=np.float32), "eye"),
+        tensor(np.array([fixed_rows or -1, 5, 8], np.int64), "shape"),
+    ]
+    nodes = [
+        node("Reshape", ["x", "shape"], ["shaped"]),
+        node("MatMul", ["shaped", "weight"], ["product"]),
+        node("Add", ["product", "bias"], ["h"]),
+        node("Add", ["shaped", "h"], ["sum"]),
+        node("LayerNormalization", ["sum", "gain"], ["normed"], axis=-1),
+        node("MatMul", ["normed", "eye"], ["y"]),
+    ]
+    inputs = [onnx.helper.make_tensor_value_info("x", FLOAT, ["batch", 5, 8])]
+    outputs = [onnx.helper.make_tensor_value_info("y", FLOAT, None)]
+    graph = onnx.helper.make_graph(nodes, "layers", inputs, outputs, held)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+
+
+def lost_by_8_bits(path: Path, x: Any) -> float:
+    """How far onnxruntime's static quantizer takes a file's outputs, over their length."""
+    torch = pytest.importorskip("torch")
+    before = run(path, {"x": x})[0]
+    after = run(in_8_bits(path, {"x": torch.from_numpy(x)}), {"x": x})[0]
+    return float(np.linalg.norm(after - before) / np.linalg.norm(before))
+
+
+@pytest.mark.parametrize("spoiled", ["stream", "channels"])
+def test_a_large_channel_is_named_and_the_mended_file_quantizes_better(spoiled: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weight, bias = random.standard_normal((8, 8)).astype(np.float32) / 3, np.zeros(8, np.float32)
+    if spoiled == "stream":
+        bias[5] = 200.0
+    else:
+        weight[:, 5] *= 100.0
+    file, fixed, x = tmp_path / "a.onnx", tmp_path / "b.onnx", random.standard_normal((4, 5, 8)).astype(np.float32)
+    onnx.save(layers(weight, bias), file)
+    found = onnx_doctor.examine(onnx_doctor.open_file(file), {"x": x})
+    named = {each.where: each for each in found}
+    assert {each.kind for each in found} == {spoiled, "stream", *({"activation"} if spoiled == "channels" else ())}
+    assert (
+        "channel 5" in named["sum"].text and f"{np.abs((x @ weight + bias + x)[..., 5]).max():.3g}" in named["sum"].text
+    )
+    _, apart = onnx_doctor.fix(file, fixed)
+    assert apart <= 1e-5
+    np.testing.assert_allclose(run(fixed, {"x": x})[0], run(file, {"x": x})[0], atol=1e-4)
+    assert onnx_doctor.examine(onnx_doctor.open_file(fixed), {"x": x}) == []
+    before, after = lost_by_8_bits(file, x), lost_by_8_bits(fixed, x)
+    assert after < 0.5 * before, (before, after)
+
+
+def test_constants_that_are_nodes_are_constants(tmp_path: Path) -> None:
+    bias = np.zeros(8, np.float32)
+    bias[5] = 200.0
+    model = layers(np.eye(8, dtype=np.float32), bias)
+    for held in list(model.graph.initializer):
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [held.name], value=held))
+    del model.graph.initializer[:]
+    onnx.save(model, tmp_path / "a.onnx")
+    feed = {"x": np.ones((1, 5, 8), np.float32)}
+    kinds = {each.where: each.kind for each in onnx_doctor.examine(model, feed)}
+    assert kinds["sum"] == "stream"
+    onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert onnx_doctor.examine(onnx_doctor.open_file(tmp_path / "b.onnx"), feed) == []
+
+
+def test_inputs_are_given_where_none_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, inputs, told = (tmp_path / name for name in ("a.onnx", "x.npz", "told.json"))
+    onnx.save(layers(np.eye(8, dtype=np.float32), np.zeros(8, np.float32), fixed_rows=3), file)
+    assert main(["doctor", str(file), "--json", str(told)]) == 0
+    assert "activations were not looked at" in capsys.readouterr().out
+    assert "--inputs FILE.npz" in json.loads(told.read_text())["omitted"]
+    assert main(["doctor", str(file), "--fix", str(tmp_path / "b.onnx")]) == 2
+    x = np.ones((3, 5, 8), np.float32)
+    x[..., 2] = 50.0
+    np.savez(inputs, x=x)
+    capsys.readouterr()
+    assert main(["doctor", str(file), "--inputs", str(inputs)]) == 0
+    assert "stream: h: channel 2 reaches 50, 50 times" in capsys.readouterr().out
+    np.savez(inputs, other=x)
+    assert main(["doctor", str(file), "--inputs", str(inputs)]) == 2
+    assert "reads x, which the inputs lack" in capsys.readouterr().err
+    inputs.write_bytes(b"nothing")
+    assert main(["doctor", str(file), "--inputs", str(inputs)]) == 2
+    assert "cannot be read as inputs" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,8 @@ from s2d.commands.shared import (
 )
 from s2d.errors import InputError
 
+SHOWN = 4  # findings of a kind, the worst first
+
 
 @command(app, example="s2d doctor model.onnx --fix mended.onnx")
 def doctor(
@@ -39,19 +42,29 @@ def doctor(
     fix: Annotated[
         Path | None, typer.Option(metavar="OUT.onnx", help="Also write a repaired file that computes the same.")
     ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="Real inputs, an array a name as the file reads them (`calibration.npz` of s2d export "
+            "--calibration-set); random ones otherwise.",
+        ),
+    ] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """List what is installed here and how to get the rest; of an ONNX file, what spoils static quantization.
 
-    The file may come from any exporter. What is found: mask constants that leave a single code for all scores, weights
-    with one large channel, constants that serve two purposes, an opset without the scales that are needed.
+    The file may come from any exporter. What is found: mask constants that leave a single code for all scores,
+    activations and weights with one large channel, constants that serve two purposes, an opset without the scales that
+    are needed. --fix bounds masks, keeps a residual stream with large channels in full precision, and scales the
+    columns of weights with a large one to one size.
     """
     if file is not None:
-        _file(file, fix, json_file, quiet)
+        _file(file, fix, inputs, json_file, quiet)
         return
-    if fix is not None:
-        raise InputError("--fix repairs a file; name it: s2d doctor MODEL.onnx --fix OUT.onnx")
+    if fix is not None or inputs is not None:
+        raise InputError("--fix and --inputs are for a file; name it: s2d doctor MODEL.onnx --fix OUT.onnx")
     found = examine()
     if json_file is not None:
         save_json(json_file, found)
@@ -64,20 +77,35 @@ def doctor(
         show(table)
 
 
-def _file(file: Path, fix: Path | None, json_file: Path | None, quiet: bool) -> None:
+def _file(file: Path, fix: Path | None, inputs: Path | None, json_file: Path | None, quiet: bool) -> None:
     check_file(fix)
     check_file(json_file)
     from s2d.export import onnx_doctor
 
-    findings = onnx_doctor.examine(onnx_doctor.open_file(file))
-    mended = None if fix is None else onnx_doctor.fix(file, fix)
+    model = onnx_doctor.open_file(file)
+    given = None if inputs is None else onnx_doctor.read_inputs(inputs, model)
+    unseen = ""
+    try:
+        findings = onnx_doctor.examine(model, given or onnx_doctor.inputs_for(model), file)
+    except InputError as error:
+        if given is not None:
+            raise
+        unseen = f"activations were not looked at: {error}; give real inputs with --inputs FILE.npz"
+        findings = onnx_doctor.examine(model)
+    mended = None if fix is None else onnx_doctor.fix(file, fix, given)
     if json_file is not None:
-        content = {"file": str(file), "findings": [each.to_dict() for each in findings]}
+        content = {"file": str(file), "findings": [each.to_dict() for each in findings], "omitted": unseen}
         if mended is not None:
             content["fixed"] = {"file": str(fix), "mask": -mended[0], "outputs_moved": mended[1]}
         save_json(json_file, content)
-    for each in findings:
-        say(quiet, f"{each.kind}: {each.where}: {each.text} ({each.fixed_by})")
+    for kind, alike in groupby(findings, key=lambda each: each.kind):
+        found = list(alike)
+        for each in found[:SHOWN]:
+            say(quiet, f"{kind}: {each.where}: {each.text} ({each.fixed_by})")
+        if len(found) > SHOWN:
+            say(quiet, f"{kind}: {len(found) - SHOWN} more; all of them: --json FILE")
+    if unseen:
+        say(quiet, unseen)
     if not findings:
         say(quiet, f"{file}: nothing found that spoils a range")
     if mended is not None:

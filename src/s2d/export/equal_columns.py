@@ -17,11 +17,12 @@ from s2d.optional import require
 MOST = 64.0  # a smaller column, or one of zeros, is not scaled further: its outputs do not count
 
 
-def equal_columns(model: Any) -> int:
+def equal_columns(model: Any, beyond: float = 1.0) -> int:
     """Scale the columns of constant weights of MatMul to the largest one, and divide behind the product.
 
     Args:
         model: An ONNX ``ModelProto``, its constants initializers; changed.
+        beyond: Only weights whose largest column is more than so many times the median one.
 
     Returns:
         The products that were rewritten.
@@ -35,7 +36,7 @@ def equal_columns(model: Any) -> int:
             continue
         weight_IO = onnx.numpy_helper.to_array(held[node.input[1]])
         largest_O = np.abs(weight_IO).max(0)
-        if largest_O.max() == largest_O.min():
+        if largest_O.max() <= beyond * np.median(largest_O) or largest_O.max() == largest_O.min():
             continue
         scale_O = largest_O.max() / np.maximum(largest_O, largest_O.max() / MOST)
         weight, scale, wide = (f"columns_{count}.{what}" for what in ("weight", "scale", "wide"))

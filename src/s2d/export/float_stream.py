@@ -31,9 +31,28 @@ def keep_stream(model: Any) -> int:
         The nodes that were rewritten.
     """
     onnx = require("onnx", "export")
-    nodes = list(model.graph.node)
-    floats = [each for each in model.graph.initializer if each.data_type == onnx.TensorProto.FLOAT]
-    held = {each.name: each for each in floats}
+    held = _floats(model)
+    found = {node.output[0] for node in stream_nodes(model)}
+    if not found:
+        return 0
+    written, made = [], []
+    for index, node in enumerate(model.graph.node):
+        if node.output and node.output[0] in found:
+            values = {name: onnx.numpy_helper.to_array(held[name]) for name in node.input if name in held}
+            written += _instead(node, f"stream_{index}", values, made)
+        else:
+            written.append(node)
+    put_nodes(model, written, made)
+    return len(found)
+
+
+def stream_nodes(model: Any) -> list[Any]:
+    """The nodes that make the residual stream: sums that a norm reads, these norms, biases and scales of branches.
+
+    Args:
+        model: An ONNX ``ModelProto``, its constants initializers.
+    """
+    nodes, held = list(model.graph.node), _floats(model)
     made_by = {name: node for node in nodes for name in node.output}
     readers: dict[str, list[Any]] = {}
     for node in nodes:
@@ -54,7 +73,7 @@ def keep_stream(model: Any) -> int:
         node for node in nodes if node.op_type == "Add" and node.output[0] in read and not set(node.input) & {*held}
     ]
     if not sums:
-        return 0
+        return []
     chosen = [*norms, *sums]
     for node in sums:
         for name in node.input:
@@ -67,16 +86,13 @@ def keep_stream(model: Any) -> int:
         for node in nodes
         if vector(node, ("Add",)) and getattr(made_by.get(computed(node)), "op_type", "") in _LINEAR
     ]
-    found = {id(node) for node in chosen}
-    written, made = [], []
-    for index, node in enumerate(nodes):
-        if id(node) in found:
-            values = {name: onnx.numpy_helper.to_array(held[name]) for name in node.input if name in held}
-            written += _instead(node, f"stream_{index}", values, made)
-        else:
-            written.append(node)
-    put_nodes(model, written, made)
-    return len(found)
+    return chosen
+
+
+def _floats(model: Any) -> dict[str, Any]:
+    """The initializers in float32, by name."""
+    floats = require("onnx", "export").TensorProto.FLOAT
+    return {each.name: each for each in model.graph.initializer if each.data_type == floats}
 
 
 def _instead(node: Any, name: str, held: dict[str, np.ndarray], made: list[Any]) -> list[Any]:

@@ -3,13 +3,15 @@
 Static quantizers give every tensor one range, from its smallest to its largest value. Exporters write a mask as a
 constant of -3.4e38 (or minus infinity) that is added to the scores of attention: the range of the masked scores is then
 so wide that all scores are one code. A softmax does not tell -3.4e38 from -100 behind scores of ordinary size, so the
-constant can be bounded; the file is run before and after to see that it computes the same.
+constant can be bounded; the file is run before and after to see that it computes the same. Run on inputs, the file also
+shows activations with a channel that is many times the others. Where the residual stream makes them, it can be kept in
+full precision (see `float_stream`); weights with one large column can have columns of one size (see `equal_columns`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,20 @@ from typing import Any
 import numpy as np
 
 from s2d.errors import InputError, first_line
+from s2d.export.equal_columns import equal_columns
+from s2d.export.float_stream import keep_stream
+from s2d.export.onnx_activations import outputs_of, wide_activations
+from s2d.export.onnx_nodes import CARRIERS, constants_held
 from s2d.optional import require
 
 HUGE = 1e4  # no score of an attention is that large; masks in float16 are -65504
 BOUNDS = (100.0, 1000.0, 10000.0)  # exp(-100) is 4e-44; the later ones are for models whose scores are enormous
 SAME = 1e-6
+SAME_SUMS = 1e-5  # where sums and products are rewritten: float32 in another order
 OUTLIER = 8.0  # largest channel over the median one: under one range 3 bits of the others are gone
-OLDEST, NEEDED = 13, 21  # opsets: a scale per channel; codes of 4 bits and blocks
-# Operators that hand a constant on to the scores: arithmetic of masks, and what changes shapes.
-_ARITHMETIC = ("Where", "Mul", "Add", "Sub", "Min", "Max", "Clip", "Neg", "Cast", "CastLike", "Identity", "Trilu")
-_SHAPES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Slice", "Concat", "Tile", "Transpose", "Split", "Flatten")
-_CARRIES = frozenset((*_ARITHMETIC, *_SHAPES, "Gather", "GatherND", "ScatterND", "ConstantOfShape"))
+# Opsets: a scale per channel; norms as nodes; codes of 4 bits and blocks.
+OLDEST, NORMS, NEEDED = 13, 17, 21
+ROWS = 16  # of given inputs: each inner tensor of theirs is held at once
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,9 @@ class Finding:
     """One thing that spoils a range.
 
     Attributes:
-        kind: ``"mask"``, ``"channels"``, ``"shared"`` or ``"opset"``.
-        where: The constant, the weight, or the opset.
+        kind: ``"mask"``, ``"channels"``, ``"activation"``, ``"stream"`` (an activation that the residual stream makes),
+            ``"shared"`` or ``"opset"``.
+        where: The constant, the weight, the activation, or the opset.
         text: The problem and its effect, in one line.
         fixed_by: ``"--fix"``, or another remedy.
     """
@@ -86,13 +92,21 @@ def open_file(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{source} cannot be read as ONNX: {first_line(error)}") from error
 
 
-def examine(model: Any) -> list[Finding]:
+def examine(
+    model: Any, feed: Mapping[str, np.ndarray] | None = None, path: str | os.PathLike[str] = "the file"
+) -> list[Finding]:
     """What spoils the static ranges of a model.
 
     Args:
         model: An ONNX ``ModelProto`` with its weights.
+        feed: Inputs by name, to look at activations too.
+        path: Name of the file, for messages.
+
+    Raises:
+        InputError: The model does not run on the inputs.
     """
-    return [*_masks_found(model), *_channels(model), *_shared(model), *_opset(model)]
+    wide = () if feed is None else _wide(model, feed, path)
+    return [*_masks_found(model), *wide, *_channels(model), *_shared(model), *_opset(model)]
 
 
 def mend(model: Any, bound: float = BOUNDS[0]) -> Any:
@@ -126,12 +140,15 @@ def mend(model: Any, bound: float = BOUNDS[0]) -> Any:
     return made
 
 
-def fix(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[float, float]:
+def fix(
+    path: str | os.PathLike[str], target: str | os.PathLike[str], feed: Mapping[str, np.ndarray] | None = None
+) -> tuple[float, float]:
     """Write a repaired file that computes the same.
 
     Args:
         path: The file.
         target: Path of the repaired file.
+        feed: Inputs by name, on which the files are compared; made where none are given.
 
     Returns:
         The bound of the masks, and how far outputs are apart, relative to their largest value.
@@ -141,19 +158,45 @@ def fix(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[f
     """
     onnx = require("onnx", "export")
     model = open_file(path)
-    feed = inputs_for(model)
-    before = _outputs(model, feed, path)
+    feed = inputs_for(model) if feed is None else feed
+    before = outputs_of(model, feed, path)
+    kinds = {each.kind for each in examine(model, feed, path)}
+    # The stream's norms are rewritten in float64, which ONNX has since opset 17.
+    rewritten = kinds & ({"stream", "channels"} if _version(model) >= NORMS else {"channels"})
     apart = float("inf")
     for bound in BOUNDS:
         made = mend(model, bound)
-        apart = _apart(before, _outputs(made, feed, target))
-        if apart <= SAME:
+        if rewritten:
+            made = constants_held(made)
+            if "stream" in rewritten:
+                keep_stream(made)
+            equal_columns(made, beyond=OUTLIER)
+        del made.graph.value_info[
+            :
+        ]  # an exporter's shapes of inner tensors: quantizers infer their own, and stop where they differ
+        apart = _apart(before, outputs_of(made, feed, target))
+        if apart <= (SAME_SUMS if rewritten else SAME):
             onnx.save(made, os.fspath(target))
             return bound, apart
     raise InputError(
         f"{target} was not written: with masks of {-BOUNDS[-1]:.0f} outputs of {path} still move by {apart:.1e}; "
         "its scores are larger than that, so leave its attention out of the quantizer (nodes_to_exclude)"
     )
+
+
+def read_inputs(path: str | os.PathLike[str], model: Any) -> dict[str, np.ndarray]:
+    """The first rows of a file of inputs, an array a name; as many as a model with a fixed batch reads.
+
+    Raises:
+        InputError: No such file, or not one that numpy wrote with arrays of numbers.
+    """
+    first = [each.type.tensor_type.shape.dim for each in model.graph.input]
+    fixed = [sizes[0].dim_value for sizes in first if sizes and sizes[0].dim_value > 0]
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return {name: held[name][: min(fixed, default=ROWS)] for name in held.files}
+    except Exception as error:  # numpy's and zip's own
+        raise InputError(f"{path} cannot be read as inputs: {first_line(error)}; give an .npz of arrays") from error
 
 
 def inputs_for(model: Any, batch: int = 2, length: int = 16) -> dict[str, np.ndarray]:
@@ -185,21 +228,10 @@ def inputs_for(model: Any, batch: int = 2, length: int = 16) -> dict[str, np.nda
     return feed
 
 
-def _outputs(model: Any, feed: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> list[np.ndarray]:
-    from s2d.export.onnx import session
-
-    run = session(Path(path), content=model.SerializeToString())
-    try:
-        return [np.asarray(each) for each in run.run(None, {each.name: feed[each.name] for each in run.get_inputs()})]
-    except Exception as error:  # onnxruntime's own
-        raise InputError(
-            f"{path} does not run on inputs made for it, so no fix is checked: {first_line(error)}"
-        ) from error
-
-
-def _apart(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float:
+def _apart(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> float:
     found = 0.0
-    for a, b in zip(before, after, strict=True):
+    for name, a in before.items():
+        b = after[name]
         if np.issubdtype(a.dtype, np.floating):
             found = max(found, float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-12)))
     return found if np.isfinite(found) else float("inf")
@@ -235,7 +267,7 @@ def _masks(model: Any) -> Iterator[tuple[_Constant, list[Any], list[Any]]]:
     def reaches(node: Any, seen: set[str]) -> bool:
         if node.op_type == "Softmax":
             return True
-        if node.op_type not in _CARRIES:
+        if node.op_type not in CARRIERS:
             return False
         for output in node.output:
             if output not in seen:
@@ -268,6 +300,20 @@ def _masks_found(model: Any) -> Iterator[Finding]:
         )
 
 
+def _wide(model: Any, feed: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> Iterator[Finding]:
+    """Activations with one channel so large that a range for the whole tensor leaves little to the others."""
+    for each in wide_activations(model, feed, OUTLIER, path):
+        yield Finding(
+            "stream" if each.in_stream else "activation",
+            each.name,
+            f"channel {each.channel} reaches {each.largest:.3g}, {each.ratio:.0f} times the median one ("
+            f"{each.operator}): one range for the tensor takes {np.log2(each.ratio):.1f} bits from the others",
+            "--fix keeps the stream in floats"
+            if each.in_stream
+            else "s2d condition, before the export; or leave its readers out of the quantizer",
+        )
+
+
 def _channels(model: Any) -> Iterator[Finding]:
     """Weights of products with one channel so large that a range for the whole tensor leaves little to the others."""
     onnx = require("onnx", "export")
@@ -289,7 +335,9 @@ def _channels(model: Any) -> Iterator[Finding]:
                 tensor.name,
                 f"channel {int(largest.argmax())} is {ratio:.0f} times as large as the median one: one range for the "
                 f"tensor takes {np.log2(ratio):.1f} bits from the others",
-                "a scale per channel (per_channel=True in onnxruntime)",
+                "--fix gives columns one size"
+                if node.op_type == "MatMul" and len(tensor.dims) == 2
+                else "a scale per channel (per_channel=True in onnxruntime)",
             )
 
 

@@ -1,4 +1,4 @@
-"""Other nodes in the place of an ONNX graph's."""
+"""Nodes of ONNX graphs: others in their place, and what constants are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from s2d.optional import require
+
+# Operators that hand a constant on to the scores: arithmetic of masks, and what changes shapes.
+_ARITHMETIC = ("Where", "Mul", "Add", "Sub", "Min", "Max", "Clip", "Neg", "Cast", "CastLike", "Identity", "Trilu")
+_SHAPES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Slice", "Concat", "Tile", "Transpose", "Split", "Flatten")
+CARRIERS = frozenset((*_ARITHMETIC, *_SHAPES, "Gather", "GatherND", "ScatterND", "ConstantOfShape"))
 
 
 def put_nodes(model: Any, nodes: Iterable[Any], constants: Iterable[Any] = ()) -> None:
@@ -26,6 +31,29 @@ def put_nodes(model: Any, nodes: Iterable[Any], constants: Iterable[Any] = ()) -
     for index in reversed(range(len(graph.initializer))):  # in place: weights are not copied
         if graph.initializer[index].name not in read:
             del graph.initializer[index]
+
+
+def constants_held(model: Any) -> Any:
+    """A copy of a model whose constants are initializers, not Constant nodes.
+
+    Args:
+        model: An ONNX ``ModelProto``.
+    """
+    onnx = require("onnx", "export")
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    nodes, constants = [], []
+    for node in made.graph.node:
+        tensor = next((each.t for each in node.attribute if each.name == "value"), None)
+        if node.op_type != "Constant" or tensor is None:
+            nodes.append(node)
+            continue
+        constants.append(onnx.TensorProto())
+        constants[-1].CopyFrom(tensor)
+        constants[-1].name = node.output[0]
+    if constants:
+        put_nodes(made, nodes, constants)
+    return made
 
 
 def _read(nodes: Iterable[Any]) -> Iterator[str]:
