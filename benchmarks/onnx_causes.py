@@ -81,6 +81,12 @@ def distance(found: Any, expected: Any) -> float:
     return float(100.0 * (a - b).norm() / b.norm())
 
 
+def record(model: str, what: str, metric: str, value: float) -> dict[str, Any]:
+    """One cell of the table, in the report's schema."""
+    where = {"task": "one random batch", "model": model, "conditioning": "none", "spec": "w8a8", "metric": metric}
+    return {**where, "what": what, "value": value}
+
+
 def main() -> None:
     """Export, examine, quantize, print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -97,7 +103,7 @@ def main() -> None:
                 feed = {name: value.numpy() for name, value in batch.items()}
                 found = onnx_doctor.examine(onnx_doctor.open_file(path), feed, path)
                 kinds = {kind: sum(each.kind == kind for each in found) for kind in KINDS}
-                records += [{"model": name, "what": f"{kind} found", "value": count} for kind, count in kinds.items()]
+                records += [record(name, f"{kind} found", "places", count) for kind, count in kinds.items()]
                 whole = OnnxModel(path)(**batch)
                 mended = path.with_suffix(".fixed.onnx")
                 onnx_doctor.fix(path, mended, feed)
@@ -106,7 +112,7 @@ def main() -> None:
                     value = distance(OnnxModel(path.with_suffix(".int8.onnx"))(**batch), whole)
                     if not math.isfinite(value):
                         raise ValueError(f"{what}: outputs that are not finite")
-                    records.append({"model": name, "what": what, "value": round(value, 2)})
+                    records.append(record(name, what, "distance", round(value, 2)))
             except Exception as error:  # exporters and quantizers have classes of their own
                 failed.append(f"{name}: {type(error).__name__}: {first_line(error)}")
                 print(failed[-1], flush=True)
