@@ -76,8 +76,9 @@ def test_masks_are_named_and_bounded(lowest: float, how: str, tmp_path: Path) ->
     onnx.save(attention(lowest=lowest, how=how), tmp_path / "a.onnx")
     (found,) = onnx_doctor.examine(onnx_doctor.open_file(tmp_path / "a.onnx"))
     assert (found.kind, found.where, found.fixed_by) == ("mask", "lowest", "--fix bounds it")
-    bound, apart = onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
-    assert bound == 100.0 and apart <= 1e-6
+    repair = onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert (repair.masks, repair.bound, repair.stream, repair.columns) == (1, 100.0, 0, 0) and repair.moved <= 1e-6
+    assert str(repair).startswith("1 mask constants at -100; outputs moved by")
     assert onnx_doctor.examine(onnx_doctor.open_file(tmp_path / "b.onnx")) == []
     random = np.random.default_rng(1)
     mask = np.ones((3, 7), np.int64)
@@ -88,8 +89,8 @@ def test_masks_are_named_and_bounded(lowest: float, how: str, tmp_path: Path) ->
 
 def test_scores_that_are_larger_than_the_bound_get_a_larger_one(tmp_path: Path) -> None:
     onnx.save(attention(lowest=LOWEST, scale=20.0), tmp_path / "a.onnx")
-    bound, apart = onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
-    assert bound > 100.0 and apart <= 1e-6
+    repair = onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert repair.bound > 100.0 and repair.moved <= 1e-6
 
 
 def test_scores_that_no_bound_is_good_for_are_refused(tmp_path: Path) -> None:
@@ -115,6 +116,69 @@ def test_one_large_channel_and_an_old_opset_are_named(tmp_path: Path) -> None:
     channels, opset = onnx_doctor.examine(model)
     assert channels.kind == "channels" and "channel 5 is 32 times" in channels.text and "5.0 bits" in channels.text
     assert opset.kind == "opset" and "need 21" in opset.text
+
+
+@pytest.mark.parametrize("kind", ["quantized", "values", "half", "twice", "branch"])
+def test_what_cannot_be_mended_or_seen_is_said(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    weight[:, 5] *= 100.0
+    model = layers(weight, np.zeros(8, np.float32))
+    product = next(each for each in model.graph.node if each.op_type == "MatMul")
+    held = next(each for each in model.graph.initializer if each.name == product.input[1])
+    if kind == "quantized":
+        for name in ("scale", "zero"):
+            value = np.float32(0.1) if name == "scale" else np.uint8(0)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
+        model.graph.node.insert(0, onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["codes"]))
+        expected = ["quantized: 1 nodes: the file is quantized already"]
+    elif kind == "values":
+        weight[2, 5] = np.nan
+        held.CopyFrom(onnx.numpy_helper.from_array(weight, held.name))
+        expected = [f"values: {held.name}: 1 values are not finite"]
+    elif kind == "half":
+        half = onnx.numpy_helper.from_array(weight.astype(np.float16), "half")
+        model.graph.initializer.append(half)
+        model.graph.node.append(onnx.helper.make_node("MatMul", ["halves", "half"], ["other"]))
+        model.graph.input.append(onnx.helper.make_tensor_value_info("halves", onnx.TensorProto.FLOAT16, [2, 8]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT16, [2, 8]))
+        expected = ["channels: half: channel 5", "(a scale per channel (per_channel=True in onnxruntime))"]
+    elif kind == "twice":
+        model.graph.node.append(onnx.helper.make_node("MatMul", ["x", held.name], ["other"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, None))
+        expected = [f"channels: {held.name}: channel 5"]
+    else:
+        floats = [onnx.helper.make_tensor_value_info("branch", onnx.TensorProto.FLOAT, None)]
+        inner = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["branch"])], "inner", [], floats)
+        either = onnx.helper.make_node("If", ["which"], ["other"], then_branch=inner, else_branch=inner)
+        model.graph.node.append(either)
+        model.graph.input.append(onnx.helper.make_tensor_value_info("which", onnx.TensorProto.BOOL, []))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, None))
+        expected = ["2 nodes in branches and loops were not looked at"]
+    onnx.save(model, tmp_path / "a.onnx")
+    assert main(["doctor", str(tmp_path / "a.onnx")]) == 0
+    said = capsys.readouterr().out
+    for each in expected:
+        assert said.count(each) == 1, said
+    if kind in ("quantized", "values"):
+        assert "100 times" not in said
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "apart"),
+    [
+        ([1.0, 2.0], [1.0, 1.0], 0.5),
+        ([np.nan, 2.0], [np.nan, 2.0], 0.0),
+        ([1.0, 2.0], [np.nan, 2.0], np.inf),
+        ([np.nan, 2.0], [1.0, 2.0], np.inf),
+        ([-np.inf, 2.0], [-np.inf, 1.0], 0.5),
+        ([-np.inf, 2.0], [np.inf, 2.0], np.inf),
+        ([1.0, 2.0], [np.inf, 2.0], np.inf),
+        ([], [], 0.0),
+    ],
+)
+def test_distances_of_outputs_that_are_not_all_finite(before: list[float], after: list[float], apart: float) -> None:
+    a, b = ({"y": np.array(each, np.float32)} for each in (before, after))
+    assert onnx_doctor._apart(a, b) == pytest.approx(apart)
 
 
 def bad_file(kind: str, folder: Path) -> Path:
@@ -162,7 +226,7 @@ def test_the_command_names_what_it_finds_and_mends_it(tmp_path: Path, capsys: py
     assert main(["doctor", str(file), "--fix", str(fixed), "--json", str(told)]) == 0
     assert "mask: lowest" in capsys.readouterr().out
     content = json.loads(told.read_text())
-    assert content["fixed"]["mask"] == -100.0 and [each["kind"] for each in content["findings"]] == ["mask"]
+    assert content["fixed"]["bound"] == 100.0 and [each["kind"] for each in content["findings"]] == ["mask"]
     assert main(["doctor", str(fixed)]) == 0
     assert "nothing found" in capsys.readouterr().out
     assert main(["doctor", "--fix", str(fixed)]) == 2
@@ -219,8 +283,8 @@ def test_a_large_channel_is_named_and_the_mended_file_quantizes_better(spoiled: 
     assert (
         "channel 5" in named["sum"].text and f"{np.abs((x @ weight + bias + x)[..., 5]).max():.3g}" in named["sum"].text
     )
-    _, apart = onnx_doctor.fix(file, fixed)
-    assert apart <= 1e-5
+    repair = onnx_doctor.fix(file, fixed)
+    assert repair.moved <= 1e-5 and repair.stream > 0 and repair.columns == (spoiled == "channels")
     np.testing.assert_allclose(run(fixed, {"x": x})[0], run(file, {"x": x})[0], atol=1e-4)
     assert onnx_doctor.examine(onnx_doctor.open_file(fixed), {"x": x}) == []
     before, after = lost_by_8_bits(file, x), lost_by_8_bits(fixed, x)
@@ -247,7 +311,7 @@ def test_inputs_are_given_where_none_can_be_made(tmp_path: Path, capsys: pytest.
     onnx.save(layers(np.eye(8, dtype=np.float32), np.zeros(8, np.float32), fixed_rows=3), file)
     assert main(["doctor", str(file), "--json", str(told)]) == 0
     assert "activations were not looked at" in capsys.readouterr().out
-    assert "--inputs FILE.npz" in json.loads(told.read_text())["omitted"]
+    assert "--inputs FILE.npz" in json.loads(told.read_text())["omitted"][0]
     assert main(["doctor", str(file), "--fix", str(tmp_path / "b.onnx")]) == 2
     x = np.ones((3, 5, 8), np.float32)
     x[..., 2] = 50.0

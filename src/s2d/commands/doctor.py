@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,32 +85,33 @@ def _file(file: Path, fix: Path | None, inputs: Path | None, json_file: Path | N
 
     model = onnx_doctor.open_file(file)
     given = None if inputs is None else onnx_doctor.read_inputs(inputs, model)
-    unseen = ""
+    omitted = []
+    if inner := onnx_doctor.unexamined(model):
+        omitted.append(f"{inner} nodes in branches and loops were not looked at")
     try:
         findings = onnx_doctor.examine(model, given or onnx_doctor.inputs_for(model), file)
     except InputError as error:
         if given is not None:
             raise
-        unseen = f"activations were not looked at: {error}; give real inputs with --inputs FILE.npz"
+        omitted.append(f"activations were not looked at: {error}; give real inputs with --inputs FILE.npz")
         findings = onnx_doctor.examine(model)
-    mended = None if fix is None else onnx_doctor.fix(file, fix, given)
-    if json_file is not None:
-        content = {"file": str(file), "findings": [each.to_dict() for each in findings], "omitted": unseen}
-        if mended is not None:
-            content["fixed"] = {"file": str(fix), "mask": -mended[0], "outputs_moved": mended[1]}
-        save_json(json_file, content)
     for kind, alike in groupby(findings, key=lambda each: each.kind):
         found = list(alike)
         for each in found[:SHOWN]:
             say(quiet, f"{kind}: {each.where}: {each.text} ({each.fixed_by})")
         if len(found) > SHOWN:
             say(quiet, f"{kind}: {len(found) - SHOWN} more; all of them: --json FILE")
-    if unseen:
-        say(quiet, unseen)
+    for line in omitted:
+        say(quiet, line)
     if not findings:
         say(quiet, f"{file}: nothing found that spoils a range")
-    if mended is not None:
-        say(quiet, f"{fix}: masks of {-mended[0]:.0f}; outputs moved by {mended[1]:.1e} of their largest value")
+    content: dict[str, Any] = {"file": str(file), "findings": [each.to_dict() for each in findings], "omitted": omitted}
+    if fix is not None:
+        repair = onnx_doctor.fix(file, fix, given)
+        content["fixed"] = {**asdict(repair), "file": str(fix)}
+        say(quiet, f"{fix}: {repair}")
+    if json_file is not None:
+        save_json(json_file, content)
 
 
 # extra of s2d -> its packages (name to import, name to install)

@@ -41,7 +41,7 @@ class Finding:
 
     Attributes:
         kind: ``"mask"``, ``"channels"``, ``"activation"``, ``"stream"`` (an activation that the residual stream makes),
-            ``"shared"`` or ``"opset"``.
+            ``"shared"``, ``"values"``, ``"opset"`` or ``"quantized"``.
         where: The constant, the weight, the activation, or the opset.
         text: The problem and its effect, in one line.
         fixed_by: ``"--fix"``, or another remedy.
@@ -55,6 +55,38 @@ class Finding:
     def to_dict(self) -> dict[str, str]:
         """JSON types."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was changed in a repaired file.
+
+    Attributes:
+        masks: Mask constants that were bounded.
+        bound: Their new size.
+        stream: Nodes of the residual stream that are now in operators that quantizers leave in floats.
+        columns: Products whose weights have columns of one size now.
+        opset: The opset, if it was converted; else 0.
+        moved: How far the outputs are from the file's, relative to their largest value.
+    """
+
+    masks: int
+    bound: float
+    stream: int
+    columns: int
+    opset: int
+    moved: float
+
+    def __str__(self) -> str:
+        """One line."""
+        parts = (
+            (self.masks, f"{self.masks} mask constants at -{self.bound:.0f}"),
+            (self.stream, f"{self.stream} nodes of the residual stream in floats"),
+            (self.columns, f"{self.columns} weights with equal columns"),
+            (self.opset, f"opset {self.opset}"),
+        )
+        done = ", ".join(text for count, text in parts if count) or "nothing in it that --fix repairs; a copy"
+        return f"{done}; outputs moved by {self.moved:.1e} of their largest value"
 
 
 @dataclass(frozen=True)
@@ -105,8 +137,20 @@ def examine(
     Raises:
         InputError: The model does not run on the inputs.
     """
+    if already := _quantized(model):
+        return [already]
     wide = () if feed is None else _wide(model, feed, path)
-    return [*_masks_found(model), *wide, *_channels(model), *_shared(model), *_opset(model)]
+    return [*_masks_found(model), *_values(model), *wide, *_channels(model), *_shared(model), *_opset(model)]
+
+
+def unexamined(model: Any) -> int:
+    """The number of nodes inside branches and loops, which are not looked at."""
+    return sum(
+        len(graph.node)
+        for node in model.graph.node
+        for attribute in node.attribute
+        for graph in (attribute.g, *attribute.graphs)
+    )
 
 
 def mend(model: Any, bound: float = BOUNDS[0]) -> Any:
@@ -142,16 +186,13 @@ def mend(model: Any, bound: float = BOUNDS[0]) -> Any:
 
 def fix(
     path: str | os.PathLike[str], target: str | os.PathLike[str], feed: Mapping[str, np.ndarray] | None = None
-) -> tuple[float, float]:
+) -> Repair:
     """Write a repaired file that computes the same.
 
     Args:
         path: The file.
         target: Path of the repaired file.
         feed: Inputs by name, on which the files are compared; made where none are given.
-
-    Returns:
-        The bound of the masks, and how far outputs are apart, relative to their largest value.
 
     Raises:
         InputError: The file cannot be read, run or repaired; or no bound keeps its outputs.
@@ -163,21 +204,20 @@ def fix(
     kinds = {each.kind for each in examine(model, feed, path)}
     # The stream's norms are rewritten in float64, which ONNX has since opset 17.
     rewritten = kinds & ({"stream", "channels"} if _version(model) >= NORMS else {"channels"})
-    apart = float("inf")
+    apart, masks = float("inf"), len([*_masks(model)])
     for bound in BOUNDS:
-        made = mend(model, bound)
+        made, stream, columns = mend(model, bound), 0, 0
         if rewritten:
             made = constants_held(made)
-            if "stream" in rewritten:
-                keep_stream(made)
-            equal_columns(made, beyond=OUTLIER)
-        del made.graph.value_info[
-            :
-        ]  # an exporter's shapes of inner tensors: quantizers infer their own, and stop where they differ
+            stream = keep_stream(made) if "stream" in rewritten else 0
+            columns = equal_columns(made, beyond=OUTLIER)
+        # An exporter's shapes of inner tensors: quantizers infer their own, and stop where they differ.
+        del made.graph.value_info[:]
         apart = _apart(before, outputs_of(made, feed, target))
         if apart <= (SAME_SUMS if rewritten else SAME):
             onnx.save(made, os.fspath(target))
-            return bound, apart
+            converted = _version(made) if _version(made) != _version(model) else 0
+            return Repair(masks, bound, stream, columns, converted, apart)
     raise InputError(
         f"{target} was not written: with masks of {-BOUNDS[-1]:.0f} outputs of {path} still move by {apart:.1e}; "
         "its scores are larger than that, so leave its attention out of the quantizer (nodes_to_exclude)"
@@ -229,12 +269,22 @@ def inputs_for(model: Any, batch: int = 2, length: int = 16) -> dict[str, np.nda
 
 
 def _apart(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> float:
+    """The largest distance of two models' floats, relative to their largest value; values that are not finite must be
+    the same.
+    """
     found = 0.0
     for name, a in before.items():
         b = after[name]
-        if np.issubdtype(a.dtype, np.floating):
-            found = max(found, float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-12)))
-    return found if np.isfinite(found) else float("inf")
+        if not np.issubdtype(a.dtype, np.floating) or not a.size:
+            continue
+        finite = np.isfinite(a)
+        if a.shape != b.shape or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+            return float("inf")
+        if not np.isfinite(b[finite]).all():
+            return float("inf")
+        largest = float(np.abs(a[finite]).max(initial=0.0))
+        found = max(found, float(np.abs(a[finite] - b[finite]).max(initial=0.0)) / max(largest, 1e-12))
+    return found
 
 
 def _version(model: Any) -> int:
@@ -288,6 +338,30 @@ def _masks(model: Any) -> Iterator[tuple[_Constant, list[Any], list[Any]]]:
             yield constant, through, [node for node in readers if not any(node is each for each in through)]
 
 
+def _quantized(model: Any) -> Finding | None:
+    """Whether a file holds quantizers already."""
+    marks = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul")
+    found = sum(node.op_type in marks for node in model.graph.node)
+    if not found:
+        return None
+    text = f"the file is quantized already ({found} such nodes): its ranges are chosen, so nothing else was looked at"
+    return Finding("quantized", f"{found} nodes", text, "examine the file before quantization")
+
+
+def _values(model: Any) -> Iterator[Finding]:
+    """Weights of products with values that are not finite."""
+    onnx = require("onnx", "export")
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
+    read = {name for node in products for name in node.input}
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+    for tensor in model.graph.initializer:
+        if tensor.name in read and tensor.data_type in floats:
+            lost = int((~np.isfinite(onnx.numpy_helper.to_array(tensor))).sum())
+            if lost:
+                text = f"{lost} values are not finite: every range that they reach is lost"
+                yield Finding("values", tensor.name, text, "export a model whose weights are finite")
+
+
 def _masks_found(model: Any) -> Iterator[Finding]:
     for constant, through, _ in _masks(model):
         lowest = float(constant.values.min())
@@ -318,11 +392,12 @@ def _channels(model: Any) -> Iterator[Finding]:
     """Weights of products with one channel so large that a range for the whole tensor leaves little to the others."""
     onnx = require("onnx", "export")
     held = {each.name: each for each in model.graph.initializer}
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.input) < 2 or node.input[1] not in held:
             continue
-        tensor = held[node.input[1]]
-        if len(tensor.dims) < 2 or tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+        tensor = held.pop(node.input[1])  # once, if several products read it
+        if len(tensor.dims) < 2 or tensor.data_type not in floats:
             continue
         values = np.abs(onnx.numpy_helper.to_array(tensor).astype(np.float32))
         turned = node.op_type == "Conv" or any(each.name == "transB" and each.i for each in node.attribute)
@@ -336,7 +411,7 @@ def _channels(model: Any) -> Iterator[Finding]:
                 f"channel {int(largest.argmax())} is {ratio:.0f} times as large as the median one: one range for the "
                 f"tensor takes {np.log2(ratio):.1f} bits from the others",
                 "--fix gives columns one size"
-                if node.op_type == "MatMul" and len(tensor.dims) == 2
+                if node.op_type == "MatMul" and len(tensor.dims) == 2 and tensor.data_type == onnx.TensorProto.FLOAT
                 else "a scale per channel (per_channel=True in onnxruntime)",
             )
 
