@@ -78,12 +78,18 @@ def test_condition_without_labels(model: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_a_language_model_at_the_encoders_strength_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.txt").write_text("".join(f"story {i} of the robin and wren {i % 17}\n" for i in range(200)))
-    command = ["condition", "new:llama-tiny", "--objective", "distill", "--task", "language-modeling", "--steps", "1"]
+    command = ["condition", "new:llama-tiny", "--task", "language-modeling", "--steps", "1"]
     command += ["--data", str(tmp_path), "-o", "task.window=32"]
-    assert main([*command, "--out", str(tmp_path / "a")]) == 0
-    assert "begin with -o decay.strength=0.005" in capsys.readouterr().err
-    assert main([*command, "-o", "decay.strength=0.005", "--out", str(tmp_path / "b")]) == 0
-    assert "begin with" not in capsys.readouterr().err
+    distill = ["--objective", "distill"]
+    for name, more, told in (
+        ("a", [], "decay.strength=0.005"),
+        ("b", ["-o", "decay.strength=0.005"], ""),
+        ("c", distill, "decay.budget=0.1"),
+        ("d", [*distill, "-o", "decay.budget=0.1"], ""),
+    ):
+        assert main([*command, *more, "--out", str(tmp_path / name)]) == 0
+        said = capsys.readouterr().err
+        assert f"begin with -o {told}" in said if told else "begin with" not in said
 
 
 # -- help --------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from s2d.models import Loaded, save_model
 from s2d.tasks import SPLITS, Split, Task, create
 from s2d.tasks.evaluation import evaluate
 from s2d.tasks.teacher import divergence, variance_share
+from s2d.training.loop import train
+from s2d.training.train_settings import TrainSettings
 
 LINES = [f"w{i % 60} w{i % 7} w{i * i % 11} " + "w1 " * (i % 4) for i in range(400)]
 
@@ -96,6 +100,30 @@ def test_a_language_model_s_measures_are_those_of_the_formulas(decoder: Loaded, 
     assert kl > 1e-3
     assert task.evaluate(model, batch_size=3) == pytest.approx({"drift": kl, "agreement": same}, rel=1e-4)
     assert task.loss(model, batch).item() == pytest.approx(kl, rel=1e-4)
+
+
+def test_the_decay_has_a_budget_unless_one_sets_its_strength(encoder: Loaded, task: Task) -> None:
+    """Without labels training cannot pay for a decay: its share is limited, and an outlier falls more slowly."""
+    published = replace(encoder, model=copy.deepcopy(encoder.model))
+    outlier = next(name for name, _ in published.model.named_parameters() if name.endswith("output.LayerNorm.weight"))
+    with torch.no_grad():
+        published.model.get_parameter(outlier)[3] = 40.0
+    ends: dict[str, tuple[float, float, float]] = {}
+    for name, given in {
+        "default": {},
+        "none": {"budget": 0.0},
+        "by hand": {"strength": 0.03},
+        "no decay": None,
+    }.items():
+        model = task.build(published)
+        gain = model.get_parameter(f"encoder.{outlier}")
+        settings = TrainSettings(steps=30, batch_size=16, lr=1e-4)
+        done = train(model, task, settings, decay=given if given is None else {"outlier_ratio": 3.0, **given})
+        paces = [each.get("pace", 1.0) for each in done.history if each.get("selected")]
+        ends[name] = gain[3].item(), min(paces, default=1.0), done.losses[-1]
+    assert ends["none"] == ends["by hand"] and ends["none"][1] == 1.0
+    assert ends["none"][0] < ends["default"][0] < ends["no decay"][0], ends
+    assert ends["default"][1] < 0.9 and ends["default"][2] < ends["none"][2], ends
 
 
 def test_the_gradient_in_chunks_is_the_gradient() -> None:

@@ -9,6 +9,9 @@ The size of a step's change counts, not its gain. At usual learning rates traini
 rises along each step, although it falls from step to step (docs/results/vision.md). A share of the gain would stop the
 decay where it costs nothing.
 
+Without labels, where the model as it was is the teacher, training has nothing to gain that could pay for the decay: its
+loss begins at zero, and it only repairs. There a budget is the default (`WITHOUT_LABELS`; docs/results/label-free.md).
+
 Weights are sampled: some thousand entries of each.
 """
 
@@ -25,6 +28,8 @@ from torch.optim import Optimizer
 from s2d.distributed.parameters import gradient_of, shard_groups, stored_part
 from s2d.distributed.sharding import Groups, all_reduce, ranks_in
 
+# The share in training without labels.
+WITHOUT_LABELS = 0.3
 # Entries of a parameter that are looked at.
 ENTRIES = 2048
 # Factor of the running means on the earlier measurements.

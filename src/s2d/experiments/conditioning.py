@@ -103,10 +103,11 @@ def condition_model(
             say(task.new_head.replace("would be random", "is made", 1))
     else:
         task.prepare(loaded)
-    if head_of(loaded.model) is not None and not (decay or {}).keys() & {"strength", "preset"}:
+    if head_of(loaded.model) is not None and not (decay or {}).keys() & {"strength", "budget", "preset"}:
+        gentler = "decay.budget=0.1" if task.distils and blockwise is None else "decay.strength=0.005"
         watch.say(
-            "the default strength was chosen on encoders; for a language model begin with -o decay.strength=0.005, "
-            "or 0 for training without decay"
+            f"the default strength was chosen on encoders; for a language model begin with -o {gentler}, or "
+            "-o decay.strength=0 for training without decay"
         )
     if blockwise is None:
         watch.stage("training", recipe.train.steps)

@@ -77,6 +77,7 @@ class Task(ABC):
         adds_head: `build` puts new, untrained outputs on the model.
         separable: The mean of the losses of a batch's parts is the loss of the batch, so that processes can share it.
         ragged: Examples differ in length, so that batches of similar length save time.
+        distils: The loss is the distance from an original: it begins at zero, and training only repairs.
         new_head: Text: which outputs the last `build` initialised at random, and why; empty when it made none.
     """
 
@@ -87,6 +88,7 @@ class Task(ABC):
     adds_head: ClassVar[bool] = False
     separable: ClassVar[bool] = True
     ragged: ClassVar[bool] = True
+    distils: bool = False
     new_head: str = ""
 
     @property

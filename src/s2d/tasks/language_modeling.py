@@ -79,6 +79,7 @@ class LanguageModeling(Task):
             raise InputError(f"the window must hold at least 3 tokens with bos, not {window}")
         self.window, self.stride, self.windows = window, stride or window, windows
         self.bos, self._loss, self.original = bos, loss, original or ""
+        self.distils = loss == "original"
         self._teacher: nn.Module | None = None
         self._texts = _texts(Path(data))
         self._windows: dict[Split, tuple[Tensor, Tensor, Tensor]] = {}

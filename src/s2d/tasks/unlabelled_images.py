@@ -64,6 +64,7 @@ class UnlabelledImages(ImageRows):
     primary = "drift"
     higher_is_better = False
     opposed = ("cosine", "agreement")
+    distils = True
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class UnlabelledText(TokenizedTexts):
     primary = "drift"
     higher_is_better = False
     opposed = ("cosine", "agreement")
+    distils = True
 
     def __init__(
         self,

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from s2d.baselines import attach
+from s2d.baselines import KEY, attach
+from s2d.decay.budget import WITHOUT_LABELS
 from s2d.decay.spectral_decay import SelectiveSpectralDecay
 from s2d.distributed import processes
 from s2d.errors import InputError, first_line
@@ -57,8 +58,8 @@ def train(
         task: Its data and loss.
         settings: See `TrainSettings`.
         seed: Seed of the order of the data and of dropout. The global random state is not changed.
-        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults), ``{"baseline": NAME, ...}`` for a
-            baseline with its settings (see `s2d.baselines`), or None to train without either.
+        decay: Keywords of `SelectiveSpectralDecay` (``{}`` for its defaults, see `decay_for`), ``{"baseline": NAME,
+            ...}`` for a baseline with its settings (see `s2d.baselines`), or None to train without either.
         companion: Parameters or losses that are trained with the model, such as the ranges of quantizers.
         state: A file to keep the training's state in. Where it exists already, training continues from it. It is
             written every ``settings.save_every`` seconds, on Ctrl-C and at the end; remove it when the model is saved.
@@ -71,6 +72,7 @@ def train(
     """
     settings = settings or TrainSettings()
     place = next(model.parameters()).device
+    decay = decay_for(task, decay)
     key = key_of(model, task, settings, seed, decay, companion)
     precision = resolved(settings.precision, place)
     accelerator = _accelerator(place, task, settings)
@@ -153,6 +155,15 @@ def train(
         run.precision,
         {**spectral.skipped, **spectral.without_site} if isinstance(spectral, SelectiveSpectralDecay) else {},
     )
+
+
+def decay_for(task: Task, decay: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The settings of a decay in a task's training: those given, and where the loss is the distance from the original,
+    a budget (see `s2d.decay.budget`), unless a budget, a strength, a preset or a baseline is named.
+    """
+    if decay is None or not task.distils or decay.keys() & {"budget", "strength", "preset", KEY}:
+        return decay
+    return {"budget": WITHOUT_LABELS, **decay}
 
 
 def _accelerator(place: torch.device, task: Task, settings: TrainSettings) -> Any:

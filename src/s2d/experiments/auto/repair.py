@@ -81,5 +81,5 @@ def without_labels(task: Task) -> Task:
         return sum((output.float() * 0.0).sum() for output in outputs)  # pyright: ignore[reportReturnType]
 
     # The model's head is trained already, so its outputs are compared with the teacher's too.
-    made.__class__ = type(type(task).__name__, (type(task),), {"loss": loss, "adds_head": False})
+    made.__class__ = type(type(task).__name__, (type(task),), {"loss": loss, "adds_head": False, "distils": True})
     return made
