@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from s2d.data.splits import split_by_content
 from s2d.data.texts import read_texts
+from s2d.decay.budget import WITHOUT_LABELS
 from s2d.errors import InputError
 from s2d.models import Loaded, save_model
 from s2d.tasks import SPLITS, Split, Task, create
 from s2d.tasks.evaluation import evaluate
 from s2d.tasks.teacher import divergence, variance_share
-from s2d.training.loop import train
+from s2d.training.loop import decay_for, train
 from s2d.training.train_settings import TrainSettings
 
 LINES = [f"w{i % 60} w{i % 7} w{i * i % 11} " + "w1 " * (i % 4) for i in range(400)]
@@ -124,6 +125,16 @@ def test_the_decay_has_a_budget_unless_one_sets_its_strength(encoder: Loaded, ta
     assert ends["none"] == ends["by hand"] and ends["none"][1] == 1.0
     assert ends["none"][0] < ends["default"][0] < ends["no decay"][0], ends
     assert ends["default"][1] < 0.9 and ends["default"][2] < ends["none"][2], ends
+
+
+def test_whose_decay_has_a_budget(task: Task, tmp_path: Path) -> None:
+    assert decay_for(task, {"refresh_every": 3}) == {"budget": WITHOUT_LABELS, "refresh_every": 3}
+    assert decay_for(task, {"preset": "default"}) == {"budget": WITHOUT_LABELS, "preset": "default"}
+    for given in ({"budget": 0.0}, {"strength": 0.1}, {"preset": "paper"}, {"baseline": "muon"}, None):
+        assert decay_for(task, given) == given
+    (tmp_path / "train.txt").write_text("\n".join(LINES))
+    for loss, expected in (("text", {}), ("original", {"budget": WITHOUT_LABELS})):
+        assert decay_for(create("language-modeling", data=tmp_path, loss=loss), {}) == expected
 
 
 def test_the_gradient_in_chunks_is_the_gradient() -> None:

@@ -159,9 +159,11 @@ def train(
 
 def decay_for(task: Task, decay: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The settings of a decay in a task's training: those given, and where the loss is the distance from the original,
-    a budget (see `s2d.decay.budget`), unless a budget, a strength, a preset or a baseline is named.
+    a budget (see `s2d.decay.budget`), unless a budget, a strength, another preset or a baseline is named.
     """
-    if decay is None or not task.distils or decay.keys() & {"budget", "strength", "preset", KEY}:
+    if decay is None or not task.distils or decay.keys() & {"budget", "strength", KEY}:
+        return decay
+    if decay.get("preset", "default") != "default":
         return decay
     return {"budget": WITHOUT_LABELS, **decay}
 
