@@ -78,7 +78,7 @@ def test_masks_are_named_and_bounded(lowest: float, how: str, tmp_path: Path) ->
     assert (found.kind, found.where, found.fixed_by) == ("mask", "lowest", "--fix bounds it")
     repair = onnx_doctor.fix(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert (repair.masks, repair.bound, repair.stream, repair.columns) == (1, 100.0, 0, 0) and repair.moved <= 1e-6
-    assert str(repair).startswith("1 mask constants at -100; outputs moved by")
+    assert str(repair).startswith("mask constants at -100: 1; outputs moved by")
     assert onnx_doctor.examine(onnx_doctor.open_file(tmp_path / "b.onnx")) == []
     random = np.random.default_rng(1)
     mask = np.ones((3, 7), np.int64)

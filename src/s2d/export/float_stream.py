@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from s2d.export.onnx_nodes import put_nodes
+from s2d.export.onnx_nodes import PRODUCTS, put_nodes
 from s2d.optional import require
-
-_LINEAR = ("MatMul", "Gemm", "Conv")
 
 
 def keep_stream(model: Any) -> int:
@@ -84,7 +82,7 @@ def stream_nodes(model: Any) -> list[Any]:
     chosen += [
         node
         for node in nodes
-        if vector(node, ("Add",)) and getattr(made_by.get(computed(node)), "op_type", "") in _LINEAR
+        if vector(node, ("Add",)) and getattr(made_by.get(computed(node)), "op_type", "") in PRODUCTS
     ]
     return chosen
 

@@ -17,12 +17,11 @@ import numpy as np
 
 from s2d.errors import InputError, first_line
 from s2d.export.float_stream import stream_nodes
-from s2d.export.onnx_nodes import CARRIERS, constants_held
+from s2d.export.onnx_nodes import CARRIERS, PRODUCTS, constants_held
 from s2d.optional import require
 
-_PRODUCTS = ("MatMul", "Gemm", "Conv")  # their outputs get a range too
-# Operators whose inputs static quantizers give a range.
-_RANGED = (*_PRODUCTS, "Add", "LayerNormalization")
+# Operators whose inputs static quantizers give a range, and of products their outputs too.
+_RANGED = (*PRODUCTS, "Add", "LayerNormalization")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def wide_activations(
     for node in probe.graph.node:
         if node.op_type not in _RANGED:
             continue
-        names = [*node.input, *(node.output if node.op_type in _PRODUCTS else ())]
+        names = [*node.input, *(node.output if node.op_type in PRODUCTS else ())]
         for name in names:
             if name and name not in held and name not in scores:
                 ranged.setdefault(name, node.op_type)

@@ -22,7 +22,7 @@ from s2d.errors import InputError, first_line
 from s2d.export.equal_columns import equal_columns
 from s2d.export.float_stream import keep_stream
 from s2d.export.onnx_activations import outputs_of, wide_activations
-from s2d.export.onnx_nodes import CARRIERS, constants_held
+from s2d.export.onnx_nodes import CARRIERS, PRODUCTS, constants_held, inner_graphs
 from s2d.optional import require
 
 HUGE = 1e4  # no score of an attention is that large; masks in float16 are -65504
@@ -80,9 +80,9 @@ class Repair:
     def __str__(self) -> str:
         """One line."""
         parts = (
-            (self.masks, f"{self.masks} mask constants at -{self.bound:.0f}"),
-            (self.stream, f"{self.stream} nodes of the residual stream in floats"),
-            (self.columns, f"{self.columns} weights with equal columns"),
+            (self.masks, f"mask constants at -{self.bound:.0f}: {self.masks}"),
+            (self.stream, f"nodes of the residual stream in floats: {self.stream}"),
+            (self.columns, f"products with equal columns of weights: {self.columns}"),
             (self.opset, f"opset {self.opset}"),
         )
         done = ", ".join(text for count, text in parts if count) or "nothing in it that --fix repairs; a copy"
@@ -145,12 +145,7 @@ def examine(
 
 def unexamined(model: Any) -> int:
     """The number of nodes inside branches and loops, which are not looked at."""
-    return sum(
-        len(graph.node)
-        for node in model.graph.node
-        for attribute in node.attribute
-        for graph in (attribute.g, *attribute.graphs)
-    )
+    return sum(len(graph.node) for node in model.graph.node for graph in inner_graphs(node))
 
 
 def mend(model: Any, bound: float = BOUNDS[0]) -> Any:
@@ -291,19 +286,23 @@ def _version(model: Any) -> int:
     return next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 1)
 
 
+def _is_float(tensor: Any) -> bool:
+    types = require("onnx", "export").TensorProto
+    return tensor.data_type in (types.FLOAT, types.FLOAT16, types.DOUBLE)
+
+
 def _constants(model: Any) -> Iterator[_Constant]:
     """Constants of floats, wherever they are held."""
     onnx = require("onnx", "export")
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
     for each in model.graph.initializer:
-        if each.data_type in floats:
+        if _is_float(each):
             yield _Constant(each.name, each)
     for node in model.graph.node:
         for attribute in node.attribute if node.op_type in ("Constant", "ConstantOfShape") else ():
             if attribute.name == "value_float":  # a tensor holds the same value, and is changed like all others
                 value = onnx.numpy_helper.from_array(np.array(attribute.f, np.float32), "value")
                 attribute.CopyFrom(onnx.helper.make_attribute("value", value))
-            if attribute.name == "value" and attribute.t.data_type in floats:
+            if attribute.name == "value" and _is_float(attribute.t):
                 yield _Constant(node.output[0], attribute.t)
 
 
@@ -351,11 +350,10 @@ def _quantized(model: Any) -> Finding | None:
 def _values(model: Any) -> Iterator[Finding]:
     """Weights of products with values that are not finite."""
     onnx = require("onnx", "export")
-    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
+    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
     read = {name for node in products for name in node.input}
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
     for tensor in model.graph.initializer:
-        if tensor.name in read and tensor.data_type in floats:
+        if tensor.name in read and _is_float(tensor):
             lost = int((~np.isfinite(onnx.numpy_helper.to_array(tensor))).sum())
             if lost:
                 text = f"{lost} values are not finite: every range that they reach is lost"
@@ -392,12 +390,11 @@ def _channels(model: Any) -> Iterator[Finding]:
     """Weights of products with one channel so large that a range for the whole tensor leaves little to the others."""
     onnx = require("onnx", "export")
     held = {each.name: each for each in model.graph.initializer}
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
     for node in model.graph.node:
-        if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.input) < 2 or node.input[1] not in held:
+        if node.op_type not in PRODUCTS or len(node.input) < 2 or node.input[1] not in held:
             continue
         tensor = held.pop(node.input[1])  # once, if several products read it
-        if len(tensor.dims) < 2 or tensor.data_type not in floats:
+        if len(tensor.dims) < 2 or not _is_float(tensor):
             continue
         values = np.abs(onnx.numpy_helper.to_array(tensor).astype(np.float32))
         turned = node.op_type == "Conv" or any(each.name == "transB" and each.i for each in node.attribute)
@@ -425,7 +422,7 @@ def _shared(model: Any) -> Iterator[Finding]:
             if name in held:
                 kinds.setdefault(name, set()).add(node.op_type)
     for name, found in kinds.items():
-        if len(found) > 1 and found & {"MatMul", "Gemm", "Conv"}:
+        if len(found) > 1 and not found.isdisjoint(PRODUCTS):
             yield Finding(
                 "shared",
                 name,

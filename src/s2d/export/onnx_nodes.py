@@ -7,6 +7,7 @@ from typing import Any
 
 from s2d.optional import require
 
+PRODUCTS = ("MatMul", "Gemm", "Conv")  # of weights
 # Operators that hand a constant on to the scores: arithmetic of masks, and what changes shapes.
 _ARITHMETIC = ("Where", "Mul", "Add", "Sub", "Min", "Max", "Clip", "Neg", "Cast", "CastLike", "Identity", "Trilu")
 _SHAPES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Slice", "Concat", "Tile", "Transpose", "Split", "Flatten")
@@ -31,6 +32,12 @@ def put_nodes(model: Any, nodes: Iterable[Any], constants: Iterable[Any] = ()) -
     for index in reversed(range(len(graph.initializer))):  # in place: weights are not copied
         if graph.initializer[index].name not in read:
             del graph.initializer[index]
+
+
+def inner_graphs(node: Any) -> Iterator[Any]:
+    """The branches and bodies that a node holds."""
+    for attribute in node.attribute:
+        yield from (attribute.g, *attribute.graphs)
 
 
 def constants_held(model: Any) -> Any:
@@ -60,6 +67,5 @@ def _read(nodes: Iterable[Any]) -> Iterator[str]:
     """What nodes read, those in the branches and loops that they hold included."""
     for node in nodes:
         yield from node.input
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from (*_read(graph.node), *(each.name for each in graph.output))
+        for graph in inner_graphs(node):
+            yield from (*_read(graph.node), *(each.name for each in graph.output))
